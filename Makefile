@@ -1,0 +1,40 @@
+# Every target sets itself up: the first call makes .venv and installs into it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: quickstart test test-fast lint types format base bench clean
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+quickstart: $(STAMP)   ## the whole pipeline on bundled data with the bundled base
+	$(BIN)/mmtune run recipes/quickstart.yaml
+
+test: $(STAMP)         ## all tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-fast: $(STAMP)    ## without the slow ones
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+
+lint: $(STAMP)         ## style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)        ## static types of the package
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+base: $(STAMP)         ## train the bundled base again (about twenty minutes)
+	$(BIN)/python data/make_base.py
+	$(BIN)/mmtune run recipes/base.yaml
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache

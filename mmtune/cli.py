@@ -1,0 +1,352 @@
+"""Every command: parse, call one stage, print. Stages are imported inside their commands."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmtune import __version__
+from mmtune.errors import MmtuneError, RecipeError
+from mmtune.recipe import Recipe
+from mmtune.recipe_text import load_recipe
+from mmtune.talk import Talk, json_line
+
+EPILOG = (
+    "Exit codes: 0 ok, 1 bug, 2 recipe or usage, 3 bad data, 4 missing capability, 5 resources, 6 diverged, "
+    "7 integrity, 8 locked by another run, 9 a gate not met, 75 interrupted and resumable, 130 SIGINT, 141 broken pipe."
+)
+
+app = typer.Typer(
+    name="mmtune",
+    help="Raw multimodal data to an instruction-tuned model and an honest before/after report.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="rich" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else None,
+    pretty_exceptions_enable=False,
+)
+
+RecipePath = Annotated[Path | None, typer.Argument(help="Recipe file; ./mmtune.yaml when left out.", show_default=False)]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: a.b=value (repeatable).")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, on failure too.")]
+Force = Annotated[bool, typer.Option("--force", help="Redo, also when nothing changed.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="At most this many rows.")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Override the recipe's seed.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Never reach for the network.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings on stderr.")]
+
+
+def _load(recipe: Path | None, overrides: list[str] | None, seed: int | None, offline: bool) -> Recipe:
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    extra = [] if seed is None else [f"seed={seed}"]
+    return load_recipe(recipe, [*(overrides or ()), *extra])
+
+
+def _finish(command: str, result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json_line({"ok": True, "schema": f"mmtune.{command}/1", **result}))
+
+
+@app.command("build-data", epilog=EPILOG)
+def build_data(
+    recipe: RecipePath = None,
+    overrides: Set = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    limit: Limit = None,
+    seed: Seed = None,
+    offline: Offline = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Raw sources to instructions/.
+
+    Example: mmtune build-data recipes/quickstart.yaml --limit 100
+    """
+    from mmtune.stages.build_data import build_data as stage
+
+    loaded = _load(recipe, overrides, seed, offline)
+    result = stage(loaded, force=force, dry_run=dry_run, limit=limit, console=Talk(quiet))
+    _finish("build-data", result, as_json)
+
+
+app.command("build-instructions", hidden=True)(build_data)
+
+
+@app.command("tokenize", epilog=EPILOG)
+def tokenize(
+    recipe: RecipePath = None,
+    overrides: Set = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    limit: Limit = None,
+    seed: Seed = None,
+    offline: Offline = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """instructions/ to tokens/: ids, loss mask and media spans, without decoding a pixel.
+
+    Example: mmtune tokenize recipes/quickstart.yaml
+    """
+    from mmtune.stages.tokenize import tokenize as stage
+
+    loaded = _load(recipe, overrides, seed, offline)
+    result = stage(loaded, force=force, dry_run=dry_run, limit=limit, console=Talk(quiet))
+    _finish("tokenize", result, as_json)
+
+
+@app.command("finetune", epilog=EPILOG)
+def finetune(
+    recipe: RecipePath = None,
+    overrides: Set = None,
+    gpus: Annotated[int | None, typer.Option("--gpus", min=1, help="Train on this many GPUs of this machine.")] = None,
+    cpu_processes: Annotated[
+        int | None, typer.Option("--cpu-processes", min=1, help="Train on this many CPU processes (gloo).")
+    ] = None,
+    resume: Annotated[str, typer.Option("--resume", help="auto goes on from the newest checkpoint; never.")] = "auto",
+    force: Force = False,
+    dry_run: DryRun = False,
+    limit: Limit = None,
+    seed: Seed = None,
+    offline: Offline = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """tokens/ to adapter/: LoRA or full tuning with exact resume.
+
+    Example: mmtune finetune recipes/quickstart.yaml --gpus 4
+    """
+    from mmtune.stages import finetune as stage
+    from mmtune.training.launch import is_launched, is_main
+
+    if resume not in ("auto", "never"):
+        raise RecipeError(f"--resume {resume!r}: expected auto or never", "leave it out to go on where a run stopped")
+    loaded = _load(recipe, overrides, seed, offline)
+    processes = gpus or cpu_processes or 1
+    console = Talk(quiet or not is_main())
+    if processes > 1 and not is_launched() and not dry_run:
+        code = stage.launch(sys.argv[1:], processes, cpu=gpus is None, console=console)
+        raise typer.Exit(code)
+    result = stage.finetune(
+        loaded, force=force, dry_run=dry_run, limit=limit, resume=resume, offline=offline, console=console
+    )
+    if is_main():
+        _finish("finetune", result, as_json)
+
+
+@app.command("eval", epilog=EPILOG)
+def evaluate(
+    recipe: RecipePath = None,
+    overrides: Set = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    limit: Limit = None,
+    seed: Seed = None,
+    offline: Offline = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Models and instructions/ to report/: the same rows on base and tuned model, with intervals.
+
+    Example: mmtune eval recipes/quickstart.yaml --json
+    """
+    from mmtune.stages.evaluate import evaluate as stage
+
+    loaded = _load(recipe, overrides, seed, offline)
+    result = stage(loaded, force=force, dry_run=dry_run, limit=limit, console=Talk(quiet))
+    _finish("eval", result, as_json)
+
+
+app.command("evaluate", hidden=True)(evaluate)
+
+
+@app.command("score", epilog=EPILOG)
+def score(
+    metric: Annotated[str, typer.Argument(help="vqa, exact_match, accuracy, relaxed_accuracy, token_f1, ...")],
+    predictions: Annotated[Path, typer.Option("--predictions", help="Predictions file (JSON or JSONL).")],
+    questions: Annotated[Path | None, typer.Option("--questions", help="Official VQA questions file.")] = None,
+    annotations: Annotated[Path | None, typer.Option("--annotations", help="Official VQA annotation file.")] = None,
+    references: Annotated[Path | None, typer.Option("--references", help="References file (JSONL).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score a predictions file against references, without a model.
+
+    Example: mmtune score vqa --predictions results.json --questions q.json --annotations a.json --json
+    """
+    from mmtune.stages.score import score as stage
+
+    result = stage(
+        metric, predictions=predictions, questions=questions, annotations=annotations, references=references
+    )
+    if as_json:
+        _finish("score", result, True)
+    else:
+        print(json_line(result))
+
+
+@app.command("run", epilog=EPILOG)
+def run(
+    recipe: RecipePath = None,
+    overrides: Set = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    limit: Limit = None,
+    seed: Seed = None,
+    offline: Offline = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Every stage that the recipe names, in order; finished ones are skipped.
+
+    Example: mmtune run recipes/quickstart.yaml
+    """
+    loaded = _load(recipe, overrides, seed, offline)
+    console = Talk(quiet)
+    results: dict[str, Any] = {}
+    shared: dict[str, Any] = {"force": force, "dry_run": dry_run, "console": console}
+    for name, stage in _stages(loaded, offline):
+        if dry_run and name != "build-data":
+            console.say(f"{name}: would run after build-data")
+            continue
+        results[name] = stage(loaded, limit=limit if name == "build-data" else None, **shared)
+    _finish("run", {"run_dir": str(loaded.run_dir), "stages": results}, as_json)
+
+
+def _stages(recipe: Recipe, offline: bool) -> list[tuple[str, Callable[..., dict[str, Any]]]]:
+    from mmtune.stages.build_data import build_data as build_stage
+
+    stages: list[tuple[str, Callable[..., dict[str, Any]]]] = [("build-data", build_stage)]
+    if recipe.model is not None:
+        from mmtune.stages.tokenize import tokenize as tokenize_stage
+
+        stages.append(("tokenize", tokenize_stage))
+    if recipe.finetune is not None:
+        from mmtune.stages.finetune import finetune as finetune_stage
+
+        stages.append(("finetune", lambda *a, **k: finetune_stage(*a, offline=offline, **k)))
+    if recipe.eval is not None:
+        from mmtune.stages.evaluate import evaluate as evaluate_stage
+
+        stages.append(("eval", evaluate_stage))
+    return stages
+
+
+@app.command("init", epilog=EPILOG)
+def init(
+    name: Annotated[str | None, typer.Argument(help="Recipe to copy; left out: list them.")] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """List the shipped recipes, or copy one into this folder.
+
+    Example: mmtune init quickstart
+    """
+    from mmtune.stages.init import copy_recipe, list_recipes
+
+    if name is None:
+        recipes = list_recipes()
+        if as_json:
+            _finish("init", {"recipes": recipes}, True)
+        else:
+            for item in recipes:
+                print(f"{item['name']:24} {item['about']}")
+        return
+    written = copy_recipe(name, Path.cwd(), force=force)
+    Talk().say(f"wrote {written}; next: mmtune run {written.name}")
+    _finish("init", {"path": str(written)}, as_json)
+
+
+@app.command("show", epilog=EPILOG)
+def show(
+    path: Annotated[Path, typer.Argument(help="A stage folder, or a run_dir.")],
+    row: Annotated[int, typer.Option("--row", min=0, help="Which row to show.")] = 0,
+    split: Annotated[str | None, typer.Option("--split", help="Which split; default the first.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What is in a stage folder: manifest, counts, rejects and one row with its loss mask.
+
+    Example: mmtune show runs/quickstart/tokens --row 3
+    """
+    from mmtune.stages.show import describe, render
+
+    result = describe(path, row=row, split=split)
+    if as_json:
+        _finish("show", result, True)
+    else:
+        print(render(result))
+
+
+@app.command("doctor", epilog=EPILOG)
+def doctor(as_json: Json = False) -> None:
+    """Versions, devices and decoders; what is missing and how to install it.
+
+    Example: mmtune doctor --json
+    """
+    from mmtune.stages.doctor import examine, render
+
+    result = examine()
+    if as_json:
+        _finish("doctor", result, True)
+    else:
+        print(render(result))
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"mmtune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def _fail(error: MmtuneError) -> int:
+    if "--json" in sys.argv:
+        where = {"code": error.code, "message": error.message, "hint": error.hint, "exit_code": error.exit_code}
+        print(json_line({"ok": False, "error": where}))
+    print(f"error: {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"  next: {error.hint}", file=sys.stderr)
+    return error.exit_code
+
+
+def main() -> None:
+    """Runs the command line and exits with the code of the contract."""
+    from mmtune.storage import disk_errors
+
+    try:
+        with disk_errors("writing failed"):
+            code = app(standalone_mode=False) or 0
+        sys.stdout.flush()
+    except MmtuneError as error:
+        code = _fail(error)
+    except typer.Exit as error:
+        code = error.exit_code
+    except typer.Abort:
+        code = 130
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = 141
+    except Exception as error:
+        if not hasattr(error, "exit_code") or not hasattr(error, "format_message"):
+            raise
+        code = _fail(RecipeError(str(error.format_message()), "see: mmtune --help", "usage"))
+    sys.exit(code)

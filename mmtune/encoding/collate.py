@@ -1,0 +1,163 @@
+"""Rows and their media to one padded batch of tensors, as the family's model takes it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmtune.encoding.media_tokens import family, process_audio, process_images
+from mmtune.encoding.processor import pad_token_id
+from mmtune.encoding.render import IGNORED, EncodedRow, MediaSpan
+from mmtune.errors import IntegrityError
+
+# Families whose image tensors are simply joined along the first dimension, one image after the
+# other; a processed image can then be kept and used again.
+_JOINED = dict.fromkeys(
+    (
+        "LlavaProcessor",
+        "Qwen2VLProcessor",
+        "Qwen2_5_VLProcessor",
+        "Qwen3VLProcessor",
+        "Qwen2_5OmniProcessor",
+        "InternVLProcessor",
+        "Gemma3Processor",
+    ),
+    True,
+)
+
+
+class Collator:
+    """Pads rows and processes their media; each distinct medium is decoded once per batch.
+
+    Args:
+        processor: The family's processor, or a tokenizer.
+        media_root: Folder that media paths are relative to.
+        left: Pad on the left, for generation.
+        cache_bytes: Most bytes of processed images kept between batches.
+    """
+
+    def __init__(
+        self, processor: Any, *, media_root: Path, left: bool = False, cache_bytes: int = 512 << 20
+    ) -> None:
+        self._processor, self._root, self._left = processor, media_root, left
+        self._pad = pad_token_id(processor)
+        self._joined = bool(family(processor, _JOINED))
+        self._gemma = bool(family(processor, {"Gemma3Processor": True}))
+        self._cache: OrderedDict[Any, dict[str, torch.Tensor]] = OrderedDict()
+        self._room = cache_bytes
+        self._types = getattr(processor, "return_mm_token_type_ids", False) or self._gemma
+
+    def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
+        """Returns ``input_ids``, ``attention_mask``, ``labels`` of shape ``(B, T)`` and the media tensors.
+
+        Raises:
+            IntegrityError: A medium now takes another number of tokens than at tokenize time.
+        """
+        longest = max(row.input_ids.size for row in rows)
+        shape = (len(rows), longest)
+        ids = np.full(shape, self._pad, dtype=np.int64)
+        labels = np.full(shape, IGNORED, dtype=np.int64)
+        mask = np.zeros(shape, dtype=np.int64)
+        for index, row in enumerate(rows):
+            size = row.input_ids.size
+            place = slice(longest - size, longest) if self._left else slice(0, size)
+            ids[index, place], labels[index, place], mask[index, place] = row.input_ids, row.labels, 1
+        batch = {
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.from_numpy(mask),
+            "labels": torch.from_numpy(labels),
+        }
+        if self._types:
+            name = "token_type_ids" if self._gemma else "mm_token_type_ids"
+            types = self._processor.create_mm_token_type_ids(ids.tolist())
+            batch[name] = torch.tensor(types) * batch["attention_mask"]
+        batch.update(self._images(rows))
+        batch.update(self._audios(rows))
+        return batch
+
+    def _images(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
+        per_row = [[span for span in row.media if span.medium.modality != "audio"] for row in rows]
+        if not any(per_row):
+            return {}
+        if self._joined:
+            parts = [self._one_image(row, span) for row, spans in zip(rows, per_row, strict=True) for span in spans]
+            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        pictures: dict[Any, Any] = {}
+        for span in (span for spans in per_row for span in spans):
+            if _key(span) not in pictures:
+                pictures[_key(span)] = self._picture(span)
+        nested = [[pictures[_key(span)] for span in spans] for spans in per_row if spans]
+        made, texts = process_images(self._processor, nested)
+        self._check([(row, span) for row, spans in zip(rows, per_row, strict=True) for span in spans], texts)
+        return self._kept(made)
+
+    def _one_image(self, row: EncodedRow, span: MediaSpan) -> dict[str, torch.Tensor]:
+        key = _key(span)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        made, texts = process_images(self._processor, [[self._picture(span)]])
+        self._check([(row, span)], texts)
+        kept = self._kept(made)
+        self._cache[key] = kept
+        self._room -= _bytes(kept)
+        while self._room < 0 and self._cache:
+            self._room += _bytes(self._cache.popitem(last=False)[1])
+        return kept
+
+    def _picture(self, span: MediaSpan) -> Any:
+        from mmtune.media.load import load_image, load_video_frames
+
+        if span.medium.modality == "video":
+            return load_video_frames(self._root, span.medium, span.frames)[span.frame]
+        return load_image(self._root, span.medium)
+
+    def _audios(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
+        from mmtune.media.load import load_audio
+
+        spans = [(row, span) for row in rows for span in row.media if span.medium.modality == "audio"]
+        if not spans:
+            return {}
+        rate = self._processor._audio_processor.sampling_rate
+        sounds: dict[Any, np.ndarray] = {}
+        for _, span in spans:
+            if _key(span) not in sounds:
+                sounds[_key(span)] = load_audio(self._root, span.medium, rate)
+        made, texts = process_audio(self._processor, [sounds[_key(span)] for _, span in spans])
+        self._check(spans, texts)
+        return self._kept(made)
+
+    def _kept(self, made: Any) -> dict[str, torch.Tensor]:
+        unused = set(getattr(self._processor, "unused_input_names", ())) | {"rows", "cols"}
+        return {name: torch.as_tensor(value) for name, value in made.items() if name not in unused}
+
+    def _expected(self, row: EncodedRow, span: MediaSpan) -> int:
+        token = "audio_token_id" if span.medium.modality == "audio" else "image_token_id"
+        inside = row.input_ids[span.start : span.start + span.length]
+        return int((inside == getattr(self._processor, token)).sum())
+
+    def _check(self, spans: Sequence[tuple[EncodedRow, MediaSpan]], texts: Sequence[str]) -> None:
+        """Compares the media tokens of the real expansion with those recorded in the row."""
+        for (row, span), text in zip(spans, texts, strict=True):
+            modality = "audio" if span.medium.modality == "audio" else "image"
+            found = text.count(getattr(self._processor, f"{modality}_token"))
+            expected = self._expected(row, span)
+            if found != expected:
+                raise IntegrityError(
+                    f"{span.medium.path} takes {found} tokens now, tokens/ holds {expected}",
+                    "the file changed since build-data; run: mmtune build-data --force, then mmtune tokenize",
+                    "media_changed",
+                )
+
+
+def _key(span: MediaSpan) -> Any:
+    return (span.medium.path, span.medium.data, span.frame, span.frames)
+
+
+def _bytes(tensors: dict[str, torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

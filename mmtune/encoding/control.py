@@ -1,0 +1,169 @@
+"""Which tokens are structure, and a tokenizer that cannot produce them from text.
+
+A control token is an added token that is special, is a media token, stands in the chat
+template, or is shaped ``<|...|>``. Text is encoded by a copy of the tokenizer that does not
+know these, and in which each stands as one private marker, so the text around it is cut
+exactly where the real tokenizer cuts it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mmtune.encoding.processor import chat_template_of, tokenizer_of
+
+_MEDIA_ATTRIBUTES = re.compile(r"(^|_)(image|video|audio|boi|eoi|boa|eoa|vision)\w*_token$|_tag$")
+_SHAPED = re.compile(r"^<\|.*\|>$", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class ControlToken:
+    """A structural token and how it treats the spaces beside it."""
+
+    text: str
+    id: int
+    lstrip: bool
+    rstrip: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Control ids that stand together, or the place of a medium (``placeholder`` set)."""
+
+    ids: tuple[int, ...]
+    flags: tuple[bool, bool] = (False, False)
+    placeholder: str = ""
+
+
+class ControlTokens:
+    """The control tokens of a processor, and the way to find them in control text.
+
+    Attributes:
+        by_text: Control tokens by their text.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        tokenizer = tokenizer_of(processor)
+        template = chat_template_of(processor)
+        names = {*dir(type(processor)), *vars(processor)}
+        media = {
+            value
+            for name in sorted(names)
+            if _MEDIA_ATTRIBUTES.search(name) and isinstance(value := getattr(processor, name, None), str)
+        }
+        self.by_text: dict[str, ControlToken] = {}
+        for identifier, token in tokenizer.added_tokens_decoder.items():
+            text = token.content
+            blank = not text.replace("▁", "").strip()
+            structural = token.special or text in media or text in template or _SHAPED.match(text)
+            if structural and not blank:
+                self.by_text[text] = ControlToken(text, identifier, token.lstrip, token.rstrip)
+        media_tokens = (getattr(processor, f"{modality}_token", None) for modality in ("image", "video", "audio"))
+        self._placeholders = [text for text in media_tokens if isinstance(text, str)]
+        known = sorted({*self.by_text, *self._placeholders}, key=len, reverse=True)
+        self._pattern = re.compile("|".join(re.escape(text) for text in known) or r"(?!)")
+
+    def parse(self, text: str, placeholders: bool) -> list[str | Block]:
+        """Splits control text into plain text and blocks; a run of one token is one block.
+
+        Args:
+            text: Text of a template or of a processor, never of a user.
+            placeholders: Whether a media token is the place of a medium or a plain id.
+        """
+        pieces: list[str | Block] = []
+        at = 0
+        for match in self._pattern.finditer(text):
+            found = match.group()
+            token = self.by_text.get(found)
+            place = placeholders and found in self._placeholders
+            if token is None and not place:
+                continue
+            if match.start() > at:
+                pieces.append(text[at : match.start()])
+            last = pieces[-1] if pieces and at == match.start() else None
+            at = match.end()
+            if place:
+                pieces.append(Block((), placeholder=found))
+            elif token is not None and isinstance(last, Block) and last.ids[-1:] == (token.id,):
+                pieces[-1] = Block((*last.ids, token.id), last.flags)
+            elif token is not None:
+                pieces.append(Block((token.id,), (token.lstrip, token.rstrip)))
+        return [*pieces, text[at:]] if at < len(text) else pieces
+
+
+class TextEncoder:
+    """Encodes runs of text and control tokens in one call, text never becoming control.
+
+    Args:
+        processor: The family's processor or tokenizer.
+        control: Its control tokens.
+    """
+
+    def __init__(self, processor: Any, control: ControlTokens) -> None:
+        from tokenizers import AddedToken, Tokenizer
+
+        controls = control.by_text
+        backend = tokenizer_of(processor).backend_tokenizer
+        spec = json.loads(backend.to_str())
+        spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in controls]
+        spec["post_processor"] = None
+        spec["truncation"] = spec["padding"] = None
+        self._clone = Tokenizer.from_str(json.dumps(spec))
+        self._control_ids = {token.id for token in controls.values()}
+        self.markers: dict[tuple[bool, bool], str] = {}
+        # Characters of a private-use plane, drawn anew each time, so no data can aim at them.
+        start = 0xF0000 + secrets.randbelow(0xF000)
+        flags = [(left, right) for left in (False, True) for right in (False, True)]
+        for offset, (left, right) in enumerate(flags):
+            marker = chr(start + offset)
+            self.markers[(left, right)] = marker
+            self._clone.add_special_tokens([AddedToken(marker, lstrip=left, rstrip=right, normalized=False)])
+        marker_ids = {self._clone.token_to_id(marker) for marker in self.markers.values()}
+        self._marker_ids = frozenset(marker_ids)
+        # Ids of the copy that differ from the real ones (kept added tokens may have moved).
+        self._moved: dict[int, int] = {}
+        for token in spec["added_tokens"]:
+            here = self._clone.token_to_id(token["content"])
+            if here != token["id"]:
+                self._moved[here] = token["id"]
+        self._hostile = re.compile("|".join(re.escape(m) for m in self.markers.values()))
+
+    def clean(self, text: str) -> bool:
+        """Says whether a text is free of the private markers."""
+        return self._hostile.search(text) is None
+
+    def encode(
+        self, text: str, blocks: Sequence[Sequence[int]]
+    ) -> tuple[list[int], list[tuple[int, int]], list[tuple[int, int]]] | None:
+        """Returns ids, the character span of each id, and the id span of each block.
+
+        Args:
+            text: Runs of text with one marker per block.
+            blocks: Ids that replace the markers, in order.
+
+        Returns:
+            None when the text alone produced a control id (the vocabulary itself holds it).
+        """
+        encoding = self._clone.encode(text, add_special_tokens=False)
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        places: list[tuple[int, int]] = []
+        following = iter(blocks)
+        for identifier, span in zip(encoding.ids, encoding.offsets, strict=True):
+            if identifier in self._marker_ids:
+                block = next(following)
+                places.append((len(ids), len(block)))
+                ids.extend(block)
+                spans.extend([span] * len(block))
+            else:
+                real = self._moved.get(identifier, identifier)
+                if real in self._control_ids:
+                    return None
+                ids.append(real)
+                spans.append(span)
+        return ids, spans, places

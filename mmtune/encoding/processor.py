@@ -1,0 +1,186 @@
+"""The model's processor or tokenizer, its fingerprint, and its padding token."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from mmtune.errors import CapabilityError, DataError, RecipeError
+
+
+def load_processor(path: str, *, revision: str | None = None, offline: bool = False) -> Any:
+    """Returns the processor of a model, or its tokenizer when it takes text only.
+
+    Args:
+        path: Model folder or hub id.
+        revision: Branch, tag or commit of a hub model.
+        offline: Use the local cache only.
+
+    Raises:
+        DataError: It asks to run code of its own.
+        CapabilityError: It is not at hand, or needs a library that is not installed.
+        RecipeError: The folder holds no processor or tokenizer.
+    """
+    from transformers import AutoProcessor
+
+    _refuse_own_code(Path(path))
+    options: dict[str, Any] = {
+        "revision": revision,
+        "local_files_only": offline,
+        "trust_remote_code": False,
+    }
+    try:
+        processor = AutoProcessor.from_pretrained(path, **options)
+    except ImportError as error:
+        if "torchvision" not in str(error).lower():
+            raise CapabilityError(
+                f"the processor of {path} needs a library that is not installed: {_first_line(error)}",
+                "install it with pip",
+                "missing_library",
+            ) from error
+        processor = _without_video(path, options, error)
+    except (OSError, ValueError, KeyError) as error:
+        raise RecipeError(
+            f"no processor or tokenizer can be loaded from {path}: {_first_line(error)}",
+            "set model.path to a folder that holds tokenizer.json (and preprocessor_config.json), or a hub id",
+            "processor_unavailable",
+        ) from error
+    return processor
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """Returns the tokenizer inside a processor, or the tokenizer itself."""
+    return getattr(processor, "tokenizer", processor)
+
+
+def pad_token_id(processor: Any) -> int:
+    """Returns the id that pads batches.
+
+    Padding is masked and bears no loss, so where the tokenizer names no padding token its end
+    token serves; the vocabulary is never resized for it.
+
+    Raises:
+        RecipeError: The tokenizer has neither a padding nor an end token.
+    """
+    tokenizer = tokenizer_of(processor)
+    for found in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if found is not None:
+            return int(found)
+    raise RecipeError(
+        "the tokenizer has neither a padding nor an end token",
+        "set pad_token in tokenizer_config.json of the model folder",
+        "no_pad_token",
+    )
+
+
+def processor_fingerprint(processor: Any) -> str:
+    """Returns a sha256 over everything of a processor that decides ids and pixels."""
+    tokenizer = tokenizer_of(processor)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = {
+        "class": type(processor).__name__,
+        "tokenizer": hashlib.sha256(backend.to_str().encode()).hexdigest() if backend else repr(tokenizer),
+        "template": chat_template_of(processor),
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+    }
+    for name in ("image_processor", "feature_extractor", "audio_processor", "video_processor"):
+        part = getattr(processor, name, None)
+        if part is not None and hasattr(part, "to_dict"):
+            parts[name] = part.to_dict()
+    if tokenizer is not processor:
+        parts["own"] = {k: v for k, v in vars(processor).items() if isinstance(v, int | float | str | bool)}
+        parts["own"].pop("chat_template", None)
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def chat_template_of(processor: Any) -> str:
+    """Returns the source text of the chat template.
+
+    Raises:
+        RecipeError: There is none.
+    """
+    found = getattr(processor, "chat_template", None)
+    if found is None:
+        found = getattr(tokenizer_of(processor), "chat_template", None)
+    if isinstance(found, dict):
+        found = found.get("default")
+    if not found:
+        raise RecipeError(
+            "the model has no chat template, so conversations cannot be written for it",
+            "choose an instruction-tuned variant, or put a chat_template.jinja into the model folder",
+            "no_chat_template",
+        )
+    return str(found)
+
+
+def _refuse_own_code(folder: Path) -> None:
+    for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        file = folder / name
+        if file.is_file():
+            try:
+                values = json.loads(file.read_text("utf-8"))
+            except ValueError as error:
+                raise DataError(f"{file} is not valid JSON", "fetch the model again", "bad_processor") from error
+            if isinstance(values, dict) and values.get("auto_map"):
+                raise DataError(
+                    f"{file} asks to run code of its own (auto_map)",
+                    "use a model whose classes are part of transformers",
+                    "remote_code_refused",
+                )
+
+
+def _without_video(path: str, options: dict[str, Any], error: ImportError) -> Any:
+    """Returns a processor without its video part, which torchvision would be needed for."""
+    import transformers
+    from transformers import AutoImageProcessor, AutoTokenizer, ProcessorMixin
+
+    values = ProcessorMixin.get_processor_dict(path, **options)[0]
+    name = values.get("processor_class") or ""
+    cls = getattr(transformers, name, None)
+    if not name:
+        image = transformers.image_processing_base.ImageProcessingMixin.get_image_processor_dict(path, **options)[0]
+        cls = getattr(transformers, image.get("processor_class") or "", None)
+    if cls is None or "video_processor" not in cls.get_attributes():
+        raise CapabilityError(
+            f"the processor of {path} needs torchvision", "pip install torchvision", "missing_torchvision"
+        ) from error
+    parts: dict[str, Any] = {"tokenizer": AutoTokenizer.from_pretrained(path, **options)}
+    if "image_processor" in cls.get_attributes():
+        parts["image_processor"] = AutoImageProcessor.from_pretrained(path, **options)
+    if "feature_extractor" in cls.get_attributes():
+        parts["feature_extractor"] = transformers.AutoFeatureExtractor.from_pretrained(path, **options)
+    return without_video(cls, values, **parts)
+
+
+def without_video(cls: Any, values: dict[str, Any], **parts: Any) -> Any:
+    """Returns a processor of a class whose video part is left out.
+
+    Args:
+        cls: A transformers processor class with a ``video_processor``.
+        values: Its saved settings.
+        parts: Tokenizer and the other sub-processors.
+    """
+
+    def check(self: Any, name: str, part: Any) -> Any:
+        return None if part is None else cls.check_argument_for_proper_class(self, name, part)
+
+    # transformers checks every part's class; a missing video part is the one exception made here.
+    lenient = type(cls.__name__, (cls,), {"check_argument_for_proper_class": check})
+    known = {key: value for key, value in values.items() if key in _init_names(cls)}
+    known.setdefault("chat_template", getattr(parts["tokenizer"], "chat_template", None))
+    return lenient(video_processor=None, **parts, **known)
+
+
+def _init_names(cls: Any) -> set[str]:
+    import inspect
+
+    attributes = set(cls.get_attributes())
+    return {name for name in inspect.signature(cls.__init__).parameters if name not in attributes} - {"self", "kwargs"}
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__

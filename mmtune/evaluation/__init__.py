@@ -1,0 +1,146 @@
+"""Predictions to scores: generation, metrics by name, and how sure the numbers are."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mmtune.errors import RecipeError
+from mmtune.evaluation.caption import cider, corpus_bleu, rouge_l
+from mmtune.evaluation.text import (
+    accuracy,
+    character_errors,
+    exact_match,
+    relaxed_accuracy,
+    token_f1,
+    word_errors,
+)
+from mmtune.evaluation.vqa import vqa_accuracy
+
+METRICS: dict[str, Callable[[str, Sequence[str], Sequence[str]], float]] = {
+    "vqa_accuracy": vqa_accuracy,
+    "exact_match": exact_match,
+    "accuracy": accuracy,
+    "relaxed_accuracy": relaxed_accuracy,
+    "token_f1": token_f1,
+    "rouge_l": rouge_l,
+}
+"""Name to ``(prediction, references, options) -> 0..100`` of one answer; the score is the mean."""
+
+ERROR_RATES: dict[str, Callable[[str, Sequence[str]], tuple[int, int]]] = {
+    "wer": word_errors,
+    "cer": character_errors,
+}
+"""Name to ``(prediction, references) -> (errors, length)``; lower is better, summed over the rows."""
+
+CORPUS_METRICS: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], list[float]]] = {"cider": cider}
+"""Name to ``(predictions, references) -> one value per row`` where a row's value depends on all references."""
+
+NORMALISERS: dict[str, str] = {
+    "vqa_accuracy": "VQA v2 official",
+    "exact_match": "SQuAD v2",
+    "accuracy": "case and outer punctuation",
+    "relaxed_accuracy": "ChartQA 5 %",
+    "token_f1": "SQuAD v2",
+    "rouge_l": "lower-case words",
+    "cider": "lower-case words",
+    "bleu": "lower-case words",
+    "wer": "case-folded words",
+    "cer": "case-folded words",
+}
+"""Metric to what is stripped or forgiven before texts are compared."""
+
+TASK_METRICS: dict[str, tuple[str, ...]] = {
+    "caption": ("cider", "rouge_l"),
+    "instruction": ("token_f1",),
+    "conversation": ("token_f1",),
+}
+"""Metrics of tasks whose examples name none."""
+
+NAMES = (*METRICS, *ERROR_RATES, *CORPUS_METRICS)
+"""Every metric that gives one value per row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One metric over some rows, as values and weights whose ratio of sums is the score.
+
+    Attributes:
+        values: ``(N,)`` in percent of the weight.
+        weights: ``(N,)``; 1 for a mean, the reference's length for an error rate.
+    """
+
+    name: str
+    values: np.ndarray
+    weights: np.ndarray
+    higher_is_better: bool
+
+    @property
+    def score(self) -> float:
+        """The score of all rows together."""
+        total = self.weights.sum()
+        return float(self.values.sum() / total) if total else 0.0
+
+
+def check_metric(name: str) -> None:
+    """Raises RecipeError with the nearest name unless a metric is known."""
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, [*NAMES, "vqa"], 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise RecipeError(f"unknown metric {name!r}", f"{hint}metrics: {', '.join(NAMES)}", "unknown_metric")
+
+
+def measure(
+    name: str,
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    options: Sequence[Sequence[str]] | None = None,
+) -> Measured:
+    """Returns a metric's value for every row.
+
+    Raises:
+        RecipeError: There is no such metric.
+    """
+    check_metric(name)
+    if name in ERROR_RATES:
+        pairs = [ERROR_RATES[name](text, wanted) for text, wanted in zip(predictions, references, strict=True)]
+        counts = np.asarray(pairs, dtype=np.float64).reshape(-1, 2)
+        return Measured(name, 100.0 * counts[:, 0], counts[:, 1], False)
+    if name in CORPUS_METRICS:
+        values = CORPUS_METRICS[name](predictions, references)
+    else:
+        choices = options if options is not None else [()] * len(predictions)
+        rows = zip(predictions, references, choices, strict=True)
+        values = [METRICS[name](text, wanted, choice) for text, wanted, choice in rows]
+    return Measured(name, np.asarray(values, dtype=np.float64), np.ones(len(values)), True)
+
+
+def metrics_of(task: str, metric: str, chosen: Sequence[str] | None) -> tuple[str, ...]:
+    """Returns the metrics that an example is scored with.
+
+    Args:
+        task: The example's task.
+        metric: The metric that the example names; ``none`` or empty when it names none.
+        chosen: Metrics that the recipe asks for, or None for each task's own.
+    """
+    if chosen is not None:
+        return tuple(chosen)
+    return (metric,) if metric and metric != "none" else TASK_METRICS.get(task, ())
+
+
+__all__ = [
+    "CORPUS_METRICS",
+    "ERROR_RATES",
+    "METRICS",
+    "NAMES",
+    "NORMALISERS",
+    "TASK_METRICS",
+    "Measured",
+    "check_metric",
+    "corpus_bleu",
+    "measure",
+    "metrics_of",
+]

@@ -1,0 +1,1 @@
+"""Media files: safe paths, header probe, decoding."""

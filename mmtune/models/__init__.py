@@ -1,0 +1,1 @@
+"""Models as tensors: loading, towers, adapters. Knows no recipe and no dataset."""

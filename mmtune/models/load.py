@@ -1,0 +1,177 @@
+"""A model folder or hub id to a transformers model, and an adapter folder onto it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmtune.errors import CapabilityError, DataError, IntegrityError, RecipeError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+# A config.json that names any of these wants code of its own to run.
+_CODE_KEYS = ("auto_map", "_attn_implementation_internal", "kernel_config")
+
+
+def load_config(path: str, *, revision: str | None = None, offline: bool = False) -> PretrainedConfig:
+    """Returns the model's config, refusing one that wants to run code of its own.
+
+    Raises:
+        DataError: The config asks for remote code.
+        CapabilityError: A hub model is not at hand.
+        RecipeError: There is no such folder, or no config in it.
+    """
+    from transformers import AutoConfig
+
+    folder = Path(path)
+    if folder.is_dir():
+        file = folder / "config.json"
+        if not file.is_file():
+            raise RecipeError(f"{folder} has no config.json", "set model.path to a model folder or a hub id")
+        try:
+            values = json.loads(file.read_text("utf-8"))
+        except ValueError as error:
+            raise IntegrityError(f"{file} is not valid JSON", "fetch the model again") from error
+        asked = [key for key in _CODE_KEYS if values.get(key)]
+        if asked:
+            raise DataError(
+                f"{file} asks to run code of its own ({', '.join(asked)})",
+                "use a model whose classes are part of transformers",
+                "remote_code_refused",
+            )
+    elif path.startswith((".", "/", "~")):
+        raise RecipeError(f"the model folder {path} is not there", "check model.path in the recipe", "model_missing")
+    try:
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False, local_files_only=offline)
+    except (OSError, ValueError) as error:
+        raise _not_at_hand(path, error) from error
+
+
+def _not_at_hand(path: str, error: Exception) -> CapabilityError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return CapabilityError(
+        f"the model {path!r} cannot be loaded: {first}",
+        "check the name and the network, or set model.path to a folder on this machine",
+        "model_unavailable",
+    )
+
+
+def model_class(config: PretrainedConfig) -> Any:
+    """Returns the transformers class that the config names, or the fitting Auto class."""
+    import transformers
+
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if found is not None and hasattr(found, "generate"):
+            return found
+    for auto in ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForCausalLM"):
+        cls = getattr(transformers, auto, None)
+        if cls is not None and type(config) in cls._model_mapping:
+            return cls._model_mapping[type(config)]
+    raise CapabilityError(
+        f"no generating model class is known for the model type {config.model_type!r}",
+        "upgrade transformers, or choose another model",
+        "model_unsupported",
+    )
+
+
+def load_model(
+    path: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    attn: str = "auto",
+    offline: bool = False,
+    random_weights: bool = False,
+) -> PreTrainedModel:
+    """Returns the model in evaluation mode, on the CPU.
+
+    Args:
+        path: Folder or hub id.
+        revision: Branch, tag or commit of a hub model.
+        dtype: Type of the weights; None keeps fp32.
+        attn: ``auto`` or the name of an attention kernel.
+        offline: Never reach for the network.
+        random_weights: Build from the config alone (a baseline).
+
+    Raises:
+        DataError: Only pickled weights are there, or remote code is asked for.
+        CapabilityError: The model is not at hand or its class is unknown.
+        IntegrityError: Weights are missing, damaged or of another shape.
+    """
+    import torch
+
+    config = load_config(path, revision=revision, offline=offline)
+    cls = model_class(config)
+    if attn != "auto":
+        config._attn_implementation = attn
+    if random_weights:
+        return cls(config).to(dtype or torch.float32).eval()
+    folder = Path(path)
+    if folder.is_dir() and not list(folder.glob("*.safetensors")):
+        pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+        reason = "only pickled weights, which can run code" if pickled else "no weights"
+        raise DataError(
+            f"{folder} holds {reason}", "convert them to safetensors", "pickle_refused" if pickled else "no_weights"
+        )
+    try:
+        model, info = cls.from_pretrained(
+            path,
+            config=config,
+            revision=revision,
+            dtype=dtype or torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=offline,
+            output_loading_info=True,
+        )
+    except OSError as error:
+        raise _not_at_hand(path, error) from error
+    except (RuntimeError, ValueError) as error:
+        raise IntegrityError(
+            f"the weights of {path} do not fit its config: {str(error).splitlines()[0]}", "fetch the model again"
+        ) from error
+    missing = sorted(info.get("missing_keys") or ())
+    if missing:
+        raise IntegrityError(
+            f"{path} lacks {len(missing)} weights, such as {missing[0]}", "fetch the model again", "missing_weights"
+        )
+    return model.eval()
+
+
+def load_tuned(base: str, folder: Path, **settings: Any) -> PreTrainedModel:
+    """Returns the tuned model: the base with its adapter, or the folder's own full weights.
+
+    Args:
+        base: Folder or hub id of the base model.
+        folder: ``adapter/``: a PEFT folder, or a whole model after full tuning.
+        settings: Passed on to ``load_model``.
+
+    Raises:
+        IntegrityError: The adapter's weights do not fit the base.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        return load_model(str(folder), **{**settings, "revision": None})
+    from peft import PeftModel
+    from safetensors import safe_open
+
+    model = load_model(base, **settings)
+    try:
+        tuned = PeftModel.from_pretrained(model, str(folder))
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise IntegrityError(f"{folder} does not fit {base}: {str(error).splitlines()[0]}", "tune it again") from error
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        stored = set(file.keys())
+    present = {name.replace(".default.", ".") for name, _ in tuned.named_parameters() if ".default." in name}
+    present |= {name.replace("lora_magnitude_vector.default.weight", "lora_magnitude_vector") for name in present}
+    unexpected = sorted(stored - present)
+    if unexpected and not any("lora_magnitude_vector" in name for name in unexpected):
+        raise IntegrityError(
+            f"{folder} has {len(unexpected)} weights with no place in {base}, such as {unexpected[0]}",
+            "tune again from this base",
+            "adapter_mismatch",
+        )
+    return tuned.eval()

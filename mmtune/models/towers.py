@@ -1,0 +1,164 @@
+"""Which parameters belong to which tower: vision, audio, projector, llm.
+
+transformers names the parts of its multimodal models alike within a few words; the first
+pattern that matches a parameter's dotted name decides, and the rest is the language model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mmtune.errors import RecipeError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+TOWERS = ("llm", "projector", "vision", "audio")
+
+# Order matters: a projector may sit inside a tower's module (Qwen's `visual.merger`).
+_PATTERNS: tuple[tuple[str, str], ...] = (
+    (
+        "projector",
+        r"multi_?modal_projector|connector|merger(_list)?|aligner|mlp1|embed_vision|embed_audio|audio_projector"
+        r"|img_projection|image_newline|up_proj_for_(speech|vision_speech)|down_proj_for_(speech|vision_speech)"
+        r"|qformer|resampler|perceiver",
+    ),
+    ("audio", r"audio_tower|audio_model|audio_encoder|audio_embed|speech_encoder|encoder_audio"),
+    ("vision", r"vision_tower|vision_model|visual|vision_encoder|image_encoder|image_embed|vision_embed_tokens"),
+)
+_COMPILED = tuple((tower, re.compile(rf"(^|\.)({pattern})(\.|$)")) for tower, pattern in _PATTERNS)
+
+
+def tower_of(name: str) -> str:
+    """Returns the tower of a parameter or module by its dotted name."""
+    clean = name.replace("base_model.model.", "", 1)
+    return next((tower for tower, pattern in _COMPILED if pattern.search(clean)), "llm")
+
+
+@dataclass(frozen=True, slots=True)
+class TowerRow:
+    """One line of the table that is shown before training.
+
+    Attributes:
+        state: ``lora``, ``full``, ``frozen`` or ``absent``.
+    """
+
+    tower: str
+    state: str
+    parameters: int
+    trainable: int
+
+
+def check_towers(model: nn.Module, train: Iterable[str]) -> None:
+    """Raises RecipeError when a tower to train does not exist in the model."""
+    present = {tower_of(name) for name, _ in model.named_parameters()}
+    for tower in train:
+        if tower not in present:
+            raise RecipeError(
+                f"finetune.train names the tower `{tower}`, which this model does not have",
+                f"it has: {', '.join(t for t in TOWERS if t in present)}",
+                "no_such_tower",
+            )
+
+
+def tower_table(model: nn.Module) -> list[TowerRow]:
+    """Returns parameters and trainable parameters per tower, adapters counted to their tower."""
+    total = dict.fromkeys(TOWERS, 0)
+    trainable = dict.fromkeys(TOWERS, 0)
+    adapted = dict.fromkeys(TOWERS, False)
+    for name, parameter in model.named_parameters():
+        tower = tower_of(name)
+        total[tower] += parameter.numel()
+        if parameter.requires_grad:
+            trainable[tower] += parameter.numel()
+            adapted[tower] |= ".lora_" in name
+    rows = []
+    for tower in TOWERS:
+        state = "absent" if not total[tower] else "frozen"
+        if trainable[tower]:
+            state = "lora" if adapted[tower] else "full"
+        rows.append(TowerRow(tower, state, total[tower], trainable[tower]))
+    return rows
+
+
+def linear_names(model: nn.Module, towers: Iterable[str], targets: Iterable[str] | None) -> list[str]:
+    """Returns the full names of the linear layers to adapt, sorted.
+
+    Args:
+        model: The base model.
+        towers: Towers that train.
+        targets: Last parts of module names, or None for every linear layer but the output head.
+
+    Raises:
+        RecipeError: Nothing matches, or one of the targets matches nothing.
+    """
+    import difflib
+
+    from torch import nn
+
+    wanted, found, known = set(towers), [], set()
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    names = None if targets is None else list(targets)
+    matched: set[str] = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or tower_of(name) not in wanted:
+            continue
+        known.add(name.rsplit(".", 1)[-1])
+        if names is None:
+            if module is not head:
+                found.append(name)
+        else:
+            hits = [target for target in names if name == target or name.endswith(f".{target}")]
+            matched.update(hits)
+            if hits:
+                found.append(name)
+    lost = [] if names is None else [target for target in names if target not in matched]
+    if lost or not found:
+        what = f"finetune.lora.targets: {', '.join(lost)} matches no linear layer" if lost else "no linear layer to adapt"
+        near = difflib.get_close_matches(lost[0], sorted(known), n=3) if lost else []
+        hint = f"near: {', '.join(near)}" if near else f"there are: {', '.join(sorted(known))}"
+        raise RecipeError(f"{what} in {', '.join(sorted(wanted))}", hint, "no_targets")
+    return sorted(found)
+
+
+def fingerprints(model: nn.Module) -> dict[str, bytes]:
+    """Returns a digest per parameter, to see after a step what moved."""
+    return {name: _digest(parameter) for name, parameter in model.named_parameters()}
+
+
+def _digest(parameter: torch.Tensor) -> bytes:
+    import torch
+
+    flat = parameter.detach().reshape(-1)
+    if flat.device.type == "cpu":
+        return hashlib.blake2b(flat.contiguous().view(torch.uint8).numpy().tobytes(), digest_size=16).digest()
+    # On an accelerator a checksum of the bits is enough and stays there.
+    return str(flat.view(torch.int16 if flat.element_size() == 2 else torch.int32).sum(dtype=torch.int64).item()).encode()
+
+
+def moved_towers(
+    before: Mapping[str, bytes], model: nn.Module
+) -> tuple[set[str], set[str], list[str]]:
+    """Compares with an earlier ``fingerprints``.
+
+    Returns:
+        Towers of which a trainable parameter moved, towers of which none did although some
+        are trainable, and names of frozen parameters that moved.
+    """
+    moved: set[str] = set()
+    trainable: set[str] = set()
+    wrong: list[str] = []
+    for name, parameter in model.named_parameters():
+        changed = _digest(parameter) != before[name]
+        if parameter.requires_grad:
+            trainable.add(tower_of(name))
+            if changed:
+                moved.add(tower_of(name))
+        elif changed:
+            wrong.append(name)
+    return moved, trainable - moved, wrong

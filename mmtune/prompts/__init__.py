@@ -1,0 +1,1 @@
+"""Records to Examples: templates and the instruction schema."""

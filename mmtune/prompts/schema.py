@@ -1,0 +1,153 @@
+"""The one Arrow schema of instructions/, and an Example to a row and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from mmtune.records import MODALITIES, Example, Medium, Message, Modality, Part, TextPart, ToolCall
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+COLUMN: dict[Modality, str] = {"image": "images", "audio": "audios", "video": "videos"}
+"""Modality to the column that holds its media, in reading order."""
+
+
+def instructions_schema() -> pa.Schema:
+    """Returns the schema of ``instructions/<split>``, the same whatever the data are."""
+    import pyarrow as pa
+
+    text, texts = pa.string(), pa.list_(pa.string())
+    part = pa.struct([("type", text), ("text", text)])
+    message = pa.struct(
+        [
+            ("role", text),
+            ("content", pa.list_(part)),
+            ("reasoning", text),
+            ("tool_calls", text),
+            ("name", text),
+            ("train", pa.bool_()),
+        ]
+    )
+    medium = pa.struct(
+        [
+            ("path", text),
+            ("bytes", pa.binary()),
+            ("size_bytes", pa.int64()),
+            ("sha256", text),
+            ("width", pa.int32()),
+            ("height", pa.int32()),
+            ("frames", pa.int32()),
+            ("fps", pa.float32()),
+            ("sample_rate_hz", pa.int32()),
+            ("seconds", pa.float32()),
+        ]
+    )
+    names = ("id", "source", "task", "split", "metric", "template_id", "group", "tools", "metadata")
+    return pa.schema(
+        [
+            *((name, text) for name in names),
+            ("messages", pa.list_(message)),
+            *((COLUMN[modality], pa.list_(medium)) for modality in MODALITIES),
+            ("references", texts),
+            ("options", texts),
+            ("exemplar_ids", texts),
+        ]
+    )
+
+
+def example_to_row(example: Example) -> dict[str, Any]:
+    """Returns the row of an Example; ``fps`` and ``seconds`` keep 32 bits."""
+    media: dict[Modality, list[dict[str, Any]]] = {modality: [] for modality in MODALITIES}
+    for medium in example.media:
+        media[medium.modality].append(_medium_to_row(medium))
+    return {
+        "id": example.id,
+        "source": example.source,
+        "task": example.task,
+        "split": example.split,
+        "metric": example.metric,
+        "template_id": example.template_id,
+        "group": example.group,
+        "tools": example.tools,
+        "metadata": json.dumps(dict(example.metadata), ensure_ascii=False),
+        "messages": [_message_to_row(message) for message in example.messages],
+        **{COLUMN[modality]: media[modality] for modality in MODALITIES},
+        "references": list(example.references),
+        "options": list(example.options),
+        "exemplar_ids": list(example.exemplar_ids),
+    }
+
+
+def row_to_example(row: Mapping[str, Any]) -> Example:
+    """Returns the Example that a row was made from."""
+    media = {
+        modality: iter([_row_to_medium(modality, item) for item in row[COLUMN[modality]]]) for modality in MODALITIES
+    }
+    return Example(
+        id=row["id"],
+        source=row["source"],
+        task=row["task"],
+        split=row["split"],
+        messages=tuple(_row_to_message(message, media) for message in row["messages"]),
+        references=tuple(row["references"]),
+        metric=row["metric"],
+        options=tuple(row["options"]),
+        template_id=row["template_id"],
+        exemplar_ids=tuple(row["exemplar_ids"]),
+        group=row["group"],
+        tools=row["tools"],
+        metadata=json.loads(row["metadata"]),
+    )
+
+
+def _medium_to_row(medium: Medium) -> dict[str, Any]:
+    return {
+        "path": medium.path,
+        "bytes": medium.data,
+        "size_bytes": medium.size_bytes,
+        "sha256": medium.sha256,
+        "width": medium.width,
+        "height": medium.height,
+        "frames": medium.frames,
+        "fps": medium.fps,
+        "sample_rate_hz": medium.sample_rate_hz,
+        "seconds": medium.seconds,
+    }
+
+
+def _row_to_medium(modality: Modality, row: Mapping[str, Any]) -> Medium:
+    fields = {key: value for key, value in row.items() if key != "bytes"}
+    return Medium(modality=modality, data=row["bytes"], **fields)
+
+
+def _message_to_row(message: Message) -> dict[str, Any]:
+    calls = [{"name": call.name, "arguments": call.arguments} for call in message.tool_calls]
+    return {
+        "role": message.role,
+        "content": [
+            {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": part.modality, "text": None}
+            for part in message.parts
+        ],
+        "reasoning": message.reasoning,
+        "tool_calls": json.dumps(calls, ensure_ascii=False) if calls else "",
+        "name": message.name,
+        "train": message.train,
+    }
+
+
+def _row_to_message(row: Mapping[str, Any], media: Mapping[Modality, Any]) -> Message:
+    parts: list[Part] = [
+        TextPart(part["text"]) if part["type"] == "text" else next(media[part["type"]]) for part in row["content"]
+    ]
+    calls = json.loads(row["tool_calls"]) if row["tool_calls"] else []
+    return Message(
+        role=row["role"],
+        parts=tuple(parts),
+        reasoning=row["reasoning"],
+        tool_calls=tuple(ToolCall(call["name"], call["arguments"]) for call in calls),
+        name=row["name"],
+        train=row["train"],
+    )

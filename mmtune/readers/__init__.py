@@ -1,0 +1,53 @@
+"""Annotation files to Records: one module per format, each beginning with a true excerpt."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from importlib import import_module
+
+from mmtune.errors import RecipeError
+from mmtune.readers.source import SourceFiles
+from mmtune.records import MODALITIES, Modality, Record, Reject
+
+Reader = Callable[[SourceFiles], Iterator[Record | Reject]]
+
+READERS: dict[str, str] = {
+    "alpaca": "alpaca:read_alpaca",
+    "chartqa": "chartqa:read_chartqa",
+    "coco_captions": "coco_captions:read_coco_captions",
+    "coco_instances": "coco_instances:read_coco_instances",
+    "flickr30k": "flickr30k:read_flickr30k",
+    "folder": "folder:read_folder",
+    "hf": "hf:read_hf",
+    "llava": "llava:read_llava",
+    "messages": "messages:read_messages",
+    "sharegpt": "sharegpt:read_sharegpt",
+    "table": "table:read_table",
+    "vqa_v2": "vqa_v2:read_vqa_v2",
+}
+"""Reader name to ``module:function``; a module is imported when a recipe uses it."""
+
+_IMAGES_ONLY = ("chartqa", "coco_captions", "coco_instances", "flickr30k", "vqa_v2")
+
+
+def modalities_of(name: str) -> tuple[Modality, ...]:
+    """Returns the kinds of media that a reader's files can name."""
+    return ("image",) if name in _IMAGES_ONLY else MODALITIES
+
+
+def find_reader(name: str) -> Reader:
+    """Returns the reader of a format.
+
+    Raises:
+        RecipeError: There is no such reader.
+    """
+    if name not in READERS:
+        near = difflib.get_close_matches(name, READERS, n=1)
+        guess = f"did you mean {near[0]!r}? " if near else ""
+        raise RecipeError(
+            f"there is no reader {name!r}", f"{guess}readers: {', '.join(sorted(READERS))}", "unknown_reader"
+        )
+    module, function = READERS[name].split(":")
+    reader: Reader = getattr(import_module(f"mmtune.readers.{module}"), function)
+    return reader

@@ -1,0 +1,178 @@
+"""What the conversation formats share: roles, placeholders, and when a conversation is usable."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmtune.readers.fields import as_object, kind, media_of, record_id, scalar_text
+from mmtune.readers.source import Refused, Row, SourceFiles
+from mmtune.records import MODALITIES, Medium, Message, Modality, Part, Record, Role, TextPart, ToolCall
+
+ROLE_NAMES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
+"""Role names of the formats to ours."""
+
+PLACEHOLDER = re.compile(r"<(image|audio|video)>")
+_MEDIA_KEYS: dict[Modality, tuple[str, ...]] = {
+    "image": ("images", "image"),
+    "audio": ("audios", "audio"),
+    "video": ("videos", "video"),
+}
+
+
+def role_of(value: Any, pointer: str) -> Role:
+    """Returns our role for a format's role name."""
+    if not isinstance(value, str) or value not in ROLE_NAMES:
+        said = repr(value) if isinstance(value, str) else kind(value)
+        raise Refused("bad_field", f"{pointer}: unknown role {said}; known: {', '.join(sorted(ROLE_NAMES))}")
+    return ROLE_NAMES[value]
+
+
+def media_columns(source: SourceFiles, row: Mapping[str, Any]) -> dict[Modality, list[Medium]]:
+    """Returns the media that a row lists beside its turns, by modality."""
+    strip = str(source.columns.get("strip", ""))
+    found: dict[Modality, list[Medium]] = {}
+    for modality in MODALITIES:
+        named = source.columns.get(f"{modality}s", source.columns.get(modality))
+        keys = (str(named),) if named is not None else _MEDIA_KEYS[modality]
+        found[modality] = [
+            medium for key in keys if key in row for medium in media_of(row[key], modality, f"/{key}", strip)
+        ]
+    return found
+
+
+class Placeholders:
+    """Puts a row's media where its ``<image>``, ``<audio>`` and ``<video>`` stand.
+
+    A placeholder in the user's and the tools' turns is one medium; the same characters in a
+    system or assistant turn are text. The line break that formats put beside a placeholder
+    belongs to it and is dropped.
+    """
+
+    def __init__(self, media: Mapping[Modality, Sequence[Medium]]) -> None:
+        self._media = media
+        self._used: dict[Modality, int] = dict.fromkeys(MODALITIES, 0)
+
+    def parts(self, text: str) -> tuple[Part, ...]:
+        """Returns text and media of one turn in reading order."""
+        parts: list[Part] = []
+        pieces = PLACEHOLDER.split(text)
+        for at, piece in enumerate(pieces):
+            if at % 2 == 0:
+                words = piece.removeprefix("\n") if at > 0 else piece
+                words = words.removesuffix("\n") if at < len(pieces) - 1 else words
+                if words:
+                    parts.append(TextPart(words))
+            else:
+                modality: Modality = piece  # type: ignore[assignment]
+                if self._used[modality] < len(self._media[modality]):
+                    parts.append(self._media[modality][self._used[modality]])
+                self._used[modality] += 1
+        return tuple(parts)
+
+    def check(self) -> None:
+        """Raises Refused when placeholders and media are not as many."""
+        for modality in MODALITIES:
+            placeholders, media = self._used[modality], len(self._media[modality])
+            if placeholders != media:
+                raise Refused(
+                    "media_mismatch", f"{placeholders} <{modality}> placeholders but {media} {modality} file(s)"
+                )
+
+
+def tool_calls_of(value: Any, pointer: str) -> tuple[ToolCall, ...]:
+    """Returns the calls of ``{"name", "arguments"}`` or OpenAI's ``{"function": ...}``, a list, or their JSON text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise Refused("bad_field", f"{pointer}: a tool call is not valid JSON") from error
+    calls = value if isinstance(value, list) else [value]
+    out = []
+    for at, call in enumerate(calls):
+        inner = as_object(call, f"{pointer}/{at}")
+        inner = as_object(inner.get("function", inner), f"{pointer}/{at}/function")
+        name, arguments = inner.get("name"), inner.get("arguments", {})
+        if not isinstance(name, str) or not name:
+            raise Refused("bad_field", f"{pointer}/{at}/name: expected a string, found {kind(name)}")
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        out.append(ToolCall(name, text))
+    return tuple(out)
+
+
+def tools_text(value: Any) -> str:
+    """Returns the tool schemas of a row as JSON text, empty for none."""
+    if value is None or value == "" or value == []:
+        return ""
+    if isinstance(value, str):
+        try:
+            listed = json.loads(value)
+        except ValueError as error:
+            raise Refused("bad_field", "/tools: not valid JSON") from error
+    else:
+        listed = value
+    if not isinstance(listed, list):
+        raise Refused("bad_field", f"/tools: expected a list, found {kind(listed)}")
+    return json.dumps(listed, ensure_ascii=False) if listed else ""
+
+
+def check_turns(messages: Sequence[Message], pointer: str) -> None:
+    """Raises Refused when a conversation cannot be taught."""
+    if not messages:
+        raise Refused("no_target", f"{pointer}: the conversation is empty")
+    for at, message in enumerate(messages):
+        if message.role == "system" and at > 0:
+            twice = "a second system turn" if messages[0].role == "system" else "a system turn after the first turn"
+            raise Refused("bad_field", f"{pointer}/{at}: {twice}")
+        if message.role == "assistant" and not message.text.strip() and not message.tool_calls and not message.media:
+            raise Refused("empty_answer", f"{pointer}/{at}: the assistant's turn is empty")
+    if not any(message.role == "assistant" and message.train for message in messages):
+        raise Refused("no_target", f"{pointer}: no assistant turn to learn from")
+
+
+def conversation(
+    source: SourceFiles,
+    row: Row,
+    messages: Sequence[Message],
+    *,
+    pointer: str,
+    own_id: Any = None,
+    tools: str = "",
+    metadata: Mapping[str, str] | None = None,
+) -> Record:
+    """Returns the Record of a ready conversation, after checking that it can be taught."""
+    check_turns(messages, pointer)
+    return Record(
+        id=record_id(source, own_id, row),
+        source=source.id,
+        task="conversation",
+        split=source.split,
+        messages=tuple(messages),
+        tools=tools,
+        metadata=dict(metadata or {}),
+        where=row.where,
+    )
+
+
+def row_metadata(row: Mapping[str, Any], keys: Sequence[str]) -> dict[str, str]:
+    """Returns the scalar fields among ``keys`` as text, for grouping scores."""
+    return {
+        key: scalar_text(row[key], f"/{key}")
+        for key in keys
+        if isinstance(row.get(key), str | int | float) and row[key] != ""
+    }

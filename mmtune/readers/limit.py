@@ -1,0 +1,50 @@
+"""A part of a source that does not depend on its order: the items whose ids hash lowest."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections.abc import Callable, Iterable, Iterator
+
+from mmtune.records import Record, Reject
+
+
+def item_hash(item: Record | Reject) -> int:
+    """Returns a 64-bit hash of a record's id, or of where a reject stands."""
+    key = item.id if isinstance(item, Record) else f"{item.where}\0{item.reason}"
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+def take(read: Callable[[], Iterator[Record | Reject]], limit: int | None) -> Iterator[Record | Reject]:
+    """Yields at most ``limit`` items in the order of the file; a smaller limit gives a subset.
+
+    The source is read twice, so that only ``limit`` hashes are in memory.
+    """
+    if limit is None:
+        yield from read()
+        return
+    lowest: list[int] = []
+    for item in read():
+        value = -item_hash(item)
+        if len(lowest) < limit:
+            heapq.heappush(lowest, value)
+        elif value > lowest[0]:
+            heapq.heapreplace(lowest, value)
+    bound = -lowest[0] if lowest else -1
+    left = limit
+    for item in read():
+        if left and item_hash(item) <= bound:
+            left -= 1
+            yield item
+
+
+def cut(items: Iterable[Record | Reject], size: int) -> Iterator[list[Record | Reject]]:
+    """Yields the items in parts of one size, the last one shorter."""
+    part: list[Record | Reject] = []
+    for item in items:
+        part.append(item)
+        if len(part) == size:
+            yield part
+            part = []
+    if part:
+        yield part

@@ -1,0 +1,190 @@
+"""Chat messages with typed content parts, as Hugging Face, OpenAI and LLaMA-Factory v1 write them.
+
+One JSON object per line (or a JSON array of them)::
+
+    {"messages": [{"role": "user", "content": [
+                     {"type": "image_url", "value": "data/mllm_demo_data/1.jpg"},
+                     {"type": "text", "value": "Who are they?"}]},
+                  {"role": "assistant", "content": [
+                     {"type": "text", "value": "They're Kane and Gretzka from Bayern Munich."}],
+                   "loss_weight": 1.0}]}
+
+A part is text (``text`` or ``value``), an image (``{"type": "image", "image"|"path"|"url": ...}``
+or ``{"type": "image_url", "image_url": {"url": ...}}``), ``input_audio``, ``audio``, ``video``,
+``reasoning`` or ``tool_call``. A part that names no file takes the next of the row's ``images``,
+``audios`` or ``videos``. Content may be a plain string, whose ``<image>`` is just text.
+A pair of ``chosen_messages`` and ``rejected_messages`` is read as its chosen conversation; a row
+with ``label: false`` (KTO) is refused as ``not_preferred``.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mmtune.readers.conversation import (
+    conversation,
+    media_columns,
+    role_of,
+    row_metadata,
+    tool_calls_of,
+    tools_text,
+)
+from mmtune.readers.fields import as_list, as_object, as_text, kind, media_of, wrong
+from mmtune.readers.source import Refused, Row, SourceFiles, read_rows
+from mmtune.readers.strict_json import iter_items
+from mmtune.records import MODALITIES, Medium, Message, Modality, Part, Record, Reject, TextPart, ToolCall
+
+_PART_MODALITY: dict[str, Modality] = {
+    "image": "image",
+    "image_url": "image",
+    "input_image": "image",
+    "audio": "audio",
+    "audio_url": "audio",
+    "input_audio": "audio",
+    "video": "video",
+    "video_url": "video",
+}
+_TEXT_TYPES = ("text", "input_text", "output_text")
+
+
+def read_messages(source: SourceFiles) -> Iterator[Record | Reject]:
+    """Yields one conversation per row of a JSONL or JSON file."""
+    yield from read_rows(iter_items(source.file("path")), lambda row: [message_record(source, row)], source=source)
+
+
+def message_record(source: SourceFiles, row: Row) -> Record:
+    """Returns the conversation of one row."""
+    value = as_object(row.value)
+    if value.get("label") is False:
+        raise Refused("not_preferred", "/label: false; this answer is not one to learn")
+    named = source.columns.get("messages")
+    key = str(named) if named is not None else "messages"
+    if named is None and "messages" not in value:
+        key = next((name for name in ("chosen_messages", "conversation") if name in value), key)
+    if key not in value:
+        raise Refused("bad_field", f"/{key}: missing; the row has {', '.join(map(str, value)) or 'nothing'}")
+    turns = list(as_list(value[key], f"/{key}"))
+    if named is None and isinstance(value.get("chosen"), Mapping):
+        turns.append(value["chosen"])
+    queue = MediaQueue(media_columns(source, value), str(source.columns.get("strip", "")))
+    messages = [read_turn(turn, f"/{key}/{at}", queue) for at, turn in enumerate(turns)]
+    queue.check()
+    own = value.get(str(source.columns.get("id", "id")))
+    return conversation(
+        source,
+        row,
+        messages,
+        pointer=f"/{key}",
+        own_id=own if isinstance(own, str | int) else None,
+        tools=tools_text(value.get("tools")),
+        metadata=row_metadata(value, ("category", "type", "source")),
+    )
+
+
+class MediaQueue:
+    """The media listed beside the turns, taken one by one by parts that name no file."""
+
+    def __init__(self, media: Mapping[Modality, list[Medium]], strip: str) -> None:
+        self._media = media
+        self._used: dict[Modality, int] = dict.fromkeys(MODALITIES, 0)
+        self.strip = strip
+
+    def next(self, modality: Modality, pointer: str) -> Medium:
+        """Returns the next medium of a modality."""
+        at = self._used[modality]
+        self._used[modality] += 1
+        if at >= len(self._media[modality]):
+            raise Refused(
+                "media_mismatch",
+                f"{pointer}: part {at + 1} of type {modality} but {len(self._media[modality])} {modality} file(s)",
+            )
+        return self._media[modality][at]
+
+    def check(self) -> None:
+        """Raises Refused when some media were never shown."""
+        for modality in MODALITIES:
+            used, have = self._used[modality], len(self._media[modality])
+            if used != have:
+                raise Refused("media_mismatch", f"{used} {modality} part(s) but {have} {modality} file(s)")
+
+
+def read_turn(turn: Any, pointer: str, queue: MediaQueue) -> Message:
+    """Returns one message of a row."""
+    value = as_object(turn, pointer)
+    role = role_of(value.get("role"), f"{pointer}/role")
+    content = value.get("content")
+    parts: list[Part] = []
+    reasoning = value.get("reasoning_content") or value.get("reasoning") or ""
+    calls: list[ToolCall] = list(
+        tool_calls_of(value["tool_calls"], f"{pointer}/tool_calls") if value.get("tool_calls") else ()
+    )
+    if isinstance(content, str):
+        parts = [TextPart(content)] if content else []
+    elif isinstance(content, list):
+        for at, raw in enumerate(content):
+            part = as_object(raw, f"{pointer}/content/{at}")
+            kind_ = part.get("type")
+            if kind_ == "reasoning":
+                reasoning += as_text(_payload(part, "reasoning", "text"), f"{pointer}/content/{at}")
+            elif kind_ == "tool_call":
+                calls += tool_calls_of(_payload(part, "tool_call"), f"{pointer}/content/{at}")
+            else:
+                parts.append(_part(part, f"{pointer}/content/{at}", queue))
+    elif not (content is None and (calls or role == "assistant")):
+        raise wrong(f"{pointer}/content", "a string or a list", content)
+    weight = value.get("loss_weight", value.get("weight", 1.0))
+    if isinstance(weight, bool) or not isinstance(weight, int | float):
+        raise wrong(f"{pointer}/loss_weight", "a number", weight)
+    if weight not in (0, 1):
+        raise Refused("bad_field", f"{pointer}/loss_weight: {weight}; only 0 and 1 are read")
+    train = value.get("train", True)
+    name = value.get("name") or ""
+    return Message(
+        role=role,
+        parts=tuple(part for part in parts if not (isinstance(part, TextPart) and not part.text)),
+        reasoning=as_text(reasoning, f"{pointer}/reasoning"),
+        tool_calls=tuple(calls),
+        name=as_text(name, f"{pointer}/name"),
+        train=bool(train) and (weight == 1 or role != "assistant"),
+    )
+
+
+def _payload(part: Mapping[str, Any], *keys: str) -> Any:
+    for key in (*keys, "value"):
+        if part.get(key) is not None:
+            return part[key]
+    return None
+
+
+def _part(part: Mapping[str, Any], pointer: str, queue: MediaQueue) -> Part:
+    name = part.get("type")
+    if name in _TEXT_TYPES:
+        return TextPart(as_text(_payload(part, "text"), f"{pointer}/text"))
+    if name not in _PART_MODALITY:
+        said = repr(name) if isinstance(name, str) else kind(name)
+        raise Refused("bad_field", f"{pointer}/type: unknown part {said}")
+    modality = _PART_MODALITY[name]
+    payload = _payload(part, name, modality, "path", "url", "bytes")
+    if isinstance(payload, Mapping):
+        if "data" in payload:
+            return _inline(modality, payload["data"], f"{pointer}/{name}/data")
+        payload = payload.get("url", payload.get("path", payload))
+    if payload is None:
+        return queue.next(modality, pointer)
+    if isinstance(payload, str) and payload.startswith("data:"):
+        _, _, encoded = payload.partition(",")
+        return _inline(modality, encoded, pointer)
+    found = media_of(payload, modality, f"{pointer}/{name}", queue.strip)
+    if len(found) != 1:
+        raise Refused("bad_field", f"{pointer}: one medium per part is expected, found {len(found)}")
+    return found[0]
+
+
+def _inline(modality: Modality, encoded: Any, pointer: str) -> Medium:
+    try:
+        return Medium(modality, "", data=base64.b64decode(as_text(encoded, pointer), validate=True))
+    except (binascii.Error, ValueError) as error:
+        raise Refused("bad_field", f"{pointer}: not valid base64") from error

@@ -1,0 +1,104 @@
+r"""ShareGPT conversations, in the two spellings that LLaMA-Factory reads.
+
+A JSON array (or JSONL)::
+
+    [{"conversations": [
+        {"from": "human", "value": "I have chicken, bell peppers, and rice."},
+        {"from": "function_call",
+         "value": "{\"name\": \"search_recipes\", \"arguments\": {\"ingredients\": [\"chicken\"]}}"},
+        {"from": "observation", "value": "{\"recipes\": [...]}"},
+        {"from": "gpt", "value": "I found a recipe..."}],
+      "tools": "[{\"name\": \"search_recipes\", ...}]"},
+     {"messages": [{"content": "<video><audio>What is the video describing?", "role": "user"},
+                   {"content": "A girl who is drawing a picture of a guitar ...",
+                    "role": "assistant"}],
+      "videos": ["mllm_demo_data/4.mp4"], "audios": ["mllm_demo_data/4.mp3"]}]
+
+``<image>``, ``<video>`` and ``<audio>`` in the user's and the tools' turns stand for the files
+listed in ``images``, ``videos`` and ``audios``, in order. Preference files are read as what they
+prefer: ``chosen`` is the last answer (DPO); a row with ``label: false`` (KTO) is refused as
+``not_preferred``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mmtune.readers.conversation import (
+    Placeholders,
+    conversation,
+    media_columns,
+    role_of,
+    row_metadata,
+    tool_calls_of,
+    tools_text,
+)
+from mmtune.readers.fields import as_list, as_object, text_field
+from mmtune.readers.source import Refused, Row, SourceFiles, read_rows
+from mmtune.readers.strict_json import iter_items
+from mmtune.records import Message, Record, Reject, TextPart
+
+
+def read_sharegpt(source: SourceFiles) -> Iterator[Record | Reject]:
+    """Yields one conversation per row."""
+    yield from read_rows(iter_items(source.file("path")), lambda row: [sharegpt_record(source, row)], source=source)
+
+
+def sharegpt_record(source: SourceFiles, row: Row) -> Record:
+    """Returns the conversation of one row."""
+    value = as_object(row.value)
+    if value.get("label") is False:
+        raise Refused("not_preferred", "/label: false; this answer is not one to learn")
+    named = source.columns.get("messages")
+    key = (
+        str(named)
+        if named is not None
+        else next((name for name in ("conversations", "messages", "conversation") if name in value), "conversations")
+    )
+    if key not in value:
+        raise Refused("bad_field", f"/{key}: missing; the row has {', '.join(map(str, value)) or 'nothing'}")
+    turns = as_list(value[key], f"/{key}")
+    if "chosen" in value:
+        turns = [*turns, *(value["chosen"] if isinstance(value["chosen"], list) else [value["chosen"]])]
+    own = value.get(str(source.columns.get("id", "id")))
+    return conversation(
+        source,
+        row,
+        turns_of(turns, f"/{key}", value, source),
+        pointer=f"/{key}",
+        own_id=own if isinstance(own, str | int) else None,
+        tools=tools_text(value.get("tools")),
+        metadata=row_metadata(value, ("category", "type", "source")),
+    )
+
+
+def turns_of(turns: list[Any], pointer: str, row: Mapping[str, Any], source: SourceFiles) -> list[Message]:
+    """Returns the messages of a row whose media are marked by placeholders."""
+    placeholders = Placeholders(media_columns(source, row))
+    messages = [_system(row)] if _system_text(row) else []
+    for at, turn in enumerate(turns):
+        messages.append(_turn(as_object(turn, f"{pointer}/{at}"), f"{pointer}/{at}", placeholders))
+    placeholders.check()
+    return messages
+
+
+def _system_text(row: Mapping[str, Any]) -> str:
+    text = row.get("system") or row.get("system_prompt") or ""
+    return text if isinstance(text, str) else ""
+
+
+def _system(row: Mapping[str, Any]) -> Message:
+    return Message("system", (TextPart(_system_text(row)),))
+
+
+def _turn(turn: Mapping[str, Any], pointer: str, placeholders: Placeholders) -> Message:
+    from_key, text_key = ("from", "value") if "from" in turn or "value" in turn else ("role", "content")
+    raw_role = turn.get(from_key)
+    role = role_of(raw_role, f"{pointer}/{from_key}")
+    text = text_field(turn, text_key, pointer)
+    if raw_role == "function_call":
+        return Message("assistant", (), tool_calls=tool_calls_of(text, f"{pointer}/{text_key}"))
+    if role in ("user", "tool"):
+        return Message(role, placeholders.parts(text))
+    return Message(role, (TextPart(text),) if text else ())

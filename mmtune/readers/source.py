@@ -1,0 +1,132 @@
+"""What a reader is given, and the one way a row is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmtune.errors import DataError, RecipeError
+from mmtune.records import Modality, Record, Reject
+
+ColumnMap = Mapping[str, str | int | list[str | int]]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFiles:
+    """The files and choices of one raw dataset, paths absolute.
+
+    Attributes:
+        id: First part of every record's id.
+        split: ``train``, ``val`` or ``test``.
+        path: File or folder of single-file readers; a hub id for ``hf``.
+        questions: Questions file of ``vqa_v2``.
+        annotations: Annotation file of ``vqa_v2`` and the COCO readers.
+        images: Folder that image paths are relative to.
+        audios: Folder that audio paths are relative to.
+        videos: Folder that video paths are relative to.
+        columns: Our name to the file's column name, index or template.
+        tasks: Keep only these tasks of a reader that makes several; empty keeps all.
+        name: Configuration of a hub dataset.
+        subset: The split to read of a hub dataset.
+        seed: For readers that draw (the negatives of ``coco_instances``).
+    """
+
+    id: str
+    split: str
+    path: Path | None = None
+    questions: Path | None = None
+    annotations: Path | None = None
+    images: Path | None = None
+    audios: Path | None = None
+    videos: Path | None = None
+    columns: ColumnMap = field(default_factory=dict)
+    tasks: tuple[str, ...] = ()
+    name: str | None = None
+    subset: str | None = None
+    seed: int = 0
+
+    def file(self, key: str) -> Path:
+        """Returns an input that the reader cannot do without.
+
+        Raises:
+            RecipeError: The recipe does not name it.
+            DataError: It is not there.
+        """
+        path: Path | None = getattr(self, key)
+        if path is None:
+            raise RecipeError(f"source {self.id!r} needs `{key}`", f"add `{key}: <file>` to that source", "missing_key")
+        if not path.exists():
+            raise DataError(
+                f"{path} is not there (`{key}` of source {self.id!r})",
+                "check the path; a relative one is relative to the recipe's folder",
+                "file_missing",
+            )
+        return path
+
+    def root(self, modality: Modality) -> Path:
+        """Returns the folder that this modality's paths are relative to."""
+        named = {"image": self.images, "audio": self.audios, "video": self.videos}[modality]
+        if named is not None:
+            return named
+        for path in (self.path, self.annotations, self.questions):
+            if path is not None:
+                return path if path.is_dir() else path.parent
+        return Path.cwd()
+
+    def wants(self, task: str) -> bool:
+        """Says whether records of a task are asked for."""
+        return not self.tasks or task in self.tasks
+
+
+class Refused(Exception):
+    """Raised inside a reader for one row; becomes a Reject, never reaches a caller."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One raw item of a file.
+
+    Attributes:
+        where: ``file:line`` or ``file#index``.
+        index: Its place among the items, blank lines not counted.
+        value: What was parsed.
+    """
+
+    where: str
+    index: int
+    value: Any
+
+
+def read_rows(
+    rows: Iterable[Row | Reject],
+    make: Callable[[Row], Iterable[Record]],
+    *,
+    source: SourceFiles,
+    what: Path | None = None,
+) -> Iterator[Record | Reject]:
+    """Yields the records of each row, or its Reject when ``make`` refuses it.
+
+    Raises:
+        DataError: There was no row at all (``empty_input``).
+    """
+    empty = True
+    for row in rows:
+        empty = False
+        if isinstance(row, Reject):
+            yield row
+            continue
+        try:
+            yield from make(row)
+        except Refused as refused:
+            yield Reject(row.where, f"{source.id}/{source.split}-{row.index}", refused.reason, refused.detail)
+    if empty:
+        raise DataError(
+            f"{what or source.path} holds no rows", "check the file; an empty source is never skipped", "empty_input"
+        )

@@ -1,0 +1,292 @@
+"""The recipe: every setting of a run, checked strictly. Its field docs are also the reference.
+
+Order of precedence: defaults < ``extends`` < recipe < environment (``MMTUNE_A__B``) <
+``--set a.b=c``. Loading the YAML text lives in ``recipe_text``; this file is the schema.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+SplitName = Literal["train", "val", "test"]
+Tower = Literal["llm", "projector", "vision", "audio"]
+Workers = Literal["auto"] | Annotated[int, Field(ge=1, le=256)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Model(Section):
+    """The model that is tuned."""
+
+    path: str
+    """Hub id, or a folder with config.json, safetensors, tokenizer and processor."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    attn: Literal["auto", "eager", "sdpa"] = "auto"
+    """Attention kernel; auto lets transformers choose."""
+
+
+class Source(Section):
+    """One raw dataset."""
+
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,80}$")]
+    """Short name, the first part of every example id."""
+    reader: str
+    """vqa_v2, coco_captions, coco_instances, flickr30k, chartqa, llava, sharegpt, messages, alpaca, table, folder, hf."""
+    split: SplitName = "train"
+    """Where its rows go."""
+    path: str | None = None
+    """The file or folder of single-file readers; a hub id for hf."""
+    questions: str | None = None
+    """Questions file of vqa_v2."""
+    annotations: str | None = None
+    """Annotation file of vqa_v2, coco_captions, coco_instances."""
+    images: str | None = None
+    """Folder that image paths are relative to; default: the annotation file's folder."""
+    audios: str | None = None
+    """Folder that audio paths are relative to."""
+    videos: str | None = None
+    """Folder that video paths are relative to."""
+    columns: dict[str, str | int | list[str | int]] = {}
+    """Column map of table, folder and hf: our name to the file's column name or index."""
+    tasks: tuple[str, ...] = ()
+    """Keep only these tasks of a reader that makes several."""
+    name: str | None = None
+    """Configuration name of a hub dataset."""
+    subset: str | None = None
+    """The split to read of a hub dataset (its own name for it)."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """At most this many rows, chosen by a hash of the id so that a smaller limit is a subset of a larger one."""
+    template: str | None = None
+    """Name of one template of the pool, instead of a draw per row."""
+
+
+class Build(Section):
+    """build-data: raw sources to instructions/."""
+
+    templates: Literal["pool", "first"] = "pool"
+    """pool draws a template per row from the task's pool; first always takes the first."""
+    system: str = ""
+    """System turn put before every question; empty for none."""
+    media: Literal["pointer", "embed"] = "pointer"
+    """pointer keeps paths; embed stores the bytes, for moving a dataset elsewhere."""
+    verify: Literal["decode", "header"] = "decode"
+    """decode reads each distinct medium whole once, header trusts its header."""
+    hash_media: bool = False
+    """Store the sha256 of every medium."""
+    max_image_pixels: Annotated[int, Field(ge=1)] = 89_000_000
+    """Larger images are refused from their header."""
+    max_audio_seconds: Annotated[float, Field(gt=0)] = 600.0
+    """Longer sounds are refused."""
+    max_video_seconds: Annotated[float, Field(gt=0)] = 600.0
+    """Longer videos are refused."""
+    max_drop_fraction: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Fail (exit 3) when a larger share of rows is refused."""
+    dedup: Literal["error", "first"] = "error"
+    """What to do with a second row of the same id."""
+    workers: Workers = "auto"
+    """Processes; the output does not depend on their number."""
+
+
+class Tokenize(Section):
+    """tokenize: instructions/ to tokens/."""
+
+    max_length: Annotated[int, Field(ge=8)] = 2048
+    """Longest row in tokens, media included."""
+    layout: Literal["tree", "rows"] = "tree"
+    """tree shares one prefix among the questions of one medium; rows keeps them apart."""
+    too_long: Literal["drop", "drop_turns"] = "drop"
+    """Over-long rows: dropped and counted, or lose whole early turns."""
+    video_frames: Annotated[int, Field(ge=1, le=768)] = 8
+    """Frames sampled evenly from a video."""
+    min_image_pixels: Annotated[int, Field(ge=1)] | None = None
+    """Lower pixel budget per image, for processors that resize by a budget."""
+    max_image_pixels: Annotated[int, Field(ge=1)] | None = None
+    """Upper pixel budget per image, for processors that resize by a budget."""
+    workers: Workers = "auto"
+    """Processes; the output does not depend on their number."""
+
+
+class Lora(Section):
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685)."""
+
+    r: Annotated[int, Field(ge=1)] = 16
+    """Rank."""
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """Scale; the update is multiplied by alpha / r."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input."""
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """all-linear, or module names such as [q_proj, v_proj], within the trained towers."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) (arXiv:2312.03732)."""
+    dora: bool = False
+    """Weight-decomposed adapters (arXiv:2402.09353)."""
+
+
+class Finetune(Section):
+    """finetune: tokens/ to adapter/."""
+
+    method: Literal["lora", "full"] = "lora"
+    """lora trains adapters; full trains the weights of the chosen towers."""
+    lora: Lora = Lora()
+    """Settings of the adapters."""
+    train: tuple[Tower, ...] = ("llm",)
+    """Towers that train: llm, projector, vision, audio."""
+    from_scratch: bool = False
+    """Ignore the pretrained weights and start from random ones (a baseline, not a way to work)."""
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the data; ignored when max_steps is given."""
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps."""
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 1.0e-4
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after warm-up."""
+    warmup: Annotated[float, Field(ge=0)] = 0.03
+    """Below 1 a share of the steps, else a number of steps."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW weight decay on matrices."""
+    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    """AdamW second moment decay."""
+    batch_rows: Annotated[int, Field(ge=1)] | None = None
+    """Rows per micro batch and process; batch_tokens alone decides when not given."""
+    batch_tokens: Annotated[int, Field(ge=1)] = 8192
+    """Most padded tokens per micro batch and process."""
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    """Micro batches per optimizer step."""
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest norm of the gradient."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on a GPU that has it, else fp32."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    save_every: Annotated[int, Field(ge=1)] = 200
+    """Checkpoint every so many optimizer steps."""
+    keep: Annotated[int, Field(ge=1)] = 2
+    """Checkpoints kept."""
+    eval_every: Annotated[int, Field(ge=1)] | None = None
+    """Validation loss every so many optimizer steps; always at the end when there is a val split."""
+    eval_rows: Annotated[int, Field(ge=1)] = 512
+    """At most so many rows for the validation loss."""
+    log_every: Annotated[int, Field(ge=1)] = 10
+    """A line of metrics every so many optimizer steps."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+    """Also send metrics there, through Accelerate."""
+    workers: Annotated[int, Field(ge=0, le=64)] = 0
+    """Processes that load media ahead of the step; 0 loads in the training process."""
+
+    @field_validator("train")
+    @classmethod
+    def _some_tower(cls, value: tuple[Tower, ...]) -> tuple[Tower, ...]:
+        if not value:
+            raise ValueError("name at least one tower; freezing everything would train nothing")
+        if len(set(value)) != len(value):
+            raise ValueError("a tower is named twice")
+        return value
+
+
+class Eval(Section):
+    """eval: model(s) and instructions/ to report/."""
+
+    split: SplitName = "val"
+    """The split that is scored."""
+    compare: tuple[Literal["base", "tuned"], ...] = ("base", "tuned")
+    """Models that answer the same rows."""
+    metrics: Literal["auto"] | tuple[str, ...] = "auto"
+    """auto takes each task's own metric; or names of metrics."""
+    bootstrap: Annotated[int, Field(ge=100, le=100_000)] = 1000
+    """Resamples for the intervals."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 32
+    """Longest answer."""
+    batch_rows: Annotated[int, Field(ge=1)] = 16
+    """Rows generated at once."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """At most this many rows."""
+    loss: bool = True
+    """Also report the perplexity of the reference answers."""
+    fail_under: dict[str, float] = {}
+    """Metric name to the least score of the tuned model; below it the command exits with 9."""
+
+
+class Recipe(Section):
+    """One run: sources, and one section per stage."""
+
+    description: str = ""
+    """What the recipe is for."""
+    run_dir: Path
+    """Folder that the stage folders stand in."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """The only source of randomness."""
+    model: Model | None = None
+    """The base model."""
+    sources: tuple[Source, ...] = ()
+    """Raw datasets."""
+    build: Build = Build()
+    """Settings of build-data."""
+    tokenize: Tokenize = Tokenize()
+    """Settings of tokenize."""
+    finetune: Finetune | None = None
+    """Settings of finetune; absent: `run` does not train."""
+    eval: Eval | None = None
+    """Settings of eval; absent: `run` does not evaluate."""
+
+    @model_validator(mode="after")
+    def _unique_sources(self) -> Recipe:
+        seen: set[tuple[str, str]] = set()
+        for source in self.sources:
+            if (source.id, source.split) in seen:
+                raise ValueError(f"two sources have the id {source.id!r} in split {source.split!r}")
+            seen.add((source.id, source.split))
+        return self
+
+
+PATH_KEYS: dict[str, tuple[str, ...]] = {
+    "": ("run_dir",),
+    "model": ("path",),
+    "sources": ("path", "questions", "annotations", "images", "audios", "videos"),
+}
+"""Keys whose relative paths are relative to the recipe's folder. A ``model.path`` or an ``hf``
+``path`` that is no existing folder there stays as it is: a hub id."""
+
+
+def resolve_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Returns recipe values with relative paths made absolute against the recipe's folder."""
+    out = dict(values)
+    if isinstance(out.get("run_dir"), str):
+        out["run_dir"] = str(_absolute(out["run_dir"], folder))
+    model = out.get("model")
+    if isinstance(model, dict) and isinstance(model.get("path"), str):
+        out["model"] = {**model, "path": _local_or_hub(model["path"], folder)}
+    sources = out.get("sources")
+    if isinstance(sources, list):
+        out["sources"] = [_resolve_source(source, folder) if isinstance(source, dict) else source for source in sources]
+    return out
+
+
+def _resolve_source(source: dict[str, Any], folder: Path) -> dict[str, Any]:
+    resolved = dict(source)
+    for key in PATH_KEYS["sources"]:
+        value = resolved.get(key)
+        if isinstance(value, str):
+            hub = key == "path" and source.get("reader") == "hf"
+            resolved[key] = _local_or_hub(value, folder) if hub else str(_absolute(value, folder))
+    return resolved
+
+
+def _absolute(value: str, folder: Path) -> Path:
+    path = Path(value).expanduser()
+    return path if path.is_absolute() else (folder / path).resolve()
+
+
+def _local_or_hub(value: str, folder: Path) -> str:
+    local = _absolute(value, folder)
+    looks_local = value.startswith((".", "/", "~")) or local.exists()
+    return str(local) if looks_local else value

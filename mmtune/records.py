@@ -1,0 +1,224 @@
+"""The values that flow through the pipeline: Record, Example, Prediction, Score.
+
+A reader yields Records (what a file said); prompts turn each into an Example (what is
+taught); a model answers with Predictions; metrics make Scores of them. All are frozen and
+do no I/O. This module imports nothing of mmtune and no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Modality = Literal["image", "audio", "video"]
+MODALITIES: tuple[Modality, ...] = ("image", "audio", "video")
+Role = Literal["system", "user", "assistant", "tool"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    """A piece of text inside a message; never read as markup or placeholder."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Medium:
+    """A pointer to one media file, and what its header told.
+
+    Attributes:
+        modality: ``image``, ``audio`` or ``video``.
+        path: Relative to the media root, with ``/`` between its parts.
+        data: The file's bytes when media are embedded, else None.
+        size_bytes: Size of the file; 0 until probed.
+        sha256: Hex digest, when asked for; else empty.
+        width: Pixels, after EXIF rotation; 0 for audio.
+        height: Pixels, after EXIF rotation; 0 for audio.
+        frames: Frames of a video, 1 for an image, sample frames of an audio file.
+        fps: Frames per second of a video, else 0.
+        sample_rate_hz: Of an audio file, else 0.
+        seconds: Duration of audio and video, else 0.
+    """
+
+    modality: Modality
+    path: str
+    data: bytes | None = None
+    size_bytes: int = 0
+    sha256: str = ""
+    width: int = 0
+    height: int = 0
+    frames: int = 0
+    fps: float = 0.0
+    sample_rate_hz: int = 0
+    seconds: float = 0.0
+
+
+Part = TextPart | Medium
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool by the assistant; ``arguments`` is a JSON object as text."""
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn: a role and its parts in order.
+
+    Attributes:
+        role: ``system``, ``user``, ``assistant`` or ``tool``.
+        parts: Text and media in reading order.
+        reasoning: The assistant's thinking text, kept apart from its answer.
+        tool_calls: Calls that an assistant turn makes.
+        name: The tool's name in a ``tool`` turn.
+        train: Whether an assistant turn bears loss; ignored for other roles.
+    """
+
+    role: Role
+    parts: tuple[Part, ...]
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    name: str = ""
+    train: bool = True
+
+    @property
+    def text(self) -> str:
+        """The text parts joined; media leave no trace."""
+        return "".join(part.text for part in self.parts if isinstance(part, TextPart))
+
+    @property
+    def media(self) -> tuple[Medium, ...]:
+        """The media of this turn in reading order."""
+        return tuple(part for part in self.parts if isinstance(part, Medium))
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One annotated item as the reader found it, before any prompt.
+
+    A reader fills either ``text`` with ``references`` (question and human answers, or
+    captions) or ``messages`` (a ready conversation); never both.
+
+    Attributes:
+        id: Unique over the whole build, such as ``vqa/262148000``.
+        source: The source's id in the recipe.
+        task: ``vqa``, ``caption``, ``count``, ``presence``, ``chart``, ``label``,
+            ``instruction`` or ``conversation``.
+        split: ``train``, ``val`` or ``test``.
+        text: The question or instruction; empty for captions.
+        context: Further input text of an instruction, else empty.
+        media: In the order they are shown.
+        references: Every human answer or caption; the first is taught unless ``target``.
+        target: The answer to teach when it is not the first reference.
+        options: Closed answer set, if the data has one.
+        messages: The conversation, for conversation readers.
+        tools: JSON list of tool schemas as text, or empty.
+        metadata: Facts for grouping scores (``answer_type``, ``question_type``, ...).
+        where: ``file:line`` or ``file#id`` for rejects and lineage.
+    """
+
+    id: str
+    source: str
+    task: str
+    split: str
+    text: str = ""
+    context: str = ""
+    media: tuple[Medium, ...] = ()
+    references: tuple[str, ...] = ()
+    target: str = ""
+    options: tuple[str, ...] = ()
+    messages: tuple[Message, ...] = ()
+    tools: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """A row that was refused: where it stood and why.
+
+    Attributes:
+        where: ``file:line`` or ``file#id``.
+        id: The row's own id when it has one.
+        reason: A short reason code, such as ``media_missing`` or ``bad_json``.
+        detail: One sentence for a person.
+    """
+
+    where: str
+    id: str
+    reason: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One instruction example: the messages to teach, and what counts as right.
+
+    Attributes:
+        group: Equal for examples that show the same media in the same order; they can
+            share one prefix. Equals the example's own id when it has no media.
+    """
+
+    id: str
+    source: str
+    task: str
+    split: str
+    messages: tuple[Message, ...]
+    references: tuple[str, ...]
+    metric: str
+    options: tuple[str, ...] = ()
+    template_id: str = ""
+    exemplar_ids: tuple[str, ...] = ()
+    group: str = ""
+    tools: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def media(self) -> tuple[Medium, ...]:
+        """Every medium of the conversation in reading order."""
+        return tuple(medium for message in self.messages for medium in message.media)
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What one model said to one example.
+
+    Attributes:
+        model: ``base``, ``tuned`` or another name of the comparison.
+    """
+
+    id: str
+    model: str
+    task: str
+    metric: str
+    prompt: str
+    prediction: str
+    references: tuple[str, ...]
+    options: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One metric over a set of predictions, in percent unless the metric says otherwise.
+
+    Attributes:
+        name: Metric name, such as ``vqa_accuracy``.
+        value: Mean of ``per_example``.
+        low: Lower end of the 95 % bootstrap interval.
+        high: Upper end of the 95 % bootstrap interval.
+        n: Number of scored examples.
+        per_example: One value per example, in the order of the predictions.
+    """
+
+    name: str
+    value: float
+    low: float
+    high: float
+    n: int
+    per_example: tuple[float, ...] = ()

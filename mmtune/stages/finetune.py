@@ -1,0 +1,416 @@
+"""finetune: tokens/ to adapter/. Wiring only; the loop is in ``training``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmtune.errors import CapabilityError, DataError, IntegrityError, Interrupted, RecipeError
+from mmtune.recipe import Finetune, Recipe
+from mmtune.storage import (
+    Manifest,
+    Staging,
+    file_digest,
+    open_split,
+    open_stage,
+    read_manifest,
+    replace_folder,
+    write_json,
+)
+from mmtune.talk import Talk
+
+# Settings that change how a run is watched, not what it computes.
+_FREE = ("save_every", "keep", "log_every", "trackers", "workers")
+
+
+@dataclass
+class _Run:
+    """Everything one process needs for training."""
+
+    recipe: Recipe
+    settings: Finetune
+    tokens: Manifest
+    model: Any
+    optimizer: Any
+    accelerator: Any
+    plan: Any
+    train: Any
+    val: Any
+    checkpoints: Any
+    identity: dict[str, Any]
+    processor: Any
+
+
+def finetune(
+    recipe: Recipe,
+    *,
+    force: bool = False,
+    dry_run: bool = False,
+    limit: int | None = None,
+    resume: str = "auto",
+    offline: bool = False,
+    console: Talk,
+) -> dict[str, Any]:
+    """Tunes the model on tokens/train and writes adapter/; returns the result document.
+
+    Raises:
+        DataError: tokens/ is missing or empty.
+        IntegrityError: adapter/ or its checkpoints belong to other settings.
+        DivergedError: Loss or gradient is not finite.
+        Interrupted: A signal came; the state is saved.
+    """
+    from mmtune.training.launch import is_main
+
+    settings = recipe.finetune or Finetune()
+    tokens = read_manifest(recipe.run_dir / "tokens", made_by="tokenize")
+    path = model_path(recipe, tokens)
+    config = {
+        "finetune": settings.model_dump(mode="json", exclude=set(_FREE)),
+        "model": path,
+        "revision": recipe.model.revision if recipe.model else None,
+        "seed": recipe.seed,
+        "limit": limit,
+    }
+    target = recipe.run_dir / "adapter"
+    if dry_run:
+        return {"stage": "finetune", "dry_run": True, "target": str(target), "config": config, "rows": tokens.rows}
+    staging: Staging | None = None
+    if is_main():
+        staging = open_stage(
+            target,
+            stage="finetune",
+            config=config,
+            parents={"tokens": tokens.hash},
+            force=force,
+            on_change="refuse",
+        )
+        if staging is None:
+            console.say(f"finetune: {target} is up to date (same settings, same tokens); nothing to do")
+            return {"stage": "finetune", "cached": True, "target": str(target), **read_manifest(target).facts}
+    identity = {"config": config, "tokens": tokens.hash}
+    run = _prepare(recipe, settings, tokens, path, identity, limit, offline, console)
+    if staging is None:
+        _train(run, resume, console)
+        return {"stage": "finetune", "rank": run.accelerator.process_index}
+    with staging:
+        return _train_and_publish(run, resume, console, staging)
+
+
+def model_path(recipe: Recipe, tokens: Manifest) -> str:
+    """Returns the model that tokens/ was made for, refusing another one in the recipe."""
+    made_for = str(tokens.facts.get("model", ""))
+    if recipe.model is not None and made_for and recipe.model.path != made_for:
+        raise IntegrityError(
+            f"tokens/ was made for the model {made_for}, the recipe asks for {recipe.model.path}",
+            "run: mmtune tokenize",
+            "other_model",
+        )
+    if not made_for and recipe.model is None:
+        raise RecipeError("the recipe names no model", "add `model: {path: ...}`")
+    return made_for or str(recipe.model.path if recipe.model else "")
+
+
+def _prepare(
+    recipe: Recipe,
+    settings: Finetune,
+    tokens: Manifest,
+    path: str,
+    identity: dict[str, Any],
+    limit: int | None,
+    offline: bool,
+    console: Talk,
+) -> _Run:
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    from mmtune.encoding.processor import load_processor
+    from mmtune.training.checkpoints import CheckpointFolder
+    from mmtune.training.optimizer import make_adamw
+    from mmtune.training.plan import Plan
+
+    precision = _precision(settings.precision)
+    several = settings.train != ("llm",)
+    accelerator = Accelerator(
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        log_with=list(settings.trackers) or None,
+        project_dir=str(recipe.run_dir / "trackers"),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=several)],
+    )
+    processor = load_processor(path, revision=recipe.model.revision if recipe.model else None, offline=offline)
+    model = _model(recipe, settings, path, precision, offline)
+    _show_towers(model, console)
+    train = _split(recipe, tokens, processor, "train", limit)
+    val = _split(recipe, tokens, processor, "val", settings.eval_rows) if tokens.rows.get("val") else None
+    plan = Plan(
+        sizes=train[0],
+        seed=recipe.seed,
+        batch_tokens=settings.batch_tokens,
+        batch_rows=settings.batch_rows,
+        micro_batches=accelerator.num_processes * settings.accumulate,
+        epochs=settings.epochs,
+        max_steps=settings.max_steps,
+    )
+    optimizer = make_adamw(
+        model, rate=settings.learning_rate, weight_decay=settings.weight_decay, beta2=settings.beta2
+    )
+    wrapped = accelerator.prepare(model)
+    checkpoints = CheckpointFolder(
+        recipe.run_dir / "checkpoints" / "finetune",
+        settings.keep,
+        publish=replace_folder,
+        digest=file_digest,
+        write_json=write_json,
+    )
+    identity = {**identity, "micro_batches": plan.micro_batches, "precision": precision}
+    return _Run(
+        recipe, settings, tokens, wrapped, optimizer, accelerator, plan, train[1], val, checkpoints, identity, processor
+    )
+
+
+def _precision(asked: str) -> str:
+    import torch
+
+    if asked != "auto":
+        return asked
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def _model(recipe: Recipe, settings: Finetune, path: str, precision: str, offline: bool) -> Any:
+    import torch
+
+    from mmtune.models.adapter import add_lora, train_fully
+    from mmtune.models.load import load_model
+
+    torch.manual_seed(recipe.seed)
+    # A frozen base may rest in bf16; weights that train themselves stay in fp32.
+    dtype = torch.bfloat16 if precision == "bf16" and settings.method == "lora" else torch.float32
+    model: Any = load_model(
+        path,
+        revision=recipe.model.revision if recipe.model else None,
+        dtype=dtype,
+        attn=recipe.model.attn if recipe.model else "auto",
+        offline=offline,
+        random_weights=settings.from_scratch,
+    )
+    if settings.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    if settings.method == "full":
+        return train_fully(model, settings.train)
+    lora = settings.lora
+    return add_lora(
+        model,
+        towers=settings.train,
+        targets=None if lora.targets == "all-linear" else lora.targets,
+        r=lora.r,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        rslora=lora.rslora,
+        dora=lora.dora,
+        base_path=path,
+    )
+
+
+def _split(recipe: Recipe, tokens: Manifest, processor: Any, split: str, limit: int | None) -> tuple[Any, Any]:
+    from mmtune.encoding.collate import Collator
+    from mmtune.training.data import TreeBatches, tree_sizes
+
+    table = open_split(recipe.run_dir / "tokens" / split)
+    table = table.slice(0, limit) if limit else table
+    if table.num_rows == 0:
+        raise DataError(f"tokens/{split} has no rows", "look at tokens/rejects.jsonl", "no_rows")
+    collate = Collator(processor, media_root=Path(tokens.facts["media_root"]))
+    return tree_sizes(table), TreeBatches(table, collate)
+
+
+def _show_towers(model: Any, console: Talk) -> None:
+    from mmtune.models.towers import tower_table
+
+    rows = [(row.tower, row.state, row.parameters, row.trainable) for row in tower_table(model)]
+    console.table("what trains", ("tower", "state", "parameters", "trainable"), rows)
+
+
+def _resume_from(run: _Run, resume: str, console: Talk) -> tuple[int, str]:
+    """Puts the newest checkpoint back; returns its step and metrics."""
+    from mmtune.models.adapter import load_trainable_state
+    from mmtune.storage import changes
+    from mmtune.training.optimizer import load_optimizer_state
+
+    if resume == "never":
+        if run.accelerator.is_main_process:
+            run.checkpoints.clear()
+        run.accelerator.wait_for_everyone()
+        return 0, ""
+    checkpoint = run.checkpoints.newest()
+    if checkpoint is None:
+        return 0, ""
+    different = changes(checkpoint.identity, run.identity)
+    if different:
+        raise IntegrityError(
+            "the checkpoint on disk belongs to another run: " + "; ".join(different),
+            "go back to those settings, or start again with --resume never",
+            "other_run",
+        )
+    bare = run.accelerator.unwrap_model(run.model)
+    load_trainable_state(bare, run.checkpoints.load(checkpoint, "trainable"))
+    load_optimizer_state(run.optimizer, bare, run.checkpoints.load(checkpoint, "optimizer"))
+    console.say(f"finetune: resuming after step {checkpoint.step} of {run.plan.total_steps}")
+    return checkpoint.step, run.checkpoints.metrics(checkpoint)
+
+
+def _train(run: _Run, resume: str, console: Talk) -> Any:
+    from mmtune.training.loop import LoopSettings, train
+
+    start, metrics = _resume_from(run, resume, console)
+    settings = run.settings
+    console.say(
+        f"finetune: {run.plan.sizes.rows.sum():,} rows in {run.plan.sizes.rows.size:,} trees,"
+        f" {run.plan.total_steps:,} steps, {run.accelerator.num_processes} process(es) on {run.accelerator.device}"
+    )
+    if settings.trackers:
+        run.accelerator.init_trackers("mmtune", config={"seed": run.recipe.seed})
+    loop_settings = LoopSettings(
+        seed=run.recipe.seed,
+        peak_rate=settings.learning_rate,
+        schedule=settings.schedule,
+        warmup=settings.warmup,
+        clip=settings.clip,
+        save_every=settings.save_every,
+        log_every=settings.log_every,
+        eval_every=settings.eval_every,
+        workers=settings.workers,
+    )
+    with console.progress(run.plan.total_steps, "finetune") as bar:
+        bar.advance(start)
+        outcome = train(
+            run.model,
+            run.optimizer,
+            run.accelerator,
+            run.plan,
+            loop_settings,
+            _hooks(run, bar.advance),
+            start=start,
+            metrics=metrics,
+        )
+    if settings.trackers:
+        run.accelerator.end_training()
+    run.accelerator.wait_for_everyone()
+    if outcome.stopped_by:
+        error = Interrupted(
+            f"stopped by a signal after step {outcome.step} of {run.plan.total_steps}; the state is saved",
+            "run the same command again to go on",
+        )
+        error.exit_code = 130 if outcome.stopped_by == 2 else 75
+        raise error
+    return outcome
+
+
+def _hooks(run: _Run, advance: Callable[[int, str], None]) -> Any:
+    from mmtune.models.adapter import trainable_state
+    from mmtune.training.loop import Hooks
+    from mmtune.training.optimizer import optimizer_state
+
+    def save(step: int, metrics: str) -> None:
+        if run.accelerator.is_main_process:
+            bare = run.accelerator.unwrap_model(run.model)
+            tensors = {"trainable": trainable_state(bare), "optimizer": optimizer_state(run.optimizer, bare)}
+            run.checkpoints.save(step, tensors, metrics, run.identity)
+        run.accelerator.wait_for_everyone()
+
+    def log(row: dict[str, Any]) -> None:
+        if run.settings.trackers:
+            run.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+
+    return Hooks(
+        batch=run.train.batch,
+        ids=run.train.ids,
+        save=save,
+        validate=lambda: _validation_loss(run),
+        log=log,
+        advance=advance,
+    )
+
+
+def _validation_loss(run: _Run) -> float | None:
+    """Returns the mean loss per label token on the validation split, or None without one."""
+    if run.val is None:
+        return None
+    import torch
+
+    from mmtune.training.loop import answer_loss
+    from mmtune.training.plan import Plan
+
+    sizes, trees = run.val
+    plan = Plan(sizes, 0, run.settings.batch_tokens, run.settings.batch_rows, 1, 1.0)
+    total = torch.zeros(2, dtype=torch.float64)
+    world, rank = run.accelerator.num_processes, run.accelerator.process_index
+    bare = run.accelerator.unwrap_model(run.model)
+    with torch.no_grad(), run.accelerator.autocast():
+        for chosen in plan.epoch_batches(0)[rank::world]:
+            batch = {name: value.to(run.accelerator.device) for name, value in trees.batch(chosen).items()}
+            nll, count = answer_loss(bare, batch)
+            total += torch.tensor([float(nll), count], dtype=torch.float64)
+    reduced = run.accelerator.reduce(total.to(run.accelerator.device), "sum") if world > 1 else total
+    return float(reduced[0] / reduced[1].clamp(min=1))
+
+
+def _train_and_publish(run: _Run, resume: str, console: Talk, staging: Staging) -> dict[str, Any]:
+    from mmtune.models.adapter import save_tuned
+    from mmtune.models.towers import tower_table
+
+    outcome = _train(run, resume, console)
+    bare = run.accelerator.unwrap_model(run.model)
+    towers = {row.tower: {"state": row.state, "trainable": row.trainable} for row in tower_table(bare)}
+    save_tuned(bare, staging.path)
+    run.processor.save_pretrained(str(staging.path))
+    (staging.path / "metrics.jsonl").write_text(outcome.metrics, "utf-8")
+    rows = [json.loads(line) for line in outcome.metrics.splitlines()]
+    spent = outcome.seconds
+    work = spent["forward"] + spent["backward"] + spent["optimizer"]
+    facts = {
+        "model": run.tokens.facts.get("model"),
+        "method": run.settings.method,
+        "towers": towers,
+        "steps": outcome.step,
+        "loss": next((row["loss"] for row in reversed(rows) if "loss" in row), None),
+        "val_loss": next((row["val_loss"] for row in reversed(rows) if "val_loss" in row), None),
+        "overhead_share": round(max(1.0 - work / max(spent["total"], 1e-9), 0.0), 4),
+        "media_root": run.tokens.facts.get("media_root"),
+    }
+    timings = {f"{name}_seconds": round(value, 3) for name, value in spent.items()}
+    staging.publish(rows={"train": int(run.plan.sizes.rows.sum())}, facts=facts, timings=timings)
+    run.checkpoints.clear()
+    shutil.rmtree(run.checkpoints.folder.parent, ignore_errors=True)
+    console.say(f"finetune: wrote {staging.target} (loss {facts['loss']}, val loss {facts['val_loss']})")
+    return {"stage": "finetune", "cached": False, "target": str(staging.target), **facts}
+
+
+def launch(arguments: list[str], processes: int, *, cpu: bool, console: Talk) -> int:
+    """Starts the same command on several processes and returns their exit code.
+
+    Raises:
+        CapabilityError: There are fewer GPUs than asked for.
+    """
+    import signal
+    import subprocess
+
+    from mmtune.training.launch import launch_command, launch_environment
+
+    if not cpu:
+        import torch
+
+        if torch.cuda.device_count() < processes:
+            raise CapabilityError(
+                f"--gpus {processes}: this machine has {torch.cuda.device_count()}",
+                f"use fewer, or train on CPU processes with --cpu-processes {processes}",
+                "gpus_missing",
+            )
+    command = launch_command(processes, arguments, cpu=cpu)
+    console.say("finetune: starting " + " ".join(command))
+    child = subprocess.Popen(command, env=launch_environment(processes, cpu=cpu))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _: child.send_signal(received))
+    return child.wait()

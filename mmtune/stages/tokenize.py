@@ -1,0 +1,333 @@
+"""tokenize: instructions/ to tokens/. Wiring only; the encoding itself is in ``encoding``."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmtune.errors import DataError, RecipeError
+from mmtune.recipe import Recipe, Tokenize, Workers
+from mmtune.records import Reject
+from mmtune.storage import (
+    Manifest,
+    RejectLog,
+    SplitWriter,
+    Staging,
+    finish_split,
+    open_split,
+    open_stage,
+    read_manifest,
+)
+from mmtune.talk import Talk
+
+# Groups per unit of work: large enough to keep a process busy, small enough to hold in memory.
+_UNIT = 512
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a worker process needs to encode a range of groups."""
+
+    model: str
+    revision: str | None
+    offline: bool
+    settings: Tokenize
+    split: Path
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What came of one unit of groups."""
+
+    batch: Any
+    rejects: list[Reject]
+    rows: int
+    tokens: int
+    apart: int
+    notes: tuple[str, ...]
+
+
+def tokenize(
+    recipe: Recipe,
+    *,
+    force: bool = False,
+    dry_run: bool = False,
+    limit: int | None = None,
+    offline: bool = False,
+    console: Talk,
+) -> dict[str, Any]:
+    """Encodes every split of instructions/ and writes tokens/; returns the result document.
+
+    Raises:
+        DataError: instructions/ is missing, or no row could be encoded.
+        RecipeError: The recipe names no model, or its tokenizer cannot be used.
+    """
+    from mmtune.encoding.processor import pad_token_id, processor_fingerprint
+
+    if recipe.model is None:
+        raise RecipeError("the recipe names no model", "add `model: {path: ...}`")
+    offline = offline or bool(os.environ.get("HF_HUB_OFFLINE"))
+    parent = read_manifest(recipe.run_dir / "instructions", made_by="build-data")
+    settings = recipe.tokenize
+    processor = _processor(_Job(recipe.model.path, recipe.model.revision, offline, settings, Path()))
+    pad_token_id(processor)
+    config = {
+        "tokenize": settings.model_dump(mode="json", exclude={"workers"}),
+        "model": recipe.model.path,
+        "processor": processor_fingerprint(processor),
+        "limit": limit,
+    }
+    target = recipe.run_dir / "tokens"
+    if dry_run:
+        return {"stage": "tokenize", "dry_run": True, "target": str(target), "rows": parent.rows, "config": config}
+    staging = open_stage(target, stage="tokenize", config=config, parents={"instructions": parent.hash}, force=force)
+    if staging is None:
+        manifest = read_manifest(target)
+        console.say(f"tokenize: {target} is up to date (same rows, same processor); nothing to do")
+        return _result(target, manifest, cached=True)
+    with staging:
+        for reason in staging.reasons:
+            console.say(f"tokenize: rebuilt because {reason}")
+        return _write(recipe, parent, config, staging, limit, offline, console)
+
+
+def _processor(job: _Job) -> Any:
+    """Returns the processor, its image size set to the recipe's pixel budget.
+
+    Raises:
+        RecipeError: A budget is asked for and the processor has none.
+    """
+    from mmtune.encoding.processor import load_processor
+
+    processor = load_processor(job.model, revision=job.revision, offline=job.offline)
+    low, high = job.settings.min_image_pixels, job.settings.max_image_pixels
+    if low is None and high is None:
+        return processor
+    images = getattr(processor, "image_processor", None)
+    size = dict(getattr(images, "size", None) or {})
+    if not (size.get("shortest_edge") and size.get("longest_edge")):
+        raise RecipeError(
+            "tokenize.min_image_pixels and max_image_pixels do not fit this model: its images have no pixel budget",
+            "remove them from the recipe",
+            "no_pixel_budget",
+        )
+    kept = {"shortest_edge": low or size["shortest_edge"], "longest_edge": high or size["longest_edge"]}
+    images.size = kept if isinstance(images.size, dict) else type(images.size)(**kept)
+    return processor
+
+
+def _write(
+    recipe: Recipe,
+    parent: Manifest,
+    config: dict[str, Any],
+    staging: Staging,
+    limit: int | None,
+    offline: bool,
+    console: Talk,
+) -> dict[str, Any]:
+    from mmtune.encoding.tree import TREE_SCHEMA
+
+    assert recipe.model is not None
+    rows: dict[str, int] = {}
+    examples: dict[str, int] = {}
+    totals = {"tokens": 0, "tokens_apart": 0}
+    notes: dict[str, None] = {}
+    started = time.monotonic()
+    with RejectLog(staging.path / "rejects.jsonl") as rejects:
+        for split in parent.rows:
+            source = recipe.run_dir / "instructions" / split
+            job = _Job(recipe.model.path, recipe.model.revision, offline, recipe.tokenize, source)
+            writer = SplitWriter(staging.path / split / "shard-00000.arrow", TREE_SCHEMA)
+            examples[split] = 0
+            with console.progress(parent.rows[split], f"tokenize {split}") as bar:
+                for done in _encode_split(job, limit):
+                    if done.batch is not None:
+                        writer.write_batch(done.batch)
+                    for reject in done.rejects:
+                        rejects.write(reject)
+                    examples[split] += done.rows
+                    totals["tokens"] += done.tokens
+                    totals["tokens_apart"] += done.apart
+                    notes.update(dict.fromkeys(done.notes))
+                    bar.advance(done.rows + len(done.rejects))
+            rows[split] = writer.close()
+            finish_split(staging.path / split, TREE_SCHEMA)
+    if not sum(examples.values()):
+        raise DataError(
+            f"no row could be encoded: {_drops(rejects.counts)}", "look at the reasons; --set tokenize.max_length=... may help", "no_rows"
+        )
+    seconds = time.monotonic() - started
+    facts = {
+        "model": recipe.model.path,
+        "processor": config["processor"],
+        "max_length": recipe.tokenize.max_length,
+        "video_frames": recipe.tokenize.video_frames,
+        "media_root": parent.facts["media_root"],
+        "examples": examples,
+        "notes": list(notes),
+        **totals,
+    }
+    for note in notes:
+        console.note(note)
+    manifest = staging.publish(
+        rows=rows, drops=rejects.counts, facts=facts, timings={"encode_seconds": round(seconds, 3)}
+    )
+    count = sum(examples.values()) + sum(rejects.counts.values())
+    saved = 1 - totals["tokens"] / max(totals["tokens_apart"], 1)
+    console.say(
+        f"tokenize: {sum(examples.values()):,} rows in {sum(rows.values()):,} trees, {totals['tokens']:,} tokens"
+        f" ({saved:.0%} saved by sharing), {count / max(seconds, 1e-9):,.0f} rows/s"
+    )
+    if rejects.counts:
+        console.say(f"tokenize: refused {_drops(rejects.counts)}; see {staging.target / 'rejects.jsonl'}")
+    return _result(staging.target, manifest, cached=False)
+
+
+def _drops(counts: dict[str, int]) -> str:
+    return ", ".join(f"{reason} {count:,}" for reason, count in sorted(counts.items()))
+
+
+def _result(target: Path, manifest: Manifest, *, cached: bool) -> dict[str, Any]:
+    return {
+        "stage": "tokenize",
+        "cached": cached,
+        "target": str(target),
+        "trees": manifest.rows,
+        "rows": manifest.facts.get("examples", {}),
+        "drops": manifest.drops,
+        "tokens": manifest.facts.get("tokens"),
+    }
+
+
+def process_count(asked: Workers, work: int) -> int:
+    """Returns how many processes to use: no more than cores and units of work."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores if asked == "auto" else int(asked), work))
+
+
+def _group_order(table: Any, layout: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns row numbers ordered by group (groups by first appearance), and where each group starts."""
+    count = table.num_rows
+    if layout == "rows":
+        return np.arange(count), np.arange(count + 1)
+    keys = np.empty(count, dtype=np.int64)
+    at = 0
+    for chunk in table.column("group").chunks:
+        for value in chunk.to_pylist():
+            keys[at] = int.from_bytes(hashlib.blake2b((value or "").encode(), digest_size=8).digest(), "big", signed=True)
+            at += 1
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    order = np.argsort(first[inverse], kind="stable")
+    ranks = first[inverse][order]
+    starts = np.flatnonzero(np.r_[True, ranks[1:] != ranks[:-1]]) if count else np.empty(0, dtype=np.int64)
+    return order, np.r_[starts, count]
+
+
+def _encode_split(job: _Job, limit: int | None) -> Iterator[_Done]:
+    table = open_split(job.split)
+    table = table.slice(0, limit) if limit else table
+    order, starts = _group_order(table, job.settings.layout)
+    units = []
+    for begin in range(0, len(starts) - 1, _UNIT):
+        edges = starts[begin : begin + _UNIT + 1]
+        units.append((order[edges[0] : edges[-1]], edges - edges[0]))
+    processes = process_count(job.settings.workers, len(units))
+    if processes == 1:
+        worker = _Worker(job)
+        for unit in units:
+            yield worker.encode(unit)
+        return
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(processes, initializer=_start_worker, initargs=(job,)) as pool:
+        yield from pool.imap(_work, units)
+
+
+_worker: _Worker | None = None
+
+
+def _start_worker(job: _Job) -> None:
+    global _worker
+    from mmtune.training.signals import ignore_in_worker
+
+    ignore_in_worker()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker = _Worker(job)
+
+
+def _work(unit: tuple[np.ndarray, np.ndarray]) -> _Done:
+    assert _worker is not None
+    return _worker.encode(unit)
+
+
+class _Worker:
+    """Encodes units of groups with its own processor and its own view of the table."""
+
+    def __init__(self, job: _Job) -> None:
+        from mmtune.encoding.render import Renderer
+
+        self._settings = job.settings
+        self._renderer = Renderer(_processor(job), video_frames=job.settings.video_frames)
+        self._table = open_split(job.split)
+
+    def encode(self, unit: tuple[np.ndarray, np.ndarray]) -> _Done:
+        """Encodes the groups of one unit, in order."""
+        import pyarrow as pa
+
+        from mmtune.encoding.tree import TREE_SCHEMA, build_trees, tree_to_row
+        from mmtune.prompts.schema import row_to_example
+
+        numbers, starts = unit
+        values = self._table.take(pa.array(numbers)).to_pylist()
+        rows: list[dict[str, Any]] = []
+        rejects: list[Reject] = []
+        done = tokens = apart = 0
+        for first, last in zip(starts[:-1], starts[1:], strict=True):
+            encoded, ids = [], []
+            for value in values[first:last]:
+                row = self._encode_row(row_to_example(value), rejects)
+                if row is not None:
+                    encoded.append(row)
+                    ids.append(value["id"])
+            for tree in build_trees(encoded, ids, self._settings.max_length) if encoded else ():
+                rows.append(tree_to_row(tree))
+                tokens += tree.input_ids.size
+            done += len(encoded)
+            apart += sum(row.input_ids.size for row in encoded)
+        batch = pa.RecordBatch.from_pylist(rows, schema=TREE_SCHEMA) if rows else None
+        return _Done(batch, rejects, done, tokens, apart, tuple(self._renderer.counter.notes))
+
+    def _encode_row(self, example: Any, rejects: list[Reject]) -> Any:
+        from mmtune.encoding.refused import Refused
+
+        try:
+            return self._fit(example.messages, example.tools)
+        except Refused as refused:
+            rejects.append(Reject("", example.id, refused.reason, refused.detail))
+            return None
+
+    def _fit(self, messages: Sequence[Any], tools: str) -> Any:
+        from mmtune.encoding.refused import Refused
+        from mmtune.encoding.turns import without_first_turn
+
+        longest = self._settings.max_length
+        while True:
+            row = self._renderer.encode(messages, tools)
+            if row.input_ids.size <= longest:
+                break
+            shorter = without_first_turn(messages) if self._settings.too_long == "drop_turns" else None
+            if shorter is None:
+                media = sum(span.length for span in row.media)
+                reason = "media_too_long" if media >= longest else "too_long"
+                raise Refused(reason, f"{row.input_ids.size} tokens, {media} of them media; max_length is {longest}")
+            messages = shorter
+        if not (row.labels != -100).any():
+            raise Refused("no_target", "no token of this row bears loss")
+        return row

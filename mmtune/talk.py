@@ -1,0 +1,139 @@
+"""What a command says while it works: everything goes to stderr, progress only as fits the place."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+def plain_colours() -> bool:
+    """Says whether colours must stay off (``NO_COLOR`` wins over everything)."""
+    return bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+
+
+def stderr_console() -> Console:
+    """Returns a console on stderr that honours ``NO_COLOR``."""
+    plain = plain_colours()
+    return Console(file=sys.stderr, no_color=plain or None, highlight=False, soft_wrap=True)
+
+
+class Counter:
+    """Progress of one loop; ``advance`` is all a stage calls."""
+
+    def __init__(self, advance: Any) -> None:
+        self._advance = advance
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        """Counts ``n`` more, with an optional short note such as ``loss=1.9``."""
+        self._advance(n, note)
+
+
+class Talk:
+    """The voice of one command.
+
+    Args:
+        quiet: Say only warnings.
+        every_seconds: How often a plain progress line is printed without a terminal.
+    """
+
+    def __init__(self, quiet: bool = False, every_seconds: float = 5.0) -> None:
+        self.console = stderr_console()
+        self.quiet = quiet
+        self._every = every_seconds
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        """Prints one line of news."""
+        self.lines.append(line)
+        if not self.quiet:
+            self.console.print(line, markup=False)
+
+    def note(self, line: str) -> None:
+        """Prints a warning: something worked in another way than one may expect."""
+        self.lines.append(line)
+        self.console.print(f"note: {line}", style="yellow", markup=False)
+
+    def table(self, title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Prints a table; numbers are set right."""
+        if self.quiet:
+            return
+        table = Table(title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
+        for column, name in enumerate(head):
+            number = all(isinstance(row[column], int | float) for row in rows) if rows else False
+            table.add_column(name, justify="right" if number else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row))
+        self.console.print(table)
+
+    @contextmanager
+    def progress(self, total: int | None, label: str) -> Iterator[Counter]:
+        """Shows a bar on a terminal, a line every few seconds elsewhere."""
+        if self.quiet:
+            yield Counter(lambda n, note: None)
+        elif self.console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            with Progress(*columns, console=self.console, transient=True) as bar:
+                task = bar.add_task(label, total=total, note="", rate="")
+                started = time.monotonic()
+
+                def advance(n: int, note: str) -> None:
+                    done = bar.tasks[0].completed + n
+                    rate = f"{done / max(time.monotonic() - started, 1e-6):.1f}/s"
+                    bar.update(task, advance=n, note=note, rate=rate)
+
+                yield Counter(advance)
+        else:
+            plain = _PlainProgress(self.console, total, label, self._every)
+            yield Counter(plain.advance)
+            plain.end()
+
+
+class _PlainProgress:
+    """Progress as plain lines: ``finetune 120/2000 rate=8.1/s eta=00:03:52 loss=1.91``."""
+
+    def __init__(self, console: Console, total: int | None, label: str, every_seconds: float) -> None:
+        self._console, self._total, self._label, self._every = console, total, label, every_seconds
+        self._started = self._last = time.monotonic()
+        self._done = 0
+        self._note = ""
+
+    def advance(self, n: int, note: str) -> None:
+        self._done += n
+        self._note = note or self._note
+        now = time.monotonic()
+        if now - self._last >= self._every:
+            self._last = now
+            self._print(now)
+
+    def end(self) -> None:
+        if self._last != self._started:
+            self._print(time.monotonic())
+
+    def _print(self, now: float) -> None:
+        rate = self._done / max(now - self._started, 1e-6)
+        line = f"{self._label} {self._done}{f'/{self._total}' if self._total else ''} rate={rate:.1f}/s"
+        if self._total and rate:
+            left = int((self._total - self._done) / rate)
+            line += f" eta={left // 3600:02d}:{left // 60 % 60:02d}:{left % 60:02d}"
+        self._console.print(f"{line} {self._note}".rstrip(), markup=False)
+
+
+def json_line(value: Any) -> str:
+    """Returns the one JSON document of ``--json``, readable by people and programs."""
+    return json.dumps(value, ensure_ascii=False, indent=1, default=str)

@@ -1,0 +1,1 @@
+"""Training: order of the data, the loop, optimizer, checkpoints, guards, launching."""

@@ -1,0 +1,132 @@
+"""Checkpoints: safetensors and JSON, written aside, verified before older ones go.
+
+A checkpoint is ``step-00000200/`` with ``trainable.safetensors``, ``optimizer.safetensors``,
+``metrics.jsonl`` and ``state.json`` (written last, with the sha256 of the others). There is
+no random state to keep: every step draws its own seed from (seed, step, rank).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmtune.errors import IntegrityError
+
+STATE = "state.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A verified checkpoint on disk.
+
+    Attributes:
+        folder: Where it stands.
+        step: Optimizer steps it has seen.
+        identity: Settings and parents of the run that wrote it.
+    """
+
+    folder: Path
+    step: int
+    identity: Mapping[str, Any]
+
+
+class CheckpointFolder:
+    """The checkpoints of one run.
+
+    Args:
+        folder: Their parent folder.
+        keep: How many stay.
+        publish: ``(aside, target)`` renames a complete folder durably.
+        digest: Returns the sha256 of a file.
+        write_json: Writes a JSON file and syncs it.
+    """
+
+    def __init__(self, folder: Path, keep: int, *, publish: Any, digest: Any, write_json: Any) -> None:
+        self.folder, self._keep = folder, keep
+        self._publish, self._digest, self._write_json = publish, digest, write_json
+
+    def save(
+        self, step: int, tensors: Mapping[str, Mapping[str, Any]], metrics: str, identity: Mapping[str, Any]
+    ) -> Path:
+        """Writes a checkpoint, verifies it, then removes the oldest beyond ``keep``."""
+        from safetensors.torch import save_file
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        aside = self.folder / f".tmp-{os.getpid()}-{step}"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        for name, state in tensors.items():
+            save_file(dict(state), aside / f"{name}.safetensors")
+        (aside / "metrics.jsonl").write_text(metrics, "utf-8")
+        files = {file.name: self._digest(file) for file in sorted(aside.iterdir())}
+        for name in files:
+            _sync(aside / name)
+        self._write_json(aside / STATE, {"step": step, "identity": dict(identity), "files": files})
+        target = self.folder / f"step-{step:08d}"
+        self._publish(aside, target)
+        self._read(target)
+        for old in self._folders()[: -self._keep]:
+            shutil.rmtree(old)
+        return target
+
+    def newest(self) -> Checkpoint | None:
+        """Returns the newest checkpoint that verifies, or None when there is none at all.
+
+        Raises:
+            IntegrityError: There are checkpoints, and none of them is whole.
+        """
+        problems = []
+        for folder in reversed(self._folders()):
+            try:
+                return self._read(folder)
+            except IntegrityError as error:
+                problems.append(error.message)
+        if problems:
+            raise IntegrityError(
+                f"no checkpoint under {self.folder} is whole: {problems[0]}",
+                "start again with --resume never",
+                "damaged_checkpoint",
+            )
+        return None
+
+    def load(self, checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+        """Returns one of the tensor files of a checkpoint."""
+        from safetensors.torch import load_file
+
+        return load_file(checkpoint.folder / f"{name}.safetensors")
+
+    def metrics(self, checkpoint: Checkpoint) -> str:
+        """Returns the metrics lines up to the checkpoint."""
+        return (checkpoint.folder / "metrics.jsonl").read_text("utf-8")
+
+    def clear(self) -> None:
+        """Removes every checkpoint."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _folders(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
+
+    def _read(self, folder: Path) -> Checkpoint:
+        try:
+            state = json.loads((folder / STATE).read_text("utf-8"))
+            files, step, identity = state["files"], state["step"], state["identity"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise IntegrityError(f"{folder} has no readable {STATE}", "", "damaged_checkpoint") from error
+        for name, expected in files.items():
+            path = folder / name
+            if not path.is_file() or self._digest(path) != expected:
+                raise IntegrityError(f"{path} is missing or damaged", "", "damaged_checkpoint")
+        return Checkpoint(folder, step, identity)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

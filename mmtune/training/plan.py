@@ -1,0 +1,128 @@
+"""Which trees make which step: a pure function of (seed, epoch, position).
+
+Nothing about the order is ever stored but one integer, the number of finished steps. The
+order does not depend on processes or workers; a step is ``world x accumulate`` consecutive
+micro batches, so a run keeps its sequence as long as that product stays the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from mmtune.errors import DataError
+
+
+@dataclass(frozen=True)
+class TreeSizes:
+    """Per tree: number of rows, longest row, and tokens that bear loss.
+
+    Attributes:
+        rows: ``(n,)`` branches of each tree.
+        longest: ``(n,)`` tokens of its longest row.
+        targets: ``(n,)`` tokens with a label.
+    """
+
+    rows: np.ndarray
+    longest: np.ndarray
+    targets: np.ndarray
+
+
+def order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """Returns the permutation of ``n`` trees for one epoch, from a counter-based generator."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Returns the seed of everything random inside one step on one rank (dropout)."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole course of a run.
+
+    Attributes:
+        sizes: Sizes of the trees.
+        seed: Seed of the order.
+        batch_tokens: Most padded tokens of a micro batch.
+        batch_rows: Most rows of a micro batch, or None.
+        micro_batches: Micro batches per step, over all processes.
+        epochs: Passes over the data.
+        max_steps: Steps, in place of ``epochs``.
+    """
+
+    sizes: TreeSizes
+    seed: int
+    batch_tokens: int
+    batch_rows: int | None
+    micro_batches: int
+    epochs: float
+    max_steps: int | None = None
+
+    def epoch_batches(self, epoch: int) -> list[np.ndarray]:
+        """Returns the micro batches of an epoch; every tree stands in exactly one."""
+        if self.sizes.rows.size == 0:
+            raise DataError("there is no training row", "look at the rejects of build-data and tokenize", "no_rows")
+        batches, current, rows, longest = [], [], 0, 0
+        for tree in order(self.seed, epoch, self.sizes.rows.size):
+            more, length = int(self.sizes.rows[tree]), int(self.sizes.longest[tree])
+            full = (rows + more) * max(longest, length) > self.batch_tokens
+            full |= self.batch_rows is not None and rows + more > self.batch_rows
+            if current and full:
+                batches.append(np.asarray(current))
+                current, rows, longest = [], 0, 0
+            current.append(tree)
+            rows, longest = rows + more, max(longest, length)
+        batches.append(np.asarray(current))
+        return batches
+
+    def _steps_of(self, batches: int) -> int:
+        return -(-batches // self.micro_batches)
+
+    @cached_property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run, at least one."""
+        if self.max_steps is not None:
+            return self.max_steps
+        whole = int(self.epochs)
+        steps = sum(self._steps_of(len(self.epoch_batches(epoch))) for epoch in range(whole))
+        rest = self.epochs - whole
+        if rest > 1e-9:
+            steps += round(rest * self._steps_of(len(self.epoch_batches(whole))))
+        return max(steps, 1)
+
+    def steps(self, start: int = 0) -> Iterator[list[np.ndarray]]:
+        """Yields the micro batches of every step from ``start`` on; the last step of an epoch may have fewer."""
+        done = epoch = 0
+        while done < self.total_steps:
+            batches = self.epoch_batches(epoch)
+            for index in range(self._steps_of(len(batches))):
+                if done >= self.total_steps:
+                    return
+                if done >= start:
+                    yield batches[index * self.micro_batches : (index + 1) * self.micro_batches]
+                done += 1
+            epoch += 1
+
+    def targets(self, batches: Sequence[np.ndarray]) -> int:
+        """Returns the number of tokens with a label in some micro batches."""
+        return int(sum(self.sizes.targets[batch].sum() for batch in batches))
+
+
+def split_ranks(batches: Sequence[np.ndarray], rank: int, world: int) -> list[tuple[np.ndarray, bool]]:
+    """Returns one rank's micro batches of a step, with whether each counts.
+
+    Where a step has fewer micro batches than the ranks need, a rank repeats the first one
+    with weight zero, so that every rank makes the same number of passes.
+    """
+    per_rank = -(-len(batches) // world)
+    mine = []
+    for index in range(per_rank):
+        position = index * world + rank
+        counts = position < len(batches)
+        mine.append((batches[position] if counts else batches[0], counts))
+    return mine

@@ -1,0 +1,38 @@
+"""A polite stop: SIGTERM and SIGINT ask the loop to save and leave at a step boundary."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any
+
+
+class StopFlag:
+    """Context manager; ``wanted`` names the signal that came. A second SIGINT stops at once."""
+
+    def __init__(self) -> None:
+        self.wanted: int = 0
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> StopFlag:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._old[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.wanted == signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.wanted = number
+
+    def __bool__(self) -> bool:
+        return bool(self.wanted)
+
+
+def ignore_in_worker(_: int = 0) -> None:
+    """Lets a loader process outlive a signal meant for its parent, who ends it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

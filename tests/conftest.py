@@ -1,0 +1,28 @@
+"""Fixtures for all tests: no network, and real data where it is at hand."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+for name in [name for name in os.environ if name.startswith("MMTUNE_") and not name.startswith("MMTUNE_TEST_")]:
+    del os.environ[name]
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared_datasets() -> Path:
+    """The folder of real datasets; tests that need it skip where it is absent."""
+    folder = Path(os.environ.get("MMTUNE_TEST_DATASETS", REPOSITORY.parent / "shared" / "datasets"))
+    if not (folder / "INDEX.md").is_file():
+        pytest.skip(f"the real datasets are not at {folder} (set MMTUNE_TEST_DATASETS)")
+    return folder

@@ -1,0 +1,71 @@
+"""Imports point down only: cli -> stages -> recipe, storage, rooms -> records, errors."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent.parent / "mmtune"
+ROOMS = {
+    "readers": set(),
+    "prompts": set(),
+    "media": set(),
+    "encoding": {"media"},
+    "models": set(),
+    "training": {"models", "encoding", "media"},
+    "evaluation": {"encoding", "models", "media"},
+    "reports": {"media"},
+}
+GROUND = {"records", "errors"}
+MIDDLE = {"recipe", "recipe_text", "storage", "talk"}
+
+
+def imports(file: Path) -> set[str]:
+    """Top-level mmtune modules that a file imports, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "mmtune":
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("mmtune.")}
+    return found - {"__version__"}
+
+
+def room_of(file: Path) -> str:
+    relative = file.relative_to(PACKAGE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def allowed(room: str, file: Path) -> set[str]:
+    if room in ROOMS:
+        return ROOMS[room] | GROUND | {room}
+    if room == "stages":
+        return set(ROOMS) | GROUND | MIDDLE
+    if room in GROUND or room == "__init__":
+        return set()
+    if room in MIDDLE:
+        return GROUND | MIDDLE
+    return {"stages", "cli", *MIDDLE, *GROUND}
+
+
+def test_imports_point_down():
+    wrong = []
+    for file in sorted(PACKAGE.rglob("*.py")):
+        room = room_of(file)
+        extra = imports(file) - allowed(room, file)
+        wrong += [f"{file.relative_to(PACKAGE)} imports {name}" for name in sorted(extra)]
+    assert not wrong, wrong
+
+
+def test_stages_do_not_import_each_other():
+    for file in (PACKAGE / "stages").glob("*.py"):
+        assert "stages" not in imports(file), file
+
+
+def test_values_import_no_heavy_library():
+    for name in ("records", "errors", "recipe", "recipe_text", "talk", "cli"):
+        tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+        for node in tree.body:
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            heavy = {"torch", "transformers", "datasets", "peft", "accelerate", "PIL", "pyarrow", "numpy"}
+            assert not heavy & {n.split(".")[0] for n in names}, (name, names)
