@@ -126,20 +126,19 @@ def finetune(
     Example: mmtune finetune recipes/quickstart.yaml --gpus 4
     """
     from mmtune.stages import finetune as stage
-    from mmtune.training.launch import is_launched, is_main
 
     if resume not in ("auto", "never"):
         raise RecipeError(f"--resume {resume!r}: expected auto or never", "leave it out to go on where a run stopped")
     loaded = _load(recipe, overrides, seed, offline)
     processes = gpus or cpu_processes or 1
-    console = Talk(quiet or not is_main())
-    if processes > 1 and not is_launched() and not dry_run:
+    console = Talk(quiet or not stage.is_main())
+    if processes > 1 and not stage.is_launched() and not dry_run:
         code = stage.launch(sys.argv[1:], processes, cpu=gpus is None, console=console)
         raise typer.Exit(code)
     result = stage.finetune(
         loaded, force=force, dry_run=dry_run, limit=limit, resume=resume, offline=offline, console=console
     )
-    if is_main():
+    if stage.is_main():
         _finish("finetune", result, as_json)
 
 

@@ -41,9 +41,7 @@ class Collator:
         cache_bytes: Most bytes of processed images kept between batches.
     """
 
-    def __init__(
-        self, processor: Any, *, media_root: Path, left: bool = False, cache_bytes: int = 512 << 20
-    ) -> None:
+    def __init__(self, processor: Any, *, media_root: Path, left: bool = False, cache_bytes: int = 512 << 20) -> None:
         self._processor, self._root, self._left = processor, media_root, left
         self._pad = pad_token_id(processor)
         self._joined = bool(family(processor, _JOINED))

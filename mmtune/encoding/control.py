@@ -95,6 +95,21 @@ class ControlTokens:
                 pieces.append(Block((token.id,), (token.lstrip, token.rstrip)))
         return [*pieces, text[at:]] if at < len(text) else pieces
 
+    def ends(self, text: str) -> tuple[int, int]:
+        """Returns where the first run of control tokens ends, and the last control token.
+
+        The run may follow white space (``yes </s>``); 0 where there is none.
+        """
+        first = last = 0
+        for match in self._pattern.finditer(text):
+            if match.group() in self._placeholders:
+                break
+            gap = text[first : match.start()]
+            if not gap or (not last and gap.isspace()):
+                first = match.end()
+            last = match.end()
+        return first, last
+
 
 class TextEncoder:
     """Encodes runs of text and control tokens in one call, text never becoming control.
@@ -114,7 +129,8 @@ class TextEncoder:
         spec["post_processor"] = None
         spec["truncation"] = spec["padding"] = None
         self._clone = Tokenizer.from_str(json.dumps(spec))
-        self._control_ids = {token.id for token in controls.values()}
+        # The unknown token stands for any letter that the vocabulary lacks; it controls nothing.
+        self._control_ids = {token.id for token in controls.values()} - {tokenizer_of(processor).unk_token_id}
         self.markers: dict[tuple[bool, bool], str] = {}
         # Characters of a private-use plane, drawn anew each time, so no data can aim at them.
         start = 0xF0000 + secrets.randbelow(0xF000)

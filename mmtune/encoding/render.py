@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 
 from mmtune.encoding.control import Block, ControlTokens, TextEncoder
+from mmtune.encoding.leaves import escaped
 from mmtune.encoding.media_tokens import MediaCounter
 from mmtune.encoding.processor import chat_template_of, tokenizer_of
 from mmtune.encoding.refused import Refused
-from mmtune.encoding.skeleton import Piece, SkeletonMaker, media_of, shape_of
+from mmtune.encoding.skeleton import SkeletonMaker, media_of, shape_of
 from mmtune.records import Medium, Message, TextPart
 
 IGNORED = -100
+_NOWHERE = (-1, -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +55,17 @@ class EncodedRow:
     media: tuple[MediaSpan, ...]
 
 
-# A compiled piece: ("text", str, loss) | ("slot", index, loss) | ("ids", ids, flags, loss) | ("media", index)
+# A compiled piece: ("text", str, loss) | ("slot", index, loss, form) | ("ids", ids, flags, loss) | ("media", index)
 _Op = tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Program:
+    """A compiled skeleton, and the ids that the tokenizer puts around any text."""
+
+    ops: list[_Op]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
 
 
 class Renderer:
@@ -75,11 +86,14 @@ class Renderer:
         self._expansions: dict[str, list[str | Block]] = {}
         # Text models' templates want strings; a multimodal template wants parts.
         self._maker = SkeletonMaker(
-            chat_template_of(processor), tokenizer.special_tokens_map, flat_content=not multimodal
+            chat_template_of(processor),
+            tokenizer.special_tokens_map,
+            flat_content=None if multimodal else True,
+            control_end=self.control.ends,
         )
         self._bos = tokenizer.bos_token or ""
         self._around = _added_around(tokenizer) if multimodal else ((), ())
-        self._programs: OrderedDict[Any, list[_Op]] = OrderedDict()
+        self._programs: OrderedDict[Any, _Program] = OrderedDict()
 
     def encode(self, messages: Sequence[Message], tools: str = "", add_generation_prompt: bool = False) -> EncodedRow:
         """Returns the encoded conversation.
@@ -135,18 +149,19 @@ class Renderer:
             self._expansions[text] = self.control.parse(text, placeholders=False)
         return self._expansions[text]
 
-    def _compile(self, messages: Sequence[Message], tools: str, generation_prompt: bool) -> list[_Op]:
+    def _compile(self, messages: Sequence[Message], tools: str, generation_prompt: bool) -> _Program:
         media = media_of(messages)
         for medium in media:
             self.counter.placeholder(medium.modality)
         pieces = self._maker.pieces(messages, tools, generation_prompt)
         starts_with_bos = bool(self._bos) and "".join(piece.text for piece in pieces[:1]).startswith(self._bos)
-        before, after = ((), ()) if starts_with_bos else self._around
-        ops: list[_Op] = [("ids", before, (False, False), False)] if before else []
+        # The tokenizer adds these ids after encoding, so they are no part of the string.
+        around = ((), ()) if starts_with_bos else self._around
+        ops: list[_Op] = []
         shown = 0
         for piece in pieces:
             if piece.slot >= 0:
-                ops.append(("slot", piece.slot, piece.loss))
+                ops.append(("slot", piece.slot, piece.loss, piece.form))
                 continue
             for part in self.control.parse(piece.text, placeholders=bool(media)):
                 if isinstance(part, str):
@@ -156,13 +171,11 @@ class Renderer:
                     shown += 1
                 else:
                     ops.append(("ids", part.ids, part.flags, piece.loss))
-        if after:
-            ops.append(("ids", after, (False, False), False))
         if shown != len(media):
             raise Refused("template_refused", f"the chat template shows {shown} of {len(media)} media")
-        return ops
+        return _Program(ops, *around)
 
-    def _run(self, program: list[_Op], texts: Sequence[str], media: Sequence[Medium]) -> EncodedRow:
+    def _run(self, program: _Program, texts: Sequence[str], media: Sequence[Medium]) -> EncodedRow:
         out: list[str] = []
         length = 0
         blocks: list[Any] = []
@@ -177,11 +190,11 @@ class Renderer:
                 losses.append((length, length + len(text)))
             length += len(text)
 
-        for op in program:
+        for op in program.ops:
             if op[0] == "text":
                 put(op[1], op[2])
             elif op[0] == "slot":
-                put(texts[op[1]], op[2])
+                put(escaped(texts[op[1]], op[3]), op[2])
             elif op[0] == "ids":
                 blocks.append(op[1])
                 put(self._encoder.markers[op[2]], op[3])
@@ -195,10 +208,11 @@ class Renderer:
                     else:
                         put(part, False)
                 spans.append((begin, length))
-        return self._finish("".join(out), blocks, losses, spans, media)
+        return self._finish(program, "".join(out), blocks, losses, spans, media)
 
     def _finish(
         self,
+        program: _Program,
         text: str,
         blocks: list[Any],
         losses: list[tuple[int, int]],
@@ -208,8 +222,9 @@ class Renderer:
         encoded = self._encoder.encode(text, blocks)
         if encoded is None:
             raise Refused("control_token_in_text", "the vocabulary turns a text into a control token")
-        ids = np.asarray(encoded[0], dtype=np.int32)
-        chars = np.asarray(encoded[1], dtype=np.int64).reshape(-1, 2)
+        ids = np.asarray([*program.before, *encoded[0], *program.after], dtype=np.int32)
+        places = [*[_NOWHERE] * len(program.before), *encoded[1], *[_NOWHERE] * len(program.after)]
+        chars = np.asarray(places, dtype=np.int64).reshape(-1, 2)
         bears = np.zeros(ids.size, dtype=bool)
         for begin, end in losses:
             # A token belongs to where its last character stands.

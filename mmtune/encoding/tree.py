@@ -77,8 +77,10 @@ def shared_length(rows: Sequence[EncodedRow]) -> int:
         length = length if same.all() else int(np.argmin(same))
         bears = row.labels[:length] != IGNORED
         length = int(np.argmax(bears)) if bears.any() else length
-    # A branch must keep at least one token of its prompt, which predicts its first label.
-    length = max(length - 1, 0)
+    if any(length < row.labels.size and row.labels[length] != IGNORED for row in rows):
+        # The token that predicts a branch's first label must stand in the branch itself.
+        length = max(length - 1, 0)
+    length = length if all(length < row.input_ids.size for row in rows) else max(length - 1, 0)
     for row in rows:
         for index, span in enumerate(row.media):
             inside = index < len(first.media) and first.media[index] == span

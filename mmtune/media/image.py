@@ -118,9 +118,13 @@ def probe_image(handle: IO[bytes], medium: Medium, *, max_pixels: int, decode: b
 
 
 def _has_end(handle: IO[bytes], mark: bytes) -> bool:
-    handle.seek(0, 2)
-    handle.seek(max(0, handle.tell() - _TAIL_BYTES))
-    return mark in handle.read()
+    size = handle.seek(0, 2)
+    # Nearly always it is the very end; some cameras and editors leave bytes after it.
+    for tail in (16, _TAIL_BYTES):
+        handle.seek(max(0, size - tail))
+        if mark in handle.read():
+            return True
+    return False
 
 
 def _decode_whole(handle: IO[bytes], image: Image.Image, medium: Medium) -> None:

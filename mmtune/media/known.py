@@ -70,12 +70,6 @@ class Prober:
 
     def probe(self, medium: Medium) -> Probe:
         """Returns the medium with header facts and its path below the common root, or its refusal."""
-        found = self._probe(medium)
-        if isinstance(found, tuple) or not found.path:
-            return found
-        return replace(found, path=self._place.prefixes[medium.modality] + found.path)
-
-    def _probe(self, medium: Medium) -> Probe:
         # Embedded bytes are not remembered: they would be carried between processes again and again.
         keep = medium.data is None and not self._limits.embed
         key = self._place.key(medium)
@@ -90,6 +84,7 @@ class Prober:
         try:
             if medium.path and medium.data is not None:
                 check_relative(medium.path)
-            return probe_medium(self._place.roots[medium.modality], medium, self._limits)
+            found = probe_medium(self._place.roots[medium.modality], medium, self._limits)
+            return replace(found, path=self._place.prefixes[medium.modality] + found.path) if found.path else found
         except MediaRefused as refused:
             return refused.code, refused.message

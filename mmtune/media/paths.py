@@ -54,8 +54,11 @@ def resolve(root: Path | str, path: str) -> str:
     """
     check_relative(path)
     top = _real_root(str(root))
+    folder, _, name = path.rpartition("/")
     try:
-        real = os.path.realpath(f"{top}/{path}", strict=True)
+        real = f"{_real_folder(top, folder)}/{name}" if name not in ("", ".") else ""
+        if not real or os.path.islink(real):  # noqa: PTH114 - called for every row
+            real = os.path.realpath(f"{top}/{path}", strict=True)
     except FileNotFoundError as error:
         raise MediaRefused("media_missing", f"{path!r} is not below {Path(root).name!r}") from error
     except (OSError, ValueError) as error:
@@ -63,6 +66,11 @@ def resolve(root: Path | str, path: str) -> str:
     if top != "/" and not real.startswith(top + "/"):
         raise MediaRefused("path_escape", f"{path!r} leads out of the media root")
     return real
+
+
+@functools.lru_cache(maxsize=4096)
+def _real_folder(top: str, folder: str) -> str:
+    return os.path.realpath(f"{top}/{folder}", strict=True).rstrip("/")
 
 
 def open_medium(root: Path | str, medium: Medium) -> tuple[IO[bytes], int]:
@@ -80,7 +88,7 @@ def open_medium(root: Path | str, medium: Medium) -> tuple[IO[bytes], int]:
     except IsADirectoryError as error:
         raise MediaRefused("not_regular_file", f"{medium.path!r} is a folder") from error
     except FileNotFoundError as error:
-        raise MediaRefused("media_missing", f"{medium.path!r} vanished") from error
+        raise MediaRefused("media_missing", f"{medium.path!r} is not below {Path(root).name!r}") from error
     except OSError as error:
         raise MediaRefused("bad_path", f"{medium.path!r} cannot be opened: {os.strerror(error.errno or 0)}") from error
     status = os.fstat(descriptor)

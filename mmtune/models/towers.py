@@ -24,9 +24,9 @@ TOWERS = ("llm", "projector", "vision", "audio")
 _PATTERNS: tuple[tuple[str, str], ...] = (
     (
         "projector",
-        r"multi_?modal_projector|connector|merger(_list)?|aligner|mlp1|embed_vision|embed_audio|audio_projector"
+        r"multi_?modal_projector|connector|aligner|mlp1|embed_vision|embed_audio|audio_projector"
         r"|img_projection|image_newline|up_proj_for_(speech|vision_speech)|down_proj_for_(speech|vision_speech)"
-        r"|qformer|resampler|perceiver",
+        r"|\w*merger(_list)?|qformer|resampler|perceiver",
     ),
     ("audio", r"audio_tower|audio_model|audio_encoder|audio_embed|speech_encoder|encoder_audio"),
     ("vision", r"vision_tower|vision_model|visual|vision_encoder|image_encoder|image_embed|vision_embed_tokens"),

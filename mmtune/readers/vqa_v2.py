@@ -24,6 +24,7 @@ to teach or to score.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -171,7 +172,7 @@ class ImageNames:
     """Finds the file of an image id; the pattern that fitted last is tried first."""
 
     def __init__(self, root: Path, subtype: str = "") -> None:
-        self._root = root
+        self._root = str(root)
         self.subtype = subtype
         self._last = 0
 
@@ -188,7 +189,7 @@ class ImageNames:
         for at in (self._last, *range(len(names))):
             if not _plain(names[at]):
                 return names[at]
-            if (self._root / names[at]).is_file():
+            if os.path.isfile(f"{self._root}/{names[at]}"):  # noqa: PTH113 - called for every row
                 self._last = at
                 return names[at]
         return names[0]

@@ -22,6 +22,9 @@ from mmtune.storage import (
     write_json,
 )
 from mmtune.talk import Talk
+from mmtune.training.launch import is_launched, is_main, launch_command, launch_environment
+
+__all__ = ["finetune", "is_launched", "is_main", "launch"]
 
 # Settings that change how a run is watched, not what it computes.
 _FREE = ("save_every", "keep", "log_every", "trackers", "workers")
@@ -63,8 +66,6 @@ def finetune(
         DivergedError: Loss or gradient is not finite.
         Interrupted: A signal came; the state is saved.
     """
-    from mmtune.training.launch import is_main
-
     settings = recipe.finetune or Finetune()
     tokens = read_manifest(recipe.run_dir / "tokens", made_by="tokenize")
     path = model_path(recipe, tokens)
@@ -396,8 +397,6 @@ def launch(arguments: list[str], processes: int, *, cpu: bool, console: Talk) ->
     """
     import signal
     import subprocess
-
-    from mmtune.training.launch import launch_command, launch_environment
 
     if not cpu:
         import torch

@@ -30,6 +30,8 @@ from mmtune.talk import Talk
 
 # Groups per unit of work: large enough to keep a process busy, small enough to hold in memory.
 _UNIT = 512
+# So few units are encoded here: starting processes would take longer than the work.
+_INLINE_UNITS = 12
 
 
 @dataclass(frozen=True)
@@ -240,7 +242,7 @@ def _encode_split(job: _Job, limit: int | None) -> Iterator[_Done]:
         edges = starts[begin : begin + _UNIT + 1]
         units.append((order[edges[0] : edges[-1]], edges - edges[0]))
     processes = process_count(job.settings.workers, len(units))
-    if processes == 1:
+    if processes == 1 or len(units) <= _INLINE_UNITS:
         worker = _Worker(job)
         for unit in units:
             yield worker.encode(unit)

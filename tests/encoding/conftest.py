@@ -76,9 +76,7 @@ def sentencepiece(special: list[str], named: dict[str, str] | None = None, **opt
     core.decoder = decoders.Metaspace(prepend_scheme="first")
     base = ["<unk>", "<s>", "</s>"]
     letters = sorted(set("".join(TEXT)) | set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ<>|/_\n.,!?"))
-    trainer = trainers.UnigramTrainer(
-        vocab_size=260, special_tokens=base, unk_token="<unk>", initial_alphabet=letters
-    )
+    trainer = trainers.UnigramTrainer(vocab_size=260, special_tokens=base, unk_token="<unk>", initial_alphabet=letters)
     core.train_from_iterator(TEXT * 3, trainer)
     core.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -107,9 +105,9 @@ def _qwen(name: str, template: str) -> Any:
     images = transformers.Qwen2VLImageProcessor(
         size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 60}, patch_size=14, merge_size=2
     )
-    return without_video(
-        getattr(transformers, name), {}, tokenizer=tokenizer, image_processor=images
-    ), trl_template(template)
+    return without_video(getattr(transformers, name), {}, tokenizer=tokenizer, image_processor=images), trl_template(
+        template
+    )
 
 
 def _qwen2_vl() -> Any:
@@ -402,9 +400,7 @@ class _Media:
         from mmtune.records import Medium
 
         sound = np.random.default_rng(samples).standard_normal(samples).astype(np.float32) * 0.1
-        medium = Medium(
-            "audio", f"{samples}.wav", frames=samples, sample_rate_hz=rate_hz, seconds=samples / rate_hz
-        )
+        medium = Medium("audio", f"{samples}.wav", frames=samples, sample_rate_hz=rate_hz, seconds=samples / rate_hz)
         return medium, {"type": "audio", "audio": sound}
 
 

@@ -1,0 +1,1 @@
+"""The before/after report: one Markdown file and one self-contained page."""

@@ -1,0 +1,132 @@
+"""The report as Markdown: the same numbers as the page, readable on a forge and in a terminal."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from mmtune.reports.wording import FACET_LABELS, headline, interval, label, number, p_value, short_hash, signed, verdict
+
+_SPECIAL = re.compile(r"([\\`*_\[\]<>|])")
+_MOST_VALUES = 20
+
+
+def escape(text: str) -> str:
+    """Returns text that Markdown shows as it is, on one line."""
+    return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Returns a Markdown table; cells are already escaped."""
+    marks = ["---:" if column in right else "---" for column in range(len(head))]
+    lines = [head, marks, *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def write_markdown(report: Mapping[str, Any]) -> str:
+    """Returns the report document for a comparison."""
+    run = report["run"]
+    parts = [
+        f"# {escape(run['title'])}",
+        f"**{escape(headline(report))}**",
+        _facts(report),
+        "## Scores",
+        _scores(report),
+        *_perplexity(report),
+        *_groups(report),
+        *_training(report),
+        "## Made from",
+        table(
+            ("stage", "hash", "rows", "refused"),
+            (
+                (
+                    item["stage"],
+                    f"`{short_hash(item['hash'])}`",
+                    ", ".join(f"{split} {count:,}" for split, count in item["rows"].items()),
+                    ", ".join(f"{reason} {count:,}" for reason, count in item["drops"].items()) or "none",
+                )
+                for item in report["manifests"]
+            ),
+        ),
+        *(f"- {escape(note)}" for note in report["notes"]),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _facts(report: Mapping[str, Any]) -> str:
+    run = report["run"]
+    rejected = ", ".join(f"{reason} {count:,}" for reason, count in report["rejected"].items()) or "none"
+    lines = [
+        f"- model: `{run['model']}`",
+        f"- split: {run['split']}, {report['n']:,} of {report['read']:,} rows; refused: {rejected}",
+        f"- greedy answers of at most {run['max_new_tokens']} tokens; {run['bootstrap']:,} bootstrap samples, seed {run['seed']}",
+    ]
+    return "\n".join(lines)
+
+
+def _scores(report: Mapping[str, Any]) -> str:
+    if not report["metrics"]:
+        return "No row has a metric."
+    first = next(iter(report["metrics"].values()))
+    return table(
+        _head("metric", first),
+        (_row(label(name), entry) for name, entry in report["metrics"].items()),
+        right=range(1, 9),
+    )
+
+
+def _head(what: str, entry: Mapping[str, Any]) -> list[str]:
+    head = [what, *entry["models"]]
+    if "difference" in entry:
+        head += ["difference", "95 % interval", "p", "won / lost"]
+    else:
+        head += ["95 % interval"]
+    return [*head, "n"]
+
+
+def _row(name: str, entry: Mapping[str, Any]) -> list[str]:
+    cells = [escape(name), *(number(found["value"]) for found in entry["models"].values())]
+    if found := entry.get("difference"):
+        mark = {"better": "**", "worse": "**"}.get(verdict(entry), "")
+        cells += [
+            f"{mark}{signed(found['value'])}{mark}",
+            interval(found, sign=True),
+            p_value(found["p"]),
+            f"{found['wins']} / {found['losses']}",
+        ]
+    else:
+        cells += [interval(next(iter(entry["models"].values())))]
+    return [*cells, f"{entry['n']:,}"]
+
+
+def _perplexity(report: Mapping[str, Any]) -> list[str]:
+    found = report.get("perplexity")
+    if not found:
+        return []
+    rows = [(model, number(value["value"]), interval(value)) for model, value in found["models"].items()]
+    return [
+        "## Perplexity of the reference answers",
+        table(("model", "perplexity", "95 % interval"), rows, right=(1, 2)) + f"\n\nOver {found['tokens']:,} answer tokens.",
+    ]
+
+
+def _groups(report: Mapping[str, Any]) -> list[str]:
+    parts = []
+    for facet, values in report["groups"].items():
+        rows = [(value, name, entry) for value, found in values.items() for name, entry in found.items()]
+        if len(values) < 2:
+            continue
+        shown = [_row(f"{value} · {label(name)}", entry) for value, name, entry in rows[:_MOST_VALUES]]
+        parts.append(f"## By {FACET_LABELS.get(facet, facet)}")
+        parts.append(table(_head(FACET_LABELS.get(facet, facet), rows[0][2]), shown, right=range(1, 9)))
+        if len(rows) > _MOST_VALUES:
+            parts.append(f"{len(rows) - _MOST_VALUES} more in `metrics.json`.")
+    return parts
+
+
+def _training(report: Mapping[str, Any]) -> list[str]:
+    facts = report.get("training")
+    if not facts:
+        return []
+    return ["## Training", "\n".join(f"- {escape(str(key))}: {escape(str(value))}" for key, value in facts.items())]

@@ -1,0 +1,81 @@
+"""The report as one HTML file that needs nothing else: no script, no font, no request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from mmtune.reports import wording
+from mmtune.reports.page_source import PAGE, STYLE
+from mmtune.reports.plots import interval_plot, loss_plot
+from mmtune.reports.samples import KINDS, Sample
+
+_MOST_VALUES = 16
+
+
+def write_page(
+    report: Mapping[str, Any], samples: Sequence[Sample] = (), loss_rows: Sequence[Mapping[str, Any]] = ()
+) -> str:
+    """Returns the page of a comparison.
+
+    Every text is escaped, and the page's policy forbids scripts and requests, so that text from a
+    data set or a model can do nothing here.
+
+    Args:
+        report: The report document, as in ``metrics.json``.
+        samples: Rows to show.
+        loss_rows: Lines of the adapter's ``metrics.jsonl``.
+    """
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(
+        number=wording.number,
+        signed=wording.signed,
+        p=wording.p_value,
+        span=wording.interval,
+        label=wording.label,
+        verdict=wording.verdict,
+        brief=wording.short_hash,
+    )
+    shown = {kind: [sample for sample in samples if sample.kind == kind] for kind in KINDS}
+    return environment.from_string(PAGE).render(
+        style=STYLE,
+        report=report,
+        run=report["run"],
+        headline=wording.headline(report),
+        leading=next(iter(report["metrics"].values()), None),
+        facets=_facets(report),
+        kinds={KINDS[kind]: rows for kind, rows in shown.items() if rows},
+        loss=loss_plot(loss_rows),
+        dots=_dots,
+    )
+
+
+def _dots(models: Mapping[str, Mapping[str, float]], entries: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the interval plot of a row, on the axis that all rows of its table share."""
+    highest = max(found["high"] for entry in entries for found in entry["models"].values())
+    return interval_plot(models, max(100.0, highest))
+
+
+def _facets(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the group tables that say more than the table of all rows."""
+    out = []
+    for facet, values in report["groups"].items():
+        rows = [
+            {"value": value, "metric": metric, "entry": entry}
+            for value, found in values.items()
+            for metric, entry in found.items()
+        ]
+        if len(values) < 2:
+            continue
+        out.append(
+            {
+                "label": wording.FACET_LABELS.get(facet, facet),
+                "rows": rows[:_MOST_VALUES],
+                "entries": [row["entry"] for row in rows[:_MOST_VALUES]],
+                "more": max(len(rows) - _MOST_VALUES, 0),
+                "several": len({row["metric"] for row in rows}) > 1,
+            }
+        )
+    return out

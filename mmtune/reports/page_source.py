@@ -1,0 +1,185 @@
+"""Template and style of the report page."""
+
+STYLE = """
+:root { color-scheme: light dark;
+  --paper: #fbfaf8; --card: #ffffff; --ink: #1d1c1a; --soft: #6a6761; --line: #e4e1da; --faint: #f1efea;
+  --base: #9a958b; --tuned: #2456a6; --better: #1f6f4a; --worse: #a8431f; }
+@media (prefers-color-scheme: dark) { :root {
+  --paper: #161513; --card: #1e1d1a; --ink: #ebe8e1; --soft: #a09b91; --line: #34322d; --faint: #262420;
+  --base: #8a857b; --tuned: #8ab4f8; --better: #7cc7a0; --worse: #e8956f; } }
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 ui-sans-serif, system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
+main { max-width: 1020px; margin: 0 auto; padding: 56px 24px 72px; }
+h1 { font-size: 27px; line-height: 1.25; font-weight: 640; letter-spacing: -.012em; margin: 0 0 10px; overflow-wrap: anywhere; }
+h2 { font-size: 18px; font-weight: 640; margin: 52px 0 12px; letter-spacing: -.006em; }
+h3 { font-size: 15px; font-weight: 640; margin: 30px 0 10px; }
+p { margin: 0 0 12px; max-width: 74ch; }
+.kicker { font-size: 13px; color: var(--soft); margin: 0 0 6px; }
+.meta, .note { color: var(--soft); font-size: 14px; }
+.meta span { white-space: nowrap; } .meta span + span::before { content: " \\00b7 "; }
+code { font: .92em ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas, monospace; overflow-wrap: anywhere; }
+.finding { margin: 26px 0 0; padding: 16px 20px; background: var(--card); border: 1px solid var(--line);
+  border-left: 3px solid var(--base); border-radius: 6px; font-size: 18px; line-height: 1.5; }
+.finding p { margin: 0; max-width: none; }
+.finding.better { border-left-color: var(--better); } .finding.worse { border-left-color: var(--worse); }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: 14.5px; font-variant-numeric: tabular-nums; }
+th, td { padding: 8px 12px 8px 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { font-weight: 500; color: var(--soft); font-size: 13px; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; white-space: normal; }
+td:last-child, th:last-child { padding-right: 0; }
+td.left, th.left { text-align: left; }
+td small { color: var(--soft); font-size: 13px; }
+tr:last-child td { border-bottom: 0; }
+.better { color: var(--better); } .worse { color: var(--worse); } .finding.better, .finding.worse { color: var(--ink); }
+td.better, td.worse { font-weight: 600; }
+.key i { display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin: 0 6px 0 0; }
+.key span { margin-right: 18px; }
+i.base { background: var(--base); } i.tuned { background: var(--tuned); }
+svg { display: block; } svg.dots { margin-left: auto; }
+svg line, svg polyline { fill: none; stroke-width: 1.5; }
+svg .axis, svg .grid { stroke: var(--line); stroke-width: 1; }
+svg line.base { stroke: var(--base); } circle.base { fill: var(--base); }
+svg line.tuned { stroke: var(--tuned); } circle.tuned { fill: var(--tuned); }
+svg.plot { width: 100%; height: auto; max-width: 720px; } svg text { font-size: 12px; fill: var(--soft); }
+svg .train { stroke: var(--base); } svg polyline.val { stroke: var(--tuned); } circle.val { fill: var(--tuned); }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(180px, 1fr)); gap: 14px 24px; margin: 0 0 20px; }
+dt { font-size: 13px; color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+.rows { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 14px; }
+.row { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: 14px; min-width: 0;
+  display: flex; flex-direction: column; gap: 10px; }
+.pictures { display: flex; gap: 8px; flex-wrap: wrap; background: var(--faint); border-radius: 4px; padding: 8px; justify-content: center; }
+.pictures img { height: 150px; max-width: 100%; object-fit: contain; border-radius: 2px; }
+.pictures img.exact { image-rendering: pixelated; }
+.question { font-weight: 560; margin: 0; overflow-wrap: anywhere; white-space: pre-line; }
+.row .note { margin: 0; overflow-wrap: anywhere; }
+.answers { display: grid; grid-template-columns: auto 1fr auto; gap: 4px 12px; margin: 0; font-size: 14.5px; }
+.answers dt { font-size: 14px; } .answers dd { overflow-wrap: anywhere; white-space: pre-wrap; } .answers .score { color: var(--soft); text-align: right; }
+.row .id { margin-top: auto; font-size: 12px; color: var(--soft); overflow-wrap: anywhere; }
+details { margin-top: 26px; } summary { cursor: pointer; font-weight: 600; font-size: 15px; margin-bottom: 12px; }
+footer { margin-top: 56px; padding-top: 18px; border-top: 1px solid var(--line); color: var(--soft); font-size: 13.5px; }
+@media (max-width: 640px) { main { padding: 32px 16px 48px; } h1 { font-size: 23px; } .finding { font-size: 16px; } }
+@media print { main { max-width: none; padding: 0; } .row { break-inside: avoid; } }
+"""
+
+PAGE = """\
+{% macro head(what, entry) %}
+<tr><th>{{ what }}</th>
+{% for model in entry.models %}<th>{{ model }}</th>{% endfor %}
+{% if entry.difference is defined %}<th>difference</th><th>95 % interval</th><th>p</th><th>won / lost</th>
+{% else %}<th>95 % interval</th>{% endif %}
+<th>rows</th><th></th></tr>
+{% endmacro %}
+{% macro line(name, entry, entries, detail="") %}
+<tr><td>{{ name }}{% if detail %} <small>{{ detail }}</small>{% endif %}</td>
+{% for found in entry.models.values() %}<td>{{ found.value | number }}</td>{% endfor %}
+{% if entry.difference is defined %}
+<td class="{{ entry | verdict }}">{{ entry.difference.value | signed }}</td><td>{{ entry.difference | span(sign=True) }}</td>
+<td>{{ entry.difference.p | p }}</td><td>{{ entry.difference.wins }} / {{ entry.difference.losses }}</td>
+{% else %}<td>{{ (entry.models.values() | first) | span }}</td>{% endif %}
+<td>{{ "{:,}".format(entry.n) }}</td><td>{{ dots(entry.models, entries) }}</td></tr>
+{% endmacro %}
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{{ run.title }} · mmtune report</title>
+<style>{{ style | safe }}</style>
+</head>
+<body>
+<main>
+<p class="kicker">mmtune report</p>
+<h1>{{ run.title }}</h1>
+<p class="meta"><span><code>{{ run.model }}</code></span> <span>{{ run.split }} split</span>
+<span>{{ "{:,}".format(report.n) }} rows</span> <span>greedy, at most {{ run.max_new_tokens }} new tokens</span>
+<span>seed {{ run.seed }}</span></p>
+<div class="finding {{ (leading | verdict) if leading else "" }}"><p>{{ headline }}</p></div>
+
+{% if report.metrics %}
+<h2>Scores</h2>
+<div class="scroll"><table>
+<thead>{{ head("metric", leading) }}</thead>
+<tbody>
+{% for name, entry in report.metrics.items() %}{{ line(name | label, entry, report.metrics.values() | list, entry.normaliser) }}{% endfor %}
+</tbody></table></div>
+<p class="note key">{% for model in leading.models %}<span><i class="{{ "base" if loop.first else "tuned" }}"></i>{{ model }}</span>{% endfor %}
+dots on an axis from 0 to 100, with 95 % intervals</p>
+{% endif %}
+
+{% for facet in facets %}
+{% if loop.first %}<h3>By {{ facet.label }}</h3>{% else %}<details{{ " open" if facet.rows | length <= 8 }}><summary>By {{ facet.label }}</summary>{% endif %}
+<div class="scroll"><table>
+<thead>{{ head(facet.label, facet.entries[0]) }}</thead>
+<tbody>
+{% for row in facet.rows %}{{ line(row.value, row.entry, facet.entries, (row.metric | label) if facet.several else "") }}{% endfor %}
+</tbody></table></div>
+{% if facet.more %}<p class="note">{{ facet.more }} more in metrics.json.</p>{% endif %}
+{% if not loop.first %}</details>{% endif %}
+{% endfor %}
+
+{% if report.perplexity %}
+<h2>Perplexity of the reference answers</h2>
+<div class="scroll"><table>
+<thead><tr><th>model</th><th>perplexity</th><th>95 % interval</th></tr></thead>
+<tbody>{% for model, found in report.perplexity.models.items() %}
+<tr><td>{{ model }}</td><td>{{ found.value | number }}</td><td>{{ found | span }}</td></tr>
+{% endfor %}</tbody></table></div>
+<p class="note">Over {{ "{:,}".format(report.perplexity.tokens) }} answer tokens; lower is better.</p>
+{% endif %}
+
+{% if report.training %}
+<h2>Training</h2>
+{% if loss %}{{ loss }}<p class="note key"><span><i class="base"></i>training loss</span><span><i class="tuned"></i>validation loss</span>
+per answer token, over optimizer steps</p>{% endif %}
+<dl>{% for key, value in report.training.items() %}<div><dt>{{ key }}</dt><dd>{{ value }}</dd></div>{% endfor %}</dl>
+{% endif %}
+
+{% if kinds %}
+<h2>Rows</h2>
+<p class="note">Chosen by a hash of the row's id, one per picture where possible; not by how good they look.</p>
+{% for title, rows in kinds.items() %}
+<h3>{{ title }}</h3>
+<div class="rows">
+{% for row in rows %}
+<article class="row">
+{% if row.pictures %}<div class="pictures">{% for uri in row.pictures %}<img src="{{ uri }}" alt="" {% if uri.startswith("data:image/png") %}class="exact"{% endif %}>{% endfor %}</div>{% endif %}
+<p class="question">{{ row.question }}</p>
+{% if row.other_media %}<p class="note">{{ row.other_media | join(", ") }}</p>{% endif %}
+<dl class="answers">
+{% for answer in row.answers %}<dt>{{ answer.model }}</dt><dd>{{ answer.text or "(empty)" }}</dd><dd class="score">{{ "%.0f" | format(answer.score) }}</dd>{% endfor %}
+<dt>people</dt><dd>{% for text, count in row.references %}{{ ", " if not loop.first }}{{ text }}{% if count > 1 %} ×{{ count }}{% endif %}{% endfor %}</dd><dd></dd>
+</dl>
+<div class="id"><code>{{ row.id }}</code> · {{ row.metric | label }}</div>
+</article>
+{% endfor %}
+</div>
+{% endfor %}
+{% endif %}
+
+<h2>Made from</h2>
+<div class="scroll"><table>
+<thead><tr><th>stage</th><th class="left">hash</th><th class="left">rows</th><th class="left">refused</th><th>seconds</th></tr></thead>
+<tbody>{% for item in report.manifests %}
+<tr><td>{{ item.stage }}</td><td class="left"><code>{{ item.hash | brief }}</code></td>
+<td class="left">{% for split, count in item.rows.items() %}{{ ", " if not loop.first }}{{ split }} {{ "{:,}".format(count) }}{% endfor %}</td>
+<td class="left">{% for reason, count in item.drops.items() %}{{ ", " if not loop.first }}{{ reason }} {{ "{:,}".format(count) }}{% else %}none{% endfor %}</td>
+<td>{{ "%.1f" | format(item.seconds) }}</td></tr>
+{% endfor %}</tbody></table></div>
+{% if report.rejected %}<p class="note">Not scored: {% for reason, count in report.rejected.items() %}{{ ", " if not loop.first }}{{ reason }} {{ "{:,}".format(count) }}{% endfor %}
+of {{ "{:,}".format(report.read) }} rows; each is named in rejects.jsonl.</p>{% endif %}
+
+<footer>
+{% for note in report.notes %}<p>{{ note }}</p>{% endfor %}
+<p>Intervals are percentile bootstrap intervals over {{ "{:,}".format(run.bootstrap) }} resamples; rows that show the same
+media are resampled together. p is from a paired sign-flip test over the same units, two-sided, not corrected for the number of
+tables. All models answered the same rows.</p>
+</footer>
+</main>
+</body>
+</html>
+"""

@@ -1,0 +1,96 @@
+"""Numbers and verdicts as a report words them, the same in Markdown and on the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+LABELS = {
+    "vqa_accuracy": "VQA accuracy",
+    "exact_match": "Exact match",
+    "accuracy": "Accuracy",
+    "relaxed_accuracy": "Relaxed accuracy",
+    "token_f1": "Token F1",
+    "rouge_l": "ROUGE-L",
+    "cider": "CIDEr",
+    "wer": "Word error rate",
+    "cer": "Character error rate",
+}
+FACET_LABELS = {"source": "source", "task": "task", "answer_type": "answer type", "question_type": "question type"}
+_LEVEL = 0.05
+
+
+def label(metric: str) -> str:
+    """Returns a metric's name for people."""
+    return LABELS.get(metric, metric)
+
+
+def number(value: float) -> str:
+    """Returns a score with two decimals, large ones with thousands separators."""
+    return f"{value:,.2f}"
+
+
+def signed(value: float) -> str:
+    """Returns a difference with its sign (a true minus)."""
+    return f"{value:+,.2f}".replace("-", "−")
+
+
+def p_value(value: float) -> str:
+    """Returns a p-value with three decimals, or that it is smaller."""
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def interval(entry: Mapping[str, float], *, sign: bool = False) -> str:
+    """Returns ``low to high`` of an entry."""
+    show = signed if sign else number
+    return f"{show(entry['low'])} to {show(entry['high'])}"
+
+
+def verdict(entry: Mapping[str, Any]) -> str:
+    """Returns ``better``, ``worse`` or ``unclear`` for tuned against base; empty with one model.
+
+    Better or worse needs both an interval that excludes zero and a paired test below 5 %.
+    """
+    difference = entry.get("difference")
+    if difference is None:
+        return ""
+    clear = (difference["low"] > 0 or difference["high"] < 0) and difference["p"] < _LEVEL
+    if not clear:
+        return "unclear"
+    return "better" if (difference["value"] > 0) == entry["higher_is_better"] else "worse"
+
+
+def headline(report: Mapping[str, Any]) -> str:
+    """Returns the report's finding in one sentence, from its leading metric."""
+    if not report["metrics"]:
+        return "No row has a metric; only perplexity was measured." if report.get("perplexity") else "Nothing was scored."
+    name, entry = next(iter(report["metrics"].items()))
+    models = list(entry["models"])
+    last = entry["models"][models[-1]]
+    rows = f"{entry['n']:,} held-out {'row' if entry['n'] == 1 else 'rows'}"
+    if "difference" not in entry:
+        return (
+            f"{label(name)} of the {models[-1]} model is {number(last['value'])}"
+            f" (95 % interval {interval(last)}) on {rows}."
+        )
+    found, first = entry["difference"], entry["models"][models[0]]
+    change = f"{label(name)} from {number(first['value'])} to {number(last['value'])}"
+    sure = (
+        f"a difference of {signed(found['value'])} (95 % interval {interval(found, sign=True)},"
+        f" p {_p(found['p'])}) on {rows}"
+    )
+    outcome = verdict(entry)
+    if outcome == "unclear":
+        return f"No clear effect: tuning moved {change}, {sure}."
+    verb = "raised" if found["value"] > 0 else "lowered"
+    return f"Tuning {verb} {change}, {sure}."
+
+
+def _p(value: float) -> str:
+    text = p_value(value)
+    return text if text.startswith("<") else f"= {text}"
+
+
+def short_hash(value: str) -> str:
+    """Returns the first twelve characters of a hash."""
+    return value[:12]

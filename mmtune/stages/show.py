@@ -1,0 +1,126 @@
+"""show: what is in a stage folder or a run, for people and for programs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mmtune.errors import DataError
+from mmtune.storage import is_finished, open_split, read_manifest
+
+_STAGES = ("instructions", "tokens", "adapter", "report")
+
+
+def describe(path: Path, *, row: int = 0, split: str | None = None) -> dict[str, Any]:
+    """Returns manifest, counts and one row of a stage folder, or the state of a run.
+
+    Raises:
+        DataError: There is nothing of mmtune there, or no such row.
+    """
+    if is_finished(path):
+        return _stage(path, row, split)
+    stages = {name: _brief(path / name) for name in _STAGES if is_finished(path / name)}
+    if not stages:
+        raise DataError(f"{path} holds no finished stage", "give a stage folder or a run_dir", "nothing_there")
+    return {"run_dir": str(path), "stages": stages}
+
+
+def _brief(folder: Path) -> dict[str, Any]:
+    manifest = read_manifest(folder)
+    return {"hash": manifest.hash[:12], "rows": manifest.rows, "drops": manifest.drops, "facts": manifest.facts}
+
+
+def _stage(path: Path, row: int, split: str | None) -> dict[str, Any]:
+    manifest = read_manifest(path)
+    result: dict[str, Any] = {
+        "path": str(path),
+        "stage": manifest.stage,
+        "hash": manifest.hash,
+        "parents": manifest.parents,
+        "rows": manifest.rows,
+        "drops": manifest.drops,
+        "facts": manifest.facts,
+        "timings": manifest.timings,
+        "bytes": sum(file["size"] for file in manifest.files.values()),
+    }
+    chosen = split or next((name for name in manifest.rows if (path / name).is_dir()), None)
+    if chosen is not None:
+        table = open_split(path / chosen)
+        if row >= table.num_rows:
+            raise DataError(f"{path / chosen} has {table.num_rows} rows, there is no row {row}", "count from 0", "no_row")
+        value = table.slice(row, 1).to_pylist()[0]
+        result["row"] = {"split": chosen, "index": row, **_row(value, manifest.facts)}
+    return result
+
+
+def _row(value: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    if "input_ids" in value:
+        return _tree(value, facts)
+    for name in ("images", "audios", "videos"):
+        value[name] = [{**item, "bytes": None} for item in value.get(name) or ()]
+    return value
+
+
+def _tree(value: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """Returns a tree as text per run of equal branch and loss, media tokens counted instead of spelt."""
+    from mmtune.encoding.processor import load_processor, tokenizer_of
+
+    tokenizer = tokenizer_of(load_processor(facts["model"], offline=True))
+    spans = sorted((item["start"], item["start"] + item["length"], item) for item in value["media"])
+    runs: list[dict[str, Any]] = []
+    at = 0
+    ids, labels, branch = value["input_ids"], value["labels"], value["branch"]
+    while at < len(ids):
+        span = next((span for span in spans if span[0] == at and span[1] > at), None)
+        if span is not None:
+            runs.append({"branch": branch[at], "loss": False, "text": f"[{span[2]['path']}: {span[2]['length']} tokens]"})
+            at = span[1]
+            continue
+        end = at + 1
+        starts = {span[0] for span in spans}
+        same = (branch[at], labels[at] != -100)
+        while end < len(ids) and end not in starts and (branch[end], labels[end] != -100) == same:
+            end += 1
+        runs.append({"branch": same[0], "loss": same[1], "text": tokenizer.decode(ids[at:end])})
+        at = end
+    return {"length": value["length"], "example_ids": value["example_ids"], "runs": runs}
+
+
+def render(result: dict[str, Any]) -> str:
+    """Returns a description as plain text."""
+    lines: list[str] = []
+    if "stages" in result:
+        for name, stage in result["stages"].items():
+            rows = ", ".join(f"{split} {count:,}" for split, count in stage["rows"].items())
+            lines.append(f"{name:13} {stage['hash']}  {rows}{_drops(stage['drops'])}")
+        return "\n".join(lines)
+    lines.append(f"{result['path']}  ({result['stage']}, {result['bytes'] / 1e6:.1f} MB, {result['hash'][:12]})")
+    lines.append("rows      " + ", ".join(f"{split} {count:,}" for split, count in result["rows"].items()))
+    if result["drops"]:
+        lines.append("refused   " + _drops(result["drops"]).lstrip("; "))
+    for name, value in result["facts"].items():
+        lines.append(f"{name:9} {_short(value)}")
+    row = result.get("row")
+    if row is None:
+        return "\n".join(lines)
+    lines.append(f"\n{row['split']} row {row['index']}:")
+    if "runs" in row:
+        for run in row["runs"]:
+            mark = "LOSS" if run["loss"] else "    "
+            lines.append(f"  {run['branch']:>3} {mark} {run['text']!r}")
+    else:
+        for message in row["messages"]:
+            text = "".join(part["text"] or f"<{part['type']}>" for part in message["content"])
+            lines.append(f"  {message['role']:9} {text!r}")
+        lines.append(f"  references {row['references']}")
+    return "\n".join(lines)
+
+
+def _drops(drops: dict[str, int]) -> str:
+    return "; refused " + ", ".join(f"{reason} {count:,}" for reason, count in drops.items()) if drops else ""
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 140 else text[:137] + "..."

@@ -1,0 +1,111 @@
+"""A batch equals what the processor's own call makes of the same conversations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mmtune.encoding.collate import Collator
+from mmtune.errors import IntegrityError
+from mmtune.records import Message, TextPart
+
+# Sizes of the images of each conversation; one has none, one has two.
+BATCHES = {"mixed": [[(60, 40)], [], [(33, 90), (28, 28)]], "same": [[(50, 50)], [(50, 50)]], "none": [[], []]}
+
+
+@pytest.fixture
+def served(monkeypatch: Any) -> dict[str, Any]:
+    """Media by path, served in the place of files."""
+    store: dict[str, Any] = {}
+    import mmtune.media.load as load
+
+    monkeypatch.setattr(load, "load_image", lambda root, medium: store[medium.path])
+    monkeypatch.setattr(load, "load_audio", lambda root, medium, rate: store[medium.path])
+    return store
+
+
+def batch_of(family: Any, media: Any, served: dict[str, Any], sizes: Any, sound: bool) -> Any:
+    rows, plain = [], []
+    for number, entry in enumerate(sizes):
+        made = [media.audio(8_000 + 900 * w) if sound else media.image(w, h) for w, h in entry]
+        for medium, real in made:
+            served[medium.path] = real["audio" if sound else "image"]
+        text = "What is it? " * (number + 1)
+        messages = [
+            Message("user", (*(medium for medium, _ in made), TextPart(text))),
+            Message("assistant", (TextPart("a cat"),)),
+        ]
+        rows.append(family.renderer.encode(messages))
+        shown = [*(real for _, real in made), {"type": "text", "text": text}]
+        plain.append(
+            [
+                {"role": "user", "content": shown},
+                {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]},
+            ]
+        )
+    return rows, plain
+
+
+def reference(family: Any, plain: Any, side: str) -> dict[str, torch.Tensor]:
+    from transformers import ProcessorMixin
+
+    tokenizer = family.processor.tokenizer
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    write = (
+        ProcessorMixin.apply_chat_template if family.name == "smolvlm" else type(family.processor).apply_chat_template
+    )
+    options = {"padding": True, "padding_side": side}
+    made = write(
+        family.processor, plain, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=options
+    )
+    return dict(made)
+
+
+def same(found: dict[str, torch.Tensor], expected: dict[str, Any]) -> None:
+    assert set(found) - {"labels"} == set(expected)
+    for name, value in expected.items():
+        value = torch.as_tensor(np.asarray(value)) if not isinstance(value, torch.Tensor) else value
+        assert found[name].shape == value.shape, name
+        assert torch.equal(found[name].to(value.dtype), value), name
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("batch", list(BATCHES))
+def test_image_batches(image_family: Any, media: Any, served: Any, batch: str, side: str) -> None:
+    rows, plain = batch_of(image_family, media, served, BATCHES[batch], sound=False)
+    found = Collator(image_family.processor, media_root=Path(), left=side == "left")(rows)
+    same(found, reference(image_family, plain, side))
+    assert ((found["labels"] != -100) <= (found["attention_mask"] == 1)).all()
+
+
+@pytest.mark.parametrize("batch", list(BATCHES))
+def test_audio_batches(audio_family: Any, media: Any, served: Any, batch: str) -> None:
+    rows, plain = batch_of(audio_family, media, served, BATCHES[batch], sound=True)
+    found = Collator(audio_family.processor, media_root=Path())(rows)
+    same(found, reference(audio_family, plain, "right"))
+
+
+def test_a_changed_file_is_noticed(family_of: Any, media: Any, served: Any) -> None:
+    for name in ("qwen2_vl", "idefics3", "llava_onevision", "internvl"):
+        family = family_of(name)
+        rows, _ = batch_of(family, media, served, [[(60, 40)]], sound=False)
+        served["60x40.png"] = media.image(20, 200)[1]["image"]
+        with pytest.raises(IntegrityError, match="60x40.png"):
+            Collator(family.processor, media_root=Path())(rows)
+
+
+def test_each_file_is_opened_once_per_batch(family_of: Any, media: Any, served: Any, monkeypatch: Any) -> None:
+    import mmtune.media.load as load
+
+    opened = []
+    monkeypatch.setattr(load, "load_image", lambda root, medium: opened.append(medium.path) or served[medium.path])
+    for name in ("qwen2_vl", "idefics3"):
+        opened.clear()
+        rows, _ = batch_of(family_of(name), media, served, [[(60, 40)]] * 3 + [[(28, 28)]], sound=False)
+        Collator(family_of(name).processor, media_root=Path())(rows)
+        assert sorted(opened) == ["28x28.png", "60x40.png"]

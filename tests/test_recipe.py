@@ -1,0 +1,94 @@
+"""Recipes are strict: a mistake is one line with the key, the line and the next step."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmtune.errors import RecipeError
+from mmtune.recipe_text import load_recipe
+
+
+def write(folder, text, name="r.yaml"):
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def load(folder, text, overrides=(), environ=None):
+    return load_recipe(write(folder, text), overrides, environ or {})
+
+
+def test_floats_and_words_keep_their_meaning(tmp_path):
+    recipe = load(
+        tmp_path, "run_dir: x\nfinetune: {learning_rate: 1e-4}\nsources: [{id: no, reader: hf, path: a/b, name: 'on'}]"
+    )
+    assert recipe.finetune.learning_rate == 1e-4
+    assert recipe.sources[0].id == "no"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("run_dir: x\nfinetune:\n  learnin_rate: 1\n", "line 3: unknown key `finetune.learnin_rate`; did you mean `learning_rate`?"),
+        ("run_dir: x\nfinetun: {}\n", "did you mean `finetune`?"),
+        ("run_dir: x\nrun_dir: y\n", "appears twice"),
+        ("run_dir: x\nfinetune: {epochs: soon}\n", "valid number"),
+        ("run_dir: x\nfinetune: {learning_rate: 0}\n", "greater than 0"),
+        ("run_dir: x\nfinetune: {train: []}\n", "at least one tower"),
+        ("run_dir: x\nfinetune: {lora: {r: 0}}\n", "greater than or equal to 1"),
+        ("run_dir: [x\n", "not valid YAML"),
+        ("a: &b 1\nrun_dir: *b\n", "aliases"),
+        ("run_dir: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
+        ("just words", "not a recipe"),
+        ("model: {path: m}\n", "`run_dir` is required"),
+        ("run_dir: x\nsources: [{id: a/b, reader: llava}]\n", "pattern"),
+        ("run_dir: x\nsources: [{id: a, reader: llava}, {id: a, reader: llava}]\n", "two sources"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, text, expected):
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, text)
+    assert expected in caught.value.message
+    assert caught.value.hint
+
+
+def test_precedence(tmp_path):
+    write(tmp_path, "run_dir: x\nseed: 1\nfinetune: {epochs: 1, accumulate: 2}\n", "base.yaml")
+    text = "extends: base.yaml\nfinetune: {epochs: 2}\n"
+    assert load(tmp_path, text).finetune.epochs == 2
+    assert load(tmp_path, text).finetune.accumulate == 2
+    environ = {"MMTUNE_FINETUNE__EPOCHS": "3"}
+    assert load(tmp_path, text, environ=environ).finetune.epochs == 3
+    assert load(tmp_path, text, ["finetune.epochs=4"], environ).finetune.epochs == 4
+
+
+def test_extends_in_a_circle_is_refused(tmp_path):
+    write(tmp_path, "extends: b.yaml\n", "a.yaml")
+    write(tmp_path, "extends: a.yaml\n", "b.yaml")
+    with pytest.raises(RecipeError, match="circle"):
+        load_recipe(tmp_path / "a.yaml", (), {})
+
+
+def test_paths_are_relative_to_the_recipe(tmp_path):
+    (tmp_path / "model").mkdir()
+    text = "run_dir: runs/x\nmodel: {path: model}\nsources: [{id: a, reader: llava, path: d/a.json, images: d}]\n"
+    recipe = load(tmp_path, text)
+    assert recipe.run_dir == tmp_path / "runs" / "x"
+    assert recipe.model.path == str(tmp_path / "model")
+    assert recipe.sources[0].path == str(tmp_path / "d" / "a.json")
+    assert load(tmp_path, "run_dir: x\nmodel: {path: Qwen/Qwen2.5-VL-3B-Instruct}\n").model.path.startswith("Qwen/")
+
+
+@pytest.mark.parametrize("override", ["finetune", "=1", "a..b=1", "finetune.epochs=[", "finetune.nokey=1", "seed=abc"])
+def test_bad_overrides_are_refused(tmp_path, override):
+    with pytest.raises(RecipeError):
+        load(tmp_path, "run_dir: x\n", [override])
+
+
+@given(st.text(max_size=60))
+def test_no_text_makes_a_traceback(tmp_path_factory, text):
+    folder = tmp_path_factory.getbasetemp()
+    path = folder / "fuzz.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(RecipeError):
+        load_recipe(path, (), {})

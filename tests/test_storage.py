@@ -1,0 +1,142 @@
+"""Stage folders are complete or absent, reused when nothing changed, and never harm foreign files."""
+
+import json
+import os
+import subprocess
+import sys
+
+import datasets
+import pyarrow as pa
+import pytest
+
+from mmtune import storage
+from mmtune.errors import DataError, IntegrityError, LockedError, RecipeError, ResourceError
+from mmtune.records import Reject
+
+SCHEMA = pa.schema([("id", pa.string()), ("value", pa.list_(pa.int32()))])
+
+
+def make(target, config, text="x", force=False, on_change="rebuild", rows=None):
+    staging = storage.open_stage(target, stage="demo", config=config, force=force, on_change=on_change)
+    if staging is None:
+        return None
+    with staging:
+        (staging.path / "data.txt").write_text(text)
+        return staging.publish(rows=rows, facts={"a": 1})
+
+
+def test_a_stage_is_made_once_and_reused(tmp_path):
+    target = tmp_path / "demo"
+    first = make(target, {"k": 1})
+    assert storage.read_manifest(target, verify=True) == first
+    assert make(target, {"k": 1}) is None
+    assert make(target, {"k": 1}, force=True).hash == first.hash
+
+
+def test_a_changed_setting_rebuilds_and_says_what_changed(tmp_path):
+    target = tmp_path / "demo"
+    make(target, {"a": {"b": 1}})
+    staging = storage.open_stage(target, stage="demo", config={"a": {"b": 2}})
+    assert staging.reasons == ["config.a.b: 1 -> 2"]
+    staging.__exit__()
+
+
+def test_a_changed_setting_is_refused_where_asked(tmp_path):
+    target = tmp_path / "demo"
+    make(target, {"k": 1}, "old")
+    with pytest.raises(IntegrityError, match="config.k: 1 -> 2"):
+        make(target, {"k": 2}, on_change="refuse")
+    assert (target / "data.txt").read_text() == "old"
+
+
+def test_a_failure_leaves_the_old_folder_and_no_rest(tmp_path):
+    target = tmp_path / "demo"
+    make(target, {"k": 1}, "old")
+    with pytest.raises(ZeroDivisionError), storage.open_stage(target, stage="demo", config={"k": 2}) as staging:
+        (staging.path / "data.txt").write_text("half")
+        raise ZeroDivisionError
+    assert (target / "data.txt").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir() if ".tmp-" in p.name] == []
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_foreign_files_are_never_touched(tmp_path, force):
+    target = tmp_path / "demo"
+    target.mkdir()
+    (target / "thesis.tex").write_text("mine")
+    with pytest.raises(RecipeError) as caught:
+        make(target, {"k": 1}, force=force)
+    assert caught.value.code == "foreign_folder"
+    assert (target / "thesis.tex").read_text() == "mine"
+
+
+def test_damage_is_found(tmp_path):
+    target = tmp_path / "demo"
+    make(target, {"k": 1}, "abc")
+    (target / "data.txt").write_text("abd")
+    storage.read_manifest(target)
+    with pytest.raises(IntegrityError, match="recorded bytes"):
+        storage.read_manifest(target, verify=True)
+    (target / "data.txt").write_text("ab")
+    with pytest.raises(IntegrityError, match="2 bytes instead of 3"):
+        storage.read_manifest(target)
+    (target / "data.txt").unlink()
+    with pytest.raises(IntegrityError, match="missing"):
+        storage.read_manifest(target)
+
+
+def test_a_missing_stage_names_the_command(tmp_path):
+    with pytest.raises(DataError) as caught:
+        storage.read_manifest(tmp_path / "tokens", made_by="tokenize")
+    assert caught.value.hint == "run: mmtune tokenize"
+
+
+def test_two_runs_do_not_write_one_folder(tmp_path):
+    with storage.open_stage(tmp_path / "demo", stage="demo", config={}):
+        with pytest.raises(LockedError):
+            storage.open_stage(tmp_path / "demo", stage="demo", config={})
+    assert make(tmp_path / "demo", {}) is not None
+
+
+def test_a_killed_run_leaves_nothing_under_the_final_name(tmp_path):
+    script = (
+        "import os, sys; from pathlib import Path; from mmtune import storage\n"
+        "s = storage.open_stage(Path(sys.argv[1]) / 'demo', stage='demo', config={})\n"
+        "(s.path / 'x').write_text('half'); os._exit(137)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
+    assert done.returncode == 137
+    assert not (tmp_path / "demo").exists()
+    make(tmp_path / "demo", {})
+    assert [p.name for p in tmp_path.iterdir() if ".tmp-" in p.name] == []
+
+
+def test_splits_open_with_datasets(tmp_path):
+    with storage.open_stage(tmp_path / "demo", stage="demo", config={}) as staging:
+        for shard in range(3):
+            writer = storage.SplitWriter(staging.path / "train" / f"shard-{shard:05d}.arrow", SCHEMA, rows_per_batch=2)
+            for row in range(5):
+                writer.write({"id": f"{shard}-{row}", "value": [row] * row})
+            assert writer.close() == 5
+        assert storage.finish_split(staging.path / "train", SCHEMA) == 15
+        assert storage.finish_split(staging.path / "val", SCHEMA) == 0
+        staging.publish(rows={"train": 15, "val": 0})
+    loaded = datasets.load_from_disk(str(tmp_path / "demo"))
+    assert loaded["train"]["id"][7] == "1-2"
+    table = storage.open_split(tmp_path / "demo" / "train")
+    assert table.num_rows == 15 and table.column("value")[4].as_py() == [4, 4, 4, 4]
+    with pytest.raises(DataError, match="train, val"):
+        storage.open_split(tmp_path / "demo" / "test")
+
+
+def test_rejects_are_counted_and_listed(tmp_path):
+    with storage.RejectLog(tmp_path / "rejects.jsonl") as log:
+        log.write(Reject("f:1", "a", "bad_json", "x"))
+        log.write(Reject("f:2", "b\ud800", "bad_json"))
+    assert log.counts == {"bad_json": 2}
+    assert [json.loads(line)["where"] for line in open(tmp_path / "rejects.jsonl")] == ["f:1", "f:2"]
+
+
+def test_a_full_disk_is_a_resource_error():
+    with pytest.raises(ResourceError), storage.disk_errors("writing"):
+        raise OSError(28, os.strerror(28))
