@@ -45,6 +45,7 @@ class Collator:
         self._processor, self._root, self._left = processor, media_root, left
         self._pad = pad_token_id(processor)
         self._joined = bool(family(processor, _JOINED))
+        self._per_row = bool(family(processor, {"Idefics3Processor": True, "SmolVLMProcessor": True}))
         self._gemma = bool(family(processor, {"Gemma3Processor": True}))
         self._cache: OrderedDict[Any, dict[str, torch.Tensor]] = OrderedDict()
         self._room = cache_bytes
@@ -89,7 +90,8 @@ class Collator:
         for span in (span for spans in per_row for span in spans):
             if _key(span) not in pictures:
                 pictures[_key(span)] = self._picture(span)
-        nested = [[pictures[_key(span)] for span in spans] for spans in per_row if spans]
+        # Idefics3 and SmolVLM make one padded row of images per conversation, empty ones included.
+        nested = [[pictures[_key(span)] for span in spans] for spans in per_row if spans or self._per_row]
         made, texts = process_images(self._processor, nested)
         self._check([(row, span) for row, spans in zip(rows, per_row, strict=True) for span in spans], texts)
         return self._kept(made)
@@ -131,7 +133,7 @@ class Collator:
         return self._kept(made)
 
     def _kept(self, made: Any) -> dict[str, torch.Tensor]:
-        unused = set(getattr(self._processor, "unused_input_names", ())) | {"rows", "cols"}
+        unused = set(getattr(self._processor, "unused_input_names", ())) | {"rows", "cols", "num_patches"}
         return {name: torch.as_tensor(value) for name, value in made.items() if name not in unused}
 
     def _expected(self, row: EncodedRow, span: MediaSpan) -> int:

@@ -112,6 +112,15 @@ def _whisper_tokens(processor: Any, samples: int) -> dict[str, Any]:
     return {"num_audio_tokens": [((frames - 1) // 2 + 1 - 2) // 2 + 1]}
 
 
+def _windowed_tokens(processor: Any, samples: int) -> dict[str, Any]:
+    own = processor.feature_extractor
+    window = int(own.sampling_rate * own.chunk_length)
+    most = int(processor.max_audio_len // own.chunk_length) * window
+    whole, rest = divmod(min(samples, most), window)
+    frames = whole * math.ceil(window / own.hop_length) + math.ceil(rest / own.hop_length)
+    return {"num_audio_tokens": [((frames - 1) // 2 + 1 - 2) // 2 + 1]}
+
+
 def _granite_tokens(processor: Any, samples: int) -> dict[str, Any]:
     return {"audio_embed_sizes": processor.audio_processor._get_num_audio_features([samples])}
 
@@ -119,6 +128,7 @@ def _granite_tokens(processor: Any, samples: int) -> dict[str, Any]:
 _AUDIO_STUBS: dict[str, Callable[[Any, int], dict[str, Any]]] = {
     "Qwen2AudioProcessor": _whisper_tokens,
     "Qwen2_5OmniProcessor": _whisper_tokens,
+    "AudioFlamingo3Processor": _windowed_tokens,
     "GraniteSpeechProcessor": _granite_tokens,
 }
 

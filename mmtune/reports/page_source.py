@@ -18,7 +18,8 @@ h3 { font-size: 15px; font-weight: 640; margin: 30px 0 10px; }
 p { margin: 0 0 12px; max-width: 74ch; }
 .kicker { font-size: 13px; color: var(--soft); margin: 0 0 6px; }
 .meta, .note { color: var(--soft); font-size: 14px; }
-.meta span { white-space: nowrap; } .meta span + span::before { content: " \\00b7 "; }
+.meta span { white-space: nowrap; } .meta span + span::before { content: "\\00b7"; margin: 0 .5em 0 .2em; }
+table.narrow { max-width: 440px; }
 code { font: .92em ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas, monospace; overflow-wrap: anywhere; }
 .finding { margin: 26px 0 0; padding: 16px 20px; background: var(--card); border: 1px solid var(--line);
   border-left: 3px solid var(--base); border-radius: 6px; font-size: 18px; line-height: 1.5; }
@@ -124,7 +125,7 @@ dots on an axis from 0 to 100, with 95 % intervals</p>
 
 {% if report.perplexity %}
 <h2>Perplexity of the reference answers</h2>
-<div class="scroll"><table>
+<div class="scroll"><table class="narrow">
 <thead><tr><th>model</th><th>perplexity</th><th>95 % interval</th></tr></thead>
 <tbody>{% for model, found in report.perplexity.models.items() %}
 <tr><td>{{ model }}</td><td>{{ found.value | number }}</td><td>{{ found | span }}</td></tr>

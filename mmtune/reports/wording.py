@@ -94,3 +94,25 @@ def _p(value: float) -> str:
 def short_hash(value: str) -> str:
     """Returns the first twelve characters of a hash."""
     return value[:12]
+
+
+def table_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Returns head and rows of the score table for a terminal, with the sources below the totals."""
+    entries = [(label(name), entry) for name, entry in report["metrics"].items()]
+    sources = report["groups"].get("source", {})
+    if len(sources) > 1:
+        entries += [(f"  {value} · {label(name)}", entry) for value, found in sources.items() for name, entry in found.items()]
+    models = report["run"]["compare"]
+    head = ["metric", *models, *(["difference", "p"] if len(models) == 2 else ["95 % interval"]), "rows"]
+    rows = []
+    for name, entry in entries:
+        cells = [name, *(number(found["value"]) for found in entry["models"].values())]
+        if found := entry.get("difference"):
+            cells += [f"{signed(found['value'])} [{interval(found, sign=True)}]", p_value(found["p"])]
+        else:
+            cells += [interval(next(iter(entry["models"].values())))]
+        rows.append([*cells, f"{entry['n']:,}"])
+    if perplexity := report.get("perplexity"):
+        cells = ["perplexity", *(number(found["value"]) for found in perplexity["models"].values())]
+        rows.append([*cells, *[""] * (len(head) - len(cells) - 1), f"{perplexity['n']:,}"])
+    return head, rows

@@ -161,6 +161,15 @@ def _qwen2_audio() -> Any:
     return processor, None
 
 
+def _flamingo() -> Any:
+    import transformers
+
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<sound>"]
+    tokenizer = byte_level(tokens, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    processor = transformers.AudioFlamingo3Processor(transformers.WhisperFeatureExtractor(), tokenizer)
+    return processor, CHATML.replace("@AUDIO@", "<sound>")
+
+
 def _granite() -> Any:
     import transformers
 
@@ -329,6 +338,7 @@ _FAMILIES = {
     "qwen3_vl": (_qwen3_vl, {"image"}),
     "qwen2_5_omni": (_omni, {"image", "audio"}),
     "qwen2_audio": (_qwen2_audio, {"audio"}),
+    "audio_flamingo3": (_flamingo, {"audio"}),
     "granite_speech": (_granite, {"audio"}),
     "llava": (_llava, {"image"}),
     "llava_bytes": (_llava_bytes, {"image"}),

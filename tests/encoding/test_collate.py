@@ -14,7 +14,12 @@ from mmtune.errors import IntegrityError
 from mmtune.records import Message, TextPart
 
 # Sizes of the images of each conversation; one has none, one has two.
-BATCHES = {"mixed": [[(60, 40)], [], [(33, 90), (28, 28)]], "same": [[(50, 50)], [(50, 50)]], "none": [[], []]}
+BATCHES = {
+    "mixed": [[(60, 40)], [], [(33, 90), (28, 28)]],
+    "same": [[(50, 50)], [(50, 50)]],
+    "none": [[], []],
+    "first empty": [[], [(40, 40)]],
+}
 
 
 @pytest.fixture
@@ -85,6 +90,8 @@ def test_image_batches(image_family: Any, media: Any, served: Any, batch: str, s
 
 @pytest.mark.parametrize("batch", list(BATCHES))
 def test_audio_batches(audio_family: Any, media: Any, served: Any, batch: str) -> None:
+    if audio_family.name == "audio_flamingo3" and batch in ("mixed", "first empty"):
+        pytest.skip("its own call wants one sound in every conversation")
     rows, plain = batch_of(audio_family, media, served, BATCHES[batch], sound=True)
     found = Collator(audio_family.processor, media_root=Path())(rows)
     same(found, reference(audio_family, plain, "right"))
@@ -94,7 +101,7 @@ def test_a_changed_file_is_noticed(family_of: Any, media: Any, served: Any) -> N
     for name in ("qwen2_vl", "idefics3", "llava_onevision", "internvl"):
         family = family_of(name)
         rows, _ = batch_of(family, media, served, [[(60, 40)]], sound=False)
-        served["60x40.png"] = media.image(20, 200)[1]["image"]
+        served["60x40.png"] = media.image(200, 190)[1]["image"]
         with pytest.raises(IntegrityError, match="60x40.png"):
             Collator(family.processor, media_root=Path())(rows)
 

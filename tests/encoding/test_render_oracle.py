@@ -69,7 +69,12 @@ def reference(family: Any, plain: list[dict[str, Any]], **options: Any) -> list[
         from transformers import ProcessorMixin
 
         write = ProcessorMixin.apply_chat_template
-    made = write(family.processor, plain, tokenize=True, return_dict=True, **options)["input_ids"]
+    try:
+        made = write(family.processor, plain, tokenize=True, return_dict=True, **options)["input_ids"]
+    except ValueError as error:
+        if "must match 1:1" in str(error):
+            pytest.skip(f"{family.name} takes one sound per conversation")
+        raise
     return list(np.asarray(made).reshape(-1))
 
 

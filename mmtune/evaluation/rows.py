@@ -1,0 +1,103 @@
+"""Examples as a model is asked them: the prompt without its last answer, and the whole conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from mmtune.encoding.refused import Refused
+from mmtune.encoding.render import EncodedRow, Renderer
+from mmtune.encoding.turns import without_first_turn
+from mmtune.records import Example, Message, Reject
+
+
+def answer_of(example: Example) -> str:
+    """Returns the text of the last assistant turn, empty when the conversation ends otherwise."""
+    last = example.messages[-1] if example.messages else None
+    return last.text if last is not None and last.role == "assistant" else ""
+
+
+def question_of(example: Example) -> str:
+    """Returns the text of the last user turn."""
+    return next((message.text for message in reversed(example.messages) if message.role == "user"), "")
+
+
+class EvalRows:
+    """The examples that a model can take, encoded when they are asked for.
+
+    Args:
+        count: Number of examples.
+        example: Example number to Example.
+        renderer: Encodes a conversation.
+        max_length: Longest conversation in tokens, answer included, as in training.
+        drop_turns: Let over-long conversations lose whole early turns.
+
+    Attributes:
+        kept: Numbers of the examples that fit, in order; rows below are numbered within it.
+        prompt_sizes: Tokens of every kept prompt.
+        row_sizes: Tokens of every kept conversation.
+        rejects: The examples that do not fit.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        example: Callable[[int], Example],
+        renderer: Renderer,
+        *,
+        max_length: int,
+        drop_turns: bool = False,
+    ) -> None:
+        self._example, self._renderer = example, renderer
+        self._max_length, self._drop_turns = max_length, drop_turns
+        self.kept: list[int] = []
+        self.prompt_sizes: list[int] = []
+        self.row_sizes: list[int] = []
+        self.rejects: list[Reject] = []
+        self._count = count
+
+    def examine(self) -> Iterator[Example | None]:
+        """Encodes every example once; yields it when it is kept, else None."""
+        for number in range(self._count):
+            example = self._example(number)
+            try:
+                messages, row = self._fit(example)
+                prompt = self._renderer.encode(_prompt(messages), example.tools, add_generation_prompt=True)
+            except Refused as refused:
+                self.rejects.append(Reject(example.split, example.id, refused.reason, refused.detail))
+                yield None
+                continue
+            self.kept.append(number)
+            self.row_sizes.append(row.input_ids.size)
+            self.prompt_sizes.append(prompt.input_ids.size)
+            yield example
+
+    def _fit(self, example: Example) -> tuple[Sequence[Message], EncodedRow]:
+        messages: Sequence[Message] = example.messages
+        while True:
+            row = self._renderer.encode(messages, example.tools)
+            if row.input_ids.size <= self._max_length:
+                return messages, row
+            shorter = without_first_turn(messages) if self._drop_turns else None
+            if shorter is None:
+                media = sum(span.length for span in row.media)
+                reason = "media_too_long" if media >= self._max_length else "too_long"
+                raise Refused(reason, f"{row.input_ids.size} tokens, {media} of them media; at most {self._max_length}")
+            messages = shorter
+
+    def prompts(self, rows: Sequence[int]) -> list[EncodedRow]:
+        """Returns the prompts of kept rows."""
+        out = []
+        for row in rows:
+            example = self._example(self.kept[row])
+            messages, _ = self._fit(example)
+            out.append(self._renderer.encode(_prompt(messages), example.tools, add_generation_prompt=True))
+        return out
+
+    def conversations(self, rows: Sequence[int]) -> list[EncodedRow]:
+        """Returns the whole conversations of kept rows, with labels."""
+        return [self._fit(self._example(self.kept[row]))[1] for row in rows]
+
+
+def _prompt(messages: Sequence[Message]) -> Sequence[Message]:
+    """Returns the conversation without the answer that the model is asked for."""
+    return messages[:-1] if messages and messages[-1].role == "assistant" else messages
