@@ -26,3 +26,23 @@ def shared_datasets() -> Path:
     if not (folder / "INDEX.md").is_file():
         pytest.skip(f"the real datasets are not at {folder} (set MMTUNE_TEST_DATASETS)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder in the shape of the bundled base, with random weights."""
+    import importlib.util
+
+    import torch
+    from transformers import LlavaForConditionalGeneration
+
+    spec = importlib.util.spec_from_file_location("make_base", REPOSITORY / "data" / "make_base.py")
+    assert spec is not None and spec.loader is not None
+    maker = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(maker)
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    tokenizer = maker.make_tokenizer()
+    maker.make_processor(tokenizer).save_pretrained(folder)
+    torch.manual_seed(0)
+    LlavaForConditionalGeneration(maker.make_config(tokenizer)).save_pretrained(folder)
+    return folder

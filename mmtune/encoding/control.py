@@ -11,13 +11,18 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from mmtune.encoding.processor import chat_template_of, tokenizer_of
+from mmtune.encoding.refused import Refused
+from mmtune.errors import CapabilityError
 
 _MEDIA_ATTRIBUTES = re.compile(r"(^|_)(image|video|audio|boi|eoi|boa|eoa|vision)\w*_token$|_tag$")
+_CACHED_RUNS = 1 << 16
+_CACHED_CHARACTERS = 200
 _SHAPED = re.compile(r"^<\|.*\|>$", re.DOTALL)
 
 
@@ -111,8 +116,15 @@ class ControlTokens:
         return first, last
 
 
+Flags = tuple[bool, bool]
+Encoded = tuple[np.ndarray, np.ndarray]
+
+
 class TextEncoder:
-    """Encodes runs of text and control tokens in one call, text never becoming control.
+    """Encodes runs of text between control tokens, text never becoming control.
+
+    A tokenizer cuts a string at its added tokens before anything else, so a run depends on
+    nothing but itself and the tokens at its two sides; these are stood for by private markers.
 
     Args:
         processor: The family's processor or tokenizer.
@@ -123,63 +135,65 @@ class TextEncoder:
         from tokenizers import AddedToken, Tokenizer
 
         controls = control.by_text
-        backend = tokenizer_of(processor).backend_tokenizer
+        tokenizer = tokenizer_of(processor)
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise CapabilityError(
+                f"the tokenizer {type(tokenizer).__name__} has no fast form (tokenizer.json)",
+                "choose a model with a tokenizer.json",
+                "slow_tokenizer",
+            )
         spec = json.loads(backend.to_str())
         spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in controls]
         spec["post_processor"] = None
         spec["truncation"] = spec["padding"] = None
         self._clone = Tokenizer.from_str(json.dumps(spec))
         # The unknown token stands for any letter that the vocabulary lacks; it controls nothing.
-        self._control_ids = {token.id for token in controls.values()} - {tokenizer_of(processor).unk_token_id}
-        self.markers: dict[tuple[bool, bool], str] = {}
+        self._control_ids = {token.id for token in controls.values()} - {tokenizer.unk_token_id}
         # Characters of a private-use plane, drawn anew each time, so no data can aim at them.
         start = 0xF0000 + secrets.randbelow(0xF000)
-        flags = [(left, right) for left in (False, True) for right in (False, True)]
-        for offset, (left, right) in enumerate(flags):
-            marker = chr(start + offset)
-            self.markers[(left, right)] = marker
-            self._clone.add_special_tokens([AddedToken(marker, lstrip=left, rstrip=right, normalized=False)])
-        marker_ids = {self._clone.token_to_id(marker) for marker in self.markers.values()}
-        self._marker_ids = frozenset(marker_ids)
+        self._markers: dict[Flags | None, str] = {None: ""}
+        for offset, flags in enumerate([(left, right) for left in (False, True) for right in (False, True)]):
+            self._markers[flags] = chr(start + offset)
+            token = AddedToken(chr(start + offset), lstrip=flags[0], rstrip=flags[1], normalized=False)
+            self._clone.add_special_tokens([token])
         # Ids of the copy that differ from the real ones (kept added tokens may have moved).
-        self._moved: dict[int, int] = {}
-        for token in spec["added_tokens"]:
-            here = self._clone.token_to_id(token["content"])
-            if here != token["id"]:
-                self._moved[here] = token["id"]
-        self._hostile = re.compile("|".join(re.escape(m) for m in self.markers.values()))
+        moved = {self._clone.token_to_id(token["content"]): token["id"] for token in spec["added_tokens"]}
+        self._moved = {here: real for here, real in moved.items() if here != real}
+        self._hostile = re.compile(f"[{chr(start)}-{chr(start + 3)}]")
+        self._cache: dict[tuple[str, Flags | None, Flags | None], Encoded] = {}
 
     def clean(self, text: str) -> bool:
         """Says whether a text is free of the private markers."""
         return self._hostile.search(text) is None
 
-    def encode(
-        self, text: str, blocks: Sequence[Sequence[int]]
-    ) -> tuple[list[int], list[tuple[int, int]], list[tuple[int, int]]] | None:
-        """Returns ids, the character span of each id, and the id span of each block.
+    def encode(self, text: str, left: Flags | None, right: Flags | None) -> Encoded:
+        """Returns the ids ``(T,)`` of a run, and the characters ``(T, 2)`` that each stands for.
 
         Args:
-            text: Runs of text with one marker per block.
-            blocks: Ids that replace the markers, in order.
+            text: A run without control tokens.
+            left: ``lstrip`` and ``rstrip`` of the control token before it; None at the start.
+            right: The same of the one after it; None at the end.
 
-        Returns:
-            None when the text alone produced a control id (the vocabulary itself holds it).
+        Raises:
+            Refused: The vocabulary itself turns the text into a control token.
         """
-        encoding = self._clone.encode(text, add_special_tokens=False)
-        ids: list[int] = []
-        spans: list[tuple[int, int]] = []
-        places: list[tuple[int, int]] = []
-        following = iter(blocks)
-        for identifier, span in zip(encoding.ids, encoding.offsets, strict=True):
-            if identifier in self._marker_ids:
-                block = next(following)
-                places.append((len(ids), len(block)))
-                ids.extend(block)
-                spans.extend([span] * len(block))
-            else:
-                real = self._moved.get(identifier, identifier)
-                if real in self._control_ids:
-                    return None
-                ids.append(real)
-                spans.append(span)
-        return ids, spans, places
+        key = (text, left, right)
+        found = self._cache.get(key)
+        if found is None:
+            found = self._encode(text, left, right)
+            if len(text) <= _CACHED_CHARACTERS:
+                if len(self._cache) >= _CACHED_RUNS:
+                    self._cache.clear()
+                self._cache[key] = found
+        return found
+
+    def _encode(self, text: str, left: Flags | None, right: Flags | None) -> Encoded:
+        before, after = self._markers[left], self._markers[right]
+        encoding = self._clone.encode(f"{before}{text}{after}", add_special_tokens=False)
+        inside = slice(len(before), len(encoding.ids) - len(after))
+        ids = [self._moved.get(index, index) for index in encoding.ids[inside]]
+        if not self._control_ids.isdisjoint(ids):
+            raise Refused("control_token_in_text", "the vocabulary turns a text into a control token")
+        places = np.asarray(encoding.offsets[inside], dtype=np.int64).reshape(-1, 2) - len(before)
+        return np.asarray(ids, dtype=np.int32), places

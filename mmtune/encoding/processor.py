@@ -10,21 +10,28 @@ from typing import Any
 from mmtune.errors import CapabilityError, DataError, RecipeError
 
 
-def load_processor(path: str, *, revision: str | None = None, offline: bool = False) -> Any:
+def load_processor(
+    path: str,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    min_image_pixels: int | None = None,
+    max_image_pixels: int | None = None,
+) -> Any:
     """Returns the processor of a model, or its tokenizer when it takes text only.
 
     Args:
         path: Model folder or hub id.
         revision: Branch, tag or commit of a hub model.
         offline: Use the local cache only.
+        min_image_pixels: Lower pixel budget per image, for processors that resize by a budget.
+        max_image_pixels: Upper pixel budget, for the same.
 
     Raises:
         DataError: It asks to run code of its own.
         CapabilityError: It is not at hand, or needs a library that is not installed.
-        RecipeError: The folder holds no processor or tokenizer.
+        RecipeError: The folder holds no processor or tokenizer, or a budget does not fit it.
     """
-    from transformers import AutoProcessor
-
     _refuse_own_code(Path(path))
     options: dict[str, Any] = {
         "revision": revision,
@@ -32,22 +39,52 @@ def load_processor(path: str, *, revision: str | None = None, offline: bool = Fa
         "trust_remote_code": False,
     }
     try:
-        processor = AutoProcessor.from_pretrained(path, **options)
+        processor = _load(path, options)
     except ImportError as error:
-        if "torchvision" not in str(error).lower():
-            raise CapabilityError(
-                f"the processor of {path} needs a library that is not installed: {_first_line(error)}",
-                "install it with pip",
-                "missing_library",
-            ) from error
-        processor = _without_video(path, options, error)
-    except (OSError, ValueError, KeyError) as error:
+        raise CapabilityError(
+            f"the processor of {path} needs a library that is not installed: {_first_line(error)}",
+            "install it with pip",
+            "missing_library",
+        ) from error
+    except (OSError, ValueError, LookupError) as error:
         raise RecipeError(
             f"no processor or tokenizer can be loaded from {path}: {_first_line(error)}",
             "set model.path to a folder that holds tokenizer.json (and preprocessor_config.json), or a hub id",
             "processor_unavailable",
         ) from error
+    if min_image_pixels or max_image_pixels:
+        _set_pixel_budget(processor, min_image_pixels, max_image_pixels)
     return processor
+
+
+def _load(path: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(path, **options)
+    except ImportError as error:
+        if "torchvision" not in str(error).lower():
+            raise
+        return _without_video(path, options, error)
+
+
+def _set_pixel_budget(processor: Any, low: int | None, high: int | None) -> None:
+    images = getattr(processor, "image_processor", None)
+    size = dict(getattr(images, "size", None) or {})
+    if not (size.get("shortest_edge") and size.get("longest_edge")):
+        raise RecipeError(
+            "tokenize.min_image_pixels and max_image_pixels do not fit this model: its images have no pixel budget",
+            "remove them from the recipe",
+            "no_pixel_budget",
+        )
+    kept = {"shortest_edge": low or size["shortest_edge"], "longest_edge": high or size["longest_edge"]}
+    if kept["shortest_edge"] > kept["longest_edge"]:
+        raise RecipeError(
+            f"the least image size ({kept['shortest_edge']} pixels) is over the largest ({kept['longest_edge']})",
+            "set tokenize.min_image_pixels below tokenize.max_image_pixels",
+            "no_pixel_budget",
+        )
+    images.size = kept if isinstance(images.size, dict) else type(images.size)(**kept)
 
 
 def tokenizer_of(processor: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mmtune.encoding.control import Block, ControlTokens, TextEncoder
+from mmtune.encoding.control import ControlTokens, TextEncoder
 from mmtune.encoding.leaves import escaped
 from mmtune.encoding.media_tokens import MediaCounter
 from mmtune.encoding.processor import chat_template_of, tokenizer_of
@@ -18,7 +18,6 @@ from mmtune.encoding.skeleton import SkeletonMaker, media_of, shape_of
 from mmtune.records import Medium, Message, TextPart
 
 IGNORED = -100
-_NOWHERE = (-1, -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +82,7 @@ class Renderer:
         multimodal = tokenizer is not processor
         self.counter = MediaCounter(processor)
         self._video_frames = video_frames
-        self._expansions: dict[str, list[str | Block]] = {}
+        self._expansions: dict[str, list[str | tuple[np.ndarray, tuple[bool, bool]]]] = {}
         # Text models' templates want strings; a multimodal template wants parts.
         self._maker = SkeletonMaker(
             chat_template_of(processor),
@@ -140,14 +139,17 @@ class Renderer:
     def _frames(self, video: Medium) -> int:
         return max(1, min(self._video_frames, video.frames or self._video_frames))
 
-    def _expand(self, medium: Medium, images: int) -> list[str | Block]:
+    def _expand(self, medium: Medium, images: int) -> list[str | tuple[np.ndarray, tuple[bool, bool]]]:
         """Returns the text and control ids that stand for one medium."""
         text = self.counter.expansion(medium, images)
-        if text not in self._expansions:
+        found = self._expansions.get(text)
+        if found is None:
             if len(self._expansions) >= 4096:
                 self._expansions.clear()
-            self._expansions[text] = self.control.parse(text, placeholders=False)
-        return self._expansions[text]
+            pieces = self.control.parse(text, placeholders=False)
+            found = [piece if isinstance(piece, str) else (_array(piece.ids), piece.flags) for piece in pieces]
+            self._expansions[text] = found
+        return found
 
     def _compile(self, messages: Sequence[Message], tools: str, generation_prompt: bool) -> _Program:
         media = media_of(messages)
@@ -170,74 +172,91 @@ class Renderer:
                     ops.append(("media", shown))
                     shown += 1
                 else:
-                    ops.append(("ids", part.ids, part.flags, piece.loss))
+                    ops.append(("ids", _array(part.ids), part.flags, piece.loss))
         if shown != len(media):
             raise Refused("template_refused", f"the chat template shows {shown} of {len(media)} media")
         return _Program(ops, *around)
 
     def _run(self, program: _Program, texts: Sequence[str], media: Sequence[Medium]) -> EncodedRow:
-        out: list[str] = []
-        length = 0
-        blocks: list[Any] = []
-        losses: list[tuple[int, int]] = []
-        spans: list[tuple[int, int]] = []
+        row = _Writer(self._encoder, program.before)
         images = sum(medium.modality == "image" for medium in media)
-
-        def put(text: str, loss: bool) -> None:
-            nonlocal length
-            out.append(text)
-            if loss:
-                losses.append((length, length + len(text)))
-            length += len(text)
-
+        spans: list[MediaSpan] = []
         for op in program.ops:
-            if op[0] == "text":
-                put(op[1], op[2])
-            elif op[0] == "slot":
-                put(escaped(texts[op[1]], op[3]), op[2])
+            if op[0] == "slot":
+                row.text(escaped(texts[op[1]], op[3]), op[2])
+            elif op[0] == "text":
+                row.text(op[1], op[2])
             elif op[0] == "ids":
-                blocks.append(op[1])
-                put(self._encoder.markers[op[2]], op[3])
+                row.block(op[1], op[2], op[3])
             else:
                 medium = media[op[1]]
-                begin = length
+                first = -1
                 for part in self._expand(medium, images):
-                    if isinstance(part, Block):
-                        blocks.append(part.ids)
-                        put(self._encoder.markers[part.flags], False)
+                    if isinstance(part, str):
+                        row.text(part, False)
                     else:
-                        put(part, False)
-                spans.append((begin, length))
-        return self._finish(program, "".join(out), blocks, losses, spans, media)
+                        row.block(part[0], part[1], False)
+                        first = row.length - part[0].size if first < 0 else first
+                spans.append(self._span(medium, max(first, 0), row.length))
+        ids, bears = row.close(program.after)
+        return EncodedRow(ids, np.where(bears, ids, IGNORED).astype(np.int32), tuple(spans))
 
-    def _finish(
-        self,
-        program: _Program,
-        text: str,
-        blocks: list[Any],
-        losses: list[tuple[int, int]],
-        spans: list[tuple[int, int]],
-        media: Sequence[Medium],
-    ) -> EncodedRow:
-        encoded = self._encoder.encode(text, blocks)
-        if encoded is None:
-            raise Refused("control_token_in_text", "the vocabulary turns a text into a control token")
-        ids = np.asarray([*program.before, *encoded[0], *program.after], dtype=np.int32)
-        places = [*[_NOWHERE] * len(program.before), *encoded[1], *[_NOWHERE] * len(program.after)]
-        chars = np.asarray(places, dtype=np.int64).reshape(-1, 2)
+    def _span(self, medium: Medium, start: int, end: int) -> MediaSpan:
+        if medium.fps >= 0:
+            return MediaSpan(medium, start, end - start)
+        video = replace(medium, modality="video", fps=0.0)
+        return MediaSpan(video, start, end - start, int(-1 - medium.fps), self._frames(video))
+
+
+class _Writer:
+    """Collects the ids of a row, encoding each run of text when the control token after it is known."""
+
+    def __init__(self, encoder: TextEncoder, before: tuple[int, ...]) -> None:
+        self._encoder = encoder
+        self._ids = [np.asarray(before, dtype=np.int32)]
+        self._bears = [np.zeros(len(before), dtype=bool)]
+        self._run: list[tuple[str, bool]] = []
+        self._left: tuple[bool, bool] | None = None
+        self.length = len(before)
+
+    def text(self, text: str, loss: bool) -> None:
+        """Adds text."""
+        self._run.append((text, loss))
+
+    def block(self, ids: np.ndarray, flags: tuple[bool, bool], loss: bool) -> None:
+        """Adds control ids that begin and end with tokens of these flags."""
+        self._flush(flags)
+        self._left = flags
+        self._add(ids, np.full(ids.size, loss))
+
+    def close(self, after: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the ids of the row, and which of them bear loss."""
+        self._flush(None)
+        self._add(np.asarray(after, dtype=np.int32), np.zeros(len(after), dtype=bool))
+        return np.concatenate(self._ids), np.concatenate(self._bears)
+
+    def _add(self, ids: np.ndarray, bears: np.ndarray) -> None:
+        self._ids.append(ids)
+        self._bears.append(bears)
+        self.length += ids.size
+
+    def _flush(self, right: tuple[bool, bool] | None) -> None:
+        if not self._run:
+            return
+        ids, places = self._encoder.encode("".join(text for text, _ in self._run), self._left, right)
         bears = np.zeros(ids.size, dtype=bool)
-        for begin, end in losses:
-            # A token belongs to where its last character stands.
-            bears |= (chars[:, 1] > begin) & (chars[:, 1] <= end)
-        found = []
-        for (begin, end), medium in zip(spans, media, strict=True):
-            inside = np.flatnonzero((chars[:, 1] > begin) & (chars[:, 0] < end))
-            first, count = (int(inside[0]), int(inside.size)) if inside.size else (0, 0)
-            is_frame = medium.fps < 0
-            source = replace(medium, modality="video", fps=0.0) if is_frame else medium
-            frame, frames = (int(-1 - medium.fps), self._frames(source)) if is_frame else (0, 0)
-            found.append(MediaSpan(source, first, count, frame, frames))
-        return EncodedRow(ids, np.where(bears, ids, IGNORED).astype(np.int32), tuple(found))
+        at = 0
+        for text, loss in self._run:
+            if loss:
+                # A token belongs to where its last character stands.
+                bears |= (places[:, 1] > at) & (places[:, 1] <= at + len(text))
+            at += len(text)
+        self._run.clear()
+        self._add(ids, bears)
+
+
+def _array(ids: Sequence[int]) -> np.ndarray:
+    return np.asarray(ids, dtype=np.int32)
 
 
 def _added_around(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from mmtune.evaluation import NORMALISERS, Measured, measure
 from mmtune.evaluation.intervals import Interval, bootstrap, paired_difference
+from mmtune.records import Prediction
 
 FACETS = ("source", "task", "answer_type", "question_type")
 """What scores are grouped by; the last two are metadata that some data carry."""
@@ -204,3 +205,21 @@ def failed_gates(metrics: Mapping[str, Any], model: str, least: Mapping[str, flo
         if missed:
             lines.append(f"{name} of {model} is {value:.2f}, the bar is {bar:g}")
     return lines
+
+
+def predictions_of(row: ScoredRow, prompt: str, answers: Mapping[str, str]) -> list[Prediction]:
+    """Returns one Prediction per model for a row."""
+    return [
+        Prediction(
+            id=row.id,
+            model=model,
+            task=row.task,
+            metric=row.metrics[0] if row.metrics else "none",
+            prompt=prompt,
+            prediction=text,
+            references=row.references,
+            options=row.options,
+            metadata=row.metadata,
+        )
+        for model, text in answers.items()
+    ]

@@ -35,7 +35,7 @@ def stop_ids(model: Any, tokenizer: Any, examples: Sequence[Any] = ()) -> list[i
         examples: Encoded conversations; a control token that closes a trained answer is what
             tuning teaches the model to stop with.
     """
-    found: set[int] = set()
+    found: set[int | None] = set()
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     found |= set(own) if isinstance(own, list | tuple) else {own}
     found.add(tokenizer.eos_token_id)

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+Numbers = Sequence[float] | np.ndarray
+
 _CELLS = 4_000_000
 """Most numbers drawn at once, so that memory does not grow with rows times resamples."""
 
@@ -65,9 +67,9 @@ class Difference:
 
 
 def bootstrap(
-    values: Sequence[float] | np.ndarray,
+    values: Numbers,
     *,
-    weights: Sequence[float] | np.ndarray | None = None,
+    weights: Numbers | None = None,
     groups: Sequence[str] | None = None,
     resamples: int = 1000,
     seed: int = 0,
@@ -90,11 +92,11 @@ def bootstrap(
 
 
 def paired_difference(
-    first: Sequence[float] | np.ndarray,
-    second: Sequence[float] | np.ndarray,
+    first: Numbers,
+    second: Numbers,
     *,
-    first_weights: Sequence[float] | np.ndarray | None = None,
-    second_weights: Sequence[float] | np.ndarray | None = None,
+    first_weights: Numbers | None = None,
+    second_weights: Numbers | None = None,
     groups: Sequence[str] | None = None,
     higher_is_better: bool = True,
     resamples: int = 1000,
@@ -165,7 +167,7 @@ def sign_test(wins: int, losses: int) -> float:
     return min(1.0, 2.0 * math.fsum(map(math.exp, logs)))
 
 
-def _arrays(values: Sequence[float] | np.ndarray, weights: Sequence[float] | np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+def _arrays(values: Numbers, weights: Numbers | None) -> tuple[np.ndarray, np.ndarray]:
     values_N = np.asarray(values, dtype=np.float64)
     if values_N.ndim != 1 or not values_N.size:
         raise ValueError("a score needs at least one row")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import heapq
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from mmtune.encoding.refused import Refused
 from mmtune.encoding.render import EncodedRow, Renderer
@@ -19,6 +22,35 @@ def answer_of(example: Example) -> str:
 def question_of(example: Example) -> str:
     """Returns the text of the last user turn."""
     return next((message.text for message in reversed(example.messages) if message.role == "user"), "")
+
+
+class ChosenExamples:
+    """The examples to evaluate, read when they are asked for by number.
+
+    Args:
+        batches: Arrow record batches with an ``id`` column.
+        to_example: A row to an Example.
+        limit: At most this many, chosen by a hash of the id: the first rows would be all of one
+            source, and so a smaller limit is a subset of a larger one.
+    """
+
+    def __init__(self, batches: Sequence[Any], to_example: Callable[[Any], Example], limit: int | None) -> None:
+        self._batches, self._to_example = batches, to_example
+        places = [(at, row) for at, batch in enumerate(batches) for row in range(batch.num_rows)]
+        if limit is not None and limit < len(places):
+            ids = [value for batch in batches for value in batch.column("id").to_pylist()]
+            keys = (hashlib.blake2b(value.encode(), digest_size=8).digest() for value in ids)
+            chosen = heapq.nsmallest(limit, zip(keys, range(len(places)), strict=True))
+            places = [places[at] for at in sorted(at for _, at in chosen)]
+        self._places = places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __call__(self, number: int) -> Example:
+        """Returns one example."""
+        at, row = self._places[number]
+        return self._to_example(self._batches[at].slice(row, 1).to_pylist()[0])
 
 
 class EvalRows:

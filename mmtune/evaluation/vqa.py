@@ -17,7 +17,7 @@ from functools import lru_cache
 NORMALISER = "vqa-v2 official"
 
 # The official list of punctuation: no colon, apostrophe or period.
-_PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_COMMA = re.compile(r"\d,\d")
 # The official pattern begins with `(?!<=\d)`, a mistyped look-behind that is always true: only
 # what follows the period counts, so "3.x" loses its period although a digit stands before it.
@@ -26,9 +26,19 @@ _PERIOD = re.compile(r"\.(?!\d)")
 _MOST_PERIODS = int(re.UNICODE)
 _ARTICLES = frozenset({"a", "an", "the"})
 _NUMBER_WORDS = {
-    word: str(number)
-    for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
-} | {"none": "0"}
+    "none": "0",
+    "zero": "0",
+    "one": "1",
+    "two": "2",
+    "three": "3",
+    "four": "4",
+    "five": "5",
+    "six": "6",
+    "seven": "7",
+    "eight": "8",
+    "nine": "9",
+    "ten": "10",
+}
 
 # Contractions whose key is the word without its apostrophe.
 _BARE = """
@@ -38,17 +48,17 @@ _BARE = """
     someone's something'd something'll that's there'd there're there's they'd they'll they're they've
     'twas wasn't we've weren't what'll what're what's what've when's where'd where's where've who'd
     who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've
-""".split()
+"""
 # Double contractions: each key lacks one of the two apostrophes.
 _DOUBLE = """
     couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've
     someone'd've something'd've there'd've they'd've we'd've who'd've wouldn't've y'all'll you'd've
-""".split()
+"""
 
 
 def _contractions() -> dict[str, str]:
-    table = {word.replace("'", ""): word for word in _BARE}
-    for word in _DOUBLE:
+    table = {word.replace("'", ""): word for word in _BARE.split()}
+    for word in _DOUBLE.split():
         first, second = (at for at, letter in enumerate(word) if letter == "'")
         table[word[:first] + word[first + 1 :]] = word
         table[word[:second] + word[second + 1 :]] = word

@@ -15,7 +15,7 @@ from mmtune.errors import DataError
 from mmtune.records import Medium
 
 _DRIVE = re.compile(r"^[A-Za-z]:")
-_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://?")
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
 class MediaRefused(DataError):
@@ -63,7 +63,7 @@ def resolve(root: Path | str, path: str) -> str:
         raise MediaRefused("media_missing", f"{path!r} is not below {Path(root).name!r}") from error
     except (OSError, ValueError) as error:
         raise MediaRefused("bad_path", f"{path!r} cannot be resolved") from error
-    if top != "/" and not real.startswith(top + "/"):
+    if real != top and top != "/" and not real.startswith(top + "/"):
         raise MediaRefused("path_escape", f"{path!r} leads out of the media root")
     return real
 

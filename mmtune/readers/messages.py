@@ -167,7 +167,7 @@ def _part(part: Mapping[str, Any], pointer: str, queue: MediaQueue) -> Part:
         said = repr(name) if isinstance(name, str) else kind(name)
         raise Refused("bad_field", f"{pointer}/type: unknown part {said}")
     modality = _PART_MODALITY[name]
-    payload = _payload(part, name, modality, "path", "url", "bytes")
+    payload = _payload(part, name, modality, f"{modality}_url", "path", "url", "bytes")
     if isinstance(payload, Mapping):
         if "data" in payload:
             return _inline(modality, payload["data"], f"{pointer}/{name}/data")

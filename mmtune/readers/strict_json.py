@@ -24,6 +24,8 @@ MAX_LINE_BYTES = 64 << 20
 MAX_ITEM_CHARS = 64 << 20
 _CHUNK = 1 << 20
 _SPACE = " \t\r\n"
+_DELIMITERS = _SPACE + ",:]}"
+_LONGEST_EXPONENT = 8
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -218,7 +220,7 @@ class _Buffer:
                 except Refused as caught:
                     refused = caught
                     _, end = _LENIENT.raw_decode(self.text, self.at)
-                complete = end < len(self.text) or self.end
+                complete = self._complete(end)
             except json.JSONDecodeError as error:
                 if self.end or not self._room():
                     why = "the file ends in the middle" if self.end else error.msg
@@ -239,6 +241,11 @@ class _Buffer:
         except Refused as caught:
             refused = caught
         return value, Reject(where, "", refused.reason, refused.detail) if refused else None
+
+    def _complete(self, end: int) -> bool:
+        """Says whether a value ends there: at a chunk's edge the ``0`` of ``0.5`` is a value too."""
+        after = self.text[end : end + 1]
+        return self.end or (bool(after) and (after in _DELIMITERS or len(self.text) - end > _LONGEST_EXPONENT))
 
     def _room(self) -> bool:
         return len(self.text) - self.at < MAX_ITEM_CHARS

@@ -141,11 +141,7 @@ def _record(source: SourceFiles, question: Item, annotation: Item | None, names:
         said = annotation[1]
         if "image_id" in said and said["image_id"] != image_id:
             raise Refused("id_mismatch", f"question shows image {image_id}, its annotation {said['image_id']}")
-        answers = as_list(said.get("answers", []), "/answers")
-        references = tuple(
-            text_field(as_object(answer, f"/answers/{at}"), "answer", f"/answers/{at}")
-            for at, answer in enumerate(answers)
-        )
+        references = _answers(said.get("answers", []))
         target = text_field(said, "multiple_choice_answer") if "multiple_choice_answer" in said else ""
         target = target.strip() or next((answer.strip() for answer in references if answer.strip()), "")
         if not target:
@@ -166,6 +162,18 @@ def _record(source: SourceFiles, question: Item, annotation: Item | None, names:
         metadata=metadata,
         where=where,
     )
+
+
+def _answers(answers: Any) -> tuple[str, ...]:
+    return tuple(
+        text_field(as_object(answer, f"/answers/{at}"), "answer", f"/answers/{at}")
+        for at, answer in enumerate(as_list(answers, "/answers"))
+        if not _is_answer(answer)
+    ) or tuple([answer["answer"] for answer in answers])
+
+
+def _is_answer(answer: Any) -> bool:
+    return type(answer) is dict and type(answer.get("answer")) is str
 
 
 class ImageNames:

@@ -60,7 +60,8 @@ def _facts(report: Mapping[str, Any]) -> str:
     lines = [
         f"- model: `{run['model']}`",
         f"- split: {run['split']}, {report['n']:,} of {report['read']:,} rows; refused: {rejected}",
-        f"- greedy answers of at most {run['max_new_tokens']} tokens; {run['bootstrap']:,} bootstrap samples, seed {run['seed']}",
+        f"- greedy answers of at most {run['max_new_tokens']} tokens",
+        f"- {run['bootstrap']:,} bootstrap samples, seed {run['seed']}",
     ]
     return "\n".join(lines)
 
@@ -107,7 +108,8 @@ def _perplexity(report: Mapping[str, Any]) -> list[str]:
     rows = [(model, number(value["value"]), interval(value)) for model, value in found["models"].items()]
     return [
         "## Perplexity of the reference answers",
-        table(("model", "perplexity", "95 % interval"), rows, right=(1, 2)) + f"\n\nOver {found['tokens']:,} answer tokens.",
+        table(("model", "perplexity", "95 % interval"), rows, right=(1, 2)),
+        f"Over {found['tokens']:,} answer tokens.",
     ]
 
 

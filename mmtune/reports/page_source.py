@@ -1,5 +1,7 @@
 """Template and style of the report page."""
 
+# ruff: noqa: E501
+
 STYLE = """
 :root { color-scheme: light dark;
   --paper: #fbfaf8; --card: #ffffff; --ink: #1d1c1a; --soft: #6a6761; --line: #e4e1da; --faint: #f1efea;

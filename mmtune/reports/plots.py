@@ -32,11 +32,12 @@ def loss_plot(rows: Sequence[Mapping[str, Any]]) -> Markup:
     marks.append(_line("train", scale, series["loss"]))
     if series["val_loss"]:
         marks.append(_line("val", scale, series["val_loss"]))
-        marks += [f'<circle class="val" cx="{scale.x(x):.1f}" cy="{scale.y(y):.1f}" r="3.2"/>' for x, y in series["val_loss"]]
-    body = "".join(marks)
+        dots = [(scale.x(x), scale.y(y)) for x, y in series["val_loss"]]
+        marks += [f'<circle class="val" cx="{x:.1f}" cy="{y:.1f}" r="3.2"/>' for x, y in dots]
     text = "Training loss per answer token over optimizer steps"
     return Markup(
-        f'<svg class="plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{text}"><title>{text}</title>{body}</svg>'
+        f'<svg class="plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{text}"><title>{text}</title>'
+        f"{''.join(marks)}</svg>"
     )
 
 

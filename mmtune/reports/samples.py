@@ -6,7 +6,7 @@ import base64
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,41 +54,67 @@ class Sample:
     answers: tuple[Answer, ...]
 
 
-def choose_rows(
-    ids: Sequence[str],
-    groups: Sequence[str],
-    scores: Sequence[Sequence[float | None]],
-    *,
-    higher_is_better: Sequence[bool],
-    each: int = 12,
-    seed: int = 0,
-) -> dict[str, list[int]]:
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What choosing needs of a row.
+
+    Attributes:
+        group: Equal for rows that show the same media.
+        metric: The leading metric, empty when the row has none.
+        scores: One per model, base before tuned; None where it was not scored.
+    """
+
+    id: str
+    group: str
+    metric: str
+    scores: tuple[float | None, ...]
+    higher_is_better: bool
+    references: tuple[str, ...]
+
+
+def choose_rows(rows: Sequence[Shown], *, each: int = 12, seed: int = 0) -> dict[str, list[int]]:
     """Returns row numbers per kind, chosen by a hash of the id and not by how good they look.
 
     Args:
-        ids: Of all rows.
-        groups: What each row shows; one row per group is taken as long as there are others.
-        scores: Per row one score per model, base before tuned; None when it was not scored.
-        higher_is_better: Per row.
+        rows: All rows; one per group is taken as long as there are others.
         each: At most this many rows of a kind.
         seed: Another seed shows other rows.
     """
     found: dict[str, list[int]] = {}
-    for row, values in enumerate(scores):
-        kind = _kind(values, higher_is_better[row])
+    for number, row in enumerate(rows):
+        kind = _kind(row.scores, row.higher_is_better)
         if kind:
-            found.setdefault(kind, []).append(row)
+            found.setdefault(kind, []).append(number)
     chosen = {}
-    for kind in KINDS:
-        ordered = sorted(found.get(kind, ()), key=lambda row: hashlib.sha256(f"{seed}/{ids[row]}".encode()).digest())
+    for kind in (kind for kind in KINDS if kind in found):
+        ordered = sorted(found[kind], key=lambda at: hashlib.sha256(f"{seed}/{rows[at].id}".encode()).digest())
         seen: set[str] = set()
-        first, later = [], []
-        for row in ordered:
-            (later if groups[row] in seen else first).append(row)
-            seen.add(groups[row])
-        if ordered:
-            chosen[kind] = (first + later)[:each]
+        first: list[int] = []
+        later: list[int] = []
+        for at in ordered:
+            (later if rows[at].group in seen else first).append(at)
+            seen.add(rows[at].group)
+        chosen[kind] = (first + later)[:each]
     return chosen
+
+
+def make_sample(
+    row: Shown, kind: str, question: str, media: Sequence[Medium], answers: Mapping[str, str], root: Path
+) -> Sample:
+    """Returns a row as the page shows it, with at most four pictures."""
+    images = [medium for medium in media if medium.modality == "image"][:4]
+    return Sample(
+        id=row.id,
+        kind=kind,
+        metric=row.metric,
+        question=question,
+        pictures=tuple(uri for medium in images if (uri := picture(root, medium))),
+        other_media=tuple(Path(medium.path).name for medium in media if medium.modality != "image"),
+        references=counted(row.references),
+        answers=tuple(
+            Answer(model, text, score or 0.0) for (model, text), score in zip(answers.items(), row.scores, strict=True)
+        ),
+    )
 
 
 def _kind(values: Sequence[float | None], higher_is_better: bool) -> str:
@@ -117,8 +143,8 @@ def picture(root: Path, medium: Medium) -> str:
         image.thumbnail((_SIDE_PX, _SIDE_PX), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     # Tiny pictures stay exact; photographs become JPEGs of a few kilobytes.
-    image.save(buffer, "PNG" if small else "JPEG", **({"optimize": True} if small else {"quality": 78}))
     kind = "png" if small else "jpeg"
+    image.save(buffer, kind, quality=78)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 

@@ -63,7 +63,7 @@ def verdict(entry: Mapping[str, Any]) -> str:
 def headline(report: Mapping[str, Any]) -> str:
     """Returns the report's finding in one sentence, from its leading metric."""
     if not report["metrics"]:
-        return "No row has a metric; only perplexity was measured." if report.get("perplexity") else "Nothing was scored."
+        return "No row has a metric; nothing was scored."
     name, entry = next(iter(report["metrics"].items()))
     models = list(entry["models"])
     last = entry["models"][models[-1]]
@@ -101,7 +101,9 @@ def table_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     entries = [(label(name), entry) for name, entry in report["metrics"].items()]
     sources = report["groups"].get("source", {})
     if len(sources) > 1:
-        entries += [(f"  {value} · {label(name)}", entry) for value, found in sources.items() for name, entry in found.items()]
+        entries += [
+            (f"  {value} · {label(name)}", entry) for value, found in sources.items() for name, entry in found.items()
+        ]
     models = report["run"]["compare"]
     head = ["metric", *models, *(["difference", "p"] if len(models) == 2 else ["95 % interval"]), "rows"]
     rows = []

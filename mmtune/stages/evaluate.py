@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import heapq
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -14,12 +12,11 @@ from typing import Any
 
 from mmtune.errors import DataError, GateError, IntegrityError, Interrupted, RecipeError
 from mmtune.recipe import Eval, Recipe
-from mmtune.records import Example, Prediction
 from mmtune.storage import Manifest, RejectLog, Staging, is_finished, open_split, open_stage, read_manifest, write_json
 from mmtune.talk import Talk
 
 SCHEMA = "mmtune.report/1"
-_LOSS_TOKENS_NOTE = "VQA accuracy: {count:,} rows have fewer than four references, so that even a perfect answer stays below 100."
+_FEW_REFERENCES = "VQA accuracy: {:,} rows have fewer than four references; a perfect answer stays below 100 there."
 
 
 @dataclass(frozen=True)
@@ -107,7 +104,9 @@ def _plan(recipe: Recipe, limit: int | None, offline: bool) -> _Plan:
     made_from = str(adapter.facts.get("model") or "") if adapter else ""
     if asked and made_from and asked != made_from:
         raise IntegrityError(
-            f"adapter/ was tuned from {made_from}, the recipe asks for {asked}", "run: mmtune finetune --force", "other_model"
+            f"adapter/ was tuned from {made_from}, the recipe asks for {asked}",
+            "run: mmtune finetune --force",
+            "other_model",
         )
     if not (asked or made_from):
         raise RecipeError("the recipe names no model", "add `model: {path: ...}`")
@@ -115,46 +114,16 @@ def _plan(recipe: Recipe, limit: int | None, offline: bool) -> _Plan:
     return _Plan(recipe, settings, instructions, adapter, made_from or asked, min(least, default=None), offline)
 
 
-class _Examples:
-    """The chosen rows of a split, read when they are asked for."""
-
-    def __init__(self, folder: Path, limit: int | None) -> None:
-        table = open_split(folder)
-        self._batches = [batch for batch in table.to_batches() if batch.num_rows]
-        places = [(at, row) for at, batch in enumerate(self._batches) for row in range(batch.num_rows)]
-        if limit is not None and limit < len(places):
-            ids = [value for batch in self._batches for value in batch.column("id").to_pylist()]
-            # By a hash of the id: the first rows would be all of one source, and a smaller limit is a subset.
-            keys = (hashlib.blake2b(value.encode(), digest_size=8).digest() for value in ids)
-            chosen = heapq.nsmallest(limit, zip(keys, range(len(places)), strict=True))
-            places = [places[at] for _, at in sorted(chosen, key=lambda item: item[1])]
-        self._places = places
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __call__(self, number: int) -> Example:
-        from mmtune.prompts.schema import row_to_example
-
-        at, row = self._places[number]
-        return row_to_example(self._batches[at].slice(row, 1).to_pylist()[0])
-
-
 def _write(plan: _Plan, staging: Staging, console: Talk) -> dict[str, Any]:
-    from mmtune.encoding.processor import load_processor
     from mmtune.encoding.render import Renderer
     from mmtune.evaluation.comparison import compare, perplexities
-    from mmtune.evaluation.rows import EvalRows
+    from mmtune.evaluation.rows import ChosenExamples, EvalRows
+    from mmtune.prompts.schema import row_to_example
 
     recipe, settings, tokenize = plan.recipe, plan.settings, plan.recipe.tokenize
-    processor = load_processor(
-        plan.model,
-        revision=plan.revision,
-        offline=plan.offline,
-        min_image_pixels=tokenize.min_image_pixels,
-        max_image_pixels=tokenize.max_image_pixels,
-    )
-    examples = _Examples(recipe.run_dir / "instructions" / settings.split, plan.limit)
+    processor = _processor(plan)
+    table = open_split(recipe.run_dir / "instructions" / settings.split)
+    examples = ChosenExamples(table.to_batches(), row_to_example, plan.limit)
     rows = EvalRows(
         len(examples),
         examples,
@@ -183,14 +152,27 @@ def _write(plan: _Plan, staging: Staging, console: Talk) -> dict[str, Any]:
         "perplexity": perplexities(losses, [row.group for row in scored], **sure) if losses else None,
         "training": _training_facts(plan),
         "manifests": _chain(recipe.run_dir),
-        "notes": [_LOSS_TOKENS_NOTE.format(count=few)] if few else [],
+        "notes": [_FEW_REFERENCES.format(few)] if few else [],
     }
     _write_predictions(staging.path, scored, rows, examples, texts, found.per_row)
     samples = _samples(plan, scored, rows, examples, texts, found.per_row, found.metrics)
     _write_report(plan, staging.path, report, samples)
-    scores = {name: {model: v["value"] for model, v in entry["models"].items()} for name, entry in found.metrics.items()}
-    staging.publish(rows={settings.split: len(scored)}, drops=log.counts, facts={"model": plan.model, "scores": scores})
+    staging.publish(rows={settings.split: len(scored)}, drops=log.counts, facts=_manifest_facts(plan, found.metrics))
     return report
+
+
+def _processor(plan: _Plan) -> Any:
+    """Returns the processor as tokenize uses it, its image size set to the recipe's pixel budget."""
+    from mmtune.encoding.processor import load_processor
+
+    processor = load_processor(plan.model, revision=plan.revision, offline=plan.offline)
+    low, high = plan.recipe.tokenize.min_image_pixels, plan.recipe.tokenize.max_image_pixels
+    images = getattr(processor, "image_processor", None)
+    if images is not None and (low or high):
+        size = dict(images.size)
+        kept = {"shortest_edge": low or size.get("shortest_edge"), "longest_edge": high or size.get("longest_edge")}
+        images.size = kept if isinstance(images.size, dict) else type(images.size)(**kept)
+    return processor
 
 
 def _scored(rows: Any, settings: Eval, total: int, console: Talk) -> list[Any]:
@@ -307,6 +289,13 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def _manifest_facts(plan: _Plan, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    scores = {
+        name: {model: found["value"] for model, found in entry["models"].items()} for name, entry in metrics.items()
+    }
+    return {"model": plan.model, "scores": scores}
+
+
 def _run_facts(plan: _Plan) -> dict[str, Any]:
     settings, recipe = plan.settings, plan.recipe
     return {
@@ -321,29 +310,12 @@ def _run_facts(plan: _Plan) -> dict[str, Any]:
 
 
 def _training_facts(plan: _Plan) -> dict[str, Any] | None:
+    from mmtune.reports.facts import training_facts
+
     if plan.adapter is None:
         return None
-    facts, config = plan.adapter.facts, plan.adapter.config.get("finetune", {})
-    lora = config.get("lora", {})
-    towers: Mapping[str, Mapping[str, Any]] = facts.get("towers", {})
-    trained = sum(int(tower.get("trainable", 0)) for tower in towers.values())
-    method = f"LoRA, r {lora.get('r')}, alpha {lora.get('alpha'):g}" if facts.get("method") == "lora" else "all weights"
-    shown = {
-        "method": method,
-        "towers": ", ".join(config.get("train", ())),
-        "trained parameters": f"{trained:,}" if trained else None,
-        "rows": f"{plan.adapter.rows.get('train', 0):,}",
-        "steps": f"{facts['steps']:,}" if facts.get("steps") else None,
-        "last training loss": _decimals(facts.get("loss")),
-        "validation loss": _decimals(facts.get("val_loss")),
-        "peak learning rate": config.get("learning_rate"),
-        "seconds": _decimals(plan.adapter.timings.get("total_seconds"), 1),
-    }
-    return {key: value for key, value in shown.items() if value not in (None, "")}
-
-
-def _decimals(value: Any, places: int = 4) -> str | None:
-    return f"{value:.{places}f}" if isinstance(value, int | float) else None
+    settings, made = plan.adapter.config.get("finetune", {}), plan.adapter
+    return training_facts(settings, made.facts, made.rows.get("train", 0), made.timings.get("total_seconds"))
 
 
 def _chain(run_dir: Path) -> list[dict[str, Any]]:
@@ -362,28 +334,18 @@ def _write_predictions(
     folder: Path,
     scored: Sequence[Any],
     rows: Any,
-    examples: _Examples,
+    examples: Any,
     texts: Mapping[str, Sequence[str]],
     per_row: Mapping[str, Sequence[Mapping[str, float]]],
 ) -> None:
+    from mmtune.evaluation.comparison import predictions_of
     from mmtune.evaluation.rows import question_of
 
     with open(folder / "predictions.jsonl", "w", encoding="utf-8", errors="backslashreplace") as handle:
         for at, row in enumerate(scored):
             prompt = question_of(examples(rows.kept[at]))
-            for model, answers in texts.items():
-                prediction = Prediction(
-                    id=row.id,
-                    model=model,
-                    task=row.task,
-                    metric=row.metrics[0] if row.metrics else "none",
-                    prompt=prompt,
-                    prediction=answers[at],
-                    references=row.references,
-                    options=row.options,
-                    metadata=row.metadata,
-                )
-                line = {**asdict(prediction), "source": row.source, "scores": per_row[model][at]}
+            for found in predictions_of(row, prompt, {model: given[at] for model, given in texts.items()}):
+                line = {**asdict(found), "source": row.source, "scores": per_row[found.model][at]}
                 handle.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
@@ -391,33 +353,27 @@ def _samples(
     plan: _Plan,
     scored: Sequence[Any],
     rows: Any,
-    examples: _Examples,
+    examples: Any,
     texts: Mapping[str, Sequence[str]],
     per_row: Mapping[str, Sequence[Mapping[str, float]]],
     metrics: Mapping[str, Any],
 ) -> list[Any]:
     from mmtune.evaluation.rows import question_of
-    from mmtune.reports.samples import Answer, Sample, choose_rows, counted, picture
+    from mmtune.reports.samples import Shown, choose_rows, make_sample
 
     root = Path(plan.instructions.facts["media_root"])
-    leading = [row.metrics[0] if row.metrics else "" for row in scored]
-    scores = [[per_row[model][at].get(name) for model in texts] for at, name in enumerate(leading)]
-    higher = [metrics.get(name, {}).get("higher_is_better", True) for name in leading]
-    ids, groups = [row.id for row in scored], [row.group for row in scored]
+    shown = []
+    for at, row in enumerate(scored):
+        name = row.metrics[0] if row.metrics else ""
+        values = tuple(per_row[model][at].get(name) for model in texts)
+        better = metrics.get(name, {}).get("higher_is_better", True)
+        shown.append(Shown(row.id, row.group, name, values, better, row.references))
     samples = []
-    for kind, numbers in choose_rows(ids, groups, scores, higher_is_better=higher, seed=plan.recipe.seed).items():
+    for kind, numbers in choose_rows(shown, seed=plan.recipe.seed).items():
         for at in numbers:
             example = examples(rows.kept[at])
-            images = [medium for medium in example.media if medium.modality == "image"]
-            pictures = tuple(uri for medium in images[:4] if (uri := picture(root, medium)))
-            other = tuple(Path(medium.path).name for medium in example.media if medium.modality != "image")
-            answers = tuple(
-                Answer(model, answers[at], float(scores[at][place] or 0.0)) for place, (model, answers) in enumerate(texts.items())
-            )
-            references = counted(scored[at].references)
-            samples.append(
-                Sample(ids[at], kind, leading[at], question_of(example), pictures, other, references, answers)
-            )
+            answers = {model: given[at] for model, given in texts.items()}
+            samples.append(make_sample(shown[at], kind, question_of(example), example.media, answers, root))
     return samples
 
 

@@ -127,7 +127,7 @@ def _prepare(
 ) -> _Run:
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    from mmtune.encoding.processor import load_processor
+    from mmtune.encoding.processor import load_processor, processor_fingerprint
     from mmtune.training.checkpoints import CheckpointFolder
     from mmtune.training.optimizer import make_adamw
     from mmtune.training.plan import Plan
@@ -140,7 +140,17 @@ def _prepare(
         project_dir=str(recipe.run_dir / "trackers"),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=several)],
     )
-    processor = load_processor(path, revision=recipe.model.revision if recipe.model else None, offline=offline)
+    processor = load_processor(
+        path,
+        revision=recipe.model.revision if recipe.model else None,
+        offline=offline,
+        min_image_pixels=recipe.tokenize.min_image_pixels,
+        max_image_pixels=recipe.tokenize.max_image_pixels,
+    )
+    if processor_fingerprint(processor) != tokens.facts.get("processor"):
+        raise IntegrityError(
+            "the processor is not the one that tokens/ was made with", "run: mmtune tokenize", "other_processor"
+        )
     model = _model(recipe, settings, path, precision, offline)
     _show_towers(model, console)
     train = _split(recipe, tokens, processor, "train", limit)

@@ -102,28 +102,15 @@ def tokenize(
 
 
 def _processor(job: _Job) -> Any:
-    """Returns the processor, its image size set to the recipe's pixel budget.
-
-    Raises:
-        RecipeError: A budget is asked for and the processor has none.
-    """
     from mmtune.encoding.processor import load_processor
 
-    processor = load_processor(job.model, revision=job.revision, offline=job.offline)
-    low, high = job.settings.min_image_pixels, job.settings.max_image_pixels
-    if low is None and high is None:
-        return processor
-    images = getattr(processor, "image_processor", None)
-    size = dict(getattr(images, "size", None) or {})
-    if not (size.get("shortest_edge") and size.get("longest_edge")):
-        raise RecipeError(
-            "tokenize.min_image_pixels and max_image_pixels do not fit this model: its images have no pixel budget",
-            "remove them from the recipe",
-            "no_pixel_budget",
-        )
-    kept = {"shortest_edge": low or size["shortest_edge"], "longest_edge": high or size["longest_edge"]}
-    images.size = kept if isinstance(images.size, dict) else type(images.size)(**kept)
-    return processor
+    return load_processor(
+        job.model,
+        revision=job.revision,
+        offline=job.offline,
+        min_image_pixels=job.settings.min_image_pixels,
+        max_image_pixels=job.settings.max_image_pixels,
+    )
 
 
 def _write(

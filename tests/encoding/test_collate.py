@@ -64,7 +64,7 @@ def reference(family: Any, plain: Any, side: str) -> dict[str, torch.Tensor]:
     write = (
         ProcessorMixin.apply_chat_template if family.name == "smolvlm" else type(family.processor).apply_chat_template
     )
-    options = {"padding": True, "padding_side": side}
+    options = {"text_kwargs": {"padding": True, "padding_side": side}}
     made = write(
         family.processor, plain, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=options
     )

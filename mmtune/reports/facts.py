@@ -1,0 +1,39 @@
+"""What a report says of the training behind the tuned model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def training_facts(
+    settings: Mapping[str, Any], facts: Mapping[str, Any], rows: int, seconds: float | None
+) -> dict[str, str]:
+    """Returns label and value of every fact that is known.
+
+    Args:
+        settings: The ``finetune`` section that adapter/ was made with.
+        facts: The facts in adapter/'s manifest.
+        rows: Training rows.
+        seconds: How long tuning took.
+    """
+    lora = settings.get("lora", {})
+    towers: Mapping[str, Mapping[str, Any]] = facts.get("towers", {})
+    trained = sum(int(tower.get("trainable", 0)) for tower in towers.values())
+    adapters = f"LoRA, r {lora.get('r')}, alpha {lora.get('alpha')}"
+    shown = {
+        "method": adapters if facts.get("method") == "lora" else "all weights",
+        "towers": ", ".join(settings.get("train", ())),
+        "trained parameters": f"{trained:,}" if trained else "",
+        "rows": f"{rows:,}" if rows else "",
+        "steps": f"{facts['steps']:,}" if facts.get("steps") else "",
+        "last training loss": _decimals(facts.get("loss")),
+        "validation loss": _decimals(facts.get("val_loss")),
+        "peak learning rate": f"{settings['learning_rate']:g}" if settings.get("learning_rate") else "",
+        "seconds": _decimals(seconds, 1),
+    }
+    return {key: value for key, value in shown.items() if value}
+
+
+def _decimals(value: Any, places: int = 4) -> str:
+    return f"{value:.{places}f}" if isinstance(value, int | float) else ""

@@ -1,0 +1,200 @@
+"""The four stages through the command line, on bundled scenes: once, again, killed, and on two processes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmtune.storage import open_split, read_manifest
+
+pytestmark = pytest.mark.slow
+
+
+def mmtune(*arguments, check=None, **settings):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "mmtune", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=500,
+        **settings,
+    )
+    if check is not None:
+        assert done.returncode == check, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, repository, tiny_vlm) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    notes = repository / "data" / "scenes" / "annotations"
+    sources = [
+        {
+            "id": "compare",
+            "reader": "vqa_v2",
+            "split": split,
+            "questions": str(notes / f"compare_{split}_questions.json"),
+            "annotations": str(notes / f"compare_{split}_annotations.json"),
+            "images": str(repository / "data" / "scenes" / split),
+            "limit": 24,
+        }
+        for split in ("train", "test")
+    ]
+    settings = {
+        "run_dir": str(folder / "run"),
+        "seed": 3,
+        "model": {"path": str(tiny_vlm)},
+        "sources": sources,
+        "tokenize": {"max_length": 200},
+        "finetune": {
+            "lora": {"r": 4, "dropout": 0.1},
+            "learning_rate": 0.01,
+            "batch_rows": 4,
+            "max_steps": 14,
+            "save_every": 3,
+            "log_every": 1,
+        },
+        "eval": {"split": "test", "max_new_tokens": 3, "limit": 10, "bootstrap": 100},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(settings))
+    mmtune("run", path, check=0)
+    return path
+
+
+def run_dir(recipe):
+    return recipe.parent / "run"
+
+
+def fresh_run(recipe, name):
+    """A run folder of its own with the same tokens."""
+    target = recipe.parent / name
+    for stage in ("instructions", "tokens"):
+        shutil.copytree(run_dir(recipe) / stage, target / stage)
+    return target
+
+
+def adapter_bytes(folder):
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_every_stage_is_there_and_nothing_is_lost(recipe):
+    folder = run_dir(recipe)
+    for stage in ("instructions", "tokens", "adapter", "report"):
+        read_manifest(folder / stage, verify=True)
+    assert read_manifest(folder / "instructions").rows == {"train": 24, "test": 24}
+    tokens = read_manifest(folder / "tokens")
+    assert sum(tokens.facts["examples"].values()) + sum(tokens.drops.values()) == 48
+    assert not (folder / "checkpoints").exists()
+    assert sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) == [
+        "adapter",
+        "instructions",
+        "report",
+        "tokens",
+    ]
+    losses = [json.loads(line) for line in open(folder / "adapter" / "metrics.jsonl")]
+    assert [row["step"] for row in losses] == list(range(1, 15))
+    assert losses[-1]["loss"] < losses[0]["loss"]
+
+
+def test_a_second_run_does_nothing_and_says_so(recipe):
+    before = {p: p.stat().st_mtime_ns for p in run_dir(recipe).rglob("*") if p.is_file() and p.suffix != ".lock"}
+    done = mmtune("run", recipe, "--json", check=0)
+    result = json.loads(done.stdout)
+    assert result["ok"] and all(stage["cached"] for stage in result["stages"].values())
+    after = {p: p.stat().st_mtime_ns for p in before}
+    assert before == after
+
+
+def test_changed_training_settings_are_refused(recipe):
+    done = mmtune("finetune", recipe, "--set", "finetune.learning_rate=0.5", "--json", check=7)
+    error = json.loads(done.stdout)["error"]
+    assert "learning_rate: 0.01 -> 0.5" in error["message"] and error["hint"]
+    assert "Traceback" not in done.stderr
+
+
+def test_killed_in_the_middle_it_ends_with_the_same_bytes(recipe):
+    folder = fresh_run(recipe, "killed")
+    command = [sys.executable, "-m", "mmtune", "finetune", str(recipe), "--set", f"run_dir={folder}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for checkpoint in (3, 9):
+        child = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        wanted = folder / "checkpoints" / "finetune" / f"step-{checkpoint:08d}" / "state.json"
+        limit = time.monotonic() + 240
+        while not wanted.exists() and child.poll() is None and time.monotonic() < limit:
+            time.sleep(0.005)
+        assert child.poll() is None, "it ended before it could be killed"
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        assert not (folder / "adapter").exists()
+    done = mmtune("finetune", recipe, "--set", f"run_dir={folder}", check=0)
+    assert "resuming after step" in done.stderr
+    assert adapter_bytes(folder) == adapter_bytes(run_dir(recipe))
+
+
+def test_a_polite_stop_saves_and_exits_75(recipe):
+    folder = fresh_run(recipe, "stopped")
+    command = [sys.executable, "-m", "mmtune", "finetune", str(recipe), "--set", f"run_dir={folder}"]
+    child = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    wanted = folder / "checkpoints" / "finetune" / "step-00000003" / "state.json"
+    while not wanted.exists() and child.poll() is None:
+        time.sleep(0.005)
+    child.send_signal(signal.SIGTERM)
+    _, talk = child.communicate(timeout=120)
+    assert child.returncode == 75, talk[-2000:]
+    assert "state is saved" in talk and "Traceback" not in talk
+    mmtune("finetune", recipe, "--set", f"run_dir={folder}", check=0)
+    assert adapter_bytes(folder) == adapter_bytes(run_dir(recipe))
+
+
+def test_two_processes_take_the_same_steps(recipe):
+    """Two processes of two rows are one of four: same loss and nearly the same weights."""
+    one, two = fresh_run(recipe, "one"), fresh_run(recipe, "two")
+    common = ["--set", "finetune.lora.dropout=0", "--set", "finetune.max_steps=6"]
+    common += ["--set", "finetune.batch_rows=2"]
+    mmtune("finetune", recipe, *common, "--set", f"run_dir={one}", "--set", "finetune.accumulate=2", check=0)
+    done = mmtune("finetune", recipe, *common, "--set", f"run_dir={two}", "--cpu-processes", 2, check=0)
+    assert "nproc_per_node 2" in done.stderr
+    losses = [[json.loads(x)["loss"] for x in open(f / "adapter" / "metrics.jsonl")] for f in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    first, second = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (one, two))
+    for name, value in first.items():
+        assert torch.allclose(value, second[name], rtol=1e-3, atol=1e-4), name
+
+
+def test_the_report_names_both_models(recipe):
+    metrics = json.loads((run_dir(recipe) / "report" / "metrics.json").read_text())
+    assert {"base", "tuned"} <= set(json.dumps(metrics).replace('"', " ").split())
+    rows = [json.loads(line) for line in open(run_dir(recipe) / "report" / "predictions.jsonl")]
+    assert len(rows) == 20 and {row["model"] for row in rows} == {"base", "tuned"}
+
+
+def test_show_marks_the_loss(recipe):
+    done = mmtune("show", run_dir(recipe) / "tokens", "--json", check=0)
+    runs = json.loads(done.stdout)["row"]["runs"]
+    taught = [run["text"] for run in runs if run["loss"]]
+    assert taught and all(text in ("yes<|im_end|>", "no<|im_end|>") for text in taught)
+
+
+def test_adapters_alone_are_stored(recipe):
+    weights = load_file(run_dir(recipe) / "adapter" / "adapter_model.safetensors")
+    assert weights and all("lora_" in name for name in weights)
+    assert not any("vision" in name or "projector" in name for name in weights)
+
+
+def test_labels_in_tokens_are_answers(recipe):
+    table = open_split(run_dir(recipe) / "tokens" / "train").to_pylist()
+    for tree in table:
+        assert len(tree["input_ids"]) == len(tree["labels"]) == len(tree["branch"]) == tree["length"]
+        for branch in range(1, len(tree["example_ids"]) + 1):
+            marks = [label for label, b in zip(tree["labels"], tree["branch"], strict=True) if b == branch]
+            assert sum(label != -100 for label in marks) == 2
