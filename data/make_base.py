@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).parent
-IMAGE_PX = 64
-PATCH_PX = 16
+IMAGE_PX = 48
+PATCH_PX = 12
 VOCABULARY = 1024
 CONTEXT = 4096
 PAD, START, END, IMAGE = "<pad>", "<|im_start|>", "<|im_end|>", "<image>"
@@ -136,7 +136,7 @@ def make_processor(tokenizer):
 
     square = {"height": IMAGE_PX, "width": IMAGE_PX}
     images = CLIPImageProcessorPil(
-        size=square, crop_size=square, resample=3, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        size=square, crop_size=square, resample=3, image_mean=[0.3] * 3, image_std=[0.25] * 3
     )
     return LlavaProcessor(
         image_processor=images,
@@ -156,7 +156,7 @@ def make_config(tokenizer):
     vision = CLIPVisionConfig(
         hidden_size=96,
         intermediate_size=288,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=4,
         image_size=IMAGE_PX,
         patch_size=PATCH_PX,

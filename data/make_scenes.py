@@ -23,12 +23,12 @@ import numpy as np
 from PIL import Image
 
 SEED = 20261124
-CANVAS_PX = 64
-DIGIT_PX = 16
-SCENES = {"train": 2400, "val": 200, "test": 500}
+CANVAS_PX = 48
+DIGIT_PX = 24
+SCENES = {"train": 2400, "val": 200, "test": 800}
 SCAN_SHARES = {"train": 0.72, "val": 0.08, "test": 0.20}
 FIRST_IMAGE_ID = {"train": 1, "val": 100_001, "test": 200_001}
-COMPARE_ROWS = {"train": 480, "val": 100, "test": 300}
+COMPARE_ROWS = {"train": 480, "val": 60, "test": 280}
 QUESTIONS_PER_SCENE = 6
 
 INK = {
@@ -37,21 +37,21 @@ INK = {
     "blue": (70, 130, 255),
     "yellow": (250, 220, 40),
     "white": (250, 250, 250),
-    "pink": (255, 120, 210),
 }
-PAPER = {"black": (0, 0, 0), "gray": (75, 75, 75), "purple": (65, 0, 90), "brown": (85, 45, 10)}
+PAPER = {"black": (0, 0, 0), "gray": (80, 80, 80), "purple": (65, 0, 90)}
+CORNERS = {"top left": (0, 0), "top right": (24, 0), "bottom left": (0, 24), "bottom right": (24, 24)}
+SAME_WORDS = ("Are the left and right digits the same?", "Is the left digit the same as the right one?")
 COUNT_WORDS = {1: "one digit", 2: "two digits", 3: "three digits"}
 
 
 @dataclass(frozen=True)
 class Digit:
-    """One scan on the canvas; ``left`` and ``top`` are pixels, always a whole number of cells."""
+    """One scan, its colour and the corner of the canvas that it fills."""
 
     digit: int
     scan: int
     color: str
-    left: int
-    top: int
+    corner: str
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,9 @@ class Question:
     answer: str
     question_type: str
     answer_type: str
+
+
+Ask = Callable[[random.Random], Question]
 
 
 def load_scans() -> tuple[np.ndarray, np.ndarray]:
@@ -97,19 +100,24 @@ def split_scans(classes: np.ndarray) -> dict[str, dict[int, list[int]]]:
 
 
 def draw_scene(rng: random.Random, image_id: int, pools: dict[int, list[int]]) -> Scene:
-    """A scene of one to three digits; a third of those with more show the same digit at both ends."""
-    count = rng.choices((1, 2, 3), weights=(1, 6, 3))[0]
+    """A scene of one to three digits, each in a corner of its own; two of them always stand side by side.
+
+    A third of the pairs show the same digit twice (never the same scan).
+    """
+    count = rng.choices((1, 2, 3), weights=(2, 6, 2))[0]
     values = [rng.randrange(10) for _ in range(count)]
-    if count > 1 and rng.random() < 0.35:
-        values[-1] = values[0]
-    cells = CANVAS_PX // DIGIT_PX
-    columns = sorted(rng.sample(range(cells), count))
+    if count == 2 and rng.random() < 0.35:
+        values[1] = values[0]
+    if count == 2:
+        corners = [rng.choice(("top left", "bottom left")), rng.choice(("top right", "bottom right"))]
+    else:
+        free = rng.sample(list(CORNERS), count)
+        corners = [corner for corner in CORNERS if corner in free]
     digits: list[Digit] = []
-    for value, column in zip(values, columns, strict=True):
+    for value, corner in zip(values, corners, strict=True):
         taken = {digit.scan for digit in digits}
         scan = rng.choice([scan for scan in pools[value] if scan not in taken])
-        place = {"left": column * DIGIT_PX, "top": rng.randrange(cells) * DIGIT_PX}
-        digits.append(Digit(value, scan, rng.choice(list(INK)), **place))
+        digits.append(Digit(value, scan, rng.choice(list(INK)), corner))
     return Scene(image_id, rng.choice(list(PAPER)), tuple(digits))
 
 
@@ -119,7 +127,8 @@ def paint(scene: Scene, scans: np.ndarray) -> Image.Image:
     canvas[:] = PAPER[scene.background]
     for digit in scene.digits:
         pen = np.kron(scans[digit.scan], np.ones((DIGIT_PX // 8, DIGIT_PX // 8)))[..., None]
-        window = canvas[digit.top : digit.top + DIGIT_PX, digit.left : digit.left + DIGIT_PX]
+        left, top = CORNERS[digit.corner]
+        window = canvas[top : top + DIGIT_PX, left : left + DIGIT_PX]
         window[:] = window * (1 - pen) + np.array(INK[digit.color]) * pen
     return Image.fromarray(canvas.round().astype(np.uint8))
 
@@ -129,8 +138,8 @@ def yes_no(fact: bool) -> str:
     return "yes" if fact else "no"
 
 
-def ask_single(scene: Scene) -> Iterator[Callable[[random.Random], Question]]:
-    """Questions that fit a scene with one digit or more."""
+def ask_any(scene: Scene) -> Iterator[Ask]:
+    """Questions that fit every scene."""
     shown = sorted({digit.digit for digit in scene.digits})
     absent = [value for value in range(10) if value not in shown]
 
@@ -150,73 +159,68 @@ def ask_single(scene: Scene) -> Iterator[Callable[[random.Random], Question]]:
     yield from (count, background, presence)
 
 
-def ask_sides(scene: Scene) -> Iterator[Callable[[random.Random], Question]]:
-    """Questions about the left, right and middle digit of a scene with two or three."""
-    sides = {"left": scene.digits[0], "right": scene.digits[-1]}
-
-    def color(rng: random.Random) -> Question:
-        side = rng.choice(("left", "right"))
-        text = rng.choice(("What color is the {} digit?", "What is the color of the {} digit?"))
-        return Question(text.format(side), sides[side].color, "what color is the", "other")
-
-    def below(rng: random.Random) -> Question:
-        side, limit = rng.choice(("left", "right")), rng.randint(1, 9)
-        text = f"Is the {side} digit less than {limit}?"
-        return Question(text, yes_no(sides[side].digit < limit), "is the", "yes/no")
-
-    def same(rng: random.Random) -> Question:
-        text = rng.choice(
-            ("Are the left and right digits the same?", "Is the left digit the same as the right one?")
-        )
-        return Question(text, yes_no(sides["left"].digit == sides["right"].digit), "are the", "yes/no")
-
-    yield from (color, color, below, below, same)
-    if sides["left"].top != sides["right"].top:
-
-        def higher(rng: random.Random) -> Question:
-            side = min(sides, key=lambda side: sides[side].top)
-            text = rng.choice(("Which digit is higher up, left or right?", "Which side has the higher digit?"))
-            return Question(text, side, "which", "other")
-
-        yield higher
-
-
-def read_side(side: str, digit: Digit) -> Callable[[random.Random], Question]:
-    """The question that asks to read one digit."""
+def ask_digit(name: str, digit: Digit) -> Iterator[Ask]:
+    """Questions about one digit, such as the one that is called ``left digit``."""
 
     def read(rng: random.Random) -> Question:
-        text = rng.choice(("What digit is on the {}?", "Which digit is on the {}?"))
-        if side == "middle":
-            text = "What digit is in the {}?"
-        return Question(text.format(side), str(digit.digit), "what", "number")
+        text = f"Which digit is the {name}?" if name != "digit" else "What digit is this?"
+        return Question(text, str(digit.digit), "which", "number")
 
-    return read
+    def color(rng: random.Random) -> Question:
+        text = rng.choice(("What color is the {}?", "What is the color of the {}?"))
+        return Question(text.format(name), digit.color, "what color is the", "other")
+
+    def below(rng: random.Random) -> Question:
+        limit = rng.randint(1, 9)
+        return Question(f"Is the {name} less than {limit}?", yes_no(digit.digit < limit), "is the", "yes/no")
+
+    yield from (read, color, below)
+
+
+def ask_pair(scene: Scene) -> Iterator[Ask]:
+    """Questions about the two digits of a pair."""
+    left, right = scene.digits
+
+    def same(rng: random.Random) -> Question:
+        text = rng.choice(SAME_WORDS)
+        return Question(text, yes_no(left.digit == right.digit), "are the", "yes/no")
+
+    def higher(rng: random.Random) -> Question:
+        side = "left" if left.corner == "top left" else "right"
+        text = rng.choice(("Which digit is higher up, left or right?", "Which side has the higher digit?"))
+        return Question(text, side, "which", "other")
+
+    yield same
+    if CORNERS[left.corner][1] != CORNERS[right.corner][1]:
+        yield higher
 
 
 def base_questions(rng: random.Random, scene: Scene) -> list[Question]:
     """The questions of one scene for the tasks that the base model learns."""
+    first: list[Ask] = []
+    others = list(ask_any(scene))
     if len(scene.digits) == 1:
-        digit = scene.digits[0]
-        reading = [Question("What digit is this?", str(digit.digit), "what", "number")]
-        return reading + [ask(rng) for ask in ask_single(scene)]
-    sides = {"left": scene.digits[0], "right": scene.digits[-1]}
-    if len(scene.digits) == 3:
-        sides["middle"] = scene.digits[1]
-    asks = [read_side(side, digit) for side, digit in sides.items()]
-    others = [*ask_single(scene), *ask_sides(scene)]
+        first += ask_digit("digit", scene.digits[0])
+    elif len(scene.digits) == 2:
+        for name, digit in zip(("left digit", "right digit"), scene.digits, strict=True):
+            read, *rest = ask_digit(name, digit)
+            first.append(read)
+            others += rest
+        others += ask_pair(scene)
+    else:
+        for digit in scene.digits:
+            read, color, _ = ask_digit(f"{digit.corner} digit", digit)
+            first.append(read)
+            others.append(color)
     rng.shuffle(others)
-    questions: dict[str, Question] = {}
-    for ask in asks + others:
-        question = ask(rng)
-        questions.setdefault(question.text, question)
-    return list(questions.values())[:QUESTIONS_PER_SCENE]
+    return [ask(rng) for ask in first + others][:QUESTIONS_PER_SCENE]
 
 
 def compare_question(rng: random.Random, scene: Scene, answer: str) -> Question | None:
-    """The held-out task, asked so that ``answer`` is true; None where both digits are equal."""
-    left, right = scene.digits[0].digit, scene.digits[-1].digit
-    if left == right:
+    """The held-out task, asked so that ``answer`` is true; None for scenes without two unequal digits."""
+    if len(scene.digits) != 2 or scene.digits[0].digit == scene.digits[1].digit:
         return None
+    left, right = (digit.digit for digit in scene.digits)
     one, other = ("left", "right") if (left > right) == (answer == "yes") else ("right", "left")
     text = rng.choice(("Is the {} digit greater than the {} one?", "Is the {} number greater than the {}?"))
     return Question(text.format(one, other), answer, "is the", "yes/no")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mmtune import __version__
 from mmtune.errors import MmtuneError, RecipeError
-from mmtune.recipe import Recipe
-from mmtune.recipe_text import load_recipe
 from mmtune.talk import Talk, json_line
+
+if TYPE_CHECKING:
+    from mmtune.recipe import Recipe
 
 EPILOG = (
     "Exit codes: 0 ok, 1 bug, 2 recipe or usage, 3 bad data, 4 missing capability, 5 resources, 6 diverged, "
@@ -32,7 +34,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RecipePath = Annotated[Path | None, typer.Argument(help="Recipe file; ./mmtune.yaml when left out.", show_default=False)]
+RecipePath = Annotated[
+    Path | None, typer.Argument(help="Recipe file; ./mmtune.yaml when left out.", show_default=False)
+]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: a.b=value (repeatable).")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, on failure too.")]
 Force = Annotated[bool, typer.Option("--force", help="Redo, also when nothing changed.")]
@@ -44,6 +48,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings on std
 
 
 def _load(recipe: Path | None, overrides: list[str] | None, seed: int | None, offline: bool) -> Recipe:
+    # The schema takes a tenth of a second to build; `--help` does without it.
+    from mmtune.recipe_text import load_recipe
+
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     extra = [] if seed is None else [f"seed={seed}"]
@@ -183,9 +190,7 @@ def score(
     """
     from mmtune.stages.score import score as stage
 
-    result = stage(
-        metric, predictions=predictions, questions=questions, annotations=annotations, references=references
-    )
+    result = stage(metric, predictions=predictions, questions=questions, annotations=annotations, references=references)
     if as_json:
         _finish("score", result, True)
     else:
@@ -307,11 +312,16 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Deprecations inside the libraries are for their callers, not for the person at the command line.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
 def _fail(error: MmtuneError) -> int:

@@ -39,7 +39,8 @@ class Source(Section):
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,80}$")]
     """Short name, the first part of every example id."""
     reader: str
-    """vqa_v2, coco_captions, coco_instances, flickr30k, chartqa, llava, sharegpt, messages, alpaca, table, folder, hf."""
+    """vqa_v2, coco_captions, coco_instances, flickr30k, chartqa, llava, sharegpt, messages, alpaca, table, folder
+    or hf."""
     split: SplitName = "train"
     """Where its rows go."""
     path: str | None = None

@@ -82,14 +82,12 @@ def find_recipe(path: Path | None) -> Path:
         return chosen
     what = f"the recipe {chosen} is not there" if path is not None else "no recipe given and no ./mmtune.yaml here"
     hint = "run: mmtune init (lists recipes), or name a recipe file"
-    if path is not None and path.suffix not in (".yaml", ".yml") and path.parent == Path("."):
+    if path is not None and path.suffix not in (".yaml", ".yml") and path.parent == Path():
         hint = f"run: mmtune init {path.name}  (copies the shipped recipe of that name, if there is one)"
     raise RecipeError(what, hint, "recipe_missing")
 
 
-def load_recipe(
-    path: Path | None, overrides: Sequence[str] = (), environ: Mapping[str, str] | None = None
-) -> Recipe:
+def load_recipe(path: Path | None, overrides: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> Recipe:
     """Returns the checked recipe.
 
     Args:
@@ -151,7 +149,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raw = path.read_bytes()
         if len(raw) > _MAX_BYTES:
             raise RecipeError(f"{path} is larger than 4 MiB", "is it a recipe?")
-        values = yaml.load(raw.decode("utf-8-sig"), Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+        values = yaml.load(raw.decode("utf-8-sig"), Loader=_Loader)
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror}", "check its rights") from error
     except UnicodeDecodeError as error:
@@ -188,7 +186,7 @@ def _environment(environ: Mapping[str, str]) -> list[tuple[tuple[str, ...], str]
 
 def _assign(values: Mapping[str, Any], keys: tuple[str, ...], text: str, what: str) -> dict[str, Any]:
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+        value = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, _RecipeProblem) as error:
         raise RecipeError(f"{what}: {text!r} is not a YAML value", "quote it") from error
     return _assign_at(values, keys, value, what)

@@ -420,7 +420,7 @@ def finish_split(folder: Path, schema: pa.Schema) -> int:
         names.append(name)
     rows = sum(_stream_table(folder / name).num_rows for name in names)
     digest = hashlib.sha256(b"".join(file_digest(folder / name).encode() for name in names)).hexdigest()
-    state = {
+    state: dict[str, Any] = {
         "_data_files": [{"filename": name} for name in names],
         "_fingerprint": digest[:16],
         "_format_columns": None,

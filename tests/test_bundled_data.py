@@ -121,8 +121,7 @@ def test_every_picture_decodes_and_has_two_true_captions(split: str) -> None:
 
 def test_splits_share_no_scan() -> None:
     scans = {
-        split: {digit["scan"] for scene in scenes_of(split).values() for digit in scene["digits"]}
-        for split in SPLITS
+        split: {digit["scan"] for scene in scenes_of(split).values() for digit in scene["digits"]} for split in SPLITS
     }
     assert not scans["train"] & scans["val"]
     assert not scans["train"] & scans["test"]
@@ -131,9 +130,7 @@ def test_splits_share_no_scan() -> None:
 
 def test_held_out_task_is_balanced_and_absent_from_the_base_tasks() -> None:
     for split in SPLITS:
-        answers = [
-            row["multiple_choice_answer"] for row in read(f"compare_{split}_annotations")["annotations"]
-        ]
+        answers = [row["multiple_choice_answer"] for row in read(f"compare_{split}_annotations")["annotations"]]
         assert abs(answers.count("yes") - answers.count("no")) <= 1
         assert not any("greater" in row["question"] for row in read(f"base_{split}_questions")["questions"])
 

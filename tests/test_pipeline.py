@@ -71,6 +71,10 @@ def recipe(tmp_path_factory, repository, tiny_vlm) -> Path:
     return path
 
 
+def json_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def run_dir(recipe):
     return recipe.parent / "run"
 
@@ -101,7 +105,7 @@ def test_every_stage_is_there_and_nothing_is_lost(recipe):
         "report",
         "tokens",
     ]
-    losses = [json.loads(line) for line in open(folder / "adapter" / "metrics.jsonl")]
+    losses = json_lines(folder / "adapter" / "metrics.jsonl")
     assert [row["step"] for row in losses] == list(range(1, 15))
     assert losses[-1]["loss"] < losses[0]["loss"]
 
@@ -164,7 +168,7 @@ def test_two_processes_take_the_same_steps(recipe):
     mmtune("finetune", recipe, *common, "--set", f"run_dir={one}", "--set", "finetune.accumulate=2", check=0)
     done = mmtune("finetune", recipe, *common, "--set", f"run_dir={two}", "--cpu-processes", 2, check=0)
     assert "nproc_per_node 2" in done.stderr
-    losses = [[json.loads(x)["loss"] for x in open(f / "adapter" / "metrics.jsonl")] for f in (one, two)]
+    losses = [[row["loss"] for row in json_lines(f / "adapter" / "metrics.jsonl")] for f in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     first, second = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (one, two))
     for name, value in first.items():
@@ -174,7 +178,7 @@ def test_two_processes_take_the_same_steps(recipe):
 def test_the_report_names_both_models(recipe):
     metrics = json.loads((run_dir(recipe) / "report" / "metrics.json").read_text())
     assert {"base", "tuned"} <= set(json.dumps(metrics).replace('"', " ").split())
-    rows = [json.loads(line) for line in open(run_dir(recipe) / "report" / "predictions.jsonl")]
+    rows = json_lines(run_dir(recipe) / "report" / "predictions.jsonl")
     assert len(rows) == 20 and {row["model"] for row in rows} == {"base", "tuned"}
 
 

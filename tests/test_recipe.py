@@ -29,7 +29,10 @@ def test_floats_and_words_keep_their_meaning(tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("run_dir: x\nfinetune:\n  learnin_rate: 1\n", "line 3: unknown key `finetune.learnin_rate`; did you mean `learning_rate`?"),
+        (
+            "run_dir: x\nfinetune:\n  learnin_rate: 1\n",
+            "line 3: unknown key `finetune.learnin_rate`; did you mean `learning_rate`?",
+        ),
         ("run_dir: x\nfinetun: {}\n", "did you mean `finetune`?"),
         ("run_dir: x\nrun_dir: y\n", "appears twice"),
         ("run_dir: x\nfinetune: {epochs: soon}\n", "valid number"),

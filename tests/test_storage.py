@@ -44,7 +44,7 @@ def test_a_changed_setting_rebuilds_and_says_what_changed(tmp_path):
 def test_a_changed_setting_is_refused_where_asked(tmp_path):
     target = tmp_path / "demo"
     make(target, {"k": 1}, "old")
-    with pytest.raises(IntegrityError, match="config.k: 1 -> 2"):
+    with pytest.raises(IntegrityError, match=r"config\.k: 1 -> 2"):
         make(target, {"k": 2}, on_change="refuse")
     assert (target / "data.txt").read_text() == "old"
 
@@ -92,9 +92,8 @@ def test_a_missing_stage_names_the_command(tmp_path):
 
 
 def test_two_runs_do_not_write_one_folder(tmp_path):
-    with storage.open_stage(tmp_path / "demo", stage="demo", config={}):
-        with pytest.raises(LockedError):
-            storage.open_stage(tmp_path / "demo", stage="demo", config={})
+    with storage.open_stage(tmp_path / "demo", stage="demo", config={}), pytest.raises(LockedError):
+        storage.open_stage(tmp_path / "demo", stage="demo", config={})
     assert make(tmp_path / "demo", {}) is not None
 
 
@@ -134,7 +133,7 @@ def test_rejects_are_counted_and_listed(tmp_path):
         log.write(Reject("f:1", "a", "bad_json", "x"))
         log.write(Reject("f:2", "b\ud800", "bad_json"))
     assert log.counts == {"bad_json": 2}
-    assert [json.loads(line)["where"] for line in open(tmp_path / "rejects.jsonl")] == ["f:1", "f:2"]
+    assert [json.loads(x)["where"] for x in (tmp_path / "rejects.jsonl").read_text().splitlines()] == ["f:1", "f:2"]
 
 
 def test_a_full_disk_is_a_resource_error():

@@ -21,7 +21,7 @@ from mmtune.encoding.refused import Refused
 from mmtune.errors import CapabilityError
 
 _MEDIA_ATTRIBUTES = re.compile(r"(^|_)(image|video|audio|boi|eoi|boa|eoa|vision)\w*_token$|_tag$")
-_CACHED_RUNS = 1 << 16
+_CACHED_RUNS = 1 << 14
 _CACHED_CHARACTERS = 200
 _SHAPED = re.compile(r"^<\|.*\|>$", re.DOTALL)
 
@@ -161,14 +161,14 @@ class TextEncoder:
         moved = {self._clone.token_to_id(token["content"]): token["id"] for token in spec["added_tokens"]}
         self._moved = {here: real for here, real in moved.items() if here != real}
         self._hostile = re.compile(f"[{chr(start)}-{chr(start + 3)}]")
-        self._cache: dict[tuple[str, Flags | None, Flags | None], Encoded] = {}
+        self._cache: dict[tuple[str, Flags | None, Flags | None, bool], Encoded] = {}
 
     def clean(self, text: str) -> bool:
         """Says whether a text is free of the private markers."""
         return self._hostile.search(text) is None
 
-    def encode(self, text: str, left: Flags | None, right: Flags | None) -> Encoded:
-        """Returns the ids ``(T,)`` of a run, and the characters ``(T, 2)`` that each stands for.
+    def encode(self, text: str, left: Flags | None, right: Flags | None) -> np.ndarray:
+        """Returns the ids ``(T,)`` of a run.
 
         Args:
             text: A run without control tokens.
@@ -178,22 +178,30 @@ class TextEncoder:
         Raises:
             Refused: The vocabulary itself turns the text into a control token.
         """
-        key = (text, left, right)
+        return self._look_up((text, left, right, False))[0]
+
+    def encode_with_ends(self, text: str, left: Flags | None, right: Flags | None) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the ids ``(T,)`` of a run, and after which character ``(T,)`` each ends."""
+        return self._look_up((text, left, right, True))
+
+    def _look_up(self, key: tuple[str, Flags | None, Flags | None, bool]) -> Encoded:
         found = self._cache.get(key)
         if found is None:
-            found = self._encode(text, left, right)
-            if len(text) <= _CACHED_CHARACTERS:
+            found = self._encode(*key)
+            if len(key[0]) <= _CACHED_CHARACTERS:
                 if len(self._cache) >= _CACHED_RUNS:
                     self._cache.clear()
                 self._cache[key] = found
         return found
 
-    def _encode(self, text: str, left: Flags | None, right: Flags | None) -> Encoded:
+    def _encode(self, text: str, left: Flags | None, right: Flags | None, ends: bool) -> Encoded:
         before, after = self._markers[left], self._markers[right]
         encoding = self._clone.encode(f"{before}{text}{after}", add_special_tokens=False)
-        inside = slice(len(before), len(encoding.ids) - len(after))
-        ids = [self._moved.get(index, index) for index in encoding.ids[inside]]
+        found = encoding.ids
+        inside = slice(len(before), len(found) - len(after))
+        ids = [self._moved.get(index, index) for index in found[inside]] if self._moved else found[inside]
         if not self._control_ids.isdisjoint(ids):
             raise Refused("control_token_in_text", "the vocabulary turns a text into a control token")
-        places = np.asarray(encoding.offsets[inside], dtype=np.int64).reshape(-1, 2) - len(before)
-        return np.asarray(ids, dtype=np.int32), places
+        # Places cost as much as ids, and only runs with an answer in them need any.
+        places = [place[1] - len(before) for place in encoding.offsets[inside]] if ends else ()
+        return np.array(ids, dtype=np.int32), np.array(places, dtype=np.int64)

@@ -71,7 +71,7 @@ def _load(path: str, options: dict[str, Any]) -> Any:
 def _set_pixel_budget(processor: Any, low: int | None, high: int | None) -> None:
     images = getattr(processor, "image_processor", None)
     size = dict(getattr(images, "size", None) or {})
-    if not (size.get("shortest_edge") and size.get("longest_edge")):
+    if images is None or not (size.get("shortest_edge") and size.get("longest_edge")):
         raise RecipeError(
             "tokenize.min_image_pixels and max_image_pixels do not fit this model: its images have no pixel budget",
             "remove them from the recipe",
@@ -84,6 +84,7 @@ def _set_pixel_budget(processor: Any, low: int | None, high: int | None) -> None
             "set tokenize.min_image_pixels below tokenize.max_image_pixels",
             "no_pixel_budget",
         )
+    assert images is not None
     images.size = kept if isinstance(images.size, dict) else type(images.size)(**kept)
 
 
@@ -116,7 +117,7 @@ def processor_fingerprint(processor: Any) -> str:
     """Returns a sha256 over everything of a processor that decides ids and pixels."""
     tokenizer = tokenizer_of(processor)
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    parts = {
+    parts: dict[str, Any] = {
         "class": type(processor).__name__,
         "tokenizer": hashlib.sha256(backend.to_str().encode()).hexdigest() if backend else repr(tokenizer),
         "template": chat_template_of(processor),
@@ -127,8 +128,8 @@ def processor_fingerprint(processor: Any) -> str:
         if part is not None and hasattr(part, "to_dict"):
             parts[name] = part.to_dict()
     if tokenizer is not processor:
-        parts["own"] = {k: v for k, v in vars(processor).items() if isinstance(v, int | float | str | bool)}
-        parts["own"].pop("chat_template", None)
+        own = {name: value for name, value in vars(processor).items() if isinstance(value, int | float | str | bool)}
+        parts["own"] = {name: value for name, value in own.items() if name != "chat_template"}
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mmtune.encoding.control import ControlTokens, TextEncoder
+from mmtune.encoding.control import Block, ControlTokens, TextEncoder
 from mmtune.encoding.leaves import escaped
 from mmtune.encoding.media_tokens import MediaCounter
 from mmtune.encoding.processor import chat_template_of, tokenizer_of
@@ -54,8 +54,13 @@ class EncodedRow:
     media: tuple[MediaSpan, ...]
 
 
-# A compiled piece: ("text", str, loss) | ("slot", index, loss, form) | ("ids", ids, flags, loss) | ("media", index)
+# A compiled piece: ("text", str, loss) | ("slot", index, loss, form) | ("media", index)
+# | ("ids", ids, flags before, flags after, bears)
 _Op = tuple[Any, ...]
+# How a control token treats the spaces beside it; None where there is none.
+_Flags = tuple[bool, bool] | None
+# Control ids, their flags, and that none of them bears loss.
+_Silent = tuple[np.ndarray, tuple[bool, bool], np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +87,7 @@ class Renderer:
         multimodal = tokenizer is not processor
         self.counter = MediaCounter(processor)
         self._video_frames = video_frames
-        self._expansions: dict[str, list[str | tuple[np.ndarray, tuple[bool, bool]]]] = {}
+        self._expansions: dict[str, list[str | _Silent]] = {}
         # Text models' templates want strings; a multimodal template wants parts.
         self._maker = SkeletonMaker(
             chat_template_of(processor),
@@ -139,7 +144,7 @@ class Renderer:
     def _frames(self, video: Medium) -> int:
         return max(1, min(self._video_frames, video.frames or self._video_frames))
 
-    def _expand(self, medium: Medium, images: int) -> list[str | tuple[np.ndarray, tuple[bool, bool]]]:
+    def _expand(self, medium: Medium, images: int) -> list[str | _Silent]:
         """Returns the text and control ids that stand for one medium."""
         text = self.counter.expansion(medium, images)
         found = self._expansions.get(text)
@@ -147,7 +152,7 @@ class Renderer:
             if len(self._expansions) >= 4096:
                 self._expansions.clear()
             pieces = self.control.parse(text, placeholders=False)
-            found = [piece if isinstance(piece, str) else (_array(piece.ids), piece.flags) for piece in pieces]
+            found = [piece if isinstance(piece, str) else _silent(piece) for piece in pieces]
             self._expansions[text] = found
         return found
 
@@ -172,10 +177,35 @@ class Renderer:
                     ops.append(("media", shown))
                     shown += 1
                 else:
-                    ops.append(("ids", _array(part.ids), part.flags, piece.loss))
+                    bears = np.full(len(part.ids), piece.loss)
+                    ops.append(("ids", _array(part.ids), part.flags, part.flags, bears))
         if shown != len(media):
             raise Refused("template_refused", f"the chat template shows {shown} of {len(media)} media")
-        return _Program(ops, *around)
+        return _Program(self._fold(ops), *around)
+
+    def _fold(self, ops: list[_Op]) -> list[_Op]:
+        """Encodes what no text or medium of a row can touch: text with control tokens on both sides."""
+        folded: list[_Op] = []
+        at = 0
+        while at < len(ops):
+            end = at
+            while end < len(ops) and ops[end][0] == "text":
+                end += 1
+            left = folded[-1] if folded else None
+            right = ops[end] if end < len(ops) else None
+            fixed = all(side is None or side[0] == "ids" for side in (left, right))
+            if end > at and fixed:
+                row = _Writer(self._encoder, (), left[3] if left else None)
+                for _, text, loss in ops[at:end]:
+                    row.text(text, loss)
+                ids, bears = row.close((), right[2] if right else None)
+                _join(folded, ("ids", ids, None, right[2] if right else None, bears))
+            else:
+                folded += ops[at:end]
+            if right is not None:
+                _join(folded, right)
+            at = end + 1
+        return folded
 
     def _run(self, program: _Program, texts: Sequence[str], media: Sequence[Medium]) -> EncodedRow:
         row = _Writer(self._encoder, program.before)
@@ -187,7 +217,7 @@ class Renderer:
             elif op[0] == "text":
                 row.text(op[1], op[2])
             elif op[0] == "ids":
-                row.block(op[1], op[2], op[3])
+                row.block(op[1], op[2], op[3], op[4])
             else:
                 medium = media[op[1]]
                 first = -1
@@ -195,7 +225,7 @@ class Renderer:
                     if isinstance(part, str):
                         row.text(part, False)
                     else:
-                        row.block(part[0], part[1], False)
+                        row.block(part[0], part[1], part[1], part[2])
                         first = row.length - part[0].size if first < 0 else first
                 spans.append(self._span(medium, max(first, 0), row.length))
         ids, bears = row.close(program.after)
@@ -211,27 +241,29 @@ class Renderer:
 class _Writer:
     """Collects the ids of a row, encoding each run of text when the control token after it is known."""
 
-    def __init__(self, encoder: TextEncoder, before: tuple[int, ...]) -> None:
+    def __init__(self, encoder: TextEncoder, before: tuple[int, ...], left: _Flags = None) -> None:
         self._encoder = encoder
         self._ids = [np.asarray(before, dtype=np.int32)]
         self._bears = [np.zeros(len(before), dtype=bool)]
         self._run: list[tuple[str, bool]] = []
-        self._left: tuple[bool, bool] | None = None
+        self._left = left
         self.length = len(before)
 
     def text(self, text: str, loss: bool) -> None:
         """Adds text."""
         self._run.append((text, loss))
 
-    def block(self, ids: np.ndarray, flags: tuple[bool, bool], loss: bool) -> None:
+    def block(self, ids: np.ndarray, first: _Flags, last: _Flags, bears: np.ndarray) -> None:
         """Adds control ids that begin and end with tokens of these flags."""
-        self._flush(flags)
-        self._left = flags
-        self._add(ids, np.full(ids.size, loss))
+        if self._run:
+            self._flush(first)
+        self._left = last
+        self._add(ids, bears)
 
-    def close(self, after: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    def close(self, after: tuple[int, ...], right: _Flags = None) -> tuple[np.ndarray, np.ndarray]:
         """Returns the ids of the row, and which of them bear loss."""
-        self._flush(None)
+        if self._run:
+            self._flush(right)
         self._add(np.asarray(after, dtype=np.int32), np.zeros(len(after), dtype=bool))
         return np.concatenate(self._ids), np.concatenate(self._bears)
 
@@ -240,19 +272,35 @@ class _Writer:
         self._bears.append(bears)
         self.length += ids.size
 
-    def _flush(self, right: tuple[bool, bool] | None) -> None:
-        if not self._run:
-            return
-        ids, places = self._encoder.encode("".join(text for text, _ in self._run), self._left, right)
-        bears = np.zeros(ids.size, dtype=bool)
-        at = 0
-        for text, loss in self._run:
-            if loss:
-                # A token belongs to where its last character stands.
-                bears |= (places[:, 1] > at) & (places[:, 1] <= at + len(text))
-            at += len(text)
+    def _flush(self, right: _Flags) -> None:
+        text = "".join(piece for piece, _ in self._run)
+        if not any(loss for _, loss in self._run):
+            ids = self._encoder.encode(text, self._left, right)
+            bears = np.zeros(ids.size, dtype=bool)
+        else:
+            ids, ends = self._encoder.encode_with_ends(text, self._left, right)
+            bears = np.zeros(ids.size, dtype=bool)
+            at = 0
+            for piece, loss in self._run:
+                if loss:
+                    # A token belongs to where its last character stands.
+                    bears |= (ends > at) & (ends <= at + len(piece))
+                at += len(piece)
         self._run.clear()
         self._add(ids, bears)
+
+
+def _join(ops: list[_Op], op: _Op) -> None:
+    """Appends an op; ids that follow ids become one op with them."""
+    if ops and ops[-1][0] == op[0] == "ids":
+        last = ops.pop()
+        ids, bears = np.concatenate([last[1], op[1]]), np.concatenate([last[4], op[4]])
+        op = ("ids", ids, last[2], op[3], bears)
+    ops.append(op)
+
+
+def _silent(block: Block) -> _Silent:
+    return _array(block.ids), block.flags, np.zeros(len(block.ids), dtype=bool)
 
 
 def _array(ids: Sequence[int]) -> np.ndarray:

@@ -80,9 +80,11 @@ def shape_of(messages: Sequence[Message], tools: str) -> Shape:
         core = text.strip()
         if not core:
             return (text, "", False)
-        start = text.index(core)
         texts.append(core)
         owners.append(message)
+        if len(core) == len(text):
+            return ("", "", True)
+        start = text.index(core)
         return (text[:start], text[start + len(core) :], True)
 
     for index, message in enumerate(messages):
@@ -242,13 +244,13 @@ class SkeletonMaker:
 
         try:
             with time_limit(_SECONDS):
-                rendered, _ = render_jinja_template(
+                rendered = render_jinja_template(
                     conversations=[plain],
                     tools=tools,
                     chat_template=self._template,
                     add_generation_prompt=generation_prompt,
                     **self._variables,
-                )
+                )[0]
         except jinja2.TemplateError as error:
             raise Refused("template_refused", f"the chat template refuses this: {error.message or error}") from error
         except TimeoutError as error:
@@ -316,7 +318,7 @@ def media_of(messages: Sequence[Message]) -> list[Medium]:
 def _shared(one: str, other: str) -> int:
     """Returns how many leading characters two texts share."""
     pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+    return next((place for place, pair in pairs if pair[0] != pair[1]), min(len(one), len(other)))
 
 
 @contextmanager

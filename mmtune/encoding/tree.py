@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -124,7 +125,7 @@ def tree_rows(tree: Tree) -> list[EncodedRow]:
     prefix = int(bounds[1])
     shared = tuple(span for span in tree.media if span.start < prefix)
     rows = []
-    for start, end in zip(bounds[1:-1], bounds[2:], strict=True):
+    for start, end in pairwise(bounds[1:]):
         own = tuple(replace(s, start=s.start - int(start) + prefix) for s in tree.media if start <= s.start < end)
         rows.append(
             EncodedRow(

@@ -10,6 +10,8 @@ from typing import Any
 from mmtune.encoding.refused import Refused
 from mmtune.encoding.render import EncodedRow, Renderer
 from mmtune.encoding.turns import without_first_turn
+from mmtune.evaluation import metrics_of
+from mmtune.evaluation.comparison import ScoredRow
 from mmtune.records import Example, Message, Reject
 
 
@@ -22,6 +24,26 @@ def answer_of(example: Example) -> str:
 def question_of(example: Example) -> str:
     """Returns the text of the last user turn."""
     return next((message.text for message in reversed(example.messages) if message.role == "user"), "")
+
+
+def scored_row(example: Example, chosen: Sequence[str] | None) -> ScoredRow:
+    """Returns what scoring needs of an example.
+
+    Args:
+        example: Without references of its own, its answer is the reference.
+        chosen: Metrics that the recipe asks for, or None for each task's own.
+    """
+    target = answer_of(example)
+    return ScoredRow(
+        id=example.id,
+        source=example.source,
+        task=example.task,
+        group=example.group or example.id,
+        metrics=metrics_of(example.task, example.metric, chosen),
+        references=example.references or ((target,) if target else ()),
+        options=example.options,
+        metadata=dict(example.metadata),
+    )
 
 
 class ChosenExamples:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def probe_video(handle: IO[bytes], medium: Medium, *, max_pixels: int, max_seconds: float, decode: bool) -> Medium:
     """Returns the medium with its size (after rotation), frames, frames per second and seconds.
 
-    The first frame is always decoded. With ``decode`` all packets are counted as well, so that
-    ``frames`` is the number really in the file and not what the header says.
+    The first frame is always decoded, with ``decode`` all of them: ``frames`` is then the number
+    really in the file and not what the header says.
 
     Raises:
         MediaRefused: ``decode_error``, ``too_long`` or ``too_many_pixels``.
@@ -39,7 +39,9 @@ def probe_video(handle: IO[bytes], medium: Medium, *, max_pixels: int, max_secon
         turned = abs(int(getattr(first, "rotation", 0) or 0)) % 180 == 90
         width, height = (first.height, first.width) if turned else (first.width, first.height)
         frames = stream.frames or round(duration * fps)
-        if decode or frames < 1:
+        if decode:
+            frames = 1 + sum(1 for _ in container.decode(stream))
+        elif frames < 1:
             container.seek(0)
             frames = sum(1 for packet in container.demux(stream) if packet.size)
     if frames < 1 or fps <= 0:

@@ -35,7 +35,7 @@ def add_lora(
     check_towers(model, towers)
     config = LoraConfig(
         r=r,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]
         lora_dropout=dropout,
         use_rslora=rslora,
         use_dora=dora,

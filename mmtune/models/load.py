@@ -103,7 +103,10 @@ def load_model(
         IntegrityError: Weights are missing, damaged or of another shape.
     """
     import torch
+    from transformers.utils import logging
 
+    # The stage shows its own progress.
+    logging.disable_progress_bar()
     config = load_config(path, revision=revision, offline=offline)
     cls = model_class(config)
     if attn != "auto":
@@ -142,7 +145,7 @@ def load_model(
     return model.eval()
 
 
-def load_tuned(base: str, folder: Path, **settings: Any) -> PreTrainedModel:
+def load_tuned(base: str, folder: Path, **settings: Any) -> Any:
     """Returns the tuned model: the base with its adapter, or the folder's own full weights.
 
     Args:

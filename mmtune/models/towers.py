@@ -119,7 +119,9 @@ def linear_names(model: nn.Module, towers: Iterable[str], targets: Iterable[str]
                 found.append(name)
     lost = [] if names is None else [target for target in names if target not in matched]
     if lost or not found:
-        what = f"finetune.lora.targets: {', '.join(lost)} matches no linear layer" if lost else "no linear layer to adapt"
+        what = (
+            f"finetune.lora.targets: {', '.join(lost)} matches no linear layer" if lost else "no linear layer to adapt"
+        )
         near = difflib.get_close_matches(lost[0], sorted(known), n=3) if lost else []
         hint = f"near: {', '.join(near)}" if near else f"there are: {', '.join(sorted(known))}"
         raise RecipeError(f"{what} in {', '.join(sorted(wanted))}", hint, "no_targets")
@@ -138,12 +140,12 @@ def _digest(parameter: torch.Tensor) -> bytes:
     if flat.device.type == "cpu":
         return hashlib.blake2b(flat.contiguous().view(torch.uint8).numpy().tobytes(), digest_size=16).digest()
     # On an accelerator a checksum of the bits is enough and stays there.
-    return str(flat.view(torch.int16 if flat.element_size() == 2 else torch.int32).sum(dtype=torch.int64).item()).encode()
+    return str(
+        flat.view(torch.int16 if flat.element_size() == 2 else torch.int32).sum(dtype=torch.int64).item()
+    ).encode()
 
 
-def moved_towers(
-    before: Mapping[str, bytes], model: nn.Module
-) -> tuple[set[str], set[str], list[str]]:
+def moved_towers(before: Mapping[str, bytes], model: nn.Module) -> tuple[set[str], set[str], list[str]]:
     """Compares with an earlier ``fingerprints``.
 
     Returns:

@@ -20,7 +20,7 @@ def training_facts(
     lora = settings.get("lora", {})
     towers: Mapping[str, Mapping[str, Any]] = facts.get("towers", {})
     trained = sum(int(tower.get("trainable", 0)) for tower in towers.values())
-    adapters = f"LoRA, r {lora.get('r')}, alpha {lora.get('alpha')}"
+    adapters = f"LoRA, r {lora.get('r')}, alpha {lora.get('alpha', 0):g}"
     shown = {
         "method": adapters if facts.get("method") == "lora" else "all weights",
         "towers": ", ".join(settings.get("train", ())),

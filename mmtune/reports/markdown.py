@@ -6,7 +6,18 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mmtune.reports.wording import FACET_LABELS, headline, interval, label, number, p_value, short_hash, signed, verdict
+from mmtune.reports.wording import (
+    FACET_LABELS,
+    headline,
+    interval,
+    label,
+    model_name,
+    number,
+    p_value,
+    short_hash,
+    signed,
+    verdict,
+)
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|])")
 _MOST_VALUES = 20
@@ -58,7 +69,7 @@ def _facts(report: Mapping[str, Any]) -> str:
     run = report["run"]
     rejected = ", ".join(f"{reason} {count:,}" for reason, count in report["rejected"].items()) or "none"
     lines = [
-        f"- model: `{run['model']}`",
+        f"- model: `{model_name(run['model'])}`",
         f"- split: {run['split']}, {report['n']:,} of {report['read']:,} rows; refused: {rejected}",
         f"- greedy answers of at most {run['max_new_tokens']} tokens",
         f"- {run['bootstrap']:,} bootstrap samples, seed {run['seed']}",

@@ -37,6 +37,7 @@ def write_page(
         label=wording.label,
         verdict=wording.verdict,
         brief=wording.short_hash,
+        model=wording.model_name,
     )
     shown = {kind: [sample for sample in samples if sample.kind == kind] for kind in KINDS}
     return environment.from_string(PAGE).render(

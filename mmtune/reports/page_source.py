@@ -98,7 +98,7 @@ PAGE = """\
 <main>
 <p class="kicker">mmtune report</p>
 <h1>{{ run.title }}</h1>
-<p class="meta"><span><code>{{ run.model }}</code></span> <span>{{ run.split }} split</span>
+<p class="meta"><span><code>{{ run.model | model }}</code></span> <span>{{ run.split }} split</span>
 <span>{{ "{:,}".format(report.n) }} rows</span> <span>greedy, at most {{ run.max_new_tokens }} new tokens</span>
 <span>seed {{ run.seed }}</span></p>
 <div class="finding {{ (leading | verdict) if leading else "" }}"><p>{{ headline }}</p></div>
@@ -111,7 +111,7 @@ PAGE = """\
 {% for name, entry in report.metrics.items() %}{{ line(name | label, entry, report.metrics.values() | list, entry.normaliser) }}{% endfor %}
 </tbody></table></div>
 <p class="note key">{% for model in leading.models %}<span><i class="{{ "base" if loop.first else "tuned" }}"></i>{{ model }}</span>{% endfor %}
-dots on an axis from 0 to 100, with 95 % intervals</p>
+scores on a common axis from 0, with 95 % intervals</p>
 {% endif %}
 
 {% for facet in facets %}
@@ -155,7 +155,7 @@ per answer token, over optimizer steps</p>{% endif %}
 {% if row.other_media %}<p class="note">{{ row.other_media | join(", ") }}</p>{% endif %}
 <dl class="answers">
 {% for answer in row.answers %}<dt>{{ answer.model }}</dt><dd>{{ answer.text or "(empty)" }}</dd><dd class="score">{{ "%.0f" | format(answer.score) }}</dd>{% endfor %}
-<dt>people</dt><dd>{% for text, count in row.references %}{{ ", " if not loop.first }}{{ text }}{% if count > 1 %} ×{{ count }}{% endif %}{% endfor %}</dd><dd></dd>
+<dt>reference</dt><dd>{% for text, count in row.references %}{{ ", " if not loop.first }}{{ text }}{% if count > 1 %} ×{{ count }}{% endif %}{% endfor %}</dd><dd></dd>
 </dl>
 <div class="id"><code>{{ row.id }}</code> · {{ row.metric | label }}</div>
 </article>

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 LABELS = {
@@ -32,7 +33,7 @@ def number(value: float) -> str:
 
 def signed(value: float) -> str:
     """Returns a difference with its sign (a true minus)."""
-    return f"{value:+,.2f}".replace("-", "−")
+    return f"{value:+,.2f}".replace("-", "−") if abs(value) >= 0.005 else "0.00"
 
 
 def p_value(value: float) -> str:
@@ -89,6 +90,11 @@ def headline(report: Mapping[str, Any]) -> str:
 def _p(value: float) -> str:
     text = p_value(value)
     return text if text.startswith("<") else f"= {text}"
+
+
+def model_name(path: str) -> str:
+    """Returns a hub id as it is, of a folder only its name: a report may be shown to others."""
+    return PurePath(path).name if PurePath(path).is_absolute() else path
 
 
 def short_hash(value: str) -> str:

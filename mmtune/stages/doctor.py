@@ -42,7 +42,9 @@ def examine() -> dict[str, Any]:
             advice.append(f'{purpose}: pip install "mmtune[{extra}]"')
     minor, micro = sys.version_info.minor, sys.version_info.micro
     if micro < _SAFE_PYTHON.get(minor, 0):
-        advice.append(f"Python 3.{minor}.{micro} has known faults in tarfile; 3.{minor}.{_SAFE_PYTHON[minor]} mends them")
+        advice.append(
+            f"Python 3.{minor}.{micro} has known faults in tarfile; 3.{minor}.{_SAFE_PYTHON[minor]} mends them"
+        )
     return {
         "mmtune": __version__,
         "python": platform.python_version(),
@@ -109,7 +111,8 @@ def render(result: dict[str, Any]) -> str:
         "devices     " + "; ".join(", ".join(f"{v}" for v in device.values()) for device in result["devices"]),
         "decoders    " + ", ".join(f"{name} {'ok' if ok else 'missing'}" for name, ok in result["decoders"].items()),
         "extras      " + ", ".join(f"{e['extra']} {'ok' if e['present'] else '-'}" for e in result["extras"]),
-        f"disk        {result['disk_free_gib']} GiB free here; atomic rename {'ok' if result['atomic_rename'] else 'FAILS'}",
+        f"disk        {result['disk_free_gib']} GiB free here",
+        f"rename      {'atomic' if result['atomic_rename'] else 'FAILS: choose another disk for run_dir'}",
     ]
     lines += [f"advice      {line}" for line in result["advice"]]
     return "\n".join(lines)

@@ -16,6 +16,7 @@ from mmtune.storage import Manifest, RejectLog, Staging, is_finished, open_split
 from mmtune.talk import Talk
 
 SCHEMA = "mmtune.report/1"
+_CACHE_BYTES = 256 << 20
 _FEW_REFERENCES = "VQA accuracy: {:,} rows have fewer than four references; a perfect answer stays below 100 there."
 
 
@@ -67,8 +68,8 @@ def evaluate(
     if plan.adapter is not None:
         parents["adapter"] = plan.adapter.hash
     target = recipe.run_dir / "report"
-    rows = plan.instructions.rows[plan.settings.split]
     if dry_run:
+        rows = plan.instructions.rows[plan.settings.split]
         return {"stage": "eval", "dry_run": True, "target": str(target), "rows": rows, "config": config}
     staging = open_stage(target, stage="eval", config=config, parents=parents, force=force)
     if staging is None:
@@ -177,30 +178,15 @@ def _processor(plan: _Plan) -> Any:
 
 def _scored(rows: Any, settings: Eval, total: int, console: Talk) -> list[Any]:
     """Encodes every example once; returns what scoring needs of those that fit."""
-    from mmtune.evaluation import metrics_of
-    from mmtune.evaluation.comparison import ScoredRow
-    from mmtune.evaluation.rows import answer_of
+    from mmtune.evaluation.rows import scored_row
 
     chosen = None if settings.metrics == "auto" else settings.metrics
     scored = []
     with console.progress(total, "eval encode") as bar:
         for example in rows.examine():
             bar.advance(1)
-            if example is None:
-                continue
-            target = answer_of(example)
-            scored.append(
-                ScoredRow(
-                    id=example.id,
-                    source=example.source,
-                    task=example.task,
-                    group=example.group or example.id,
-                    metrics=metrics_of(example.task, example.metric, chosen),
-                    references=example.references or ((target,) if target else ()),
-                    options=example.options,
-                    metadata=dict(example.metadata),
-                )
-            )
+            if example is not None:
+                scored.append(scored_row(example, chosen))
     return scored
 
 
@@ -239,13 +225,12 @@ def _ask(
     settings, root = plan.settings, Path(plan.instructions.facts["media_root"])
     tokenizer = tokenizer_of(processor)
     shared: dict[str, Any] = {"batch_rows": settings.batch_rows, "should_stop": lambda: bool(stop)}
-    half = 256 << 20
     with console.progress(len(rows.kept), f"eval {name}") as bar:
         texts = generate_texts(
             model,
             tokenizer,
             rows.prompts,
-            Collator(processor, media_root=root, left=True, cache_bytes=half),
+            Collator(processor, media_root=root, left=True, cache_bytes=_CACHE_BYTES),
             sizes=rows.prompt_sizes,
             stops=stop_ids(model, tokenizer, rows.conversations(range(min(32, len(rows.kept))))),
             pad_id=pad_token_id(processor),
@@ -256,7 +241,7 @@ def _ask(
     if not settings.loss:
         return texts, None
     with console.progress(len(rows.kept), f"eval {name} loss") as bar:
-        collate = Collator(processor, media_root=root, cache_bytes=half)
+        collate = Collator(processor, media_root=root, cache_bytes=_CACHE_BYTES)
         return texts, answer_losses(
             model, rows.conversations, collate, sizes=rows.row_sizes, advance=bar.advance, **shared
         )
@@ -398,7 +383,7 @@ def _finish(plan: _Plan, report: Mapping[str, Any], target: Path, console: Talk,
     console.table(f"{plan.settings.split}, {report['n']:,} rows", head, rows)
     console.say(f"eval: {headline(report)}")
     page = target / "index.html"
-    console.say(f"eval: {page}")
+    console.say(f"eval: wrote {page}" if not cached else f"eval: see {page}")
     result = {
         "stage": "eval",
         "cached": cached,

@@ -164,9 +164,7 @@ def _prepare(
         epochs=settings.epochs,
         max_steps=settings.max_steps,
     )
-    optimizer = make_adamw(
-        model, rate=settings.learning_rate, weight_decay=settings.weight_decay, beta2=settings.beta2
-    )
+    optimizer = make_adamw(model, rate=settings.learning_rate, weight_decay=settings.weight_decay, beta2=settings.beta2)
     wrapped = accelerator.prepare(model)
     checkpoints = CheckpointFolder(
         recipe.run_dir / "checkpoints" / "finetune",

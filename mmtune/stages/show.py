@@ -48,7 +48,9 @@ def _stage(path: Path, row: int, split: str | None) -> dict[str, Any]:
     if chosen is not None:
         table = open_split(path / chosen)
         if row >= table.num_rows:
-            raise DataError(f"{path / chosen} has {table.num_rows} rows, there is no row {row}", "count from 0", "no_row")
+            raise DataError(
+                f"{path / chosen} has {table.num_rows} rows, there is no row {row}", "count from 0", "no_row"
+            )
         value = table.slice(row, 1).to_pylist()[0]
         result["row"] = {"split": chosen, "index": row, **_row(value, manifest.facts)}
     return result
@@ -74,7 +76,9 @@ def _tree(value: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     while at < len(ids):
         span = next((span for span in spans if span[0] == at and span[1] > at), None)
         if span is not None:
-            runs.append({"branch": branch[at], "loss": False, "text": f"[{span[2]['path']}: {span[2]['length']} tokens]"})
+            runs.append(
+                {"branch": branch[at], "loss": False, "text": f"[{span[2]['path']}: {span[2]['length']} tokens]"}
+            )
             at = span[1]
             continue
         end = at + 1

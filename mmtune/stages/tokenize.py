@@ -6,14 +6,18 @@ import hashlib
 import multiprocessing
 import os
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mmtune.errors import DataError, RecipeError
+from mmtune.errors import DataError, RecipeError, ResourceError
 from mmtune.recipe import Recipe, Tokenize, Workers
 from mmtune.records import Reject
 from mmtune.storage import (
@@ -32,6 +36,13 @@ from mmtune.talk import Talk
 _UNIT = 512
 # So few units are encoded here: starting processes would take longer than the work.
 _INLINE_UNITS = 12
+# Encoding reads these columns; the others (answers to score against, lineage) stay on disk.
+_READ = ["id", "messages", "images", "audios", "videos", "tools"]
+_UNREAD: dict[str, Any] = {
+    **dict.fromkeys(("source", "task", "split", "metric", "template_id", "group"), ""),
+    **dict.fromkeys(("references", "options", "exemplar_ids"), ()),
+    "metadata": "{}",
+}
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,7 @@ class _Job:
     offline: bool
     settings: Tokenize
     split: Path
+    media_root: Path
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,7 @@ def tokenize(
     offline = offline or bool(os.environ.get("HF_HUB_OFFLINE"))
     parent = read_manifest(recipe.run_dir / "instructions", made_by="build-data")
     settings = recipe.tokenize
-    processor = _processor(_Job(recipe.model.path, recipe.model.revision, offline, settings, Path()))
+    processor = _processor(_Job(recipe.model.path, recipe.model.revision, offline, settings, Path(), Path()))
     pad_token_id(processor)
     config = {
         "tokenize": settings.model_dump(mode="json", exclude={"workers"}),
@@ -133,7 +145,8 @@ def _write(
     with RejectLog(staging.path / "rejects.jsonl") as rejects:
         for split in parent.rows:
             source = recipe.run_dir / "instructions" / split
-            job = _Job(recipe.model.path, recipe.model.revision, offline, recipe.tokenize, source)
+            root = Path(parent.facts["media_root"])
+            job = _Job(recipe.model.path, recipe.model.revision, offline, recipe.tokenize, source, root)
             writer = SplitWriter(staging.path / split / "shard-00000.arrow", TREE_SCHEMA)
             examples[split] = 0
             with console.progress(parent.rows[split], f"tokenize {split}") as bar:
@@ -151,7 +164,9 @@ def _write(
             finish_split(staging.path / split, TREE_SCHEMA)
     if not sum(examples.values()):
         raise DataError(
-            f"no row could be encoded: {_drops(rejects.counts)}", "look at the reasons; --set tokenize.max_length=... may help", "no_rows"
+            f"no row could be encoded: {_drops(rejects.counts)}",
+            "look at the reasons; --set tokenize.max_length=... may help",
+            "no_rows",
         )
     seconds = time.monotonic() - started
     facts = {
@@ -211,7 +226,8 @@ def _group_order(table: Any, layout: str) -> tuple[np.ndarray, np.ndarray]:
     at = 0
     for chunk in table.column("group").chunks:
         for value in chunk.to_pylist():
-            keys[at] = int.from_bytes(hashlib.blake2b((value or "").encode(), digest_size=8).digest(), "big", signed=True)
+            digest = hashlib.blake2b((value or "").encode(), digest_size=8).digest()
+            keys[at] = int.from_bytes(digest, "big", signed=True)
             at += 1
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     order = np.argsort(first[inverse], kind="stable")
@@ -235,8 +251,21 @@ def _encode_split(job: _Job, limit: int | None) -> Iterator[_Done]:
             yield worker.encode(unit)
         return
     context = multiprocessing.get_context("spawn")
-    with context.Pool(processes, initializer=_start_worker, initargs=(job,)) as pool:
-        yield from pool.imap(_work, units)
+    with ProcessPoolExecutor(processes, context, _start_worker, (job,)) as pool:
+        waiting: deque[Future[_Done]] = deque()
+        try:
+            for unit in units:
+                waiting.append(pool.submit(_work, unit))
+                if len(waiting) > 4 * processes:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise ResourceError(
+                "a tokenize process was killed, most likely for want of memory",
+                "run it again with --set tokenize.workers=1",
+                "worker_killed",
+            ) from error
 
 
 _worker: _Worker | None = None
@@ -260,11 +289,15 @@ class _Worker:
     """Encodes units of groups with its own processor and its own view of the table."""
 
     def __init__(self, job: _Job) -> None:
+        from mmtune.encoding.media_check import check_counts
         from mmtune.encoding.render import Renderer
 
         self._settings = job.settings
-        self._renderer = Renderer(_processor(job), video_frames=job.settings.video_frames)
-        self._table = open_split(job.split)
+        processor = _processor(job)
+        self._renderer = Renderer(processor, video_frames=job.settings.video_frames)
+        self._table = open_split(job.split).select(_READ)
+        # Every process looks at the same few files, so all come to the same rule.
+        check_counts(self._renderer.counter, processor, job.media_root, _first_media(self._table))
 
     def encode(self, unit: tuple[np.ndarray, np.ndarray]) -> _Done:
         """Encodes the groups of one unit, in order."""
@@ -274,11 +307,11 @@ class _Worker:
         from mmtune.prompts.schema import row_to_example
 
         numbers, starts = unit
-        values = self._table.take(pa.array(numbers)).to_pylist()
+        values = [{**_UNREAD, **value} for value in _rows(self._table, numbers).to_pylist()]
         rows: list[dict[str, Any]] = []
         rejects: list[Reject] = []
         done = tokens = apart = 0
-        for first, last in zip(starts[:-1], starts[1:], strict=True):
+        for first, last in pairwise(starts):
             encoded, ids = [], []
             for value in values[first:last]:
                 row = self._encode_row(row_to_example(value), rejects)

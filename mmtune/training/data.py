@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,7 @@ def tree_sizes(table: pa.Table) -> TreeSizes:
     for batch in table.select(["labels", "branch"]).to_batches(max_chunksize=4096):
         branch, bounds = _flat(batch.column(1))
         labels, _ = _flat(batch.column(0))
-        for first, last in zip(bounds[:-1], bounds[1:], strict=True):
+        for first, last in pairwise(bounds):
             counts = np.bincount(branch[first:last])
             prefix = int(counts[0]) if counts.size else 0
             rows.append(counts.size - 1)
@@ -52,10 +53,10 @@ class TreeBatches:
         chunk = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._chunks[chunk].slice(index - int(self._starts[chunk]), 1).to_pylist()[0]
 
-    def batch(self, trees: Sequence[int]) -> dict[str, Any]:
+    def batch(self, trees: Sequence[int] | np.ndarray) -> dict[str, Any]:
         """Returns the padded batch of all rows of some trees."""
         return self._collate([row for index in trees for row in tree_rows(row_to_tree(self._row(int(index))))])
 
-    def ids(self, trees: Sequence[int]) -> list[str]:
+    def ids(self, trees: Sequence[int] | np.ndarray) -> list[str]:
         """Returns the example ids in some trees."""
         return [example for index in trees for example in self._row(int(index))["example_ids"]]

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Batch = Mapping[str, torch.Tensor]
+Trees = Sequence[int] | np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +59,8 @@ class Hooks:
         advance: ``(steps, note)`` moves the progress.
     """
 
-    batch: Callable[[Sequence[int]], Batch]
-    ids: Callable[[Sequence[int]], list[str]]
+    batch: Callable[[Trees], Batch]
+    ids: Callable[[Trees], list[str]]
     save: Callable[[int, str], None]
     validate: Callable[[], float | None]
     log: Callable[[dict[str, Any]], None]
@@ -102,7 +103,7 @@ def answer_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
 class _MicroBatches(torch.utils.data.Dataset):
     """One rank's micro batches from a step on, in order, for loader processes."""
 
-    def __init__(self, batch: Callable[[Sequence[int]], Batch], chosen: list[np.ndarray]) -> None:
+    def __init__(self, batch: Callable[[Trees], Batch], chosen: list[np.ndarray]) -> None:
         self._batch, self._chosen = batch, chosen
 
     def __len__(self) -> int:

@@ -67,7 +67,9 @@ class Plan:
         """Returns the micro batches of an epoch; every tree stands in exactly one."""
         if self.sizes.rows.size == 0:
             raise DataError("there is no training row", "look at the rejects of build-data and tokenize", "no_rows")
-        batches, current, rows, longest = [], [], 0, 0
+        batches: list[np.ndarray] = []
+        current: list[int] = []
+        rows = longest = 0
         for tree in order(self.seed, epoch, self.sizes.rows.size):
             more, length = int(self.sizes.rows[tree]), int(self.sizes.longest[tree])
             full = (rows + more) * max(longest, length) > self.batch_tokens

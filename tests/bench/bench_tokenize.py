@@ -10,6 +10,7 @@ two processes and samples the memory of the process tree every quarter of a seco
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import sys
 import tempfile
@@ -71,7 +72,8 @@ def write_instructions(run_dir: Path, rows: int) -> None:
             path = f"train2014/COCO_train2014_{picture:012d}.jpg"
             medium = Medium("image", path, size_bytes=150_000, width=640, height=480, frames=1)
             things = (THINGS[picture % 12], THINGS[number % 12])
-            question = QUESTIONS[number % 5].format(*things)
+            # Every question is another text, so that no cache of texts flatters the figure.
+            question = f"{QUESTIONS[number % 5].format(*things)} ({number})"
             answer = ANSWERS[number % 6]
             messages = (
                 Message("user", (medium, TextPart(f"{question} Answer with one word or phrase."))),
@@ -125,10 +127,16 @@ class Memory(threading.Thread):
                 self.peaks[name] = max(self.peaks.get(name, 0), value)
 
 
+def processor_seconds() -> float:
+    """Returns the processor time of this process and its finished children."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
 def measure(folder: Path, rows: int, workers: int) -> dict[str, Any]:
     """Runs the stage once and returns its figures."""
     from mmtune.recipe import Model, Recipe, Tokenize
-    from mmtune.stages.tokenize import tokenize
+    from mmtune.stages import tokenize as stage
     from mmtune.talk import Talk
 
     run_dir = folder / f"run-{rows}"
@@ -136,9 +144,12 @@ def measure(folder: Path, rows: int, workers: int) -> dict[str, Any]:
     recipe = Recipe(run_dir=run_dir, model=Model(path=str(folder / "model")), tokenize=Tokenize(workers=workers))
     memory = Memory()
     memory.start()
+    before = processor_seconds()
     started = time.monotonic()
-    result = tokenize(recipe, offline=True, console=Talk())
+    stage._INLINE_UNITS = 0
+    result = stage.tokenize(recipe, offline=True, console=Talk())
     seconds = time.monotonic() - started
+    cpu = processor_seconds() - before
     memory.done.set()
     memory.join()
     manifest = json.loads((run_dir / "tokens" / "manifest.json").read_text())
@@ -150,6 +161,7 @@ def measure(folder: Path, rows: int, workers: int) -> dict[str, Any]:
         "seconds, whole stage": round(seconds, 1),
         "rows/s, whole stage": round(rows / seconds),
         "rows/s, encoding (start of processes included)": round(rows / encoding),
+        "rows per second of processor time, all processes": round(rows / cpu),
         "rows out": sum(result["rows"].values()),
         **{f"peak {name} MiB": round(value / 1024) for name, value in memory.peaks.items()},
     }

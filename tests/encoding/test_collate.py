@@ -102,7 +102,7 @@ def test_a_changed_file_is_noticed(family_of: Any, media: Any, served: Any) -> N
         family = family_of(name)
         rows, _ = batch_of(family, media, served, [[(60, 40)]], sound=False)
         served["60x40.png"] = media.image(200, 190)[1]["image"]
-        with pytest.raises(IntegrityError, match="60x40.png"):
+        with pytest.raises(IntegrityError, match=r"60x40\.png"):
             Collator(family.processor, media_root=Path())(rows)
 
 

@@ -34,7 +34,7 @@ def probe(data: bytes, **limits) -> Medium:
 def refused(data: bytes, **limits) -> str:
     with pytest.raises(MediaRefused) as error:
         probe(data, **limits)
-    assert not re.search("0x[0-9a-f]{4}", error.value.message)
+    assert not re.search(r"\b0x[0-9a-f]{4}", error.value.message)
     return error.value.code
 
 

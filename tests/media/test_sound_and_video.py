@@ -171,10 +171,9 @@ def test_real_clips(shared_datasets: Path):
             found = probe_medium(folder, Medium("video", name), ProbeLimits(decode=decode))
             assert found.frames > 10 and found.fps > 5 and found.seconds > 0.5, name
         assert all(frame.size == (found.width, found.height) for frame in load_video_frames(folder, found, 4))
-    for decode in (True, False):
-        with pytest.raises(MediaRefused) as error:
-            probe_medium(folder, Medium("video", "corrupted.mp4"), ProbeLimits(decode=decode))
-        assert error.value.code == "decode_error"
+    with pytest.raises(MediaRefused) as error:
+        probe_medium(folder, Medium("video", "corrupted.mp4"), ProbeLimits(decode=True))
+    assert error.value.code == "decode_error"
 
 
 def test_real_sounds(shared_datasets: Path):

@@ -1,0 +1,193 @@
+"""The page and the Markdown: escaped, self-contained, and saying the same numbers."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+from mmtune.evaluation.comparison import ScoredRow, compare
+from mmtune.records import Medium
+from mmtune.reports.facts import training_facts
+from mmtune.reports.markdown import escape, write_markdown
+from mmtune.reports.page import write_page
+from mmtune.reports.plots import loss_plot, ticks
+from mmtune.reports.samples import Shown, choose_rows, make_sample, picture
+from mmtune.reports.wording import headline, p_value, table_rows, verdict
+
+EVIL = "<img src=x onerror=alert(1)> \"' & | `x` {{ 7*7 }}"
+
+
+def make_report(models=("base", "tuned"), count=40):
+    rows = [
+        ScoredRow(
+            f"r{n}",
+            EVIL if n % 2 else "plain",
+            "vqa",
+            f"g{n}",
+            ("exact_match",),
+            ("yes",),
+            metadata={"answer_type": "a"},
+        )
+        for n in range(count)
+    ]
+    answers = {"base": ["no"] * count, "tuned": ["yes" if n % 4 else "no" for n in range(count)]}
+    found = compare(rows, {model: answers[model] for model in models}, resamples=200)
+    return {
+        "run": {
+            "title": EVIL,
+            "model": "some/model",
+            "split": "test",
+            "compare": list(models),
+            "max_new_tokens": 8,
+            "bootstrap": 200,
+            "seed": 0,
+        },
+        "n": count,
+        "read": count + 2,
+        "rejected": {"too_long": 2},
+        "metrics": found.metrics,
+        "groups": found.groups,
+        "perplexity": None,
+        "training": {"method": EVIL},
+        "manifests": [{"stage": "finetune", "hash": "ab" * 32, "rows": {"train": 5}, "drops": {}, "seconds": 1.0}],
+        "notes": [EVIL],
+    }
+
+
+def sample(root, answer=EVIL):
+    shown = Shown("r1", "g1", "exact_match", (0.0, 100.0), True, ("yes", "yes", EVIL))
+    return make_sample(
+        shown, "won", EVIL, [Medium("image", "a.png"), Medium("audio", "b.wav")], {"base": answer, "tuned": "yes"}, root
+    )
+
+
+class Tags(HTMLParser):
+    """Collects tags and attributes, and checks that tags close in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen, self.open = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+        if tag not in {"meta", "img", "br", "link", "input"}:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, tag
+
+
+@pytest.fixture
+def root(tmp_path):
+    Image.new("RGB", (20, 10), "red").save(tmp_path / "a.png")
+    return tmp_path
+
+
+def test_page_escapes_everything_and_asks_for_nothing(root):
+    losses = [{"step": step, "loss": 3.0 / step, "val_loss": 4.0 / step} for step in range(1, 20)]
+    page = write_page(make_report(), [sample(root)], losses)
+    tags = Tags()
+    tags.feed(page)
+    assert tags.open == []
+    assert not any(name.startswith("on") for _, attributes in tags.seen for name in attributes)
+    names = {tag for tag, _ in tags.seen}
+    assert not names & {"script", "iframe", "link", "object", "form", "base"}
+    sources = [attributes["src"] for tag, attributes in tags.seen if tag == "img"]
+    assert len(sources) == 1 and all(source.startswith("data:image/") for source in sources)
+    assert not re.search(r"https?://|url\(|@import", page)
+    policy = next(attributes["content"] for tag, attributes in tags.seen if attributes.get("http-equiv"))
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    assert "7*7" in page and "&lt;img src=x onerror" in page and "b.wav" in page
+    assert "yes ×2" in page and "prefers-color-scheme: dark" in page
+
+
+def test_page_without_pictures_training_or_metrics(root):
+    report = {**make_report(), "metrics": {}, "groups": {}, "training": None, "rejected": {}, "notes": []}
+    tags = Tags()
+    tags.feed(write_page(report))
+    assert tags.open == []
+    assert "nothing was scored" in write_markdown(report)
+    alone = make_report(models=("tuned",))
+    tags.feed(write_page(alone, []))
+    assert tags.open == [] and "of the tuned model is 75.00" in headline(alone)
+
+
+def test_markdown_says_the_same_and_stays_one_table():
+    report = make_report()
+    text = write_markdown(report)
+    row = next(line for line in text.splitlines() if line.startswith("| Exact match"))
+    assert "| 0.00 | 75.00 | **+75.00** |" in row and "30 / 0" in row and "< 0.001" in row
+    assert headline(report).startswith("Tuning raised Exact match from 0.00 to 75.00")
+    assert escape("a|b\n<c>") == "a\\|b \\<c\\>"
+    for line in text.splitlines():
+        if line.startswith("| "):
+            assert len(re.findall(r"(?<!\\)\|", line)) in (9, 5)
+    head, rows = table_rows(report)
+    assert {len(cells) for cells in rows} == {len(head)}
+
+
+def test_verdict_needs_interval_and_test():
+    def entry(value, low, high, p, higher=True):
+        return {"difference": {"value": value, "low": low, "high": high, "p": p}, "higher_is_better": higher}
+
+    assert verdict(entry(5, 1, 9, 0.01)) == "better"
+    assert verdict(entry(5, 1, 9, 0.2)) == "unclear"
+    assert verdict(entry(5, -1, 9, 0.01)) == "unclear"
+    assert verdict(entry(-5, -9, -1, 0.01)) == "worse"
+    assert verdict(entry(-5, -9, -1, 0.01, higher=False)) == "better"
+    assert verdict({"higher_is_better": True}) == ""
+    assert p_value(0.0004) == "< 0.001" and p_value(0.0123) == "0.012"
+
+
+def test_shown_rows_are_not_chosen_by_merit():
+    rows = [Shown(f"r{n}", f"g{n // 3}", "m", (0.0, 100.0), True, ()) for n in range(30)]
+    rows += [Shown(f"x{n}", f"x{n}", "m", (0.0, 10.0), True, ()) for n in range(30)]
+    chosen = choose_rows(rows, each=12)["won"]
+    assert len(chosen) == 12 == len({rows[at].group for at in chosen})
+    assert {rows[at].scores[1] for at in chosen} == {10.0, 100.0}
+    assert choose_rows(rows, each=12) == {"won": chosen}
+    assert choose_rows(rows, each=12, seed=1) != {"won": chosen}
+    kinds = choose_rows(
+        [
+            Shown("a", "a", "m", (50.0, 0.0), True, ()),
+            Shown("b", "b", "m", (0.0, 0.0), True, ()),
+            Shown("c", "c", "m", (100.0, 100.0), True, ()),
+            Shown("d", "d", "", (None, None), True, ()),
+            Shown("e", "e", "wer", (20.0, 10.0), False, ()),
+        ]
+    )
+    assert kinds == {"won": [4], "lost": [0], "missed": [1]}
+
+
+def test_pictures_are_small_and_a_missing_one_is_left_out(root):
+    assert picture(root, Medium("image", "gone.png")) == ""
+    assert picture(root, Medium("image", "../a.png")) == ""
+    assert picture(root, Medium("image", "a.png")).startswith("data:image/png;base64,")
+    Image.effect_noise((1200, 900), 60).save(root / "big.png")
+    uri = picture(root, Medium("image", "big.png"))
+    assert uri.startswith("data:image/jpeg;base64,") and len(uri) < 40_000
+
+
+def test_loss_plot_takes_odd_logs():
+    assert loss_plot([]) == "" and loss_plot([{"step": 1, "loss": 2.0}]) == ""
+    plot = loss_plot(
+        [{"step": 1, "loss": 2.0}, {"step": 2, "loss": float("nan")}, {"step": 3, "loss": 1.0}, {"step": 3}]
+    )
+    assert plot.count("<polyline") == 1 and "nan" not in plot
+    assert ticks(0.0, 2.5) == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
+    assert ticks(0.0, 0.0) == [0.0, 1.0]
+
+
+def test_training_facts_leave_out_what_is_unknown():
+    found = training_facts(
+        {"lora": {"r": 4, "alpha": 8.0}, "train": ["llm"], "learning_rate": 1e-4},
+        {"method": "lora", "towers": {"llm": {"trainable": 1200}}, "loss": 0.5, "val_loss": None},
+        10,
+        2.0,
+    )
+    assert found["method"] == "LoRA, r 4, alpha 8" and found["trained parameters"] == "1,200"
+    assert "validation loss" not in found and "steps" not in found
