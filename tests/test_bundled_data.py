@@ -15,7 +15,7 @@ import pytest
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 ANNOTATIONS = DATA / "scenes" / "annotations"
-SPLITS = {"train": 2400, "val": 200, "test": 500}
+SPLITS = {"train": 2400, "val": 200, "test": 800}
 VQA_FILES = [(name, split) for name in ("base", "compare") for split in SPLITS]
 
 
@@ -35,30 +35,35 @@ def scenes_of(split: str) -> dict[int, dict]:
 def truth(question: str, scene: dict) -> str:
     """The answer to a question, worked out anew from what was painted."""
     digits = scene["digits"]
-    sides = {"left": digits[0], "right": digits[-1], "middle": digits[len(digits) // 2]}
     words = re.findall(r"[a-z]+|\d+", question.lower())
-    named = [sides[word] for word in words if word in sides]
 
     def yes_no(fact: bool) -> str:
         return "yes" if fact else "no"
 
+    def named(row: str | None, side: str | None) -> dict:
+        (found,) = [d for d in digits if (row or "") in d["corner"] and (side or "") in d["corner"]]
+        return found
+
+    sides = [word for word in words if word in ("left", "right")]
+    row = next((word for word in words if word in ("top", "bottom")), None)
     if "background" in words:
         return scene["background"]
-    if "color" in words:
-        return named[0]["color"]
-    if "same" in words:
-        return yes_no(digits[0]["digit"] == digits[-1]["digit"])
-    if "greater" in words:
-        return yes_no(named[0]["digit"] > named[1]["digit"])
-    if "less" in words:
-        return yes_no(named[0]["digit"] < int(words[-1]))
-    if "higher" in words:
-        return "left" if digits[0]["top"] < digits[-1]["top"] else "right"
     if "many" in words:
         return str(len(digits))
-    if words[-1].isdigit():
+    if "same" in words:
+        return yes_no(digits[0]["digit"] == digits[1]["digit"])
+    if "greater" in words:
+        return yes_no(named(None, sides[0])["digit"] > named(None, sides[1])["digit"])
+    if "higher" in words:
+        return named("top", None)["corner"].removeprefix("top ")
+    if {"there", "show"} & set(words):
         return yes_no(int(words[-1]) in {digit["digit"] for digit in digits})
-    return str((named or digits)[0]["digit"])
+    digit = named(row, sides[0] if sides else None)
+    if "color" in words:
+        return digit["color"]
+    if "less" in words:
+        return yes_no(digit["digit"] < int(words[-1]))
+    return str(digit["digit"])
 
 
 @pytest.fixture(scope="module")

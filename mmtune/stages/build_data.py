@@ -224,7 +224,7 @@ def _dry_run(recipe: Recipe, files: list[SourceFiles], media_root: str, target: 
         console.say(f"build-data: would read {source.id} ({source.reader}, {source.split}); {state}")
         seen.append({"id": source.id, "split": source.split, "reader": source.reader, "first": state})
     console.say(f"build-data: would write {target}; media below {media_root}")
-    return {"stage": "build-data", "folder": str(target), "dry_run": True, "sources": seen, "media_root": media_root}
+    return {"stage": "build-data", "target": str(target), "dry_run": True, "sources": seen, "media_root": media_root}
 
 
 def _fill(
@@ -428,8 +428,8 @@ def _result(
 ) -> dict[str, Any]:
     return {
         "stage": "build-data",
-        "folder": str(target),
-        "skipped": skipped,
+        "target": str(target),
+        "cached": skipped,
         "rows": rows,
         "read": facts["read"],
         "rejected": sum(drops.values()),

@@ -19,7 +19,7 @@ import numpy as np
 
 from mmtune.errors import DataError, RecipeError, ResourceError
 from mmtune.recipe import Recipe, Tokenize, Workers
-from mmtune.records import Reject
+from mmtune.records import Medium, Reject
 from mmtune.storage import (
     Manifest,
     RejectLog,
@@ -266,6 +266,23 @@ def _encode_split(job: _Job, limit: int | None) -> Iterator[_Done]:
                 "run it again with --set tokenize.workers=1",
                 "worker_killed",
             ) from error
+
+
+def _rows(table: Any, numbers: np.ndarray) -> Any:
+    """Returns some rows as a table of slices; ``take`` would copy whole chunks of a long table."""
+    import pyarrow as pa
+
+    breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
+    runs = np.split(numbers, breaks)
+    return pa.concat_tables([table.slice(int(run[0]), len(run)) for run in runs])
+
+
+def _first_media(table: Any, rows: int = 64) -> Iterator[Medium]:
+    """Yields the media of the first rows of a split."""
+    from mmtune.prompts.schema import row_to_example
+
+    for value in table.slice(0, rows).to_pylist():
+        yield from row_to_example({**_UNREAD, **value}).media
 
 
 _worker: _Worker | None = None

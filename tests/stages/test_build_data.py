@@ -93,7 +93,7 @@ def test_the_folder_is_complete_and_opens_with_datasets(tmp_path: Path):
     first = rows_of(made)[0]
     assert first.media[0].width == 32 and first.media[0].size_bytes > 100
     assert load_image(manifest.facts["media_root"], first.media[0]).size == (32, 24)
-    assert run(made)["skipped"] is True
+    assert run(made)["cached"] is True
     assert not list((tmp_path / "run").glob(".*tmp*"))
 
 
@@ -253,10 +253,10 @@ def test_limit_is_a_subset_and_changes_are_noticed(tmp_path: Path):
     ten = {row.id for row in rows_of(made)}
     assert run(made, limit=30)["rows"] == {"train": 30}
     assert ten < {row.id for row in rows_of(made)}
-    assert run(made, limit=30)["skipped"]
+    assert run(made, limit=30)["cached"]
     # A mended image is a change, although no annotation changed.
     (tmp_path / "d" / "img" / f"{0:012d}.jpg").write_bytes(jpeg(9, (64, 48)))
-    assert not run(made, limit=30)["skipped"]
+    assert not run(made, limit=30)["cached"]
     with pytest.raises(IntegrityError):
         (tmp_path / "run" / "instructions" / "train" / "data-00000-of-00001.arrow").write_bytes(b"x")
         read_manifest(tmp_path / "run" / "instructions")
