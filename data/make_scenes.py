@@ -102,7 +102,7 @@ def split_scans(classes: np.ndarray) -> dict[str, dict[int, list[int]]]:
 def draw_scene(rng: random.Random, image_id: int, pools: dict[int, list[int]]) -> Scene:
     """A scene of one to three digits, each in a corner of its own; two of them always stand side by side.
 
-    A third of the pairs show the same digit twice (never the same scan).
+    About two pairs of five show the same digit twice, never the same scan.
     """
     count = rng.choices((1, 2, 3), weights=(2, 6, 2))[0]
     values = [rng.randrange(10) for _ in range(count)]

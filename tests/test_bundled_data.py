@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
-import io
 import json
 import re
 import sys
@@ -66,15 +65,17 @@ def truth(question: str, scene: dict) -> str:
     return str(digit["digit"])
 
 
-@pytest.fixture(scope="module")
-def make_scenes() -> ModuleType:
-    """The script that made the scenes, as a module."""
-    spec = importlib.util.spec_from_file_location("make_scenes", DATA / "make_scenes.py")
+def load_script(name: str) -> ModuleType:
+    """A script of the data folder as a module."""
+    spec = importlib.util.spec_from_file_location(name, DATA / f"{name}.py")
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["make_scenes"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["make_scenes"]
+    sys.modules[name] = module  # dataclasses look their module up there
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules[name]
+    return module
 
 
 @pytest.mark.parametrize(("name", "split"), VQA_FILES)
@@ -122,6 +123,8 @@ def test_every_picture_decodes_and_has_two_true_captions(split: str) -> None:
         for caption in captions[image["id"]]:
             assert re.findall(r"\d", caption) == values
             assert image["scene"]["background"] in caption
+        inked = [f"{digit['color']} {digit['digit']}" for digit in image["scene"]["digits"]]
+        assert re.findall(r"[a-z]+ \d", captions[image["id"]][0]) == inked
 
 
 def test_splits_share_no_scan() -> None:
@@ -140,25 +143,114 @@ def test_held_out_task_is_balanced_and_absent_from_the_base_tasks() -> None:
         assert not any("greater" in row["question"] for row in read(f"base_{split}_questions")["questions"])
 
 
-def test_the_script_paints_the_same_pixels_and_asks_the_same(make_scenes: ModuleType) -> None:
+def test_recorded_scans_are_of_the_digits_they_stand_for() -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn brings the scans; it is in the dev extra")
+    from sklearn.datasets import load_digits
+
+    classes = load_digits().target
+    for split in SPLITS:
+        for scene in scenes_of(split).values():
+            scans = [digit["scan"] for digit in scene["digits"]]
+            assert len(set(scans)) == len(scans)
+            assert [classes[scan] for scan in scans] == [digit["digit"] for digit in scene["digits"]]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_script_paints_the_same_pixels_and_asks_the_same(split: str) -> None:
     pytest.importorskip("sklearn", reason="scikit-learn brings the scans; it is in the dev extra")
     import numpy as np
     from PIL import Image
 
+    make_scenes = load_script("make_scenes")
     scans, classes = make_scenes.load_scans()
-    pools = make_scenes.split_scans(classes)
-    for split in ("val", "test"):
-        scenes, base, compare = make_scenes.make_split(split, pools[split])
-        for name, rows in (("base", base), ("compare", compare)):
-            questions, annotations = make_scenes.vqa_files(split, rows)
-            assert questions == read(f"{name}_{split}_questions")
-            assert annotations == read(f"{name}_{split}_annotations")
-        assert json.loads(json.dumps(make_scenes.caption_file(scenes))) == read(f"captions_{split}")
-        for scene in scenes[:20]:
-            # Pixels, not file bytes: the latter differ between builds of zlib.
-            stored = io.BytesIO((DATA / "scenes" / split / f"{scene.image_id:012d}.png").read_bytes())
-            with Image.open(stored) as picture:
-                assert np.array_equal(np.asarray(picture), np.asarray(make_scenes.paint(scene, scans)))
+    scenes, base, compare = make_scenes.make_split(split, make_scenes.split_scans(classes)[split])
+    for name, rows in (("base", base), ("compare", compare)):
+        questions, annotations = make_scenes.vqa_files(split, rows)
+        assert questions == read(f"{name}_{split}_questions")
+        assert annotations == read(f"{name}_{split}_annotations")
+    assert json.loads(json.dumps(make_scenes.caption_file(scenes))) == read(f"captions_{split}")
+    for scene in scenes[:20]:
+        # Pixels, not file bytes: the latter differ between builds of zlib.
+        with Image.open(DATA / "scenes" / split / f"{scene.image_id:012d}.png") as picture:
+            assert np.array_equal(np.asarray(picture), np.asarray(make_scenes.paint(scene, scans)))
+
+
+@pytest.fixture(scope="module")
+def remade_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base model's folder, made anew without weights."""
+    folder = tmp_path_factory.mktemp("base")
+    make_base = load_script("make_base")
+    tokenizer = make_base.make_tokenizer()
+    make_base.make_processor(tokenizer).save_pretrained(folder)
+    make_base.make_config(tokenizer).save_pretrained(folder)
+    return folder
+
+
+def test_the_script_makes_the_bundled_tokenizer_and_processor(remade_base: Path) -> None:
+    for name in ("tokenizer.json", "processor_config.json"):
+        bundled, remade = (json.loads((folder / name).read_text("utf-8")) for folder in (DATA / "base", remade_base))
+        assert bundled == remade, name
+    template = (DATA / "base" / "chat_template.jinja").read_text("utf-8")
+    assert template == (remade_base / "chat_template.jinja").read_text("utf-8")
+
+
+def test_the_bundled_config_has_the_shape_of_the_script(remade_base: Path) -> None:
+    bundled, remade = (
+        json.loads((folder / "config.json").read_text("utf-8")) for folder in (DATA / "base", remade_base)
+    )
+    for part in ("vision_config", "text_config"):
+        for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            assert bundled[part][key] == remade[part][key], (part, key)
+    assert bundled["image_seq_length"] == remade["image_seq_length"]
+
+
+def test_any_text_survives_the_bundled_tokenizer() -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "base")
+    for text in (
+        "Is the left digit less than 7?",
+        "  two  spaces\n\ttab",
+        "Zürich 漢字 \U0001f600 12.50 %",
+        "\x00\x7f",
+    ):
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+    for word in ("yes", "no", "left", "right", "red", "purple", "7"):
+        assert len(tokenizer(word, add_special_tokens=False)["input_ids"]) == 1, word
+
+
+def test_any_picture_becomes_sixteen_tokens() -> None:
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(DATA / "base")
+    image_id = processor.tokenizer.convert_tokens_to_ids("<image>")
+    for mode, size in (("RGB", (640, 480)), ("L", (1, 300)), ("RGBA", (48, 48)), ("P", (17, 5))):
+        batch = processor(images=Image.new(mode, size), text="<image>hello", return_tensors="np")
+        assert batch["pixel_values"].shape == (1, 3, 48, 48)
+        assert (batch["input_ids"] == image_id).sum() == 16
+
+
+def test_bundled_chat_template_shows_every_kind_of_turn() -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "base")
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "left"}}}
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "7"},
+    ]
+    text = tokenizer.apply_chat_template(turns, tools=[{"name": "look"}], tokenize=False, add_generation_prompt=True)
+    assert text == (
+        '<|im_start|>tools\n{"name": "look"}\n<|im_end|>\n'
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\n<image>What?<|im_end|>\n"
+        '<|im_start|>assistant\n\ncall look {"at": "left"}<|im_end|>\n'
+        "<|im_start|>tool\n7<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
 
 
 def test_bundled_data_stays_small() -> None:

@@ -49,7 +49,9 @@ def test_text_leaves_the_control_ids_as_they_are(
     try:
         row = any_family.renderer.encode(build(any_family, media, first, second, answer))
     except Refused as refused:
+        # Only a vocabulary that itself holds control tokens as entries may turn a text away.
         assert refused.reason == "control_token_in_text"
+        assert any_family.name in ("llava", "llava_next", "gemma3")
         return
     found, expected = controls(any_family, row.input_ids), controls(any_family, plain.input_ids)
     if not (first + second).strip() or not answer.strip():
