@@ -141,7 +141,7 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
     square = {"height": IMAGE_PX, "width": IMAGE_PX}
     images = CLIPImageProcessorPil(
-        size=square, crop_size=square, resample=3, image_mean=[0.3] * 3, image_std=[0.25] * 3
+        size=square, crop_size=square, resample=3, image_mean=[0.2] * 3, image_std=[0.2] * 3
     )
     return LlavaProcessor(
         image_processor=images,

@@ -62,6 +62,8 @@ def main() -> None:
         for image_id, pairs in questions_by_image("train").items():
             for copy in range(PER_SCENE):
                 chosen = draw.sample(pairs, min(TURNS, len(pairs)))
+                # A caption would give the other answers away, so it comes last.
+                chosen.sort(key=lambda pair: pair[0] == CAPTION_PROMPT)
                 row = dialogue(f"{image_id}-{copy}", f"{image_id:012d}.png", chosen)
                 stream.write(json.dumps(row) + "\n")
 
