@@ -140,9 +140,7 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     square = {"height": IMAGE_PX, "width": IMAGE_PX}
-    images = CLIPImageProcessorPil(
-        size=square, crop_size=square, resample=3, image_mean=[0.2] * 3, image_std=[0.2] * 3
-    )
+    images = CLIPImageProcessorPil(size=square, crop_size=square, resample=3, image_mean=[0.2] * 3, image_std=[0.2] * 3)
     return LlavaProcessor(
         image_processor=images,
         tokenizer=tokenizer,
