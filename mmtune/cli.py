@@ -336,7 +336,7 @@ def _fail(error: MmtuneError) -> int:
 
 def main() -> None:
     """Runs the command line and exits with the code of the contract."""
-    from mmtune.storage import disk_errors
+    from mmtune.files import disk_errors
 
     try:
         with disk_errors("writing failed"):

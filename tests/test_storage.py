@@ -11,6 +11,7 @@ import pytest
 
 from mmtune import storage
 from mmtune.errors import DataError, IntegrityError, LockedError, RecipeError, ResourceError
+from mmtune.files import disk_errors
 from mmtune.records import Reject
 
 SCHEMA = pa.schema([("id", pa.string()), ("value", pa.list_(pa.int32()))])
@@ -137,5 +138,5 @@ def test_rejects_are_counted_and_listed(tmp_path):
 
 
 def test_a_full_disk_is_a_resource_error():
-    with pytest.raises(ResourceError), storage.disk_errors("writing"):
+    with pytest.raises(ResourceError), disk_errors("writing"):
         raise OSError(28, os.strerror(28))

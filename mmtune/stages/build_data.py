@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 
 from mmtune.errors import DataError, RecipeError, ResourceError
+from mmtune.files import disk_errors, file_digest
 from mmtune.media.known import KnownMedia, MediaPlace, MediumKey, Probe, Prober
 from mmtune.media.paths import listing
 from mmtune.media.probe import ProbeLimits
@@ -36,17 +37,7 @@ from mmtune.readers.repeated import SeenIds, drop_repeated
 from mmtune.readers.source import SourceFiles
 from mmtune.recipe import Recipe, Source
 from mmtune.records import Example, Medium, Modality, Record, Reject
-from mmtune.storage import (
-    RejectLog,
-    SplitWriter,
-    Staging,
-    disk_errors,
-    file_digest,
-    finish_split,
-    open_stage,
-    read_manifest,
-    stage_hash,
-)
+from mmtune.storage import RejectLog, SplitWriter, Staging, finish_split, open_stage, read_manifest, stage_hash
 from mmtune.talk import Talk
 
 SPLITS = ("train", "val", "test")

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mmtune.errors import DataError, GateError, IntegrityError, Interrupted, RecipeError
+from mmtune.files import write_json
 from mmtune.recipe import Eval, Recipe
-from mmtune.storage import Manifest, RejectLog, Staging, is_finished, open_split, open_stage, read_manifest, write_json
+from mmtune.storage import Manifest, RejectLog, Staging, is_finished, open_split, open_stage, read_manifest
 from mmtune.talk import Talk
 
 SCHEMA = "mmtune.report/1"

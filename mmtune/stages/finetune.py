@@ -11,16 +11,7 @@ from typing import Any
 
 from mmtune.errors import CapabilityError, DataError, IntegrityError, Interrupted, RecipeError
 from mmtune.recipe import Finetune, Recipe
-from mmtune.storage import (
-    Manifest,
-    Staging,
-    file_digest,
-    open_split,
-    open_stage,
-    read_manifest,
-    replace_folder,
-    write_json,
-)
+from mmtune.storage import Manifest, Staging, open_split, open_stage, read_manifest
 from mmtune.talk import Talk
 from mmtune.training.launch import is_launched, is_main, launch_command, launch_environment
 
@@ -166,13 +157,7 @@ def _prepare(
     )
     optimizer = make_adamw(model, rate=settings.learning_rate, weight_decay=settings.weight_decay, beta2=settings.beta2)
     wrapped = accelerator.prepare(model)
-    checkpoints = CheckpointFolder(
-        recipe.run_dir / "checkpoints" / "finetune",
-        settings.keep,
-        publish=replace_folder,
-        digest=file_digest,
-        write_json=write_json,
-    )
+    checkpoints = CheckpointFolder(recipe.run_dir / "checkpoints" / "finetune", settings.keep)
     identity = {**identity, "micro_batches": plan.micro_batches, "precision": precision}
     return _Run(
         recipe, settings, tokens, wrapped, optimizer, accelerator, plan, train[1], val, checkpoints, identity, processor

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtune.errors import IntegrityError
+from mmtune.files import file_digest, replace_folder, sync, write_json
 
 STATE = "state.json"
 
@@ -41,14 +42,10 @@ class CheckpointFolder:
     Args:
         folder: Their parent folder.
         keep: How many stay.
-        publish: ``(aside, target)`` renames a complete folder durably.
-        digest: Returns the sha256 of a file.
-        write_json: Writes a JSON file and syncs it.
     """
 
-    def __init__(self, folder: Path, keep: int, *, publish: Any, digest: Any, write_json: Any) -> None:
+    def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self._keep = folder, keep
-        self._publish, self._digest, self._write_json = publish, digest, write_json
 
     def save(
         self, step: int, tensors: Mapping[str, Mapping[str, Any]], metrics: str, identity: Mapping[str, Any]
@@ -63,12 +60,12 @@ class CheckpointFolder:
         for name, state in tensors.items():
             save_file(dict(state), aside / f"{name}.safetensors")
         (aside / "metrics.jsonl").write_text(metrics, "utf-8")
-        files = {file.name: self._digest(file) for file in sorted(aside.iterdir())}
+        files = {file.name: file_digest(file) for file in sorted(aside.iterdir())}
         for name in files:
-            _sync(aside / name)
-        self._write_json(aside / STATE, {"step": step, "identity": dict(identity), "files": files})
+            sync(aside / name)
+        write_json(aside / STATE, {"step": step, "identity": dict(identity), "files": files})
         target = self.folder / f"step-{step:08d}"
-        self._publish(aside, target)
+        replace_folder(aside, target)
         self._read(target)
         for old in self._folders()[: -self._keep]:
             shutil.rmtree(old)
@@ -119,14 +116,6 @@ class CheckpointFolder:
             raise IntegrityError(f"{folder} has no readable {STATE}", "", "damaged_checkpoint") from error
         for name, expected in files.items():
             path = folder / name
-            if not path.is_file() or self._digest(path) != expected:
+            if not path.is_file() or file_digest(path) != expected:
                 raise IntegrityError(f"{path} is missing or damaged", "", "damaged_checkpoint")
         return Checkpoint(folder, step, identity)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

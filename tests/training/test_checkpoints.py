@@ -4,12 +4,11 @@ import pytest
 import torch
 
 from mmtune.errors import IntegrityError
-from mmtune.storage import file_digest, replace_folder, write_json
 from mmtune.training.checkpoints import CheckpointFolder
 
 
 def folder(path, keep=2):
-    return CheckpointFolder(path, keep, publish=replace_folder, digest=file_digest, write_json=write_json)
+    return CheckpointFolder(path, keep)
 
 
 def save(checkpoints, step):

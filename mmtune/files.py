@@ -1,0 +1,70 @@
+"""Files that survive a crash: digests, synced writes, a folder renamed into its place."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmtune.errors import ResourceError
+
+_EXHAUSTED = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EFBIG)
+
+
+def file_digest(path: Path) -> str:
+    """Returns the sha256 hex digest of a file's bytes."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file and syncs it."""
+    with open(path, "w", encoding="utf-8") as handle:
+        json.dump(value, handle, indent=1, ensure_ascii=False, default=str)
+        handle.write("\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def sync(path: Path) -> None:
+    """Makes a file's bytes, or a folder's names, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Renames a complete folder to its final name, replacing an older one."""
+    old = target.parent / f".{target.name}.tmp-old-{secrets.token_hex(4)}"
+    if target.exists():
+        os.rename(target, old)
+    os.rename(source, target)
+    sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def disk_errors(what: str) -> Iterator[None]:
+    """Turns a full disk into a clear error, so that no caller needs to know errno values.
+
+    Raises:
+        ResourceError: No space or no file handles are left.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _EXHAUSTED:
+            raise ResourceError(
+                f"{what}: {os.strerror(error.errno)}{f' ({error.filename})' if error.filename else ''}",
+                "free some space (or raise the limit) and run the same command again",
+            ) from error
+        raise

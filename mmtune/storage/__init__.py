@@ -1,0 +1,21 @@
+"""What stages keep on disk: folders that are complete or absent, their splits and their rejects."""
+
+from mmtune.storage.manifest import Manifest, changes, is_finished, library_versions, read_manifest, stage_hash
+from mmtune.storage.rejects import RejectLog
+from mmtune.storage.splits import SplitWriter, finish_split, open_split
+from mmtune.storage.stages import Staging, open_stage
+
+__all__ = [
+    "Manifest",
+    "RejectLog",
+    "SplitWriter",
+    "Staging",
+    "changes",
+    "finish_split",
+    "is_finished",
+    "library_versions",
+    "open_split",
+    "open_stage",
+    "read_manifest",
+    "stage_hash",
+]

@@ -1,0 +1,127 @@
+"""The manifest: what a finished stage folder says of itself."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmtune import __version__
+from mmtune.errors import DataError, IntegrityError
+from mmtune.files import file_digest
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished stage folder says of itself.
+
+    Attributes:
+        stage: The stage that made the folder.
+        hash: Hash of config, inputs' bytes, parents and code version.
+        config: The resolved settings of the stage.
+        inputs: Input name to the sha256 of its bytes.
+        parents: Stage name to the hash of the folder it was made from.
+        rows: Rows per split.
+        drops: Refused rows by reason code.
+        facts: What later stages must know.
+        timings: Seconds by part.
+        files: Relative path to its size and sha256.
+        versions: Library name to version.
+    """
+
+    stage: str
+    hash: str
+    config: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+    parents: dict[str, str] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+    drops: dict[str, int] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    mmtune_version: str = __version__
+    schema: int = SCHEMA_VERSION
+
+
+def stage_hash(payload: Mapping[str, Any]) -> str:
+    """Returns the sha256 of the canonical JSON form of a payload."""
+    text = json.dumps(payload, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def library_versions() -> dict[str, str]:
+    """Returns the versions of the libraries a result depends on, without importing them."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("torch", "transformers", "peft", "accelerate", "datasets", "pillow", "tokenizers", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def is_finished(folder: Path) -> bool:
+    """Says whether a folder holds a finished stage."""
+    return (folder / MANIFEST).is_file()
+
+
+def read_manifest(folder: Path, *, made_by: str = "", verify: bool = False) -> Manifest:
+    """Returns the manifest of a finished stage folder, its files' sizes checked.
+
+    Args:
+        folder: The stage folder.
+        made_by: The command that makes it, for the hint when it is missing.
+        verify: Also compare every file's sha256.
+
+    Raises:
+        DataError: The folder is missing or not finished.
+        IntegrityError: The manifest is unreadable, or a file is missing or changed.
+    """
+    path = folder / MANIFEST
+    hint = f"run: mmtune {made_by}" if made_by else "run the stage that makes it"
+    if not path.is_file():
+        raise DataError(f"{folder} is not there or not finished", hint, "stage_missing")
+    try:
+        fields = json.loads(path.read_text("utf-8"))
+        if fields.get("schema", 0) > SCHEMA_VERSION:
+            raise IntegrityError(
+                f"{path} was written by a newer mmtune ({fields.get('mmtune_version')})", "upgrade mmtune"
+            )
+        manifest = Manifest(**fields)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise IntegrityError(f"{path} cannot be read as a manifest", f"{hint} --force", "bad_manifest") from error
+    for name, expected in manifest.files.items():
+        file = folder / name
+        size = file.stat().st_size if file.is_file() else -1
+        if size != expected["size"]:
+            found = "missing" if size < 0 else f"{size} bytes instead of {expected['size']}"
+            raise IntegrityError(f"{file} is {found}", f"{hint} --force", "damaged_file")
+        if verify and file_digest(file) != expected["sha256"]:
+            raise IntegrityError(f"{file} does not have the recorded bytes", f"{hint} --force", "damaged_file")
+    return manifest
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Returns one line per leaf that differs between two nested mappings."""
+    lines = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        name = f"{prefix}{key}"
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += changes(before, after, f"{name}.")
+        elif before != after:
+            lines.append(f"{name}: {_brief(before)} -> {_brief(after)}")
+    return lines
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
