@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent / "mmtune"
 ROOMS = {
     "readers": set(),
-    "prompts": set(),
+    "prompts": {"media"},
     "media": set(),
     "encoding": {"media"},
     "models": set(),
@@ -15,7 +15,7 @@ ROOMS = {
     "reports": {"media"},
 }
 GROUND: dict[str, set[str]] = {"records": set(), "errors": set(), "files": {"errors"}}
-MIDDLE = {"recipe", "recipe_text", "storage", "talk"}
+MIDDLE = {"recipe", "recipe_text", "storage", "talk", "workers"}
 
 
 def imports(file: Path) -> set[str]:

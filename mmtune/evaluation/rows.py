@@ -7,9 +7,9 @@ import heapq
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from mmtune.encoding.fit import fit
 from mmtune.encoding.refused import Refused
 from mmtune.encoding.render import EncodedRow, Renderer
-from mmtune.encoding.turns import without_first_turn
 from mmtune.evaluation import metrics_of
 from mmtune.evaluation.comparison import ScoredRow
 from mmtune.records import Example, Message, Reject
@@ -126,17 +126,7 @@ class EvalRows:
             yield example
 
     def _fit(self, example: Example) -> tuple[Sequence[Message], EncodedRow]:
-        messages: Sequence[Message] = example.messages
-        while True:
-            row = self._renderer.encode(messages, example.tools)
-            if row.input_ids.size <= self._max_length:
-                return messages, row
-            shorter = without_first_turn(messages) if self._drop_turns else None
-            if shorter is None:
-                media = sum(span.length for span in row.media)
-                reason = "media_too_long" if media >= self._max_length else "too_long"
-                raise Refused(reason, f"{row.input_ids.size} tokens, {media} of them media; at most {self._max_length}")
-            messages = shorter
+        return fit(self._renderer, example.messages, example.tools, self._max_length, drop_turns=self._drop_turns)
 
     def prompts(self, rows: Sequence[int]) -> list[EncodedRow]:
         """Returns the prompts of kept rows."""

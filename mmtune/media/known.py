@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mmtune.media.paths import MediaRefused, check_relative
@@ -33,6 +34,20 @@ class MediaPlace:
     def key(self, medium: Medium) -> MediumKey:
         """Returns what tells a medium from every other of the build."""
         return medium.modality, self.roots.get(medium.modality, ""), medium.path
+
+
+def media_places(roots: Sequence[Mapping[Modality, str]]) -> tuple[str, list[MediaPlace]]:
+    """Returns the common parent of all media roots, and each source's place below it.
+
+    Args:
+        roots: Per source, modality to a real folder.
+    """
+    top = os.path.commonpath([root for own in roots for root in own.values()])
+    places = []
+    for own in roots:
+        prefixes = {kind: os.path.relpath(root, top).replace(os.sep, "/") for kind, root in own.items()}
+        places.append(MediaPlace(own, {kind: "" if text == "." else f"{text}/" for kind, text in prefixes.items()}))
+    return top, places
 
 
 class KnownMedia:

@@ -8,78 +8,38 @@ the output does not depend on the number of workers.
 from __future__ import annotations
 
 import os
-import re
-import signal
-from collections import Counter, deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, replace
-from itertools import chain, islice
-from multiprocessing import get_context
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
-from mmtune.errors import DataError, RecipeError, ResourceError
+from mmtune.errors import DataError, RecipeError
 from mmtune.files import disk_errors, file_digest
-from mmtune.media.known import KnownMedia, MediaPlace, MediumKey, Probe, Prober
+from mmtune.media.known import KnownMedia, MediaPlace, MediumKey, Probe, media_places
 from mmtune.media.paths import listing
 from mmtune.media.probe import ProbeLimits
-from mmtune.prompts.overlap import SplitOverlap, example_keys
-from mmtune.prompts.schema import example_to_row, instructions_schema
-from mmtune.prompts.template import make_example, template_names
+from mmtune.prompts.chunk import Chunk, ChunkBuilder
+from mmtune.prompts.overlap import SplitOverlap
+from mmtune.prompts.schema import instructions_schema
+from mmtune.prompts.template import template_names
 from mmtune.readers import find_reader, modalities_of
 from mmtune.readers.limit import cut, take
 from mmtune.readers.repeated import SeenIds, drop_repeated
 from mmtune.readers.source import SourceFiles
-from mmtune.recipe import Recipe, Source
-from mmtune.records import Example, Medium, Modality, Record, Reject
+from mmtune.recipe import Build, Recipe, Source
+from mmtune.records import Modality, Reject
 from mmtune.storage import RejectLog, SplitWriter, Staging, finish_split, open_stage, read_manifest, stage_hash
 from mmtune.talk import Talk
+from mmtune.workers import in_order, process_count
 
 SPLITS = ("train", "val", "test")
+_PATHS = ("path", "questions", "annotations", "images", "audios", "videos")
 CHUNK_ROWS = 256
 _INLINE_CHUNKS = 4
-"""So many chunks are built before a pool is started: a small source does not pay for one."""
-_ODD = re.compile("[\0\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What every worker needs."""
-
-    seed: int
-    templates: Any
-    system: str
-    limits: ProbeLimits
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A fixed number of items of one source."""
-
-    source: int
-    split: str
-    template: str | None
-    place: MediaPlace
-    items: tuple[Record | Reject, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Built:
-    """What became of a chunk."""
-
-    source: int
-    split: str
-    batch: pa.RecordBatch
-    keys: Any
-    rejects: tuple[Reject, ...]
-    probes: dict[MediumKey, Probe]
-    odd: int
-    tasks: Counter[str]
+_MOST_PROCESSES = 8
+"""One process reads for all; more than this would wait for it."""
 
 
 @dataclass(slots=True)
@@ -111,7 +71,8 @@ def build_data(
     if not recipe.sources:
         raise RecipeError("the recipe has no sources", "add `sources:` with at least one dataset", "no_sources")
     files = [_check_source(source, recipe.seed) for source in recipe.sources]
-    media_root, places = _places(recipe.sources, files, recipe.run_dir)
+    roots = [_media_roots(source, given, recipe.run_dir) for source, given in zip(recipe.sources, files, strict=True)]
+    media_root, places = media_places(roots)
     target = recipe.run_dir / "instructions"
     if dry_run:
         return _dry_run(recipe, files, media_root, target, console)
@@ -122,14 +83,11 @@ def build_data(
         "limit": limit,
     }
     inputs = _inputs(recipe.sources, recipe.run_dir)
-    staging = open_stage(target, stage="build-data", config=config, inputs=inputs, force=force)
+    staging = open_stage(target, stage="build-data", config=config, inputs=inputs, force=force, say=console.say)
     if staging is None:
-        manifest = read_manifest(target, made_by="build-data")
-        console.say(f"build-data: {target} is finished and up to date ({sum(manifest.rows.values()):,} rows)")
+        manifest = read_manifest(target)
         return _result(target, manifest.rows, manifest.drops, manifest.facts, skipped=True)
     with staging, disk_errors(f"writing {target}"):
-        for reason in staging.reasons:
-            console.say(f"build-data: building again, {reason}")
         rows, drops, facts = _fill(staging, recipe, files, places, limit, console)
         facts = {"media_root": media_root, **facts}
         staging.publish(rows=rows, drops=drops, facts=facts)
@@ -145,12 +103,10 @@ def _check_source(source: Source, seed: int) -> SourceFiles:
             f"templates: {', '.join(sorted(template_names()))}",
             "unknown_template",
         )
-
-    def path(value: str | None) -> Path | None:
-        return Path(value) if value is not None else None
-
+    given = {key: getattr(source, key) for key in _PATHS}
+    paths = {key: Path(value) for key, value in given.items() if value is not None}
     for key in ("images", "audios", "videos"):
-        folder = path(getattr(source, key))
+        folder = paths.get(key)
         if folder is not None and not folder.is_dir():
             raise DataError(
                 f"{folder} is no folder (`{key}` of source {source.id!r})",
@@ -160,40 +116,26 @@ def _check_source(source: Source, seed: int) -> SourceFiles:
     return SourceFiles(
         id=source.id,
         split=source.split,
-        path=path(source.path),
-        questions=path(source.questions),
-        annotations=path(source.annotations),
-        images=path(source.images),
-        audios=path(source.audios),
-        videos=path(source.videos),
         columns=source.columns,
         tasks=source.tasks,
         name=source.name,
         subset=source.subset,
         seed=seed,
+        **paths,
     )
 
 
-def _places(sources: tuple[Source, ...], files: list[SourceFiles], run_dir: Path) -> tuple[str, list[MediaPlace]]:
-    """Returns the common parent of all media roots, and each source's place below it."""
-    roots: list[dict[Modality, str]] = []
-    for source, given in zip(sources, files, strict=True):
-        hub = source.reader == "hf" and not (given.path and given.path.exists()) and given.images is None
-        kinds = modalities_of(source.reader)
-        roots.append({kind: os.path.realpath(run_dir if hub else given.root(kind)) for kind in kinds})
-    top = os.path.commonpath([root for own in roots for root in own.values()])
-    places = []
-    for own in roots:
-        prefixes = {kind: os.path.relpath(root, top).replace(os.sep, "/") for kind, root in own.items()}
-        places.append(MediaPlace(own, {kind: "" if text == "." else f"{text}/" for kind, text in prefixes.items()}))
-    return top, places
+def _media_roots(source: Source, given: SourceFiles, run_dir: Path) -> dict[Modality, str]:
+    """Returns the real folder of each kind of media that a source may show."""
+    hub = source.reader == "hf" and not (given.path and given.path.exists()) and given.images is None
+    return {kind: os.path.realpath(run_dir if hub else given.root(kind)) for kind in modalities_of(source.reader)}
 
 
 def _inputs(sources: tuple[Source, ...], run_dir: Path) -> dict[str, str]:
     """Returns digests of annotation files, and of the names and sizes below media folders."""
     found: dict[str, str] = {}
     for source in sources:
-        for key in ("path", "questions", "annotations", "images", "audios", "videos"):
+        for key in _PATHS:
             value = getattr(source, key)
             if value is None or str(value) in found:
                 continue
@@ -228,25 +170,20 @@ def _fill(
 ) -> tuple[dict[str, int], dict[str, int], dict[str, Any]]:
     """Writes every split and the rejects; returns rows, drops and facts."""
     build, schema = recipe.build, instructions_schema()
-    settings = Settings(
-        seed=recipe.seed,
-        templates=build.templates,
-        system=build.system,
-        limits=ProbeLimits(
-            max_image_pixels=build.max_image_pixels,
-            max_audio_seconds=build.max_audio_seconds,
-            max_video_seconds=build.max_video_seconds,
-            decode=build.verify == "decode",
-            hash_bytes=build.hash_media,
-            embed=build.media == "embed",
-        ),
-    )
     tallies = [Tally() for _ in files]
     writers: dict[str, SplitWriter] = {}
-    overlap, odd = SplitOverlap(), 0
-    chunks = _chunks(recipe, files, places, limit, tallies)
+    overlap, known, odd = SplitOverlap(), KnownMedia(), 0
+    processes = process_count(build.workers)
+    done = in_order(
+        partial(ChunkBuilder, recipe.seed, build.templates, build.system, _limits(build)),
+        _work(_chunks(recipe, files, places, limit, tallies), known),
+        processes=min(processes, _MOST_PROCESSES) if build.workers == "auto" else processes,
+        inline=_INLINE_CHUNKS,
+        setting="build.workers",
+    )
     with RejectLog(staging.path / "rejects.jsonl") as rejects, console.progress(None, "build-data") as bar:
-        for built in _in_order(chunks, settings, _workers(build.workers)):
+        for built in done:
+            known.add(built.probes)
             for reject in built.rejects:
                 rejects.write(reject)
             if built.batch.num_rows:
@@ -273,6 +210,17 @@ def _fill(
         "odd_characters": odd,
     }
     return rows, drops, facts
+
+
+def _limits(build: Build) -> ProbeLimits:
+    return ProbeLimits(
+        max_image_pixels=build.max_image_pixels,
+        max_audio_seconds=build.max_audio_seconds,
+        max_video_seconds=build.max_video_seconds,
+        decode=build.verify == "decode",
+        hash_bytes=build.hash_media,
+        embed=build.media == "embed",
+    )
 
 
 def _source_facts(source: Source, tally: Tally) -> dict[str, Any]:
@@ -320,98 +268,10 @@ def _chunks(
             yield Chunk(at, source.split, source.template, places[at], checked)
 
 
-def _workers(asked: Any) -> int:
-    return min(8, len(os.sched_getaffinity(0))) if asked == "auto" else int(asked)
-
-
-def _in_order(chunks: Iterator[Chunk], settings: Settings, workers: int) -> Iterator[Built]:
-    """Yields built chunks in their order, at most a few of them in memory."""
-    known = KnownMedia()
-    few = chunks if workers == 1 else islice(chunks, _INLINE_CHUNKS)
-    for chunk in few:
-        built = build_chunk(chunk, known.of(_keys(chunk)), settings)
-        known.add(built.probes)
-        yield built
-    following = next(chunks, None)
-    if following is None:
-        return
-    waiting: deque[Future[Built]] = deque()
-    # Not fork: the parent may hold threads (Arrow, a progress bar) that a forked child would lose.
-    pool = ProcessPoolExecutor(workers, get_context("forkserver"), initializer=_quiet_child)
-    try:
-        for chunk in chain((following,), chunks):
-            waiting.append(pool.submit(build_chunk, chunk, known.of(_keys(chunk)), settings))
-            if len(waiting) > 2 * workers:
-                built = waiting.popleft().result()
-                known.add(built.probes)
-                yield built
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise ResourceError(
-            "a worker process died, by lack of memory or by a damaged media file",
-            "run again with build.workers: 1 to see at which row; nothing was written",
-            "worker_died",
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _keys(chunk: Chunk) -> Iterator[MediumKey]:
-    return (chunk.place.key(medium) for item in chunk.items if isinstance(item, Record) for medium in _media(item))
-
-
-def _quiet_child() -> None:
-    # Ctrl-C reaches the whole group; the parent alone answers it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _media(record: Record) -> tuple[Medium, ...]:
-    return record.media or tuple(medium for message in record.messages for medium in message.media)
-
-
-def build_chunk(chunk: Chunk, known: dict[MediumKey, Probe], settings: Settings) -> Built:
-    """Returns the rows of a chunk as an Arrow batch, with its rejects and newly probed media."""
-    prober = Prober(chunk.place, settings.limits, known)
-    rows, rejects, keys = [], [], []
-    odd, tasks = 0, Counter[str]()
-    for item in chunk.items:
-        example = item if isinstance(item, Reject) else _example(item, chunk.template, prober, settings)
-        if isinstance(example, Reject):
-            rejects.append(example)
-            continue
-        rows.append(example_to_row(example))
-        keys.append(example_keys(example))
-        tasks[example.task] += 1
-        odd += any(_ODD.search(message.text) is not None for message in example.messages)
-    return Built(
-        source=chunk.source,
-        split=chunk.split,
-        batch=pa.RecordBatch.from_pylist(rows, schema=instructions_schema()),
-        keys=np.array(keys, np.uint64).reshape(-1, 2),
-        rejects=tuple(rejects),
-        probes=prober.fresh,
-        odd=odd,
-        tasks=tasks,
-    )
-
-
-def _example(record: Record, template: str | None, prober: Prober, settings: Settings) -> Example | Reject:
-    found: dict[Medium, Medium] = {}
-    for medium in _media(record):
-        probe = prober.probe(medium)
-        if isinstance(probe, tuple):
-            return Reject(record.where, record.id, *probe)
-        found[medium] = probe
-    if found:
-        messages = tuple(
-            replace(message, parts=tuple(found[part] if isinstance(part, Medium) else part for part in message.parts))
-            for message in record.messages
-        )
-        record = replace(record, media=tuple(found[medium] for medium in record.media), messages=messages)
-    return make_example(
-        record, seed=settings.seed, templates=settings.templates, template=template, system=settings.system
-    )
+def _work(chunks: Iterator[Chunk], known: KnownMedia) -> Iterator[tuple[Chunk, Mapping[MediumKey, Probe]]]:
+    """Yields each chunk with the probes that are known when it is sent off."""
+    for chunk in chunks:
+        yield chunk, known.of(chunk.media_keys())
 
 
 def _result(

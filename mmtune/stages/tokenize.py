@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mmtune.errors import DataError, RecipeError, ResourceError
-from mmtune.recipe import Recipe, Tokenize, Workers
+from mmtune.errors import DataError, RecipeError
+from mmtune.recipe import Recipe, Tokenize
 from mmtune.records import Medium, Reject
 from mmtune.storage import (
     Manifest,
@@ -31,6 +28,7 @@ from mmtune.storage import (
     read_manifest,
 )
 from mmtune.talk import Talk
+from mmtune.workers import in_order, process_count
 
 # Groups per unit of work: large enough to keep a process busy, small enough to hold in memory.
 _UNIT = 512
@@ -102,14 +100,11 @@ def tokenize(
     target = recipe.run_dir / "tokens"
     if dry_run:
         return {"stage": "tokenize", "dry_run": True, "target": str(target), "rows": parent.rows, "config": config}
-    staging = open_stage(target, stage="tokenize", config=config, parents={"instructions": parent.hash}, force=force)
+    parents = {"instructions": parent.hash}
+    staging = open_stage(target, stage="tokenize", config=config, parents=parents, force=force, say=console.say)
     if staging is None:
-        manifest = read_manifest(target)
-        console.say(f"tokenize: {target} is up to date (same rows, same processor); nothing to do")
-        return _result(target, manifest, cached=True)
+        return _result(target, read_manifest(target), cached=True)
     with staging:
-        for reason in staging.reasons:
-            console.say(f"tokenize: rebuilt because {reason}")
         return _write(recipe, parent, config, staging, limit, offline, console)
 
 
@@ -211,12 +206,6 @@ def _result(target: Path, manifest: Manifest, *, cached: bool) -> dict[str, Any]
     }
 
 
-def process_count(asked: Workers, work: int) -> int:
-    """Returns how many processes to use: no more than cores and units of work."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores if asked == "auto" else int(asked), work))
-
-
 def _group_order(table: Any, layout: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns row numbers ordered by group (groups by first appearance), and where each group starts."""
     count = table.num_rows
@@ -244,28 +233,13 @@ def _encode_split(job: _Job, limit: int | None) -> Iterator[_Done]:
     for begin in range(0, len(starts) - 1, _UNIT):
         edges = starts[begin : begin + _UNIT + 1]
         units.append((order[edges[0] : edges[-1]], edges - edges[0]))
-    processes = process_count(job.settings.workers, len(units))
-    if processes == 1 or len(units) <= _INLINE_UNITS:
-        worker = _Worker(job)
-        for unit in units:
-            yield worker.encode(unit)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, _start_worker, (job,)) as pool:
-        waiting: deque[Future[_Done]] = deque()
-        try:
-            for unit in units:
-                waiting.append(pool.submit(_work, unit))
-                if len(waiting) > 4 * processes:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool as error:
-            raise ResourceError(
-                "a tokenize process was killed, most likely for want of memory",
-                "run it again with --set tokenize.workers=1",
-                "worker_killed",
-            ) from error
+    return in_order(
+        partial(_Encoder, job),
+        units,
+        processes=process_count(job.settings.workers),
+        inline=len(units) if len(units) <= _INLINE_UNITS else 0,
+        setting="tokenize.workers",
+    )
 
 
 def _rows(table: Any, numbers: np.ndarray) -> Any:
@@ -285,24 +259,7 @@ def _first_media(table: Any, rows: int = 64) -> Iterator[Medium]:
         yield from row_to_example({**_UNREAD, **value}).media
 
 
-_worker: _Worker | None = None
-
-
-def _start_worker(job: _Job) -> None:
-    global _worker
-    from mmtune.training.signals import ignore_in_worker
-
-    ignore_in_worker()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = _Worker(job)
-
-
-def _work(unit: tuple[np.ndarray, np.ndarray]) -> _Done:
-    assert _worker is not None
-    return _worker.encode(unit)
-
-
-class _Worker:
+class _Encoder:
     """Encodes units of groups with its own processor and its own view of the table."""
 
     def __init__(self, job: _Job) -> None:
@@ -310,13 +267,14 @@ class _Worker:
         from mmtune.encoding.render import Renderer
 
         self._settings = job.settings
+        self._drop_turns = job.settings.too_long == "drop_turns"
         processor = _processor(job)
         self._renderer = Renderer(processor, video_frames=job.settings.video_frames)
         self._table = open_split(job.split).select(_READ)
         # Every process looks at the same few files, so all come to the same rule.
         check_counts(self._renderer.counter, processor, job.media_root, _first_media(self._table))
 
-    def encode(self, unit: tuple[np.ndarray, np.ndarray]) -> _Done:
+    def __call__(self, unit: tuple[np.ndarray, np.ndarray]) -> _Done:
         """Encodes the groups of one unit, in order."""
         import pyarrow as pa
 
@@ -344,29 +302,17 @@ class _Worker:
         return _Done(batch, rejects, done, tokens, apart, tuple(self._renderer.counter.notes))
 
     def _encode_row(self, example: Any, rejects: list[Reject]) -> Any:
+        from mmtune.encoding.fit import fit
         from mmtune.encoding.refused import Refused
+        from mmtune.encoding.render import IGNORED
 
         try:
-            return self._fit(example.messages, example.tools)
+            _, row = fit(
+                self._renderer, example.messages, example.tools, self._settings.max_length, drop_turns=self._drop_turns
+            )
+            if not (row.labels != IGNORED).any():
+                raise Refused("no_target", "no token of this row bears loss")
+            return row
         except Refused as refused:
             rejects.append(Reject("", example.id, refused.reason, refused.detail))
             return None
-
-    def _fit(self, messages: Sequence[Any], tools: str) -> Any:
-        from mmtune.encoding.refused import Refused
-        from mmtune.encoding.turns import without_first_turn
-
-        longest = self._settings.max_length
-        while True:
-            row = self._renderer.encode(messages, tools)
-            if row.input_ids.size <= longest:
-                break
-            shorter = without_first_turn(messages) if self._settings.too_long == "drop_turns" else None
-            if shorter is None:
-                media = sum(span.length for span in row.media)
-                reason = "media_too_long" if media >= longest else "too_long"
-                raise Refused(reason, f"{row.input_ids.size} tokens, {media} of them media; max_length is {longest}")
-            messages = shorter
-        if not (row.labels != -100).any():
-            raise Refused("no_target", "no token of this row bears loss")
-        return row

@@ -13,7 +13,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -90,6 +90,10 @@ class Staging:
         return manifest
 
 
+def _say_nothing(line: str) -> None:
+    pass
+
+
 def open_stage(
     target: Path,
     *,
@@ -99,6 +103,7 @@ def open_stage(
     parents: Mapping[str, str] | None = None,
     force: bool = False,
     on_change: str = "rebuild",
+    say: Callable[[str], None] = _say_nothing,
 ) -> Staging | None:
     """Returns an aside folder to fill, or None when the target is finished with equal hashes.
 
@@ -110,6 +115,7 @@ def open_stage(
         parents: Stage name to manifest hash.
         force: Redo even if nothing changed.
         on_change: ``rebuild`` or ``refuse`` when the target is finished with other hashes.
+        say: Told that the target is reused, or why it is made again.
 
     Raises:
         RecipeError: The target holds something that mmtune did not make.
@@ -123,8 +129,11 @@ def open_stage(
     try:
         reasons = _check_target(target, identity, force, on_change)
         if reasons is None:
+            say(f"{stage}: {target} is up to date; nothing to do")
             lock.close()
             return None
+        for reason in reasons:
+            say(f"{stage}: again, because of {reason}")
         for stale in target.parent.glob(f".{target.name}.tmp-*"):
             shutil.rmtree(stale, ignore_errors=True)
         return Staging(target, identity, lock, reasons)

@@ -1,0 +1,116 @@
+"""Work in several processes: the same results in the same order, however many there are."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from typing import Any, Literal, TypeVar
+
+from mmtune.errors import ResourceError
+
+Unit = TypeVar("Unit")
+Done = TypeVar("Done")
+_AHEAD = 2
+"""Units in flight per process: one at work, one ready."""
+
+
+def process_count(asked: int | Literal["auto"]) -> int:
+    """Returns how many processes to use; ``auto`` is one per core that this process may use."""
+    return len(os.sched_getaffinity(0)) if asked == "auto" else int(asked)
+
+
+def in_order(
+    make: Callable[[], Callable[[Unit], Done]],
+    units: Iterable[Unit],
+    *,
+    processes: int,
+    inline: int,
+    setting: str,
+) -> Iterator[Done]:
+    """Yields what became of every unit, in their order and with a few of them in memory.
+
+    Args:
+        make: Returns the function that does the work; called once in every process, so it must
+            pickle and the function need not.
+        units: Read as they are needed, in this process.
+        processes: One does everything here.
+        inline: So many units are done here first: a small job does not pay for a pool.
+        setting: The recipe's key for the number of processes, for the error's hint.
+
+    Raises:
+        ResourceError: A process was killed.
+    """
+    waiting = iter(units)
+    few = waiting if processes == 1 else islice(waiting, inline)
+    work: Callable[[Unit], Done] | None = None
+    for unit in few:
+        work = work or make()
+        yield work(unit)
+    first = next(waiting, None)
+    if first is not None:
+        yield from _in_pool(make, first, waiting, processes, setting)
+
+
+def _in_pool(
+    make: Callable[[], Callable[[Unit], Done]], first: Unit, rest: Iterator[Unit], processes: int, setting: str
+) -> Iterator[Done]:
+    # Not fork: this process may hold threads (Arrow, a progress bar) that a forked child would lose.
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("forkserver"), _start, (make,))
+    flying: deque[Future[Done]] = deque()
+    try:
+        flying.append(pool.submit(_work, first))
+        for unit in rest:
+            flying.append(pool.submit(_work, unit))
+            if len(flying) > _AHEAD * processes:
+                yield flying.popleft().result()
+        while flying:
+            yield flying.popleft().result()
+    except BrokenProcessPool as error:
+        raise ResourceError(
+            "a worker process was killed, most likely for want of memory; nothing was written",
+            f"run the same command again with --set {setting}=1",
+            "worker_died",
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_make: Callable[[], Callable[[Any], Any]] | None = None
+_made: Callable[[Any], Any] | None = None
+
+
+def _start(make: Callable[[], Callable[[Any], Any]]) -> None:
+    global _make
+    _make = make
+    # Ctrl-C reaches the whole group, and the parent alone answers it. SIGTERM stays deadly: by it
+    # the pool ends its other processes when one was killed.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A process is one thread of work; threads of libraries would only fight over the cores.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_leave_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _leave_with(parent: int) -> None:
+    """Ends this process when its parent is gone; the queue alone would keep it waiting for ever."""
+    from multiprocessing.connection import wait
+
+    wait([parent])
+    os._exit(1)
+
+
+def _work(unit: Any) -> Any:
+    global _made
+    if _made is None:
+        # Not in ``_start``: an error there would look like a killed process.
+        assert _make is not None
+        _made = _make()
+    return _made(unit)
