@@ -40,6 +40,42 @@ class ScoredRow:
         return {"source": self.source, "task": self.task}.get(name) or self.metadata.get(name, "")
 
 
+@dataclass(frozen=True, slots=True)
+class AnsweredRow:
+    """A row with every model's answer, and its scores by metric."""
+
+    row: ScoredRow
+    answers: Mapping[str, str]
+    scores: Mapping[str, Mapping[str, float]]
+
+    @property
+    def leading_metric(self) -> str:
+        """The first metric of the row, or an empty string."""
+        return self.row.metrics[0] if self.row.metrics else ""
+
+    def predictions(self, prompt: str) -> list[Prediction]:
+        """Returns one Prediction per model.
+
+        Args:
+            prompt: The question as it was asked.
+        """
+        row = self.row
+        return [
+            Prediction(
+                id=row.id,
+                model=model,
+                task=row.task,
+                metric=self.leading_metric or "none",
+                prompt=prompt,
+                prediction=text,
+                references=row.references,
+                options=row.options,
+                metadata=row.metadata,
+            )
+            for model, text in self.answers.items()
+        ]
+
+
 @dataclass(frozen=True)
 class Comparison:
     """The scores of one or two models over the same rows.
@@ -207,19 +243,15 @@ def failed_gates(metrics: Mapping[str, Any], model: str, least: Mapping[str, flo
     return lines
 
 
-def predictions_of(row: ScoredRow, prompt: str, answers: Mapping[str, str]) -> list[Prediction]:
-    """Returns one Prediction per model for a row."""
+def answered_rows(
+    rows: Sequence[ScoredRow], texts: Mapping[str, Sequence[str]], comparison: Comparison
+) -> list[AnsweredRow]:
+    """Returns every row with the models' answers to it and their scores."""
     return [
-        Prediction(
-            id=row.id,
-            model=model,
-            task=row.task,
-            metric=row.metrics[0] if row.metrics else "none",
-            prompt=prompt,
-            prediction=text,
-            references=row.references,
-            options=row.options,
-            metadata=row.metadata,
+        AnsweredRow(
+            row,
+            {model: answers[at] for model, answers in texts.items()},
+            {model: scores[at] for model, scores in comparison.per_row.items()},
         )
-        for model, text in answers.items()
+        for at, row in enumerate(rows)
     ]

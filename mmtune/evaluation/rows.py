@@ -125,6 +125,10 @@ class EvalRows:
             self.prompt_sizes.append(prompt.input_ids.size)
             yield example
 
+    def example(self, row: int) -> Example:
+        """Returns the example of a kept row."""
+        return self._example(self.kept[row])
+
     def _fit(self, example: Example) -> tuple[Sequence[Message], EncodedRow]:
         return fit(self._renderer, example.messages, example.tools, self._max_length, drop_turns=self._drop_turns)
 
@@ -132,14 +136,14 @@ class EvalRows:
         """Returns the prompts of kept rows."""
         out = []
         for row in rows:
-            example = self._example(self.kept[row])
+            example = self.example(row)
             messages, _ = self._fit(example)
             out.append(self._renderer.encode(_prompt(messages), example.tools, add_generation_prompt=True))
         return out
 
     def conversations(self, rows: Sequence[int]) -> list[EncodedRow]:
         """Returns the whole conversations of kept rows, with labels."""
-        return [self._fit(self._example(self.kept[row]))[1] for row in rows]
+        return [self._fit(self.example(row))[1] for row in rows]
 
 
 def _prompt(messages: Sequence[Message]) -> Sequence[Message]:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mmtune.errors import DataError, GateError, IntegrityError, Interrupted, RecipeError
-from mmtune.files import write_json
 from mmtune.recipe import Eval, Recipe
 from mmtune.storage import Manifest, RejectLog, Staging, is_finished, open_split, open_stage, read_manifest
 from mmtune.talk import Talk
 
 SCHEMA = "mmtune.report/1"
-_CACHE_BYTES = 256 << 20
 _FEW_REFERENCES = "VQA accuracy: {:,} rows have fewer than four references; a perfect answer stays below 100 there."
 
 
@@ -72,14 +70,11 @@ def evaluate(
     if dry_run:
         rows = plan.instructions.rows[plan.settings.split]
         return {"stage": "eval", "dry_run": True, "target": str(target), "rows": rows, "config": config}
-    staging = open_stage(target, stage="eval", config=config, parents=parents, force=force)
+    staging = open_stage(target, stage="eval", config=config, parents=parents, force=force, say=console.say)
     if staging is None:
-        console.say(f"eval: {target} is up to date (same rows, same models); nothing to do")
         report = json.loads((target / "metrics.json").read_text("utf-8"))
     else:
         with staging:
-            for reason in staging.reasons:
-                console.say(f"eval: again, {reason}")
             report = _write(plan, staging, console)
     return _finish(plan, report, target, console, cached=staging is None)
 
@@ -117,13 +112,21 @@ def _plan(recipe: Recipe, limit: int | None, offline: bool) -> _Plan:
 
 
 def _write(plan: _Plan, staging: Staging, console: Talk) -> dict[str, Any]:
+    from mmtune.encoding.processor import load_processor
     from mmtune.encoding.render import Renderer
-    from mmtune.evaluation.comparison import compare, perplexities
+    from mmtune.evaluation.comparison import answered_rows, compare, perplexities
     from mmtune.evaluation.rows import ChosenExamples, EvalRows
     from mmtune.prompts.schema import row_to_example
+    from mmtune.reports.folder import write_report
 
     recipe, settings, tokenize = plan.recipe, plan.settings, plan.recipe.tokenize
-    processor = _processor(plan)
+    processor = load_processor(
+        plan.model,
+        revision=plan.revision,
+        offline=plan.offline,
+        min_image_pixels=tokenize.min_image_pixels,
+        max_image_pixels=tokenize.max_image_pixels,
+    )
     table = open_split(recipe.run_dir / "instructions" / settings.split)
     examples = ChosenExamples(table.to_batches(), row_to_example, plan.limit)
     rows = EvalRows(
@@ -156,25 +159,13 @@ def _write(plan: _Plan, staging: Staging, console: Talk) -> dict[str, Any]:
         "manifests": _chain(recipe.run_dir),
         "notes": [_FEW_REFERENCES.format(few)] if few else [],
     }
-    _write_predictions(staging.path, scored, rows, examples, texts, found.per_row)
-    samples = _samples(plan, scored, rows, examples, texts, found.per_row, found.metrics)
-    _write_report(plan, staging.path, report, samples)
+    answered = answered_rows(scored, texts, found)
+    _write_predictions(staging.path, answered, rows)
+    samples = _samples(plan, answered, rows, found.metrics)
+    training_log = recipe.run_dir / "adapter" / "metrics.jsonl" if plan.adapter is not None else None
+    write_report(staging.path, report, samples, training_log)
     staging.publish(rows={settings.split: len(scored)}, drops=log.counts, facts=_manifest_facts(plan, found.metrics))
     return report
-
-
-def _processor(plan: _Plan) -> Any:
-    """Returns the processor as tokenize uses it, its image size set to the recipe's pixel budget."""
-    from mmtune.encoding.processor import load_processor
-
-    processor = load_processor(plan.model, revision=plan.revision, offline=plan.offline)
-    low, high = plan.recipe.tokenize.min_image_pixels, plan.recipe.tokenize.max_image_pixels
-    images = getattr(processor, "image_processor", None)
-    if images is not None and (low or high):
-        size = dict(images.size)
-        kept = {"shortest_edge": low or size.get("shortest_edge"), "longest_edge": high or size.get("longest_edge")}
-        images.size = kept if isinstance(images.size, dict) else type(images.size)(**kept)
-    return processor
 
 
 def _scored(rows: Any, settings: Eval, total: int, console: Talk) -> list[Any]:
@@ -195,57 +186,27 @@ def _answers(
     plan: _Plan, processor: Any, rows: Any, console: Talk
 ) -> tuple[dict[str, list[str]], dict[str, tuple[Any, Any]]]:
     """Returns every model's answers, and the losses on the reference answers when they are asked for."""
+    from mmtune.evaluation.asking import Asking, ask_each
     from mmtune.evaluation.generation import Stopped
     from mmtune.training.signals import StopFlag
 
-    texts: dict[str, list[str]] = {}
-    losses: dict[str, tuple[Any, Any]] = {}
+    settings = plan.settings
+    models: dict[str, Any] = {name: partial(_load, plan, name) for name in settings.compare}
     with StopFlag() as stop:
+        asking = Asking(
+            media_root=Path(plan.instructions.facts["media_root"]),
+            batch_rows=settings.batch_rows,
+            max_new_tokens=settings.max_new_tokens,
+            loss=settings.loss,
+            should_stop=lambda: bool(stop),
+            progress=console.progress,
+        )
         try:
-            for name in plan.settings.compare:
-                model = _load(plan, name)
-                texts[name], found = _ask(plan, name, model, processor, rows, stop, console)
-                if found is not None:
-                    losses[name] = found
-                del model
-                _free_memory()
+            return ask_each(models, processor, rows, asking)
         except Stopped as stopped:
             error = Interrupted("eval was stopped by a signal; report/ was not touched", "run the same command again")
             error.exit_code = 130 if stop.wanted == 2 else 75
             raise error from stopped
-    return texts, losses
-
-
-def _ask(
-    plan: _Plan, name: str, model: Any, processor: Any, rows: Any, stop: Any, console: Talk
-) -> tuple[list[str], tuple[Any, Any] | None]:
-    from mmtune.encoding.collate import Collator
-    from mmtune.encoding.processor import pad_token_id, tokenizer_of
-    from mmtune.evaluation.generation import answer_losses, generate_texts, stop_ids
-
-    settings, root = plan.settings, Path(plan.instructions.facts["media_root"])
-    tokenizer = tokenizer_of(processor)
-    shared: dict[str, Any] = {"batch_rows": settings.batch_rows, "should_stop": lambda: bool(stop)}
-    with console.progress(len(rows.kept), f"eval {name}") as bar:
-        texts = generate_texts(
-            model,
-            tokenizer,
-            rows.prompts,
-            Collator(processor, media_root=root, left=True, cache_bytes=_CACHE_BYTES),
-            sizes=rows.prompt_sizes,
-            stops=stop_ids(model, tokenizer, rows.conversations(range(min(32, len(rows.kept))))),
-            pad_id=pad_token_id(processor),
-            max_new_tokens=settings.max_new_tokens,
-            advance=bar.advance,
-            **shared,
-        )
-    if not settings.loss:
-        return texts, None
-    with console.progress(len(rows.kept), f"eval {name} loss") as bar:
-        collate = Collator(processor, media_root=root, cache_bytes=_CACHE_BYTES)
-        return texts, answer_losses(
-            model, rows.conversations, collate, sizes=rows.row_sizes, advance=bar.advance, **shared
-        )
 
 
 def _load(plan: _Plan, name: str) -> Any:
@@ -265,14 +226,6 @@ def _load(plan: _Plan, name: str) -> Any:
     folder = plan.recipe.run_dir / "adapter"
     model: Any = load_model(plan.model, **settings) if name == "base" else load_tuned(plan.model, folder, **settings)
     return model.to("cuda") if on_gpu else model
-
-
-def _free_memory() -> None:
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _manifest_facts(plan: _Plan, metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -316,63 +269,34 @@ def _chain(run_dir: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _write_predictions(
-    folder: Path,
-    scored: Sequence[Any],
-    rows: Any,
-    examples: Any,
-    texts: Mapping[str, Sequence[str]],
-    per_row: Mapping[str, Sequence[Mapping[str, float]]],
-) -> None:
-    from mmtune.evaluation.comparison import predictions_of
+def _write_predictions(folder: Path, answered: Sequence[Any], rows: Any) -> None:
     from mmtune.evaluation.rows import question_of
 
     with open(folder / "predictions.jsonl", "w", encoding="utf-8", errors="backslashreplace") as handle:
-        for at, row in enumerate(scored):
-            prompt = question_of(examples(rows.kept[at]))
-            for found in predictions_of(row, prompt, {model: given[at] for model, given in texts.items()}):
-                line = {**asdict(found), "source": row.source, "scores": per_row[found.model][at]}
+        for at, given in enumerate(answered):
+            for found in given.predictions(question_of(rows.example(at))):
+                line = {**asdict(found), "source": given.row.source, "scores": given.scores[found.model]}
                 handle.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def _samples(
-    plan: _Plan,
-    scored: Sequence[Any],
-    rows: Any,
-    examples: Any,
-    texts: Mapping[str, Sequence[str]],
-    per_row: Mapping[str, Sequence[Mapping[str, float]]],
-    metrics: Mapping[str, Any],
-) -> list[Any]:
+def _samples(plan: _Plan, answered: Sequence[Any], rows: Any, metrics: Mapping[str, Any]) -> list[Any]:
     from mmtune.evaluation.rows import question_of
     from mmtune.reports.samples import Shown, choose_rows, make_sample
 
     root = Path(plan.instructions.facts["media_root"])
     shown = []
-    for at, row in enumerate(scored):
-        name = row.metrics[0] if row.metrics else ""
-        values = tuple(per_row[model][at].get(name) for model in texts)
+    for given in answered:
+        name = given.leading_metric
+        values = tuple(scores.get(name) for scores in given.scores.values())
         better = metrics.get(name, {}).get("higher_is_better", True)
-        shown.append(Shown(row.id, row.group, name, values, better, row.references))
+        shown.append(Shown(given.row.id, given.row.group, name, values, better, given.row.references))
     samples = []
     for kind, numbers in choose_rows(shown, seed=plan.recipe.seed).items():
         for at in numbers:
-            example = examples(rows.kept[at])
-            answers = {model: given[at] for model, given in texts.items()}
-            samples.append(make_sample(shown[at], kind, question_of(example), example.media, answers, root))
+            example = rows.example(at)
+            question = question_of(example)
+            samples.append(make_sample(shown[at], kind, question, example.media, answered[at].answers, root))
     return samples
-
-
-def _write_report(plan: _Plan, folder: Path, report: Mapping[str, Any], samples: Sequence[Any]) -> None:
-    from mmtune.reports.markdown import write_markdown
-    from mmtune.reports.page import write_page
-
-    log = plan.recipe.run_dir / "adapter" / "metrics.jsonl"
-    lines = log.read_text("utf-8").splitlines() if plan.adapter is not None and log.is_file() else []
-    losses = [json.loads(line) for line in lines if line.strip()]
-    write_json(folder / "metrics.json", report)
-    (folder / "report.md").write_text(write_markdown(report), "utf-8")
-    (folder / "index.html").write_text(write_page(report, samples, losses), "utf-8", errors="backslashreplace")
 
 
 def _finish(plan: _Plan, report: Mapping[str, Any], target: Path, console: Talk, *, cached: bool) -> dict[str, Any]:
