@@ -57,7 +57,16 @@ class Collator:
         Raises:
             IntegrityError: A medium now takes another number of tokens than at tokenize time.
         """
-        longest = max(row.input_ids.size for row in rows)
+        return {**self.text(rows), **self.media(rows)}
+
+    def text(self, rows: Sequence[EncodedRow], multiple_of: int = 1) -> dict[str, torch.Tensor]:
+        """Returns ``input_ids``, ``attention_mask``, ``labels`` and the family's token types, all ``(B, T)``.
+
+        Args:
+            rows: The rows.
+            multiple_of: T is rounded up to a multiple of this.
+        """
+        longest = -(-max(row.input_ids.size for row in rows) // multiple_of) * multiple_of
         shape = (len(rows), longest)
         ids = np.full(shape, self._pad, dtype=np.int64)
         labels = np.full(shape, IGNORED, dtype=np.int64)
@@ -71,13 +80,26 @@ class Collator:
             "attention_mask": torch.from_numpy(mask),
             "labels": torch.from_numpy(labels),
         }
-        if self._types:
-            name = "token_type_ids" if self._gemma else "mm_token_type_ids"
-            types = self._processor.create_mm_token_type_ids(ids.tolist())
-            batch[name] = torch.tensor(types) * batch["attention_mask"]
-        batch.update(self._images(rows))
-        batch.update(self._audios(rows))
-        return batch
+        return {**batch, **self._token_types(batch)}
+
+    @property
+    def media_by_row(self) -> bool:
+        """Whether the family lays its images out by row of the batch, not one after the other."""
+        return self._per_row
+
+    def media(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
+        """Returns the media tensors of some conversations, in order.
+
+        Raises:
+            IntegrityError: A medium now takes another number of tokens than at tokenize time.
+        """
+        return {**self._images(rows), **self._audios(rows)}
+
+    def _token_types(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if not self._types:
+            return {}
+        types = torch.tensor(self._processor.create_mm_token_type_ids(batch["input_ids"].tolist()))
+        return {"token_type_ids" if self._gemma else "mm_token_type_ids": types * batch["attention_mask"]}
 
     def _images(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
         per_row = [[span for span in row.media if span.medium.modality != "audio"] for row in rows]

@@ -1,0 +1,157 @@
+"""Which trees share a row of the batch: best-fit decreasing over a whole split.
+
+A tree's cost counts in tokens. A tree that is heavy in another way (media tokens, which stand
+for the tower's work, or rows) costs as many tokens as its share of that budget, so one number
+per tree keeps every budget of a bin.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mmtune.training.plan import order
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class TreeLengths:
+    """Per tree: tokens laid out as a tree, media tokens among them, and rows.
+
+    Attributes:
+        tokens: ``(n,)``.
+        media: ``(n,)``.
+        rows: ``(n,)`` branches.
+    """
+
+    tokens: np.ndarray
+    media: np.ndarray
+    rows: np.ndarray
+
+
+def tree_lengths(table: pa.Table) -> TreeLengths:
+    """Returns the lengths of every tree in a split of tokens/, read column-wise in bounded pieces."""
+    tokens, media, rows = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for batch in table.select(["length", "media", "example_ids"]).to_batches(max_chunksize=4096):
+        tokens.append(batch.column(0).to_numpy().astype(np.int64))
+        ends = batch.column(1).offsets.to_numpy()
+        spans = batch.column(1).values.field("length").to_numpy()
+        media.append(np.diff(np.concatenate([[0], np.cumsum(spans, dtype=np.int64)])[ends]))
+        rows.append(np.diff(batch.column(2).offsets.to_numpy()).astype(np.int64))
+    return TreeLengths(np.concatenate(tokens), np.concatenate(media), np.concatenate(rows))
+
+
+def tree_costs(lengths: TreeLengths, capacity: int, *, media: int | None = None, rows: int | None = None) -> np.ndarray:
+    """Returns ``(n,)`` the tokens that each tree takes of a bin.
+
+    Args:
+        lengths: Of the trees.
+        capacity: Tokens of a bin.
+        media: Most media tokens of a bin, or None.
+        rows: Most rows of a bin, or None.
+
+    A tree that is over the media or row budget by itself takes a whole bin.
+    """
+    costs = lengths.tokens
+    for counts, budget in ((lengths.media, media), (lengths.rows, rows)):
+        if budget is not None:
+            costs = np.maximum(costs, np.minimum(-(-counts * capacity // budget), capacity))
+    return costs
+
+
+def pack(costs: np.ndarray, capacity: int) -> list[np.ndarray]:
+    """Returns bins of indices: best-fit decreasing, a pure function of the costs.
+
+    Bins stand in the order they were opened, indices in the order they were placed; what costs
+    more than ``capacity`` stands alone.
+    """
+    bins: list[list[int]] = []
+    rooms: list[int] = []
+    with_room: dict[int, list[int]] = {}
+    for index in np.argsort(-costs, kind="stable"):
+        cost = int(costs[index])
+        at = bisect_left(rooms, cost)
+        if at == len(rooms):
+            number, room = len(bins), max(capacity, cost)
+            bins.append([])
+        else:
+            room = rooms[at]
+            number = with_room[room].pop()
+            if not with_room[room]:
+                del with_room[room], rooms[at]
+        bins[number].append(int(index))
+        left = room - cost
+        if left not in with_room:
+            with_room[left] = []
+            insort(rooms, left)
+        with_room[left].append(number)
+    return [np.asarray(members) for members in bins]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A split packed into bins; one bin is one row of a batch.
+
+    Attributes:
+        costs: ``(n,)`` tokens that each tree takes.
+        rows: ``(n,)`` branches of each tree.
+        capacity: Tokens of a bin.
+        seed: Seed of the order.
+    """
+
+    costs: np.ndarray
+    rows: np.ndarray
+    capacity: int
+    seed: int
+
+    def bins(self, epoch: int) -> list[np.ndarray]:
+        """Returns an epoch's bins as opened; trees of equal cost change places between epochs."""
+        shuffled = order(self.seed, epoch, self.costs.size)
+        return [shuffled[members] for members in pack(self.costs[shuffled], self.capacity)]
+
+    def epoch_batches(self, epoch: int, *, batch_tokens: int, batch_rows: int | None = None) -> list[np.ndarray]:
+        """Returns the micro batches of an epoch, each the trees of one or more bins, in a shuffled order.
+
+        Args:
+            epoch: Counts from zero.
+            batch_tokens: Most tokens of a micro batch, padding included.
+            batch_rows: Most rows of a micro batch, or None; a bin with more stands alone.
+        """
+        bins = self.bins(epoch)
+        most = max(batch_tokens // self.capacity, 1)
+        batches: list[np.ndarray] = []
+        current: list[int] = []
+        rows = 0
+        for number in np.random.default_rng([self.seed, epoch]).permutation(len(bins)):
+            more = int(self.rows[bins[number]].sum())
+            if current and (len(current) == most or (batch_rows is not None and rows + more > batch_rows)):
+                batches.append(_joined(bins, current))
+                current, rows = [], 0
+            current.append(int(number))
+            rows += more
+        return [*batches, _joined(bins, current)] if current else batches
+
+    def split(self, trees: np.ndarray) -> list[np.ndarray]:
+        """Returns the bins of a micro batch of ``epoch_batches``.
+
+        Bins stand in the order they were opened, and a bin is opened when its first tree fits no
+        earlier one. So filling row after row in that order finds the same bins again.
+        """
+        starts, room = [0], self.capacity
+        for at, cost in enumerate(self.costs[trees]):
+            if cost > room and at > starts[-1]:
+                starts.append(at)
+                room = self.capacity
+            room -= int(cost)
+        return [trees[first:last] for first, last in pairwise([*starts, trees.size])]
+
+
+def _joined(bins: Sequence[np.ndarray], numbers: list[int]) -> np.ndarray:
+    return np.concatenate([bins[number] for number in sorted(numbers)])

@@ -1,0 +1,122 @@
+"""Packed trees have the loss and every gradient of the separate rows, in every family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmtune.encoding.collate import Collator
+from mmtune.encoding.render import EncodedRow
+from mmtune.encoding.tree import Tree, build_trees, tree_rows
+from mmtune.records import Message, TextPart
+from mmtune.training.loss import answer_loss
+from mmtune.training.rope_index import rope_index
+from mmtune.training.tree_batch import TreeCollator
+from mmtune.training.tree_mask import mask_rules
+
+QUESTIONS = ["What colour is the cat?", "How many?", "Is it red, or is it blue, or white?", "Where is it?"]
+ANSWERS = ["black and white", "three of them, hello world!", "it is red", "yes"]
+
+
+def trees_of(family: Any, media: Any, served: dict[str, Any], *, own_media: bool = True) -> list[Tree]:
+    """Two trees with shared media, one whose branches have media of their own, and a plain conversation."""
+
+    def medium(number: int) -> list[Any]:
+        if not family.takes:
+            return []
+        kind = sorted(family.takes)[-1]
+        made, real = media.audio(9_000 + 1_600 * number) if kind == "audio" else media.image(60 + 40 * number, 44)
+        served[made.path] = real[kind]
+        return [made]
+
+    def row(*parts: Any, answer: str) -> EncodedRow:
+        return family.renderer.encode([Message("user", parts), Message("assistant", (TextPart(answer),))])
+
+    groups = []
+    for number, count in ((0, 4), (1, 3)):
+        pairs = list(zip(QUESTIONS, ANSWERS, strict=True))[:count]
+        groups.append([row(*medium(number), TextPart(question), answer=answer) for question, answer in pairs])
+    if own_media:
+        groups.append([row(TextPart("Look: "), *medium(k), TextPart(" which?"), answer=ANSWERS[k]) for k in range(3)])
+    groups.append([row(TextPart("Hello world"), answer="three of them")])
+    return [tree for rows in groups for tree in build_trees(rows, [str(k) for k in range(len(rows))], 4096)]
+
+
+def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """The largest difference of a parameter's gradient, relative to that gradient.
+
+    A gradient that is zero but for rounding (a key's bias, say) is measured against the whole one.
+    """
+    assert found.keys() == expected.keys()
+    whole = torch.stack([value.norm() for value in expected.values()]).norm()
+    return max(
+        float((found[name] - value).norm() / torch.maximum(value.norm(), 1e-3 * whole))
+        for name, value in expected.items()
+    )
+
+
+def apart(model: Any, collate: Collator, trees: list[Tree], step: int = 1) -> tuple[torch.Tensor, int]:
+    rows = [row for tree in trees for row in tree_rows(tree)]
+    parts = [answer_loss(model, collate(rows[at : at + step])) for at in range(0, len(rows), step)]
+    return torch.stack([loss for loss, _ in parts]).sum(), sum(count for _, count in parts)
+
+
+def both(family: Any, model: Any, bins: list[list[Tree]], multiple_of: int = 1) -> tuple[float, float]:
+    """Returns the relative differences of loss and gradients, packed against one row at a time."""
+    collate = Collator(family.processor, media_root=Path())
+    expected, count = apart(model, collate, [tree for trees in bins for tree in trees])
+    wanted = gradients(model, expected)
+    packed = TreeCollator(collate, rope_index(model), multiple_of)(bins)
+    found, same_count = answer_loss(model, packed, mask_rules(model))
+    assert same_count == count > 0
+    assert wanted
+    return abs(float(found.detach() / expected.detach()) - 1), error(gradients(model, found), wanted)
+
+
+def test_one_tree(family_name: str, tiny_family: Any, media: Any, served: Any) -> None:
+    family = tiny_family(family_name)
+    tree = trees_of(family, media, served)[0]
+    assert len(tree.example_ids) == 4 and (tree.branch == 0).sum() > 3
+    loss, gradient = both(family, family.model, [[tree]])
+    assert loss < 1e-5 and gradient < 1e-5
+
+
+def test_packed_trees(family_name: str, tiny_family: Any, media: Any, served: Any) -> None:
+    """Several trees in a row and several rows in the batch, padded, with checkpointing."""
+    family = tiny_family(family_name)
+    trees = trees_of(family, media, served)
+    loss, gradient = both(family, family.model, [trees[1:], trees[:1]], multiple_of=16)
+    assert loss < 1e-5 and gradient < 1e-5
+
+
+def test_lora_with_checkpointing(family_name: str, tiny_family: Any, media: Any, served: Any) -> None:
+    from copy import deepcopy
+
+    from mmtune.models.adapter import add_lora
+
+    family = tiny_family(family_name)
+    model = deepcopy(family.model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    model = add_lora(
+        model, towers=("llm",), targets=None, r=4, alpha=8, dropout=0.0, rslora=False, dora=False, base_path="x"
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0.0, 0.1)
+    # Checkpointing works in training mode only; no tower here has any dropout.
+    model.train()
+    trees = trees_of(family, media, served)
+    loss, gradient = both(family, model, [trees])
+    assert loss < 1e-5 and gradient < 1e-5
