@@ -182,7 +182,9 @@ class Finetune(Section):
     trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
     """Also send metrics there, through Accelerate."""
     workers: Annotated[int, Field(ge=0, le=64)] = 0
-    """Processes that load media ahead of the step; 0 loads in the training process."""
+    """Processes that load media ahead of the step; 0 loads in a thread of the training process."""
+    rank_timeout_seconds: Annotated[int, Field(ge=1)] = 600
+    """With several processes: a process that waits this long for the others ends the run."""
 
     @field_validator("train")
     @classmethod

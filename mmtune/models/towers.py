@@ -140,13 +140,12 @@ def _digest(parameter: torch.Tensor) -> bytes:
     if flat.device.type == "cpu":
         return hashlib.blake2b(flat.contiguous().view(torch.uint8).numpy().tobytes(), digest_size=16).digest()
     # On an accelerator a checksum of the bits is enough and stays there.
-    return str(
-        flat.view(torch.int16 if flat.element_size() == 2 else torch.int32).sum(dtype=torch.int64).item()
-    ).encode()
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
+    return str(flat.view(whole).sum(dtype=torch.int64).item()).encode()
 
 
 def moved_towers(before: Mapping[str, bytes], model: nn.Module) -> tuple[set[str], set[str], list[str]]:
-    """Compares with an earlier ``fingerprints``.
+    """Compares with an earlier ``fingerprints``; parameters that have none there are left out.
 
     Returns:
         Towers of which a trainable parameter moved, towers of which none did although some
@@ -156,6 +155,8 @@ def moved_towers(before: Mapping[str, bytes], model: nn.Module) -> tuple[set[str
     trainable: set[str] = set()
     wrong: list[str] = []
     for name, parameter in model.named_parameters():
+        if name not in before:
+            continue
         changed = _digest(parameter) != before[name]
         if parameter.requires_grad:
             trainable.add(tower_of(name))

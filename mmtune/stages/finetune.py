@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmtune.errors import CapabilityError, DataError, IntegrityError, Interrupted, RecipeError
+from mmtune.errors import DataError, IntegrityError, Interrupted, MmtuneError, RecipeError
 from mmtune.recipe import Finetune, Recipe
-from mmtune.storage import Manifest, Staging, open_split, open_stage, read_manifest
+from mmtune.storage import Manifest, Staging, is_finished, open_split, open_stage, read_manifest
 from mmtune.talk import Talk
-from mmtune.training.launch import is_launched, is_main, launch_command, launch_environment
+from mmtune.training import launch as launching
+from mmtune.training.launch import is_launched, is_main
 
 __all__ = ["finetune", "is_launched", "is_main", "launch"]
 
 # Settings that change how a run is watched, not what it computes.
-_FREE = ("save_every", "keep", "log_every", "trackers", "workers")
+_FREE = ("save_every", "keep", "log_every", "trackers", "workers", "rank_timeout_seconds")
 
 
 @dataclass
@@ -57,6 +59,16 @@ def finetune(
         DivergedError: Loss or gradient is not finite.
         Interrupted: A signal came; the state is saved.
     """
+    try:
+        return _finetune(recipe, force, dry_run, limit, resume, offline, console)
+    except MmtuneError as error:
+        launching.leave_exit_code(error.exit_code)
+        raise
+
+
+def _finetune(
+    recipe: Recipe, force: bool, dry_run: bool, limit: int | None, resume: str, offline: bool, console: Talk
+) -> dict[str, Any]:
     settings = recipe.finetune or Finetune()
     tokens = read_manifest(recipe.run_dir / "tokens", made_by="tokenize")
     path = model_path(recipe, tokens)
@@ -68,28 +80,31 @@ def finetune(
         "limit": limit,
     }
     target = recipe.run_dir / "adapter"
+    parents = {"tokens": tokens.hash}
     if dry_run:
         return {"stage": "finetune", "dry_run": True, "target": str(target), "config": config, "rows": tokens.rows}
     staging: Staging | None = None
     if is_main():
-        staging = open_stage(
-            target,
-            stage="finetune",
-            config=config,
-            parents={"tokens": tokens.hash},
-            force=force,
-            on_change="refuse",
+        staging = open_stage(target, stage="finetune", config=config, parents=parents, force=force, on_change="refuse")
+    if staging is None and (is_main() or (not force and _is_made(target, config, parents))):
+        console.say(f"finetune: {target} is up to date (same settings, same tokens); nothing to do")
+        return {"stage": "finetune", "cached": True, "target": str(target), **read_manifest(target).facts}
+    with staging or nullcontext():
+        run = _prepare(
+            recipe, settings, tokens, path, {"config": config, "tokens": tokens.hash}, limit, offline, console
         )
+        outcome = _train(run, resume, console)
         if staging is None:
-            console.say(f"finetune: {target} is up to date (same settings, same tokens); nothing to do")
-            return {"stage": "finetune", "cached": True, "target": str(target), **read_manifest(target).facts}
-    identity = {"config": config, "tokens": tokens.hash}
-    run = _prepare(recipe, settings, tokens, path, identity, limit, offline, console)
-    if staging is None:
-        _train(run, resume, console)
-        return {"stage": "finetune", "rank": run.accelerator.process_index}
-    with staging:
-        return _train_and_publish(run, resume, console, staging)
+            return {"stage": "finetune", "rank": run.accelerator.process_index}
+        return _publish(run, outcome, console, staging)
+
+
+def _is_made(target: Path, config: dict[str, Any], parents: dict[str, str]) -> bool:
+    """Says what the first process finds too, so that the others do not wait for it."""
+    if not is_finished(target):
+        return False
+    made = read_manifest(target)
+    return made.config == json.loads(json.dumps(config, default=str)) and made.parents == parents
 
 
 def model_path(recipe: Recipe, tokens: Manifest) -> str:
@@ -116,20 +131,22 @@ def _prepare(
     offline: bool,
     console: Talk,
 ) -> _Run:
-    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from datetime import timedelta
+
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
     from mmtune.encoding.processor import load_processor, processor_fingerprint
     from mmtune.training.checkpoints import CheckpointFolder
     from mmtune.training.optimizer import make_adamw
     from mmtune.training.plan import Plan
+    from mmtune.training.ranks import share_weights
 
     precision = _precision(settings.precision)
-    several = settings.train != ("llm",)
     accelerator = Accelerator(
         mixed_precision="bf16" if precision == "bf16" else "no",
         log_with=list(settings.trackers) or None,
         project_dir=str(recipe.run_dir / "trackers"),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=several)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=settings.rank_timeout_seconds))],
     )
     processor = load_processor(
         path,
@@ -155,12 +172,18 @@ def _prepare(
         epochs=settings.epochs,
         max_steps=settings.max_steps,
     )
-    optimizer = make_adamw(model, rate=settings.learning_rate, weight_decay=settings.weight_decay, beta2=settings.beta2)
-    wrapped = accelerator.prepare(model)
+    model.to(accelerator.device)
+    share_weights(model)
+    optimizer = make_adamw(
+        model,
+        rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        beta2=settings.beta2,
+    )
     checkpoints = CheckpointFolder(recipe.run_dir / "checkpoints" / "finetune", settings.keep)
     identity = {**identity, "micro_batches": plan.micro_batches, "precision": precision}
     return _Run(
-        recipe, settings, tokens, wrapped, optimizer, accelerator, plan, train[1], val, checkpoints, identity, processor
+        recipe, settings, tokens, model, optimizer, accelerator, plan, train[1], val, checkpoints, identity, processor
     )
 
 
@@ -232,11 +255,12 @@ def _resume_from(run: _Run, resume: str, console: Talk) -> tuple[int, str]:
     from mmtune.models.adapter import load_trainable_state
     from mmtune.storage import changes
     from mmtune.training.optimizer import load_optimizer_state
+    from mmtune.training.ranks import wait_for_all
 
     if resume == "never":
         if run.accelerator.is_main_process:
             run.checkpoints.clear()
-        run.accelerator.wait_for_everyone()
+        wait_for_all("clearing old checkpoints")
         return 0, ""
     checkpoint = run.checkpoints.newest()
     if checkpoint is None:
@@ -248,15 +272,15 @@ def _resume_from(run: _Run, resume: str, console: Talk) -> tuple[int, str]:
             "go back to those settings, or start again with --resume never",
             "other_run",
         )
-    bare = run.accelerator.unwrap_model(run.model)
-    load_trainable_state(bare, run.checkpoints.load(checkpoint, "trainable"))
-    load_optimizer_state(run.optimizer, bare, run.checkpoints.load(checkpoint, "optimizer"))
+    load_trainable_state(run.model, run.checkpoints.load(checkpoint, "trainable"))
+    load_optimizer_state(run.optimizer, run.model, run.checkpoints.load(checkpoint, "optimizer"))
     console.say(f"finetune: resuming after step {checkpoint.step} of {run.plan.total_steps}")
     return checkpoint.step, run.checkpoints.metrics(checkpoint)
 
 
 def _train(run: _Run, resume: str, console: Talk) -> Any:
     from mmtune.training.loop import LoopSettings, train
+    from mmtune.training.ranks import wait_for_all
 
     start, metrics = _resume_from(run, resume, console)
     settings = run.settings
@@ -285,13 +309,15 @@ def _train(run: _Run, resume: str, console: Talk) -> Any:
             run.accelerator,
             run.plan,
             loop_settings,
-            _hooks(run, bar.advance),
+            _hooks(run, console, bar.advance),
             start=start,
             metrics=metrics,
         )
     if settings.trackers:
         run.accelerator.end_training()
-    run.accelerator.wait_for_everyone()
+    if outcome.unseen:
+        console.note(f"no row has media for the {' and '.join(sorted(outcome.unseen))} tower; it did not train")
+    wait_for_all("ending the run")
     if outcome.stopped_by:
         error = Interrupted(
             f"stopped by a signal after step {outcome.step} of {run.plan.total_steps}; the state is saved",
@@ -302,17 +328,17 @@ def _train(run: _Run, resume: str, console: Talk) -> Any:
     return outcome
 
 
-def _hooks(run: _Run, advance: Callable[[int, str], None]) -> Any:
+def _hooks(run: _Run, console: Talk, advance: Callable[[int, str], None]) -> Any:
     from mmtune.models.adapter import trainable_state
     from mmtune.training.loop import Hooks
     from mmtune.training.optimizer import optimizer_state
+    from mmtune.training.ranks import wait_for_all
 
     def save(step: int, metrics: str) -> None:
         if run.accelerator.is_main_process:
-            bare = run.accelerator.unwrap_model(run.model)
-            tensors = {"trainable": trainable_state(bare), "optimizer": optimizer_state(run.optimizer, bare)}
+            tensors = {"trainable": trainable_state(run.model), "optimizer": optimizer_state(run.optimizer, run.model)}
             run.checkpoints.save(step, tensors, metrics, run.identity)
-        run.accelerator.wait_for_everyone()
+        wait_for_all("saving a checkpoint")
 
     def log(row: dict[str, Any]) -> None:
         if run.settings.trackers:
@@ -321,9 +347,12 @@ def _hooks(run: _Run, advance: Callable[[int, str], None]) -> Any:
     return Hooks(
         batch=run.train.batch,
         ids=run.train.ids,
+        modalities=run.train.modalities,
         save=save,
+        last_good=run.checkpoints.newest_name,
         validate=lambda: _validation_loss(run),
         log=log,
+        note=console.note,
         advance=advance,
     )
 
@@ -332,38 +361,24 @@ def _validation_loss(run: _Run) -> float | None:
     """Returns the mean loss per label token on the validation split, or None without one."""
     if run.val is None:
         return None
-    import torch
-
-    from mmtune.training.loop import answer_loss
     from mmtune.training.plan import Plan
+    from mmtune.training.validation import validation_loss
 
     sizes, trees = run.val
     plan = Plan(sizes, 0, run.settings.batch_tokens, run.settings.batch_rows, 1, 1.0)
-    total = torch.zeros(2, dtype=torch.float64)
-    world, rank = run.accelerator.num_processes, run.accelerator.process_index
-    bare = run.accelerator.unwrap_model(run.model)
-    with torch.no_grad(), run.accelerator.autocast():
-        for chosen in plan.epoch_batches(0)[rank::world]:
-            batch = {name: value.to(run.accelerator.device) for name, value in trees.batch(chosen).items()}
-            nll, count = answer_loss(bare, batch)
-            total += torch.tensor([float(nll), count], dtype=torch.float64)
-    reduced = run.accelerator.reduce(total.to(run.accelerator.device), "sum") if world > 1 else total
-    return float(reduced[0] / reduced[1].clamp(min=1))
+    return validation_loss(run.model, run.accelerator, plan, trees.batch)
 
 
-def _train_and_publish(run: _Run, resume: str, console: Talk, staging: Staging) -> dict[str, Any]:
+def _publish(run: _Run, outcome: Any, console: Talk, staging: Staging) -> dict[str, Any]:
     from mmtune.models.adapter import save_tuned
     from mmtune.models.towers import tower_table
+    from mmtune.training.meter import shares
 
-    outcome = _train(run, resume, console)
-    bare = run.accelerator.unwrap_model(run.model)
-    towers = {row.tower: {"state": row.state, "trainable": row.trainable} for row in tower_table(bare)}
-    save_tuned(bare, staging.path)
+    towers = {row.tower: {"state": row.state, "trainable": row.trainable} for row in tower_table(run.model)}
+    save_tuned(run.model, staging.path)
     run.processor.save_pretrained(str(staging.path))
     (staging.path / "metrics.jsonl").write_text(outcome.metrics, "utf-8")
     rows = [json.loads(line) for line in outcome.metrics.splitlines()]
-    spent = outcome.seconds
-    work = spent["forward"] + spent["backward"] + spent["optimizer"]
     facts = {
         "model": run.tokens.facts.get("model"),
         "method": run.settings.method,
@@ -371,10 +386,10 @@ def _train_and_publish(run: _Run, resume: str, console: Talk, staging: Staging) 
         "steps": outcome.step,
         "loss": next((row["loss"] for row in reversed(rows) if "loss" in row), None),
         "val_loss": next((row["val_loss"] for row in reversed(rows) if "val_loss" in row), None),
-        "overhead_share": round(max(1.0 - work / max(spent["total"], 1e-9), 0.0), 4),
+        **shares(outcome.seconds),
         "media_root": run.tokens.facts.get("media_root"),
     }
-    timings = {f"{name}_seconds": round(value, 3) for name, value in spent.items()}
+    timings = {f"{name}_seconds": round(value, 3) for name, value in outcome.seconds.items()}
     staging.publish(rows={"train": int(run.plan.sizes.rows.sum())}, facts=facts, timings=timings)
     run.checkpoints.clear()
     shutil.rmtree(run.checkpoints.folder.parent, ignore_errors=True)
@@ -383,26 +398,5 @@ def _train_and_publish(run: _Run, resume: str, console: Talk, staging: Staging) 
 
 
 def launch(arguments: list[str], processes: int, *, cpu: bool, console: Talk) -> int:
-    """Starts the same command on several processes and returns their exit code.
-
-    Raises:
-        CapabilityError: There are fewer GPUs than asked for.
-    """
-    import signal
-    import subprocess
-
-    if not cpu:
-        import torch
-
-        if torch.cuda.device_count() < processes:
-            raise CapabilityError(
-                f"--gpus {processes}: this machine has {torch.cuda.device_count()}",
-                f"use fewer, or train on CPU processes with --cpu-processes {processes}",
-                "gpus_missing",
-            )
-    command = launch_command(processes, arguments, cpu=cpu)
-    console.say("finetune: starting " + " ".join(command))
-    child = subprocess.Popen(command, env=launch_environment(processes, cpu=cpu))
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: child.send_signal(received))
-    return child.wait()
+    """Starts the same command on several processes and returns their exit code."""
+    return launching.launch(arguments, processes, cpu=cpu, say=console.say)

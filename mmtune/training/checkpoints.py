@@ -91,6 +91,11 @@ class CheckpointFolder:
             )
         return None
 
+    def newest_name(self) -> str:
+        """Returns the path of the newest checkpoint for a message, unverified."""
+        folders = self._folders()
+        return str(folders[-1]) if folders else "none yet"
+
     def load(self, checkpoint: Checkpoint, name: str) -> dict[str, Any]:
         """Returns one of the tensor files of a checkpoint."""
         from safetensors.torch import load_file

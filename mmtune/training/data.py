@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from mmtune.encoding.tree import row_to_tree, tree_rows
 from mmtune.training.plan import TreeSizes
 
-if TYPE_CHECKING:
-    import pyarrow as pa
+Trees = Sequence[int] | np.ndarray
 
 
 def tree_sizes(table: pa.Table) -> TreeSizes:
@@ -36,8 +36,16 @@ def _flat(column: Any) -> tuple[np.ndarray, np.ndarray]:
     return values, offsets
 
 
+def _cells(column: pa.Array) -> Callable[[int], Any]:
+    """Returns a function from row number to cell; lists of numbers are views of the file, never Python lists."""
+    if pa.types.is_list(column.type) and pa.types.is_primitive(column.type.value_type):
+        values, offsets = _flat(column)
+        return lambda row: values[offsets[row] : offsets[row + 1]]
+    return lambda row: column[row].as_py()
+
+
 class TreeBatches:
-    """Tree indices to padded batches; picklable for loader processes.
+    """Tree indices to padded batches.
 
     Args:
         table: A split of tokens/.
@@ -45,18 +53,29 @@ class TreeBatches:
     """
 
     def __init__(self, table: pa.Table, collate: Callable[[list[Any]], dict[str, Any]]) -> None:
-        self._table, self._collate = table, collate
-        self._starts = np.cumsum([0, *(chunk.num_rows for chunk in table.to_batches())])
-        self._chunks = table.to_batches()
+        self._collate = collate
+        chunks = table.to_batches()
+        self._starts = np.cumsum([0, *(chunk.num_rows for chunk in chunks)])
+        self._chunks = [
+            {name: _cells(column) for name, column in zip(chunk.schema.names, chunk.columns, strict=True)}
+            for chunk in chunks
+        ]
+
+    def _cell(self, index: int, name: str) -> Any:
+        chunk = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._chunks[chunk][name](index - int(self._starts[chunk]))
 
     def _row(self, index: int) -> dict[str, Any]:
-        chunk = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._chunks[chunk].slice(index - int(self._starts[chunk]), 1).to_pylist()[0]
+        return {name: self._cell(index, name) for name in self._chunks[0]}
 
-    def batch(self, trees: Sequence[int] | np.ndarray) -> dict[str, Any]:
+    def batch(self, trees: Trees) -> dict[str, Any]:
         """Returns the padded batch of all rows of some trees."""
         return self._collate([row for index in trees for row in tree_rows(row_to_tree(self._row(int(index))))])
 
-    def ids(self, trees: Sequence[int] | np.ndarray) -> list[str]:
+    def ids(self, trees: Trees) -> list[str]:
         """Returns the example ids in some trees."""
-        return [example for index in trees for example in self._row(int(index))["example_ids"]]
+        return [example for index in trees for example in self._cell(int(index), "example_ids")]
+
+    def modalities(self, trees: Trees) -> set[str]:
+        """Returns the kinds of media in some trees: ``image``, ``video``, ``audio``."""
+        return {medium["modality"] for index in trees for medium in self._cell(int(index), "media")}

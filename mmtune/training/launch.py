@@ -1,12 +1,20 @@
-"""The command that starts several processes: Accelerate's own launcher, never a shell string."""
+"""Starting several processes: Accelerate's own launcher, never a shell string."""
 
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mmtune.errors import CapabilityError, ResourceError
 
 LAUNCHED = "MMTUNE_LAUNCHED"
+# A launcher ends with 1 whatever its processes ended with, so they leave their exit code here.
+_EXIT_FILE = "MMTUNE_LAUNCHED_EXIT"
 
 
 def launch_command(processes: int, arguments: Sequence[str], *, cpu: bool = False, port: int = 0) -> list[str]:
@@ -35,6 +43,59 @@ def launch_environment(processes: int, *, cpu: bool = False) -> dict[str, str]:
         environment["ACCELERATE_USE_CPU"] = "true"
         environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
     return environment
+
+
+def launch(arguments: Sequence[str], processes: int, *, cpu: bool, say: Callable[[str], None]) -> int:
+    """Runs ``mmtune`` on several processes and returns the exit code of the run.
+
+    Args:
+        arguments: Arguments of ``mmtune`` itself.
+        processes: How many.
+        cpu: Use CPU processes with gloo.
+        say: Receives the command that is started.
+
+    Raises:
+        CapabilityError: There are fewer GPUs than asked for.
+        ResourceError: A process died without a word of its own.
+    """
+    if not cpu:
+        import torch
+
+        if torch.cuda.device_count() < processes:
+            raise CapabilityError(
+                f"--gpus {processes}: this machine has {torch.cuda.device_count()}",
+                f"use fewer, or train on CPU processes with --cpu-processes {processes}",
+                "gpus_missing",
+            )
+    command = launch_command(processes, arguments, cpu=cpu)
+    say("finetune: starting " + " ".join(command))
+    with tempfile.TemporaryDirectory(prefix="mmtune-") as folder:
+        left = Path(folder) / "exit"
+        environment = {**launch_environment(processes, cpu=cpu), _EXIT_FILE: str(left)}
+        child = subprocess.Popen(command, env=environment)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda received, _: child.send_signal(received))
+        code = child.wait()
+        if code and left.is_file():
+            return int(left.read_text("utf-8"))
+    if code:
+        raise ResourceError(
+            f"a process of this run died (the launcher ended with {code})",
+            "look for its last words above; run the same command again to go on from the last checkpoint",
+            "lost_process",
+        )
+    return 0
+
+
+def leave_exit_code(code: int) -> None:
+    """Tells the command that started this process how it ends; the first process to tell wins."""
+    file = os.environ.get(_EXIT_FILE)
+    if file:
+        try:
+            with open(file, "x", encoding="utf-8") as handle:
+                handle.write(str(code))
+        except FileExistsError:
+            pass
 
 
 def is_launched() -> bool:

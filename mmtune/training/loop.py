@@ -1,4 +1,4 @@
-"""The training loop: exact, short, on Accelerate.
+"""The training loop: exact and short.
 
 The loss of a step is the sum over all label tokens of the global batch divided by their
 number, whatever the split into micro batches and processes.
@@ -6,11 +6,11 @@ number, whatever the split into micro batches and processes.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +18,14 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from mmtune.errors import DivergedError, IntegrityError
-from mmtune.models.towers import fingerprints, moved_towers
-from mmtune.training.optimizer import learning_rate
+from mmtune.training.feed import feed
+from mmtune.training.guards import Spikes, refuse_non_finite
+from mmtune.training.meter import Clock, Window
+from mmtune.training.moved import TowerWatch
+from mmtune.training.optimizer import learning_rate, set_rate
 from mmtune.training.plan import Plan, split_ranks, step_seed
-from mmtune.training.signals import StopFlag, ignore_in_worker
+from mmtune.training.ranks import sum_gradients, sum_tensor
+from mmtune.training.signals import StopFlag
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -51,19 +54,25 @@ class Hooks:
     """What the loop calls outward.
 
     Attributes:
-        batch: Tree indices to a padded batch with ``labels``.
+        batch: Tree indices to a padded batch with ``labels``; called from another thread.
         ids: Tree indices to the example ids in them.
+        modalities: Tree indices to the kinds of media in them.
         save: ``(step, metrics text)`` writes a checkpoint.
+        last_good: Names the last checkpoint in words.
         validate: Returns the validation loss, or None when there is no validation split.
         log: Receives each metrics row.
+        note: Receives a warning.
         advance: ``(steps, note)`` moves the progress.
     """
 
     batch: Callable[[Trees], Batch]
     ids: Callable[[Trees], list[str]]
+    modalities: Callable[[Trees], set[str]]
     save: Callable[[int, str], None]
+    last_good: Callable[[], str]
     validate: Callable[[], float | None]
     log: Callable[[dict[str, Any]], None]
+    note: Callable[[str], None]
     advance: Callable[[int, str], None]
 
 
@@ -75,13 +84,15 @@ class Outcome:
         step: Steps done.
         stopped_by: Signal number, 0 when it ran to the end.
         metrics: The metrics file's text.
-        seconds: Time in ``wait``, ``forward``, ``backward``, ``optimizer``, ``total``.
+        seconds: Time by part, see ``meter.Clock``.
+        unseen: Trained towers that no step could judge, for want of their media.
     """
 
     step: int
     stopped_by: int = 0
     metrics: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
+    unseen: set[str] = field(default_factory=set)
 
 
 def answer_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
@@ -100,50 +111,6 @@ def answer_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
     return functional.cross_entropy(logits_NV, shifted_BT[bears_BT], reduction="sum"), int(bears_BT.sum())
 
 
-class _MicroBatches(torch.utils.data.Dataset):
-    """One rank's micro batches from a step on, in order, for loader processes."""
-
-    def __init__(self, batch: Callable[[Trees], Batch], chosen: list[np.ndarray]) -> None:
-        self._batch, self._chosen = batch, chosen
-
-    def __len__(self) -> int:
-        return len(self._chosen)
-
-    def __getitem__(self, index: int) -> Batch:
-        return self._batch(self._chosen[index])
-
-
-def _stream(hooks: Hooks, chosen: Iterator[np.ndarray], workers: int) -> Iterator[Batch]:
-    if workers == 0:
-        for trees in chosen:
-            yield hooks.batch(trees)
-        return
-    loader = torch.utils.data.DataLoader(
-        _MicroBatches(hooks.batch, list(chosen)),
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=4,
-        worker_init_fn=ignore_in_worker,
-    )
-    yield from loader
-
-
-class _Clock:
-    """Seconds by part of the step."""
-
-    def __init__(self) -> None:
-        self.spent = dict.fromkeys(("wait", "forward", "backward", "optimizer", "total"), 0.0)
-        self._since = time.perf_counter()
-
-    def lap(self, part: str) -> None:
-        now = time.perf_counter()
-        self.spent[part] += now - self._since
-        self._since = now
-
-    def skip(self) -> None:
-        self._since = time.perf_counter()
-
-
 def train(
     model: Any,
     optimizer: torch.optim.Optimizer,
@@ -159,16 +126,17 @@ def train(
 
     Raises:
         DivergedError: Loss or gradient is not finite; the weights are those of the last good step.
-        IntegrityError: A frozen parameter moved in the first step.
+        IntegrityError: A frozen parameter moved, or a tower that trains did not.
+        ResourceError: Another process of the run is gone or stuck.
     """
     world, rank = accelerator.num_processes, accelerator.process_index
-    mine = (trees for step in plan.steps(start) for trees, _ in split_ranks(step, rank, world))
-    batches = _stream(hooks, mine, settings.workers)
-    outcome, clock, window = Outcome(start, metrics=metrics), _Clock(), _Window()
+    steps, early = itertools.tee(plan.steps(start))
+    mine = (trees for step in early for trees, _ in split_ranks(step, rank, world))
+    outcome, clock, window, spikes = Outcome(start, metrics=metrics), Clock(), Window(), Spikes()
+    watch = TowerWatch(model)
     model.train()
-    began = time.perf_counter()
-    with StopFlag() as stop:
-        for step, chosen in enumerate(plan.steps(start), start=start):
+    with closing(feed(hooks.batch, mine, settings.workers)) as batches, StopFlag() as stop:
+        for step, chosen in enumerate(steps, start=start):
             rate = learning_rate(
                 step,
                 peak=settings.peak_rate,
@@ -176,28 +144,32 @@ def train(
                 warmup=settings.warmup,
                 schedule=settings.schedule,
             )
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            before = fingerprints(accelerator.unwrap_model(model)) if step == start else None
+            set_rate(optimizer, rate)
             torch.manual_seed(step_seed(settings.seed, step, rank))
             clock.skip()
-            nll = _accumulate(model, accelerator, plan, chosen, batches, clock, window)
-            norm = _guarded_norm(model, accelerator, settings.clip, nll, chosen, hooks, step)
+            losses = _accumulate(model, accelerator, plan, chosen, batches, clock, window)
+            norm = _gradient_norm(model, settings.clip)
+            refuse_non_finite(losses, norm, chosen, step=step, ids=hooks.ids, last_good=hooks.last_good())
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             clock.lap("optimizer")
             outcome.step = step + 1
-            if before is not None:
-                _check_moved(before, accelerator.unwrap_model(model))
-            window.add(nll, plan.targets(chosen), norm)
-            _after_step(outcome, plan, settings, hooks, window, rate, model)
+            targets = plan.targets(chosen)
+            if step == start or watch.waiting:
+                kinds = set().union(*(hooks.modalities(trees) for trees in chosen))
+                watch.check(model, rate=rate, targets=targets, modalities=kinds)
+            _warn_of_spike(spikes, losses, targets, chosen, step, hooks)
+            window.add(sum(losses), targets, norm)
+            _after_step(outcome, plan, settings, hooks, window, clock, rate, model)
             if _stop_wanted(stop, accelerator) and outcome.step < plan.total_steps:
                 hooks.save(outcome.step, outcome.metrics)
                 outcome.stopped_by = stop.wanted or 15
                 break
             if outcome.step % settings.save_every == 0 and outcome.step < plan.total_steps:
+                clock.skip()
                 hooks.save(outcome.step, outcome.metrics)
-    outcome.seconds = {**clock.spent, "total": time.perf_counter() - began}
+                clock.lap("save")
+    outcome.seconds, outcome.unseen = clock.stop(), watch.waiting
     return outcome
 
 
@@ -207,81 +179,57 @@ def _accumulate(
     plan: Plan,
     chosen: Sequence[np.ndarray],
     batches: Iterator[Batch],
-    clock: _Clock,
-    window: _Window,
-) -> float:
-    """Forward and backward over one step's micro batches; returns the global loss sum."""
-    world = accelerator.num_processes
-    mine = split_ranks(chosen, accelerator.process_index, world)
+    clock: Clock,
+    window: Window,
+) -> list[float]:
+    """Forward and backward over one step's micro batches; returns the global loss sum of each."""
+    world, rank = accelerator.num_processes, accelerator.process_index
     targets = max(plan.targets(chosen), 1)
-    total = torch.zeros((), device=accelerator.device)
-    for index, (trees, counts) in enumerate(mine):
-        batch = {name: value.to(accelerator.device) for name, value in next(batches).items()}
+    losses = torch.zeros(len(chosen), device=accelerator.device)
+    for index, (trees, counts) in enumerate(split_ranks(chosen, rank, world)):
+        made = next(batches)
         window.rows += int(plan.sizes.rows[trees].sum()) * counts
-        window.tokens += int(batch["attention_mask"].sum()) * counts
+        window.tokens += int(made["attention_mask"].sum()) * counts
+        batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in made.items()}
         clock.lap("wait")
-        last = index == len(mine) - 1
-        with nullcontext() if last else accelerator.no_sync(model):
-            with accelerator.autocast():
-                nll, _ = answer_loss(model, batch)
-            clock.lap("forward")
-            # Processes average their gradients, hence the factor `world`.
-            accelerator.backward(nll * (world / targets if counts else 0.0))
-            clock.lap("backward")
-        total += nll.detach() * counts
-    return float(accelerator.reduce(total, "sum")) if world > 1 else float(total)
+        with accelerator.autocast():
+            nll, _ = answer_loss(model, batch)
+        clock.lap("forward")
+        # Rows without media do not reach a tower that trains alone.
+        if counts and nll.requires_grad:
+            accelerator.backward(nll / targets)
+        clock.lap("backward")
+        if counts:
+            losses[index * world + rank] = nll.detach()
+    sum_gradients(model.parameters())
+    clock.lap("backward")
+    return [float(loss) for loss in sum_tensor(losses, "summing the loss").tolist()]
 
 
-def _guarded_norm(
-    model: Any,
-    accelerator: Accelerator,
-    clip: float | None,
-    nll: float,
-    chosen: Sequence[np.ndarray],
-    hooks: Hooks,
-    step: int,
-) -> float:
-    """Clips the gradient and returns its norm before clipping; refuses a non-finite step."""
-    trainable = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = float(torch.nn.utils.clip_grad_norm_(trainable, clip if clip is not None else math.inf))
-    if math.isfinite(nll) and math.isfinite(norm):
-        return norm
-    ids = [example for trees in chosen for example in hooks.ids(trees)]
-    what = "loss" if not math.isfinite(nll) else "gradient"
-    raise DivergedError(
-        f"the {what} of step {step + 1} is not finite; examples: {', '.join(ids[:8])}{' ...' if len(ids) > 8 else ''}",
-        "lower finetune.learning_rate, or look at these examples; the last checkpoint is untouched",
-        "non_finite",
-    )
+def _gradient_norm(model: Any, clip: float | None) -> float:
+    """Clips the gradient and returns its norm before clipping."""
+    with_gradient = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    return float(torch.nn.utils.clip_grad_norm_(with_gradient, clip if clip is not None else math.inf))
 
 
-def _check_moved(before: Mapping[str, bytes], model: Any) -> None:
-    _, _, wrong = moved_towers(before, model)
-    if wrong:
-        raise IntegrityError(f"the frozen parameter {wrong[0]} moved in the first step", "report this as a bug")
+def _warn_of_spike(
+    spikes: Spikes, losses: Sequence[float], targets: int, chosen: Sequence[np.ndarray], step: int, hooks: Hooks
+) -> None:
+    loss = sum(losses) / max(targets, 1)
+    usual = spikes.over(loss)
+    if usual is not None:
+        worst = hooks.ids(chosen[int(np.argmax(losses))])
+        hooks.note(
+            f"the loss of step {step + 1} is {loss:.3f}, around {usual:.3f} before; examples of its worst micro batch:"
+            f" {', '.join(worst[:4])}{' ...' if len(worst) > 4 else ''}"
+        )
 
 
 def _stop_wanted(stop: StopFlag, accelerator: Accelerator) -> bool:
     if accelerator.num_processes == 1:
         return bool(stop)
     flag = torch.tensor(float(bool(stop)), device=accelerator.device)
-    return float(accelerator.reduce(flag, "sum")) > 0
-
-
-class _Window:
-    """Sums since the last line of metrics."""
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        self.nll = self.norm = 0.0
-        self.targets = self.rows = self.tokens = self.steps = 0
-        self.since = time.perf_counter()
-
-    def add(self, nll: float, targets: int, norm: float) -> None:
-        self.nll, self.targets = self.nll + nll, self.targets + targets
-        self.norm, self.steps = norm, self.steps + 1
+    return float(sum_tensor(flag, "asking whether to stop")) > 0
 
 
 def _after_step(
@@ -289,7 +237,8 @@ def _after_step(
     plan: Plan,
     settings: LoopSettings,
     hooks: Hooks,
-    window: _Window,
+    window: Window,
+    clock: Clock,
     rate: float,
     model: Any,
 ) -> None:
@@ -297,20 +246,13 @@ def _after_step(
     last = outcome.step == plan.total_steps
     row: dict[str, Any] = {}
     if outcome.step % settings.log_every == 0 or last:
-        seconds = max(time.perf_counter() - window.since, 1e-9)
-        row = {
-            "step": outcome.step,
-            "loss": window.nll / max(window.targets, 1),
-            "learning_rate": rate,
-            "grad_norm": window.norm,
-            "rows_per_second": round(window.rows / seconds, 2),
-            "tokens_per_second": round(window.tokens / seconds, 1),
-        }
-        window.clear()
+        row = window.line(outcome.step, rate)
     if last or (settings.eval_every and outcome.step % settings.eval_every == 0):
+        clock.skip()
         model.eval()
         value = hooks.validate()
         model.train()
+        clock.lap("validate")
         if value is not None:
             row = {**row, "step": outcome.step, "val_loss": value}
     if row:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+
+from mmtune.models.towers import tower_of
 
 
 def learning_rate(step: int, *, peak: float, total: int, warmup: float, schedule: str) -> float:
@@ -29,14 +32,43 @@ def learning_rate(step: int, *, peak: float, total: int, warmup: float, schedule
     return peak
 
 
-def make_adamw(model: Any, *, rate: float, weight_decay: float, beta2: float) -> torch.optim.AdamW:
-    """Returns AdamW; weight decay falls on matrices only, not on biases and norms."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+def make_adamw(
+    model: Any,
+    *,
+    rate: float,
+    weight_decay: float,
+    beta2: float,
+    tower_rates: Mapping[str, float] | None = None,
+    plus_ratio: float = 1.0,
+) -> torch.optim.AdamW:
+    """Returns AdamW; weight decay falls on matrices only, not on biases and norms.
+
+    Args:
+        model: Its trainable parameters are taken.
+        rate: Peak learning rate.
+        weight_decay: Decay of matrices.
+        beta2: Decay of the second moment.
+        tower_rates: Peak learning rates of single towers, in place of ``rate``.
+        plus_ratio: LoRA+ (arXiv:2402.12354): rate of LoRA's B over that of its A.
+    """
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            scale = (tower_rates or {}).get(tower_of(name), rate) / rate
+            scale *= plus_ratio if ".lora_B." in name or ".lora_embedding_B." in name else 1.0
+            decay = weight_decay if parameter.ndim >= 2 else 0.0
+            groups.setdefault((scale, decay), []).append(parameter)
+    settings = [
+        {"params": parameters, "weight_decay": decay, "scale": scale, "lr": rate * scale}
+        for (scale, decay), parameters in groups.items()
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=rate, betas=(0.9, beta2))
+    return torch.optim.AdamW(settings, lr=rate, betas=(0.9, beta2))
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Sets the learning rate of a step; each group takes its own multiple of it."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("scale", 1.0)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, model: Any) -> dict[str, torch.Tensor]:

@@ -1,0 +1,70 @@
+"""The batches of one rank, in order, made ahead of the step that needs them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmtune.training.signals import ignore_in_worker
+
+Batch = Mapping[str, torch.Tensor]
+Batches = Generator[Batch, None, None]
+_AHEAD = 2
+
+
+def feed(make: Callable[[np.ndarray], Batch], chosen: Iterable[np.ndarray], workers: int) -> Batches:
+    """Yields ``make(trees)`` for every item of ``chosen``, in order.
+
+    What is made ahead is no state: a resumed run makes it again. An error in ``make`` is
+    raised where its batch would have come.
+
+    Args:
+        make: Tree indices to a padded batch; touches no random state.
+        chosen: Tree indices of each micro batch.
+        workers: Processes that make batches; 0 makes them in one thread of this process.
+    """
+    return _by_processes(make, list(chosen), workers) if workers else _by_thread(make, chosen)
+
+
+def _by_thread(make: Callable[[np.ndarray], Batch], chosen: Iterable[np.ndarray]) -> Batches:
+    waiting: deque[Future[Batch]] = deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        try:
+            for trees in chosen:
+                waiting.append(pool.submit(make, trees))
+                if len(waiting) > _AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+class _MicroBatches(torch.utils.data.Dataset):
+    def __init__(self, make: Callable[[np.ndarray], Batch], chosen: list[np.ndarray]) -> None:
+        self._make, self._chosen = make, chosen
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self._make(self._chosen[index])
+
+
+def _by_processes(make: Callable[[np.ndarray], Batch], chosen: list[np.ndarray], workers: int) -> Batches:
+    loader: Any = torch.utils.data.DataLoader(
+        _MicroBatches(make, chosen),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=4,
+        worker_init_fn=ignore_in_worker,
+        # Forked, because open files and memory maps of the split are inherited, not copied.
+        multiprocessing_context="fork",
+    )
+    yield from loader

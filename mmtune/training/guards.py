@@ -1,0 +1,78 @@
+"""Guards against a step that would ruin the weights: non-finite numbers, and a jump of the loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from mmtune.errors import DivergedError
+
+_NAMED = 8
+
+
+def refuse_non_finite(
+    losses: Sequence[float],
+    norm: float,
+    chosen: Sequence[np.ndarray],
+    *,
+    step: int,
+    ids: Callable[[np.ndarray], list[str]],
+    last_good: str,
+) -> None:
+    """Raises when the loss or the gradient of a step is not finite; call it before the optimizer.
+
+    Args:
+        losses: Summed loss of every micro batch of the step, over all processes.
+        norm: Norm of the gradient.
+        chosen: Tree indices of every micro batch.
+        step: Steps done.
+        ids: Tree indices to the example ids in them.
+        last_good: Where the last checkpoint is, in words.
+
+    Raises:
+        DivergedError: With the ids of the examples in the micro batches that were not finite.
+    """
+    bad = [trees for trees, loss in zip(chosen, losses, strict=True) if not math.isfinite(loss)]
+    if not bad and math.isfinite(norm):
+        return
+    names = [example for trees in bad or chosen for example in ids(trees)]
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    raise DivergedError(
+        f"the {'loss' if bad else 'gradient'} of step {step + 1} is not finite, its update was not made;"
+        f" examples: {', '.join(names[:_NAMED])}{more}; last good checkpoint: {last_good}",
+        "lower finetune.learning_rate or look at these examples, then run the same command again",
+        "non_finite",
+    )
+
+
+class Spikes:
+    """Notices a loss far above its running mean.
+
+    Args:
+        sigmas: How many running standard deviations above the mean are a spike.
+        after: Steps before the first verdict.
+        decay: Weight of the past in the running mean and variance.
+    """
+
+    def __init__(self, sigmas: float = 6.0, after: int = 20, decay: float = 0.95) -> None:
+        self._sigmas, self._after, self._decay = sigmas, after, decay
+        self._mean = self._variance = 0.0
+        self._steps = 0
+
+    def over(self, loss: float) -> float | None:
+        """Takes the loss of a step; returns the running mean when it is a spike above it, else None."""
+        self._steps += 1
+        if self._steps == 1:
+            self._mean = loss
+            return None
+        gap, mean = loss - self._mean, self._mean
+        # A loss that hardly varies must still be allowed to wobble by a twentieth.
+        allowed = self._sigmas * max(math.sqrt(self._variance), 0.05 * abs(mean), 1e-6)
+        spike = self._steps > self._after and gap > allowed
+        # One spike hardly moves the mean; a lasting rise becomes the new normal.
+        gap = min(gap, allowed) if spike else gap
+        self._mean += (1 - self._decay) * gap
+        self._variance = self._decay * (self._variance + (1 - self._decay) * gap * gap)
+        return mean if spike else None

@@ -1,0 +1,76 @@
+"""Where the time of a run goes, and the sums behind a line of metrics."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+PARTS = ("wait", "forward", "backward", "optimizer", "save", "validate", "total")
+_WORK = ("forward", "backward", "optimizer")
+
+
+class Clock:
+    """Seconds by part of the run; what no part claims is only in ``total``."""
+
+    def __init__(self) -> None:
+        self.spent = dict.fromkeys(PARTS, 0.0)
+        self._began = self._since = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        """Counts the time since the last lap to a part."""
+        now = time.perf_counter()
+        self.spent[part] += now - self._since
+        self._since = now
+
+    def skip(self) -> None:
+        """Counts the time since the last lap to no part."""
+        self._since = time.perf_counter()
+
+    def stop(self) -> dict[str, float]:
+        """Returns the seconds of every part and of the whole."""
+        return {**self.spent, "total": time.perf_counter() - self._began}
+
+
+def shares(seconds: dict[str, float]) -> dict[str, float]:
+    """Returns ``overhead_share`` and ``wait_share`` of the time that went into steps.
+
+    Overhead is all but forward, backward and optimizer; validation is no part of a step.
+    """
+    steps = max(seconds["total"] - seconds["validate"], 1e-9)
+    overhead = steps - sum(seconds[part] for part in _WORK)
+    return {
+        "overhead_share": round(max(overhead / steps, 0.0), 4),
+        "wait_share": round(seconds["wait"] / steps, 4),
+    }
+
+
+class Window:
+    """Sums since the last line of metrics."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Starts a new window."""
+        self._nll = self._norm = 0.0
+        self._targets = 0
+        self.rows = self.tokens = 0
+        self._since = time.perf_counter()
+
+    def add(self, nll: float, targets: int, norm: float) -> None:
+        """Adds one step: summed loss, label tokens, norm of the gradient."""
+        self._nll, self._targets, self._norm = self._nll + nll, self._targets + targets, norm
+
+    def line(self, step: int, rate: float) -> dict[str, Any]:
+        """Returns the line of metrics after ``step`` steps, and starts a new window."""
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        row = {
+            "step": step,
+            "loss": self._nll / max(self._targets, 1),
+            "learning_rate": rate,
+            "grad_norm": self._norm,
+            "rows_per_second": round(self.rows / seconds, 2),
+            "tokens_per_second": round(self.tokens / seconds, 1),
+        }
+        self.clear()
+        return row

@@ -1,0 +1,68 @@
+"""Proof by the weights themselves: what trains has moved, what is frozen has not."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from mmtune.errors import IntegrityError
+from mmtune.models.towers import fingerprints, moved_towers, tower_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# Media that a tower's weights take part in; the language model takes part in every row.
+_MEDIA = {
+    "vision": {"image", "video"},
+    "audio": {"audio"},
+    "projector": {"image", "video", "audio"},
+}
+
+
+class TowerWatch:
+    """Compares the weights before and after the first steps of a run.
+
+    A tower moved when any of its trainable parameters did: some never get a gradient (the
+    last norm of a CLIP tower), some get one only from the second step on (LoRA's A). Only a
+    step that could move a tower judges it: the rate above zero, label tokens, and a medium
+    that the tower sees. Until then the verdict waits.
+
+    Attributes:
+        waiting: Trained towers without a verdict.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.waiting = {tower_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._before = fingerprints(model)
+
+    def check(self, model: nn.Module, *, rate: float, targets: int, modalities: Collection[str]) -> None:
+        """Looks at the weights after a step.
+
+        Args:
+            model: The model.
+            rate: Learning rate of the step.
+            targets: Label tokens of the step.
+            modalities: Kinds of media in the step, on all processes.
+
+        Raises:
+            IntegrityError: A frozen parameter moved, or a trained tower did not.
+        """
+        moved, still, frozen = moved_towers(self._before, model)
+        if frozen:
+            raise IntegrityError(
+                f"the frozen parameter {frozen[0]} moved in the first step", "report this as a bug", "frozen_moved"
+            )
+        self.waiting -= moved
+        could = {tower for tower in still & self.waiting if tower not in _MEDIA or _MEDIA[tower] & set(modalities)}
+        if could and rate > 0 and targets > 0:
+            raise IntegrityError(
+                f"the {' and '.join(sorted(could))} tower should train, and a step with its media moved none of its"
+                " weights",
+                "raise finetune.learning_rate if it is tiny, else report this as a bug with the model's name",
+                "tower_still",
+            )
+        # The frozen ones have had their verdict; keep the digests of what is still waited for.
+        trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._before = {
+            name: digest for name, digest in self._before.items() if name in trains and tower_of(name) in self.waiting
+        }

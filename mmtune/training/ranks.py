@@ -1,0 +1,96 @@
+"""What the processes of one run do together: equal weights at the start, summed numbers and gradients.
+
+Gradients are summed once per step, after all micro batches. So a rank whose rows hold no
+picture simply adds nothing to the vision tower, and a parameter that no rank used keeps no
+gradient at all, as with one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import distributed
+
+from mmtune.errors import ResourceError
+
+_BUCKET_BYTES = 64 << 20
+
+
+def world_size() -> int:
+    """Returns the number of processes of this run."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+@contextmanager
+def together(what: str) -> Iterator[None]:
+    """Says which common action failed when another process died or is stuck.
+
+    Raises:
+        ResourceError: The action failed or took longer than the time limit.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise ResourceError(
+            f"another process of this run died or is stuck while {what}: {str(error).splitlines()[0]}",
+            "look for its error above; run the same command again to go on from the last checkpoint",
+            "lost_process",
+        ) from error
+
+
+def share_weights(model: torch.nn.Module) -> None:
+    """Gives every process the weights and buffers of the first one, in place."""
+    if world_size() > 1:
+        with together("sharing the first weights"), torch.no_grad():
+            for tensor in chain(model.parameters(), model.buffers()):
+                distributed.broadcast(tensor.data, 0)
+
+
+def sum_tensor(tensor: torch.Tensor, what: str) -> torch.Tensor:
+    """Returns the sum of a tensor over all processes."""
+    if world_size() > 1:
+        with together(what):
+            distributed.all_reduce(tensor)
+    return tensor
+
+
+def wait_for_all(what: str) -> None:
+    """Returns when every process has come this far."""
+    if world_size() > 1:
+        with together(what):
+            distributed.barrier()
+
+
+def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Sums the gradients of the trainable parameters over all processes, in place."""
+    if world_size() == 1:
+        return
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    has = torch.tensor([parameter.grad is not None for parameter in trainable], dtype=torch.int32)
+    has = sum_tensor(has.to(trainable[0].device), "comparing gradients").cpu()
+    used = [parameter for parameter, count in zip(trainable, has.tolist(), strict=True) if count]
+    for parameter in used:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    for bucket in _buckets([parameter.grad for parameter in used]):
+        flat = sum_tensor(torch.cat([gradient.reshape(-1) for gradient in bucket]), "summing gradients")
+        for gradient, part in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def _buckets(gradients: list[Any]) -> Iterator[list[torch.Tensor]]:
+    bucket: list[torch.Tensor] = []
+    size = 0
+    for gradient in sorted(gradients, key=lambda gradient: str(gradient.dtype)):
+        more = gradient.numel() * gradient.element_size()
+        if bucket and (size + more > _BUCKET_BYTES or gradient.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(gradient)
+        size += more
+    if bucket:
+        yield bucket
