@@ -47,10 +47,8 @@ class TreeCollator:
         batch = self.collate.text(rows, self.multiple_of)
         shown = rows if self.collate.media_by_row else [own for trees in bins for own in _conversations(trees)]
         media = self.collate.media(shown)
-        layout = _layout(bins, batch["input_ids"].shape[1])
         types = batch.pop("token_type_ids", None)
-        if types is not None:
-            layout[3] = _blocks(types.numpy(), layout[0])
+        layout = packed_layout(bins, batch["input_ids"].shape[1], None if types is None else types.numpy())
         batch |= {"layout": torch.from_numpy(layout), **media}
         batch["position_ids"] = self._positions(bins, layout[2], batch)
         weights = _weights(bins, layout)
@@ -106,7 +104,14 @@ def _conversations(trees: Sequence[Tree]) -> Iterator[EncodedRow]:
         yield from [EncodedRow(tree.input_ids, tree.labels, tree.media)] if shared else tree_rows(tree)
 
 
-def _layout(bins: Sequence[Sequence[Tree]], length: int) -> np.ndarray:
+def packed_layout(bins: Sequence[Sequence[Tree]], length: int, types_BT: np.ndarray | None) -> np.ndarray:
+    """Returns the ``(4, B, T)`` int32 layout of bins; see ``LAYOUT``.
+
+    Args:
+        bins: The trees of each row.
+        length: T.
+        types_BT: 1 at image tokens that see each other both ways; None where a family has none.
+    """
     layout = np.zeros((4, len(bins), length), dtype=np.int32)
     layout[0], layout[3] = -1, -1
     for row, trees in enumerate(bins):
@@ -117,6 +122,8 @@ def _layout(bins: Sequence[Sequence[Tree]], length: int) -> np.ndarray:
             layout[1, row, own] = tree.branch
             layout[2, row, own] = _places(tree)
             at = own.stop
+    if types_BT is not None:
+        layout[3] = _blocks(types_BT, layout[0])
     return layout
 
 

@@ -305,6 +305,25 @@ def served(monkeypatch: Any) -> dict[str, Any]:
     return store
 
 
+@pytest.fixture
+def tree_table() -> Any:
+    """Three trees as a table of tokens/: with two media, with none, and a plain conversation."""
+    import numpy as np
+    import pyarrow as pa
+
+    from mmtune.encoding.render import MediaSpan
+    from mmtune.encoding.tree import TREE_SCHEMA, Tree, tree_to_row
+    from mmtune.records import Medium
+
+    def tree(branch: list[int], *spans: tuple[int, int]) -> Tree:
+        ids, names = np.array(branch, np.int32), tuple(f"row{k}" for k in range(max(branch)))
+        media = tuple(MediaSpan(Medium("image", "a.png", width=4, height=4), *span) for span in spans)
+        return Tree(ids, np.full_like(ids, -100), ids, media, names, (1.0,) * len(names))
+
+    trees = [tree([0, 0, 0, 1, 1, 1, 2, 2], (1, 2), (4, 1)), tree([0, 1, 2]), tree([1, 1, 1, 1])]
+    return pa.Table.from_pylist([tree_to_row(item) for item in trees], schema=TREE_SCHEMA)
+
+
 def pytest_generate_tests(metafunc: Any) -> None:
     if "family_name" in metafunc.fixturenames:
         metafunc.parametrize("family_name", list(MODELS))

@@ -1,0 +1,155 @@
+"""The check before training: packed trees give the loss and the gradients of separate rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmtune.encoding.tree import Tree, tree_rows
+from mmtune.errors import CapabilityError
+from mmtune.training.loss import answer_loss
+from mmtune.training.packing import TreeLengths
+from mmtune.training.tree_batch import TreeCollator
+from mmtune.training.tree_mask import MaskRules, mask_rules
+
+Batch = Mapping[str, torch.Tensor]
+# In fp32 the difference is about 1e-6. Coarser types are measured against themselves: what the
+# rows differ by when they are padded together instead of one at a time, several times over.
+_TOLERANCE = 1e-4
+_TIMES_NOISE = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class TreeCheck:
+    """What came of it.
+
+    Attributes:
+        exact: Trees may be trained as trees.
+        loss_error: Relative difference of the loss.
+        gradient_error: Norm of the gradients' difference, relative to the gradient.
+        tolerance: What was allowed.
+        reason: Why not, in words; empty when exact.
+    """
+
+    exact: bool
+    loss_error: float
+    gradient_error: float
+    tolerance: float
+    reason: str = ""
+
+
+def trees_to_check(lengths: TreeLengths) -> np.ndarray:
+    """Returns up to two trees that stand for the split: a short and a long one among those that share."""
+    shares = np.flatnonzero(lengths.rows > 1)
+    if shares.size == 0:
+        return np.arange(min(1, lengths.rows.size))
+    by_size = shares[np.argsort(lengths.tokens[shares], kind="stable")]
+    return np.unique(by_size[[by_size.size // 4, 3 * by_size.size // 4]])
+
+
+def check_trees(
+    model: Any,
+    trees: Sequence[Tree],
+    collate: TreeCollator,
+    *,
+    device: torch.device | str = "cpu",
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> TreeCheck:
+    """Compares one packed row of trees with their separate rows; leaves the model as it was.
+
+    Args:
+        model: The model to train, before a distributed wrapper; its gradients must be empty.
+        trees: A few real trees.
+        collate: As in training.
+        device: Where the model is.
+        autocast: As in training.
+    """
+
+    def moved(batch: Batch) -> Batch:
+        return {name: value.to(device) for name, value in batch.items()}
+
+    try:
+        rules = mask_rules(model)
+        packed = [moved(collate([trees]))]
+        rows = [row for tree in trees for row in tree_rows(tree)]
+        together = [moved(collate.collate(rows))]
+        alone = (moved(collate.collate([row])) for row in rows)
+        training = model.training
+        # Without dropout, both must agree.
+        model.eval()
+        try:
+            return _compare(model, together, packed, alone, rules, autocast)
+        finally:
+            model.zero_grad(set_to_none=True)
+            model.train(training)
+    except CapabilityError as error:
+        return TreeCheck(False, float("nan"), float("nan"), 0.0, str(error))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        # A model that does not take a prepared mask may fail in any of these ways.
+        first = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        return TreeCheck(False, float("nan"), float("nan"), 0.0, f"the model refuses packed trees ({first})")
+
+
+def _compare(
+    model: Any,
+    together: Iterable[Batch],
+    packed: Iterable[Batch],
+    alone: Iterable[Batch],
+    rules: MaskRules,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> TreeCheck:
+    together = list(together)
+    loss_error, gradient_error = _difference(model, together, packed, rules, autocast)
+    tolerance = _TOLERANCE
+    if not max(loss_error, gradient_error) <= tolerance:
+        noise = _difference(model, together, alone, rules, autocast)
+        tolerance = max(tolerance, _TIMES_NOISE * max(noise))
+    exact = max(loss_error, gradient_error) <= tolerance
+    reason = "" if exact else f"loss differs by {loss_error:.1e}, gradients by {gradient_error:.1e}, of 1"
+    return TreeCheck(exact, loss_error, gradient_error, tolerance, reason)
+
+
+def _difference(
+    model: Any,
+    one: Iterable[Batch],
+    other: Iterable[Batch],
+    rules: MaskRules,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> tuple[float, float]:
+    """Returns the relative differences of loss and gradient between two forms of the same rows.
+
+    The second gradient is subtracted from the first where it stands, so one copy is enough.
+    """
+    model.zero_grad(set_to_none=True)
+    first = _backward(model, one, rules, autocast, 1.0)
+    norm = _gradient_norm(model)
+    second = _backward(model, other, rules, autocast, -1.0)
+    return abs(second - first) / max(abs(first), 1e-12), _gradient_norm(model) / max(norm, 1e-12)
+
+
+def _backward(
+    model: Any,
+    batches: Iterable[Batch],
+    rules: MaskRules,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    sign: float,
+) -> float:
+    total = 0.0
+    for batch in batches:
+        with autocast():
+            loss, _ = answer_loss(model, batch, rules)
+        (sign * loss).backward()
+        total += float(loss.detach())
+    return total
+
+
+def _gradient_norm(model: Any) -> float:
+    norms = [parameter.grad.float().norm() for parameter in model.parameters() if parameter.grad is not None]
+    return float(torch.stack(norms).norm())

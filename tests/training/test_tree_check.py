@@ -1,0 +1,74 @@
+"""The check before training says yes to a right layout and no to a wrong one, in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mmtune.encoding.collate import Collator
+from mmtune.encoding.tree import build_trees
+from mmtune.records import Message, TextPart
+from mmtune.training import tree_check
+from mmtune.training.packing import TreeLengths
+from mmtune.training.rope_index import rope_index
+from mmtune.training.tree_batch import TreeCollator
+from mmtune.training.tree_check import check_trees, trees_to_check
+
+
+@pytest.fixture
+def case(tiny_family: Any, media: Any, served: Any) -> tuple[Any, Any, TreeCollator]:
+    family = tiny_family("qwen2_vl")
+    medium, real = media.image(60, 90)
+    served[medium.path] = real["image"]
+    rows = [
+        family.renderer.encode([Message("user", (medium, TextPart(q))), Message("assistant", (TextPart("yes"),))])
+        for q in ("Is it red?", "Is the cat on the left?")
+    ]
+    trees = list(build_trees(rows, ["a", "b"], 4096))
+    return family.model, trees, TreeCollator(Collator(family.processor, media_root=Path()), rope_index(family.model))
+
+
+def test_exact(case: Any) -> None:
+    model, trees, collate = case
+    model.train()
+    found = check_trees(model, trees, collate)
+    assert found.exact and found.loss_error < 1e-5 and found.gradient_error < 1e-5 and not found.reason
+    assert model.training and all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_wrong_positions_are_seen(case: Any) -> None:
+    model, trees, collate = case
+    found = check_trees(model, trees, TreeCollator(collate.collate, rope=None))
+    assert not found.exact and found.gradient_error > 1e-3 and "gradients" in found.reason
+
+
+def test_a_model_that_fails_on_trees(case: Any, monkeypatch: Any) -> None:
+    model, trees, collate = case
+    real = model.forward
+
+    def forward(**inputs: Any) -> Any:
+        if inputs["attention_mask"].ndim == 4:
+            raise ValueError("attention_mask must be 2-D")
+        return real(**inputs)
+
+    monkeypatch.setattr(model, "forward", forward)
+    found = check_trees(model, trees, collate)
+    assert not found.exact and "must be 2-D" in found.reason
+
+
+def test_bf16_is_measured_against_itself(case: Any) -> None:
+    from copy import deepcopy
+
+    model, trees, collate = case
+    found = check_trees(deepcopy(model).to(torch.bfloat16), trees, collate)
+    assert found.exact and found.tolerance > tree_check._TOLERANCE
+
+
+def test_trees_that_stand_for_the_split() -> None:
+    lengths = TreeLengths(np.array([9, 5, 90, 40, 30]), np.zeros(5, int), np.array([1, 2, 3, 2, 2]))
+    assert trees_to_check(lengths).tolist() == [2, 4]
+    assert trees_to_check(TreeLengths(np.array([9, 5]), np.zeros(2, int), np.ones(2, int))).tolist() == [0]
