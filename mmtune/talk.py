@@ -1,4 +1,7 @@
-"""What a command says while it works: everything goes to stderr, progress only as fits the place."""
+"""What a command says while it works: everything goes to stderr, progress only as fits the place.
+
+Rich is imported where it draws: ``--help`` and ``--json`` do without most of it.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def plain_colours() -> bool:
@@ -22,6 +24,8 @@ def plain_colours() -> bool:
 
 def stderr_console() -> Console:
     """Returns a console on stderr that honours ``NO_COLOR``."""
+    from rich.console import Console
+
     plain = plain_colours()
     return Console(file=sys.stderr, no_color=plain or None, highlight=False, soft_wrap=True)
 
@@ -66,6 +70,8 @@ class Talk:
         """Prints a table; numbers are set right."""
         if self.quiet:
             return
+        from rich.table import Table
+
         table = Table(title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
         for column, name in enumerate(head):
             number = all(isinstance(row[column], int | float) for row in rows) if rows else False
@@ -80,6 +86,8 @@ class Talk:
         if self.quiet:
             yield Counter(lambda n, note: None)
         elif self.console.is_terminal:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
