@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
+_LOG_COLUMNS = 160
+
 
 def plain_colours() -> bool:
     """Says whether colours must stay off (``NO_COLOR`` wins over everything)."""
@@ -23,11 +25,12 @@ def plain_colours() -> bool:
 
 
 def stderr_console() -> Console:
-    """Returns a console on stderr that honours ``NO_COLOR``."""
+    """Returns a console on stderr that honours ``NO_COLOR``; in a log file tables are not folded at 80 columns."""
     from rich.console import Console
 
     plain = plain_colours()
-    return Console(file=sys.stderr, no_color=plain or None, highlight=False, soft_wrap=True)
+    width = None if sys.stderr.isatty() or "COLUMNS" in os.environ else _LOG_COLUMNS
+    return Console(file=sys.stderr, no_color=plain or None, highlight=False, soft_wrap=True, width=width)
 
 
 class Counter:
@@ -118,7 +121,7 @@ class _PlainProgress:
     def __init__(self, console: Console, total: int | None, label: str, every_seconds: float) -> None:
         self._console, self._total, self._label, self._every = console, total, label, every_seconds
         self._started = self._last = time.monotonic()
-        self._done = 0
+        self._done = self._said = 0
         self._note = ""
 
     def advance(self, n: int, note: str) -> None:
@@ -130,10 +133,12 @@ class _PlainProgress:
             self._print(now)
 
     def end(self) -> None:
-        if self._last != self._started:
+        # A loop that was over at once says nothing; one whose last line told the end does not repeat it.
+        if self._last != self._started and self._said != self._done:
             self._print(time.monotonic())
 
     def _print(self, now: float) -> None:
+        self._said = self._done
         rate = self._done / max(now - self._started, 1e-6)
         line = f"{self._label} {self._done}{f'/{self._total}' if self._total else ''} rate={rate:.1f}/s"
         if self._total and rate:
