@@ -54,13 +54,19 @@ def parse(text: str) -> Any:
     try:
         value = _STRICT.decode(text)
     except json.JSONDecodeError as error:
-        raise Refused("bad_json", f"{error.msg} at column {error.colno}") from error
+        raise Refused("bad_json", f"column {error.colno}: {_said(error)}") from error
     except RecursionError as error:
         raise Refused("too_deep", "nested too deeply") from error
     except ValueError as error:
         raise Refused("too_large", "a number has too many digits") from error
     check_unicode(text, value)
     return value
+
+
+def _said(error: json.JSONDecodeError) -> str:
+    """Returns the decoder's message as words of ours: some of its own end in ``at``."""
+    message = error.msg.removesuffix(" starting at")
+    return message[0].lower() + message[1:]
 
 
 def check_unicode(raw: str, value: Any) -> None:
@@ -204,7 +210,7 @@ class _Buffer:
         line = self.line + self.text.count("\n", 0, self.at)
         return DataError(
             f"{self.path}:{line} is not valid JSON: {why}",
-            "fetch or write the file again; nothing was built",
+            "fetch or write the file again",
             "bad_json",
         )
 
@@ -223,7 +229,7 @@ class _Buffer:
                 complete = self._complete(end)
             except json.JSONDecodeError as error:
                 if self.end or not self._room():
-                    why = "the file ends in the middle" if self.end else error.msg
+                    why = "the file ends in the middle" if self.end else _said(error)
                     raise self.broken(why) from error
                 complete = False
             except RecursionError as error:
@@ -270,6 +276,12 @@ def stream_arrays(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, Row 
             yield from _object(buffer, keys)
         elif not first:
             raise DataError(f"{path} is empty", "check the file", "empty_input")
+        elif first == "[":
+            raise DataError(
+                f"{path} holds an array; an object with {' and '.join(map(repr, keys))} is expected",
+                "check that this is the file that the reader expects",
+                "wrong_layout",
+            )
         else:
             raise buffer.broken(f"expected {'an array' if '' in keys else 'an object'}, found {first!r}")
         if buffer.peek():

@@ -31,6 +31,7 @@ import gzip
 import io
 import re
 import sys
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ _TAUGHT = frozenset({"answer", "output", "target", "references"})
 _KNOWN = _TAUGHT | {"question", "text", "instruction", "context", "options", "id", "metadata", "rows", "delimiter"}
 _KNOWN |= {"strip", "image", "audio", "video", "images", "audios", "videos"}
 _MAX_FIELD = 64 << 20
+_BINARY = re.compile("[\0-\x08\x0e-\x1f\ud800-\udfff]")
 
 
 def read_table(source: SourceFiles) -> Iterator[Record | Reject]:
@@ -232,7 +234,7 @@ def _csv_rows(path: Path, delimiter: str, source: SourceFiles) -> Iterator[Row |
                 index += 1
                 yield Reject(f"{path.name}:{lines.line_num}", "", "bad_row", f"not valid CSV: {error}")
                 continue
-            except (EOFError, gzip.BadGzipFile) as error:
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise DataError(f"{path} is cut or damaged (gzip)", "fetch it again", "bad_gzip") from error
             if cells is None:
                 return
@@ -247,6 +249,12 @@ def _csv_rows(path: Path, delimiter: str, source: SourceFiles) -> Iterator[Row |
 
 
 def _check_head(head: list[str], source: SourceFiles, path: Path) -> None:
+    if any(_BINARY.search(name) for name in head):
+        raise DataError(
+            f"{path} begins with no line of column names; it is no UTF-8 text table",
+            "by its name a file is read as .csv, .tsv, .jsonl, .json, .txt (each also .gz) or .parquet",
+            "bad_table",
+        )
     for name, spec in source.columns.items():
         if name in ("rows", "delimiter", "strip"):
             continue
