@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mmtune.errors import CapabilityError, DataError, RecipeError
+from mmtune.errors import CapabilityError, DataError, IntegrityError, RecipeError
 
 
 def load_processor(
@@ -30,8 +30,11 @@ def load_processor(
     Raises:
         DataError: It asks to run code of its own.
         CapabilityError: It is not at hand, or needs a library that is not installed.
-        RecipeError: The folder holds no processor or tokenizer, or a budget does not fit it.
+        RecipeError: The folder is not there or holds no processor or tokenizer, or a budget does not fit it.
+        IntegrityError: One of its files is damaged.
     """
+    if path.startswith((".", "/", "~")) and not Path(path).is_dir():
+        raise RecipeError(f"the model folder {path} is not there", "check model.path in the recipe", "model_missing")
     _refuse_own_code(Path(path))
     options: dict[str, Any] = {
         "revision": revision,
@@ -46,7 +49,15 @@ def load_processor(
             "install it with pip",
             "missing_library",
         ) from error
+    except json.JSONDecodeError as error:
+        raise _damaged(f"a JSON file in {path}") from error
     except (OSError, ValueError, LookupError) as error:
+        if isinstance(error, OSError) and not Path(path).is_dir():
+            raise CapabilityError(
+                f"the processor of {path!r} is not on this machine and the hub did not give it: {_first_line(error)}",
+                "check the name and the network, or set model.path to a folder on this machine",
+                "model_unavailable",
+            ) from error
         raise RecipeError(
             f"no processor or tokenizer can be loaded from {path}: {_first_line(error)}",
             "set model.path to a folder that holds tokenizer.json (and preprocessor_config.json), or a hub id",
@@ -55,6 +66,10 @@ def load_processor(
     if min_image_pixels or max_image_pixels:
         _set_pixel_budget(processor, min_image_pixels, max_image_pixels)
     return processor
+
+
+def _damaged(what: str) -> IntegrityError:
+    return IntegrityError(f"{what} is not valid JSON", "fetch the model again", "bad_processor")
 
 
 def _load(path: str, options: dict[str, Any]) -> Any:
@@ -161,7 +176,7 @@ def _refuse_own_code(folder: Path) -> None:
             try:
                 values = json.loads(file.read_text("utf-8"))
             except ValueError as error:
-                raise DataError(f"{file} is not valid JSON", "fetch the model again", "bad_processor") from error
+                raise _damaged(str(file)) from error
             if isinstance(values, dict) and values.get("auto_map"):
                 raise DataError(
                     f"{file} asks to run code of its own (auto_map)",
