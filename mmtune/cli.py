@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,12 +27,20 @@ app = typer.Typer(
     name="mmtune",
     help="Raw multimodal data to an instruction-tuned model and an honest before/after report.",
     epilog=EPILOG,
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else None,
     pretty_exceptions_enable=False,
 )
+
+
+def _go_offline(value: bool) -> bool:
+    # The hub's library reads this once, when it is imported: before any stage is.
+    if value:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    return value
+
 
 RecipePath = Annotated[
     Path | None, typer.Argument(help="Recipe file; ./mmtune.yaml when left out.", show_default=False)
@@ -43,16 +51,14 @@ Force = Annotated[bool, typer.Option("--force", help="Redo, also when nothing ch
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="At most this many rows.")]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Override the recipe's seed.")]
-Offline = Annotated[bool, typer.Option("--offline", help="Never reach for the network.")]
+Offline = Annotated[bool, typer.Option("--offline", callback=_go_offline, help="Never reach for the network.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings on stderr.")]
 
 
-def _load(recipe: Path | None, overrides: list[str] | None, seed: int | None, offline: bool) -> Recipe:
+def _load(recipe: Path | None, overrides: list[str] | None, seed: int | None) -> Recipe:
     # The schema takes a tenth of a second to build; `--help` does without it.
     from mmtune.recipe_text import load_recipe
 
-    if offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"
     extra = [] if seed is None else [f"seed={seed}"]
     return load_recipe(recipe, [*(overrides or ()), *extra])
 
@@ -80,7 +86,7 @@ def build_data(
     """
     from mmtune.stages.build_data import build_data as stage
 
-    loaded = _load(recipe, overrides, seed, offline)
+    loaded = _load(recipe, overrides, seed)
     result = stage(loaded, force=force, dry_run=dry_run, limit=limit, console=Talk(quiet))
     _finish("build-data", result, as_json)
 
@@ -106,8 +112,8 @@ def tokenize(
     """
     from mmtune.stages.tokenize import tokenize as stage
 
-    loaded = _load(recipe, overrides, seed, offline)
-    result = stage(loaded, force=force, dry_run=dry_run, limit=limit, console=Talk(quiet))
+    loaded = _load(recipe, overrides, seed)
+    result = stage(loaded, force=force, dry_run=dry_run, limit=limit, offline=offline, console=Talk(quiet))
     _finish("tokenize", result, as_json)
 
 
@@ -136,7 +142,7 @@ def finetune(
 
     if resume not in ("auto", "never"):
         raise RecipeError(f"--resume {resume!r}: expected auto or never", "leave it out to go on where a run stopped")
-    loaded = _load(recipe, overrides, seed, offline)
+    loaded = _load(recipe, overrides, seed)
     processes = gpus or cpu_processes or 1
     console = Talk(quiet or not stage.is_main())
     if processes > 1 and not stage.is_launched() and not dry_run:
@@ -167,8 +173,8 @@ def evaluate(
     """
     from mmtune.stages.evaluate import evaluate as stage
 
-    loaded = _load(recipe, overrides, seed, offline)
-    result = stage(loaded, force=force, dry_run=dry_run, limit=limit, console=Talk(quiet))
+    loaded = _load(recipe, overrides, seed)
+    result = stage(loaded, force=force, dry_run=dry_run, limit=limit, offline=offline, console=Talk(quiet))
     _finish("eval", result, as_json)
 
 
@@ -213,35 +219,37 @@ def run(
 
     Example: mmtune run recipes/quickstart.yaml
     """
-    loaded = _load(recipe, overrides, seed, offline)
+    loaded = _load(recipe, overrides, seed)
     console = Talk(quiet)
     results: dict[str, Any] = {}
     shared: dict[str, Any] = {"force": force, "dry_run": dry_run, "console": console}
-    for name, stage in _stages(loaded, offline):
+    for name, stage, options in _stages(loaded, limit, offline):
         if dry_run and name != "build-data":
             console.say(f"{name}: would run after build-data")
             continue
-        results[name] = stage(loaded, limit=limit if name == "build-data" else None, **shared)
+        results[name] = stage(loaded, **options, **shared)
     _finish("run", {"run_dir": str(loaded.run_dir), "stages": results}, as_json)
 
 
-def _stages(recipe: Recipe, offline: bool) -> list[tuple[str, Callable[..., dict[str, Any]]]]:
+def _stages(
+    recipe: Recipe, limit: int | None, offline: bool
+) -> Iterator[tuple[str, Callable[..., dict[str, Any]], dict[str, Any]]]:
+    """Yields name, function and own options of every stage of a run; one is imported when its turn comes."""
     from mmtune.stages.build_data import build_data as build_stage
 
-    stages: list[tuple[str, Callable[..., dict[str, Any]]]] = [("build-data", build_stage)]
+    yield "build-data", build_stage, {"limit": limit}
     if recipe.model is not None:
         from mmtune.stages.tokenize import tokenize as tokenize_stage
 
-        stages.append(("tokenize", tokenize_stage))
+        yield "tokenize", tokenize_stage, {"offline": offline}
     if recipe.finetune is not None:
         from mmtune.stages.finetune import finetune as finetune_stage
 
-        stages.append(("finetune", lambda *a, **k: finetune_stage(*a, offline=offline, **k)))
+        yield "finetune", finetune_stage, {"offline": offline}
     if recipe.eval is not None:
         from mmtune.stages.evaluate import evaluate as evaluate_stage
 
-        stages.append(("eval", evaluate_stage))
-    return stages
+        yield "eval", evaluate_stage, {"offline": offline}
 
 
 @app.command("init", epilog=EPILOG)
@@ -312,10 +320,14 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help(), file=sys.stderr)
+        raise typer.Exit(RecipeError.exit_code)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -340,7 +352,7 @@ def main() -> None:
 
     try:
         with disk_errors("writing failed"):
-            code = app(standalone_mode=False) or 0
+            code = app(standalone_mode=False, prog_name="mmtune") or 0
         sys.stdout.flush()
     except MmtuneError as error:
         code = _fail(error)
@@ -357,5 +369,7 @@ def main() -> None:
     except Exception as error:
         if not hasattr(error, "exit_code") or not hasattr(error, "format_message"):
             raise
-        code = _fail(RecipeError(str(error.format_message()), "see: mmtune --help", "usage"))
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "mmtune"
+        code = _fail(RecipeError(str(error.format_message()), f"see: {command} --help", "usage"))
     sys.exit(code)
