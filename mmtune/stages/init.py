@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from pathlib import Path
 
 from mmtune.errors import RecipeError
 
+_DATA = re.compile(r"(?<=[\s:{,])\.\./(data/[^\s,}]*)")
+_RUNS = re.compile(r"(?<=[\s:{,])\.\./(?=runs/)")
+_PLAIN = re.compile(r"[\w./~-]+")
 
-def recipe_folder() -> Path:
-    """Returns the folder of shipped recipes: the checkout's, or the copy inside the wheel."""
+
+def shipped_folder() -> Path:
+    """Returns the folder that holds recipes/ and data/: the one inside the wheel, or the checkout."""
     package = Path(__file__).resolve().parent.parent
-    checkout = package.parent / "recipes"
-    return checkout if checkout.is_dir() else package / "recipes"
+    inside = package / "shipped"
+    return inside if inside.is_dir() else package.parent
 
 
 def list_recipes() -> list[dict[str, str]]:
     """Returns name and first line of the description of every shipped recipe."""
     found = []
-    for file in sorted(recipe_folder().glob("*.yaml")):
+    for file in sorted((shipped_folder() / "recipes").glob("*.yaml")):
         first = file.read_text("utf-8").splitlines()[0].lstrip("# ").strip()
         found.append({"name": file.stem, "about": first})
     return found
@@ -28,8 +33,8 @@ def list_recipes() -> list[dict[str, str]]:
 def copy_recipe(name: str, target: Path, *, force: bool = False) -> Path:
     """Copies a shipped recipe into a folder and returns the new file.
 
-    Relative paths of the recipe are written out in full, so the copy works from anywhere;
-    ``run_dir`` stays relative to the copy.
+    Paths of bundled data are written out in full, so the copy works from anywhere; what the
+    run writes stays relative to the copy.
 
     Raises:
         RecipeError: There is no such recipe, or the file exists already.
@@ -45,10 +50,13 @@ def copy_recipe(name: str, target: Path, *, force: bool = False) -> Path:
     written = target / f"{name}.yaml"
     if written.exists() and not force:
         raise RecipeError(f"{written} is there already", "use --force to replace it", "file_exists")
-    folder = recipe_folder()
-    text = (folder / f"{name}.yaml").read_text("utf-8")
-    text = re.sub(r"(?<=[\s:{,])\.\./(?=data/)", f"{folder.parent}/", text)
-    text = re.sub(r"(?m)^run_dir: \.\./", "run_dir: ", text)
-    text = re.sub(r"(?m)^extends: (?!/)", f"extends: {folder}/", text)
+    folder = shipped_folder()
+    text = (folder / "recipes" / f"{name}.yaml").read_text("utf-8")
+    text = _DATA.sub(lambda match: _yaml_text(f"{folder}/{match[1]}"), text)
+    text = _RUNS.sub("", text)
     written.write_text(text, "utf-8")
     return written
+
+
+def _yaml_text(path: str) -> str:
+    return path if _PLAIN.fullmatch(path) else json.dumps(path, ensure_ascii=False)
