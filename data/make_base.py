@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 IMAGE_PX = 48
-PATCH_PX = 12
+PATCH_PX = 24
 VOCABULARY = 1024
 CONTEXT = 4096
 POSITION_SCALE = 0.5
@@ -157,13 +157,13 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
     vision = CLIPVisionConfig(
-        hidden_size=96,
-        intermediate_size=288,
+        hidden_size=128,
+        intermediate_size=384,
         num_hidden_layers=2,
         num_attention_heads=4,
         image_size=IMAGE_PX,
         patch_size=PATCH_PX,
-        projection_dim=96,
+        projection_dim=128,
     )
     text = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -195,7 +195,7 @@ def write_start(config: LlavaConfig, folder: Path) -> None:
     """Write random weights (seed 0) whose position embeddings are as loud as the patches.
 
     CLIP starts positions at 0.02, twenty times below what a patch of these pictures gives, and they stay
-    there: the model learns colours and counts but not what is left or right, nor digits that span patches.
+    there: the model learns colours and counts but not what is left or right.
     """
     import torch
     from transformers import LlavaForConditionalGeneration

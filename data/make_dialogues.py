@@ -1,9 +1,11 @@
 """Write runs/base/dialogues.jsonl: the base's own lessons, one multi-turn conversation per line.
 
-Each line shows one bundled scene and asks several of its questions in random order, and for a
-caption. The questions, answers and captions are those of the official files in
-``data/scenes/annotations``; only their arrangement is made here. The base learns them much faster
-in this form, since one picture is looked at once for all of its questions. Run from anywhere::
+Each line shows one bundled scene and asks several of its questions in random order. Half of the
+lessons only look things up (which digit, what color): reading has to be there before what builds
+upon it. The others draw from all questions and captions. Questions, answers and captions are those
+of the official files in ``data/scenes/annotations``; only their arrangement is made here. The base
+learns them much faster in this form, since one picture is looked at once for all of its questions.
+Run from anywhere::
 
     python data/make_dialogues.py
 
@@ -21,8 +23,9 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 CAPTION_PROMPT = "Write a short caption for this image."
-PER_SCENE = 5
-TURNS = 7
+LOOKUPS = ("Which digit is the", "What digit is", "What color is the", "What is the color")
+PER_SCENE = 10
+TURNS = 5
 
 
 def questions_by_image(split: str) -> dict[int, list[tuple[str, str]]]:
@@ -61,7 +64,8 @@ def main() -> None:
     with open(arguments.out, "w", encoding="utf-8") as stream:
         for image_id, pairs in questions_by_image("train").items():
             for copy in range(PER_SCENE):
-                chosen = draw.sample(pairs, min(TURNS, len(pairs)))
+                lookups = [pair for pair in pairs if pair[0].startswith(LOOKUPS)] if copy % 2 else pairs
+                chosen = draw.sample(lookups, min(TURNS, len(lookups)))
                 # A caption would give the other answers away, so it comes last.
                 chosen.sort(key=lambda pair: pair[0] == CAPTION_PROMPT)
                 row = dialogue(f"{image_id}-{copy}", f"{image_id:012d}.png", chosen)
