@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmtune import __version__
-from mmtune.errors import MmtuneError, RecipeError
+from mmtune.errors import DataError, MmtuneError, RecipeError
 from mmtune.talk import Talk, json_line
 
 if TYPE_CHECKING:
@@ -356,6 +356,10 @@ def main() -> None:
         sys.stdout.flush()
     except MmtuneError as error:
         code = _fail(error)
+    except PermissionError as error:
+        code = _fail(
+            DataError(f"{error.filename or error} may not be read or written", "check its rights", "unreadable")
+        )
     except typer.Exit as error:
         code = error.exit_code
     except typer.Abort:

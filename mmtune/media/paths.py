@@ -62,7 +62,8 @@ def resolve(root: Path | str, path: str) -> str:
     except FileNotFoundError as error:
         raise MediaRefused("media_missing", f"{path!r} is not below {Path(root).name!r}") from error
     except (OSError, ValueError) as error:
-        raise MediaRefused("bad_path", f"{path!r} cannot be resolved") from error
+        why = os.strerror(error.errno or 0) if isinstance(error, OSError) else "no name of a file"
+        raise MediaRefused("bad_path", f"{path!r} cannot be opened: {why}") from error
     if real != top and top != "/" and not real.startswith(top + "/"):
         raise MediaRefused("path_escape", f"{path!r} leads out of the media root")
     return real
