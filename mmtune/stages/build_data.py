@@ -7,6 +7,7 @@ the output does not depend on the number of workers.
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -37,6 +38,7 @@ from mmtune.workers import in_order, process_count
 SPLITS = ("train", "val", "test")
 _PATHS = ("path", "questions", "annotations", "images", "audios", "videos")
 CHUNK_ROWS = 256
+_LOOKED_FOR = "check `images`, `audios` and `videos` of the sources: media paths are relative to them"
 _INLINE_CHUNKS = 4
 _MOST_PROCESSES = 8
 """One process reads for all; more than this would wait for it."""
@@ -236,22 +238,31 @@ def _source_facts(source: Source, tally: Tally) -> dict[str, Any]:
 
 def _check_drops(tallies: list[Tally], drops: dict[str, int], most: float, log: Path) -> None:
     read, rows = sum(tally.read for tally in tallies), sum(tally.rows for tally in tallies)
-    with open(log, encoding="utf-8") as handle:
-        first = handle.readline().strip()[:400]
+    first = _first_reject(log)
     listed = ", ".join(f"{reason} {count:,}" for reason, count in drops.items())
     if not rows:
         raise DataError(
-            f"no row is left of {read:,}: {listed or 'the sources gave none'}; first: {first}",
-            "mend the data or the paths; nothing was written",
+            f"no row is left of {read:,}: {listed or 'the sources gave none'}{first}",
+            f"{_LOOKED_FOR if 'media_missing' in drops else 'mend the data or the paths'}; nothing was written",
             "no_rows",
         )
     if sum(drops.values()) > most * read:
         raise DataError(
             f"{sum(drops.values()):,} of {read:,} rows were refused, more than build.max_drop_fraction "
-            f"({most:g}) allows: {listed}; first: {first}",
-            "mend the data, or raise build.max_drop_fraction; nothing was written",
+            f"({most:g}) allows: {listed}{first}",
+            f"{_LOOKED_FOR if 'media_missing' in drops else 'mend the data'}, or raise build.max_drop_fraction; "
+            "nothing was written",
             "too_many_drops",
         )
+
+
+def _first_reject(log: Path) -> str:
+    with open(log, encoding="utf-8") as handle:
+        line = handle.readline()
+    if not line:
+        return ""
+    first = json.loads(line)
+    return f"; the first at {first['where'] or first['id']}: {first['detail'][:300]}"
 
 
 def _chunks(
