@@ -1,0 +1,126 @@
+"""The shipped recipes, the README's commands and recipes, and the wheel that carries them."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import typer
+
+from mmtune.cli import app
+from mmtune.recipe_text import load_recipe
+from mmtune.stages.init import copy_recipe, list_recipes
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+README = (ROOT / "README.md").read_text("utf-8")
+COMMANDS = typer.main.get_command(app)
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def check_command(line: str) -> None:
+    """Parses a command line as the tool would, without running it; named recipes must be there."""
+    words = shlex.split(line, comments=True)
+    if words[0] == "make":
+        targets = (ROOT / "Makefile").read_text("utf-8")
+        assert all(re.search(rf"^{word}:", targets, re.MULTILINE) for word in words[1:]), line
+    elif words[0] == "mmtune":
+        command = COMMANDS.commands[words[1]]  # type: ignore[attr-defined]
+        command.make_context(words[1], words[2:])
+        named = [word for word in words[2:] if word.startswith("recipes/")]
+        assert all((ROOT / word).is_file() for word in named), line
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_loads_and_its_header_says_what_it_takes(path: Path):
+    assert load_recipe(path, environ={}).sources
+    header = [line for line in path.read_text("utf-8").splitlines() if line.startswith("#")]
+    for said in ("command", "hardware", "time"):
+        assert any(re.match(rf"# {said}\b[^:]*: \S", line) for line in header), f"{path.name} has no `# {said}:`"
+    command = " ".join(line.partition(":")[2] for line in header if line.startswith("# command:"))
+    commands = re.findall(r"(?:mmtune|make) [^\s,()]+(?: [^\s,()]+)*", command)
+    assert commands
+    for part in commands:
+        if not part.endswith(f" {path.name}"):
+            check_command(part)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_copy_of_a_recipe_finds_the_bundled_data(path: Path, tmp_path: Path):
+    here, copy = load_recipe(path, environ={}), load_recipe(copy_recipe(path.stem, tmp_path), environ={})
+    assert path.stem in [item["name"] for item in list_recipes()]
+    assert copy.run_dir == tmp_path / here.run_dir.relative_to(ROOT)
+    bundled = str(ROOT / "data")
+    for mine, theirs in zip(here.sources, copy.sources, strict=True):
+        for key in ("path", "questions", "annotations", "images"):
+            value = getattr(mine, key)
+            if value is not None and value.startswith(bundled):
+                assert getattr(theirs, key) == value
+    assert here.model is not None and copy.model is not None
+    if here.model.path.startswith(bundled):
+        assert copy.model.path == here.model.path
+
+
+@pytest.mark.parametrize("text", blocks("yaml"))
+def test_recipes_of_the_readme_load(text: str, tmp_path: Path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, "utf-8")
+    assert load_recipe(path, environ={}).sources
+
+
+@pytest.mark.parametrize("line", [line for block in blocks("bash") for line in block.splitlines() if line.strip()])
+def test_commands_of_the_readme_parse(line: str):
+    check_command(line)
+
+
+def test_commands_named_in_the_readme_exist():
+    named = set(re.findall(r"`mmtune ([a-z-]+)", README))
+    assert named and named <= set(COMMANDS.commands)  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this tree, unpacked into a folder without a checkout around it."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("mmtune", "recipes", "data"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    build = "from setuptools import build_meta; build_meta.build_wheel('dist')"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True, timeout=300)
+    (wheel,) = (source / "dist").glob("*.whl")
+    folder = tmp_path_factory.mktemp("installed")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def test_an_installed_wheel_runs_a_recipe_without_a_checkout(unpacked: Path, tmp_path: Path):
+    def mmtune(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "mmtune", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(unpacked)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert [line.split()[0] for line in mmtune("init").splitlines()] == [path.stem for path in RECIPES]
+    mmtune("init", "quickstart")
+    copy = load_recipe(tmp_path / "quickstart.yaml", environ={})
+    assert copy.model is not None and copy.model.path == str(unpacked / "mmtune" / "shipped" / "data" / "base")
+    assert all(str(source.images).startswith(str(unpacked)) for source in copy.sources)
+    mmtune("build-data", "quickstart.yaml", "--limit", "5")
+    mmtune("tokenize", "quickstart.yaml")
+    assert (tmp_path / "runs" / "quickstart" / "tokens" / "manifest.json").is_file()
