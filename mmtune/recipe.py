@@ -130,13 +130,23 @@ class Lora(Section):
     """Scale by alpha / sqrt(r) (arXiv:2312.03732)."""
     dora: bool = False
     """Weight-decomposed adapters (arXiv:2402.09353)."""
+    init: Literal["default", "pissa"] = "default"
+    """default starts with no change; pissa with the principal components of the weights (arXiv:2404.02948), saved as
+    an ordinary adapter of twice the rank."""
+    plus_ratio: Annotated[float, Field(ge=1)] = 1.0
+    """LoRA+ (arXiv:2402.12354): learning rate of B over that of A; the paper takes 16."""
 
 
 class Finetune(Section):
     """finetune: tokens/ to adapter/."""
 
-    method: Literal["lora", "full"] = "lora"
-    """lora trains adapters; full trains the weights of the chosen towers."""
+    method: Literal["lora", "full", "ia3", "prompt", "p_tuning", "prefix"] = "lora"
+    """lora trains adapters; full trains the weights of the chosen towers. On the language model alone: ia3 trains
+    factors on keys, values and MLP; prompt and p_tuning virtual tokens; prefix virtual keys and values."""
+    virtual_tokens: Annotated[int, Field(ge=1, le=1024)] = 20
+    """Virtual tokens of prompt, p_tuning and prefix."""
+    quantize: Literal["none", "nf4"] = "none"
+    """nf4: QLoRA; the frozen language model rests in 4 bits, its head and the towers do not (needs mmtune[qlora])."""
     lora: Lora = Lora()
     """Settings of the adapters."""
     train: tuple[Tower, ...] = ("llm",)
@@ -149,6 +159,10 @@ class Finetune(Section):
     """Optimizer steps."""
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 1.0e-4
     """Peak learning rate."""
+    tower_rates: dict[Tower, Annotated[float, Field(gt=0, le=10)]] = {}
+    """Peak learning rates of single towers, such as {vision: 1e-5}; the others take learning_rate."""
+    neftune_alpha: Annotated[float, Field(gt=0)] | None = None
+    """Uniform noise on the token embeddings while training (NEFTune, arXiv:2310.05914); the paper takes 5."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape after warm-up."""
     warmup: Annotated[float, Field(ge=0)] = 0.03
@@ -194,6 +208,21 @@ class Finetune(Section):
         if len(set(value)) != len(value):
             raise ValueError("a tower is named twice")
         return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Finetune:
+        if self.method not in ("lora", "full") and self.train != ("llm",):
+            raise ValueError(f"method {self.method} works on the language model alone: leave out train")
+        if self.quantize != "none" and self.method != "lora":
+            raise ValueError("quantize is for method lora: 4-bit weights cannot train themselves")
+        if self.lora.init == "pissa" and (self.lora.dora or self.lora.rslora or self.quantize != "none"):
+            raise ValueError("lora.init pissa does not go with dora, rslora or quantize")
+        if self.method == "prefix" and self.checkpointing:
+            raise ValueError("checkpointing does not go with method prefix, which fills the key-value cache")
+        idle = sorted(set(self.tower_rates) - set(self.train))
+        if idle:
+            raise ValueError(f"tower_rates names {', '.join(idle)}, which does not train")
+        return self
 
 
 class Eval(Section):

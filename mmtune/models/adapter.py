@@ -1,4 +1,4 @@
-"""LoRA adapters and full tuning: what trains, and how it is saved."""
+"""LoRA, IA3 and full tuning: what trains, and how it is saved."""
 
 from __future__ import annotations
 
@@ -23,9 +23,13 @@ def add_lora(
     dropout: float = 0.0,
     rslora: bool = False,
     dora: bool = False,
+    pissa: bool = False,
     base_path: str = "",
 ) -> Any:
     """Returns the model wrapped by PEFT, with fresh adapters on the chosen linear layers.
+
+    With ``pissa`` the adapters start as the principal components of the weights, which lose
+    them (arXiv:2404.02948); ``save_tuned`` writes them as ordinary adapters for the untouched base.
 
     Raises:
         RecipeError: A tower or target does not exist.
@@ -39,12 +43,47 @@ def add_lora(
         lora_dropout=dropout,
         use_rslora=rslora,
         use_dora=dora,
+        init_lora_weights="pissa" if pissa else True,
         target_modules=linear_names(model, towers, targets),
         bias="none",
     )
     wrapped = get_peft_model(model, config)
     wrapped.peft_config["default"].base_model_name_or_path = base_path
+    if pissa:
+        start = {name: tensor.clone() for name, tensor in trainable_state(wrapped).items()}
+        wrapped.pissa_start = start  # type: ignore[assignment]
     return wrapped
+
+
+def add_ia3(model: PreTrainedModel, base_path: str = "") -> Any:
+    """Returns the model wrapped by PEFT, with learned factors on keys, values and MLP (IA3, arXiv:2205.05638).
+
+    Raises:
+        RecipeError: The language model has none of the known layer names.
+    """
+    from peft import IA3Config, get_peft_model
+    from peft.utils.constants import (
+        TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
+        TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+    )
+
+    kind = model.config.get_text_config().model_type
+    wanted = TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING.get(kind, ["k_proj", "v_proj", "down_proj"])
+    inner = TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(kind, ["down_proj"])
+    targets = linear_names(model, ["llm"], wanted)
+    forward = [name for name in targets if name.endswith(tuple(f".{last}" for last in inner))]
+    wrapped = get_peft_model(model, IA3Config(target_modules=targets, feedforward_modules=forward))
+    wrapped.peft_config["default"].base_model_name_or_path = base_path
+    return wrapped
+
+
+def add_noise_to_embeddings(model: Any, alpha: float) -> None:
+    """Adds uniform noise to the token embeddings while training (NEFTune, arXiv:2310.05914), in place."""
+    from transformers.integrations.neftune import neftune_post_forward_hook
+
+    embeddings = model.get_input_embeddings()
+    embeddings.neftune_noise_alpha = alpha
+    embeddings.register_forward_hook(neftune_post_forward_hook)
 
 
 def train_fully(model: PreTrainedModel, towers: Sequence[str]) -> PreTrainedModel:
@@ -83,6 +122,22 @@ def load_trainable_state(model: Any, state: dict[str, torch.Tensor]) -> None:
 
 def save_tuned(model: Any, folder: Path) -> None:
     """Writes a PEFT folder, or the whole model after full tuning; safetensors only."""
-    model.save_pretrained(str(folder))
+    if hasattr(model, "pissa_start"):
+        _save_pissa(model, folder)
+    else:
+        model.save_pretrained(str(folder))
     # PEFT writes a model card with a generated text; ours is the manifest.
     (folder / "README.md").unlink(missing_ok=True)
+
+
+def _save_pissa(model: Any, folder: Path) -> None:
+    """Writes the change since the start as an adapter of twice the rank, by PEFT's own conversion."""
+    from tempfile import TemporaryDirectory
+
+    config = model.peft_config["default"]
+    with TemporaryDirectory() as start:
+        # The conversion reads the start from a folder whose config asks for no decomposition.
+        config.init_lora_weights = True
+        model.save_pretrained(start, state_dict=model.pissa_start)
+        config.init_lora_weights = "pissa"
+        model.save_pretrained(str(folder), path_initial_model_for_weight_conversion=start)

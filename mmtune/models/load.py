@@ -86,6 +86,7 @@ def load_model(
     attn: str = "auto",
     offline: bool = False,
     random_weights: bool = False,
+    nf4: bool = False,
 ) -> PreTrainedModel:
     """Returns the model in evaluation mode, on the CPU.
 
@@ -96,6 +97,7 @@ def load_model(
         attn: ``auto`` or the name of an attention kernel.
         offline: Never reach for the network.
         random_weights: Build from the config alone (a baseline).
+        nf4: Hold the language model's linear layers in 4 bits.
 
     Raises:
         DataError: Only pickled weights are there, or remote code is asked for.
@@ -120,6 +122,11 @@ def load_model(
         raise DataError(
             f"{folder} holds {reason}", "convert them to safetensors", "pickle_refused" if pickled else "no_weights"
         )
+    more: dict[str, Any] = {}
+    if nf4:
+        from mmtune.models.quantize import nf4_config
+
+        more["quantization_config"] = nf4_config(cls, config, dtype or torch.float32)
     try:
         model, info = cls.from_pretrained(
             path,
@@ -130,6 +137,7 @@ def load_model(
             trust_remote_code=False,
             local_files_only=offline,
             output_loading_info=True,
+            **more,
         )
     except OSError as error:
         raise _not_at_hand(path, error) from error
@@ -158,8 +166,10 @@ def load_tuned(base: str, folder: Path, **settings: Any) -> Any:
     """
     if not (folder / "adapter_config.json").is_file():
         return load_model(str(folder), **{**settings, "revision": None})
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
+
+    from mmtune.models.soft_prompt import logits_of_own_tokens
 
     model = load_model(base, **settings)
     try:
@@ -168,13 +178,11 @@ def load_tuned(base: str, folder: Path, **settings: Any) -> Any:
         raise IntegrityError(f"{folder} does not fit {base}: {str(error).splitlines()[0]}", "tune it again") from error
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         stored = set(file.keys())
-    present = {name.replace(".default.", ".") for name, _ in tuned.named_parameters() if ".default." in name}
-    present |= {name.replace("lora_magnitude_vector.default.weight", "lora_magnitude_vector") for name in present}
-    unexpected = sorted(stored - present)
-    if unexpected and not any("lora_magnitude_vector" in name for name in unexpected):
+    unexpected = sorted(stored - set(get_peft_model_state_dict(tuned)))
+    if unexpected:
         raise IntegrityError(
             f"{folder} has {len(unexpected)} weights with no place in {base}, such as {unexpected[0]}",
             "tune again from this base",
             "adapter_mismatch",
         )
-    return tuned.eval()
+    return logits_of_own_tokens(tuned).eval()

@@ -31,6 +31,7 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
     ("audio", r"audio_tower|audio_model|audio_encoder|audio_embed|speech_encoder|encoder_audio"),
     ("vision", r"vision_tower|vision_model|visual|vision_encoder|image_encoder|image_embed|vision_embed_tokens"),
 )
+_ADAPTERS = ((".lora_", "lora"), (".ia3_", "ia3"), ("prompt_encoder.", "prompt"))
 _COMPILED = tuple((tower, re.compile(rf"(^|\.)({pattern})(\.|$)")) for tower, pattern in _PATTERNS)
 
 
@@ -45,7 +46,7 @@ class TowerRow:
     """One line of the table that is shown before training.
 
     Attributes:
-        state: ``lora``, ``full``, ``frozen`` or ``absent``.
+        state: ``lora``, ``ia3``, ``prompt``, ``full``, ``frozen`` or ``absent``.
     """
 
     tower: str
@@ -70,18 +71,18 @@ def tower_table(model: nn.Module) -> list[TowerRow]:
     """Returns parameters and trainable parameters per tower, adapters counted to their tower."""
     total = dict.fromkeys(TOWERS, 0)
     trainable = dict.fromkeys(TOWERS, 0)
-    adapted = dict.fromkeys(TOWERS, False)
+    states = dict.fromkeys(TOWERS, "full")
     for name, parameter in model.named_parameters():
         tower = tower_of(name)
         total[tower] += parameter.numel()
         if parameter.requires_grad:
             trainable[tower] += parameter.numel()
-            adapted[tower] |= ".lora_" in name
+            states[tower] = next((state for part, state in _ADAPTERS if part in name), states[tower])
     rows = []
     for tower in TOWERS:
         state = "absent" if not total[tower] else "frozen"
         if trainable[tower]:
-            state = "lora" if adapted[tower] else "full"
+            state = states[tower]
         rows.append(TowerRow(tower, state, total[tower], trainable[tower]))
     return rows
 

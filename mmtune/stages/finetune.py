@@ -179,6 +179,8 @@ def _prepare(
         rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         beta2=settings.beta2,
+        tower_rates=settings.tower_rates,
+        plus_ratio=settings.lora.plus_ratio,
     )
     checkpoints = CheckpointFolder(recipe.run_dir / "checkpoints" / "finetune", settings.keep)
     identity = {**identity, "micro_batches": plan.micro_batches, "precision": precision}
@@ -198,12 +200,13 @@ def _precision(asked: str) -> str:
 def _model(recipe: Recipe, settings: Finetune, path: str, precision: str, offline: bool) -> Any:
     import torch
 
-    from mmtune.models.adapter import add_lora, train_fully
+    from mmtune.models.adapter import add_noise_to_embeddings
     from mmtune.models.load import load_model
+    from mmtune.models.method import with_method
 
     torch.manual_seed(recipe.seed)
     # A frozen base may rest in bf16; weights that train themselves stay in fp32.
-    dtype = torch.bfloat16 if precision == "bf16" and settings.method == "lora" else torch.float32
+    dtype = torch.bfloat16 if precision == "bf16" and settings.method != "full" else torch.float32
     model: Any = load_model(
         path,
         revision=recipe.model.revision if recipe.model else None,
@@ -211,22 +214,24 @@ def _model(recipe: Recipe, settings: Finetune, path: str, precision: str, offlin
         attn=recipe.model.attn if recipe.model else "auto",
         offline=offline,
         random_weights=settings.from_scratch,
+        nf4=settings.quantize == "nf4",
     )
+    if settings.neftune_alpha:
+        add_noise_to_embeddings(model, settings.neftune_alpha)
     if settings.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    if settings.method == "full":
-        return train_fully(model, settings.train)
-    lora = settings.lora
-    return add_lora(
+    lora = settings.lora.model_dump(exclude={"init", "plus_ratio"})
+    lora |= {
+        "targets": None if lora["targets"] == "all-linear" else lora["targets"],
+        "pissa": settings.lora.init == "pissa",
+    }
+    return with_method(
         model,
+        settings.method,
         towers=settings.train,
-        targets=None if lora.targets == "all-linear" else lora.targets,
-        r=lora.r,
-        alpha=lora.alpha,
-        dropout=lora.dropout,
-        rslora=lora.rslora,
-        dora=lora.dora,
+        lora=lora,
+        virtual_tokens=settings.virtual_tokens,
         base_path=path,
     )
 

@@ -38,7 +38,7 @@ def make_adamw(
     rate: float,
     weight_decay: float,
     beta2: float,
-    tower_rates: Mapping[str, float] | None = None,
+    tower_rates: Mapping[Any, float] | None = None,
     plus_ratio: float = 1.0,
 ) -> torch.optim.AdamW:
     """Returns AdamW; weight decay falls on matrices only, not on biases and norms.

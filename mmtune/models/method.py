@@ -1,0 +1,35 @@
+"""The tuning methods by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmtune.models.adapter import add_ia3, add_lora, train_fully
+from mmtune.models.soft_prompt import METHODS, add_soft_prompt
+
+
+def with_method(
+    model: Any, method: str, *, towers: Sequence[str], lora: Mapping[str, Any], virtual_tokens: int, base_path: str
+) -> Any:
+    """Returns the model with exactly that trainable which the method trains.
+
+    Args:
+        model: The base model.
+        method: ``lora``, ``full``, ``ia3``, ``prompt``, ``p_tuning`` or ``prefix``.
+        towers: Towers that train.
+        lora: Arguments of ``add_lora``.
+        virtual_tokens: Length of a soft prompt.
+        base_path: Recorded in the adapter.
+
+    Raises:
+        RecipeError: A tower or target does not exist.
+        CapabilityError: The method does not fit the family.
+    """
+    if method == "full":
+        return train_fully(model, towers)
+    if method == "ia3":
+        return add_ia3(model, base_path)
+    if method in METHODS:
+        return add_soft_prompt(model, method, virtual_tokens=virtual_tokens, base_path=base_path)
+    return add_lora(model, towers=towers, base_path=base_path, **lora)

@@ -1,0 +1,80 @@
+"""Prompt tuning, P-tuning and prefix tuning on the language model, by PEFT.
+
+Prompt tuning (arXiv:2104.08691) and P-tuning (arXiv:2103.10385) put learned vectors before
+the first token; prefix tuning (arXiv:2101.00190) puts learned keys and values into every layer.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from mmtune.errors import CapabilityError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+METHODS = ("prompt", "p_tuning", "prefix")
+
+
+def add_soft_prompt(model: PreTrainedModel, method: str, *, virtual_tokens: int, base_path: str = "") -> Any:
+    """Returns the model wrapped by PEFT, with fresh virtual tokens and everything else frozen.
+
+    Args:
+        model: The base model.
+        method: One of ``METHODS``.
+        virtual_tokens: How many vectors are learned.
+        base_path: Recorded in the adapter.
+
+    Raises:
+        CapabilityError: The family gives tokens positions or blocks that virtual tokens would shift.
+    """
+    import peft
+
+    reason = _shifted(model)
+    if reason:
+        raise CapabilityError(
+            f"finetune.method {method} does not fit {type(model).__name__}: {reason}",
+            "use method lora or ia3",
+            "method_unsupported",
+        )
+    kinds: dict[str, Any] = {
+        "prompt": peft.PromptTuningConfig,
+        "p_tuning": peft.PromptEncoderConfig,
+        "prefix": peft.PrefixTuningConfig,
+    }
+    config = kinds[method](task_type="CAUSAL_LM", num_virtual_tokens=virtual_tokens)
+    wrapped = peft.get_peft_model(model, config)
+    wrapped.peft_config["default"].base_model_name_or_path = base_path
+    return logits_of_own_tokens(wrapped)
+
+
+def _shifted(model: PreTrainedModel) -> str:
+    """Says what PEFT would silently drop, or nothing."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    if "mrope_section" in rope:
+        return "its 3-D positions of images are lost behind virtual tokens"
+    if "token_type_ids" in inspect.signature(model.forward).parameters:
+        return "its attention within an image is lost behind virtual tokens"
+    return ""
+
+
+def logits_of_own_tokens(model: Any) -> Any:
+    """Makes a direct call give logits for the given tokens only, not for the virtual ones before them.
+
+    Generation calls the inner model and is left alone. Returns the same model.
+    """
+    config = getattr(model, "active_peft_config", None)
+    if config is None or not config.is_prompt_learning or config.peft_type.value == "PREFIX_TUNING":
+        return model
+    count = config.num_virtual_tokens
+    direct: list[bool] = []
+
+    def cut(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        return (given[0][:, count:], *given[1:]) if direct else None
+
+    model.register_forward_pre_hook(lambda *_: direct.append(True))
+    model.register_forward_hook(lambda *_: direct.clear(), always_call=True)
+    model.get_base_model().get_output_embeddings().register_forward_pre_hook(cut)
+    return model
