@@ -45,6 +45,8 @@ def examine() -> dict[str, Any]:
         advice.append(
             f"Python 3.{minor}.{micro} has known faults in tarfile; 3.{minor}.{_SAFE_PYTHON[minor]} mends them"
         )
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
     return {
         "mmtune": __version__,
         "python": platform.python_version(),
@@ -56,7 +58,7 @@ def examine() -> dict[str, Any]:
         "extras": extras,
         "disk_free_gib": round(shutil.disk_usage(Path.cwd()).free / 2**30, 1),
         "atomic_rename": _try_rename(),
-        "offline": bool(os.environ.get("HF_HUB_OFFLINE")),
+        "offline": HF_HUB_OFFLINE,
         "advice": advice,
     }
 

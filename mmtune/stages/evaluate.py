@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -53,7 +52,7 @@ def evaluate(
         GateError: A score is below ``eval.fail_under``; the report is published first.
         Interrupted: A signal came; nothing was written.
     """
-    plan = _plan(recipe, limit, offline or bool(os.environ.get("HF_HUB_OFFLINE")))
+    plan = _plan(recipe, limit, offline)
     config = {
         "eval": plan.settings.model_dump(mode="json", exclude={"fail_under"}),
         "tokenize": recipe.tokenize.model_dump(mode="json", exclude={"workers", "layout"}),
