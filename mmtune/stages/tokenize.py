@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -86,7 +85,6 @@ def tokenize(
 
     if recipe.model is None:
         raise RecipeError("the recipe names no model", "add `model: {path: ...}`")
-    offline = offline or bool(os.environ.get("HF_HUB_OFFLINE"))
     parent = read_manifest(recipe.run_dir / "instructions", made_by="build-data")
     settings = recipe.tokenize
     processor = _processor(_Job(recipe.model.path, recipe.model.revision, offline, settings, Path(), Path()))
