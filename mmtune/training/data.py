@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from mmtune.encoding.tree import row_to_tree, tree_rows
+from mmtune.encoding.tree import Tree, row_to_tree, tree_rows
+from mmtune.training.packing import Packing
 from mmtune.training.plan import TreeSizes
+from mmtune.training.tree_batch import TreeCollator
 
 Trees = Sequence[int] | np.ndarray
 
@@ -68,9 +71,13 @@ class TreeBatches:
     def _row(self, index: int) -> dict[str, Any]:
         return {name: self._cell(index, name) for name in self._chunks[0]}
 
+    def trees(self, trees: Trees) -> list[Tree]:
+        """Returns some trees."""
+        return [row_to_tree(self._row(int(index))) for index in trees]
+
     def batch(self, trees: Trees) -> dict[str, Any]:
         """Returns the padded batch of all rows of some trees."""
-        return self._collate([row for index in trees for row in tree_rows(row_to_tree(self._row(int(index))))])
+        return self._collate([row for tree in self.trees(trees) for row in tree_rows(tree)])
 
     def ids(self, trees: Trees) -> list[str]:
         """Returns the example ids in some trees."""
@@ -79,3 +86,22 @@ class TreeBatches:
     def modalities(self, trees: Trees) -> set[str]:
         """Returns the kinds of media in some trees: ``image``, ``video``, ``audio``."""
         return {medium["modality"] for index in trees for medium in self._cell(int(index), "media")}
+
+
+@dataclass(frozen=True)
+class PackedBatches:
+    """Tree indices to batches of packed trees.
+
+    Attributes:
+        source: The split.
+        packing: Of the same split.
+        collate: Bins of trees to tensors.
+    """
+
+    source: TreeBatches
+    packing: Packing
+    collate: TreeCollator
+
+    def batch(self, trees: Trees) -> dict[str, Any]:
+        """Returns the packed batch of a micro batch of ``packing.epoch_batches``."""
+        return self.collate([self.source.trees(members) for members in self.packing.split(np.asarray(trees))])

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from mmtune.training.feed import feed
 from mmtune.training.guards import Spikes, refuse_non_finite
+from mmtune.training.loss import answer_loss
 from mmtune.training.meter import Clock, Window
 from mmtune.training.moved import TowerWatch
 from mmtune.training.optimizer import learning_rate, set_rate
@@ -63,6 +63,7 @@ class Hooks:
         log: Receives each metrics row.
         note: Receives a warning.
         advance: ``(steps, note)`` moves the progress.
+        loss: ``(model, batch)`` to the summed loss and the number of labels.
     """
 
     batch: Callable[[Trees], Batch]
@@ -74,6 +75,7 @@ class Hooks:
     log: Callable[[dict[str, Any]], None]
     note: Callable[[str], None]
     advance: Callable[[int, str], None]
+    loss: Callable[[Any, Batch], tuple[torch.Tensor, int]] = answer_loss
 
 
 @dataclass
@@ -93,22 +95,6 @@ class Outcome:
     metrics: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     unseen: set[str] = field(default_factory=set)
-
-
-def answer_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
-    """Returns the summed cross-entropy in fp32 over the label tokens, and their number.
-
-    Args:
-        model: Called with everything in ``batch`` but ``labels``.
-        batch: ``labels`` is ``(B, T)`` with -100 where there is no loss.
-    """
-    labels_BT = batch["labels"]
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    logits_BTV = model(**inputs, use_cache=False).logits
-    shifted_BT = labels_BT[:, 1:]
-    bears_BT = shifted_BT != -100
-    logits_NV = logits_BTV[:, :-1][bears_BT].float()
-    return functional.cross_entropy(logits_NV, shifted_BT[bears_BT], reduction="sum"), int(bears_BT.sum())
 
 
 def train(
@@ -147,7 +133,7 @@ def train(
             set_rate(optimizer, rate)
             torch.manual_seed(step_seed(settings.seed, step, rank))
             clock.skip()
-            losses = _accumulate(model, accelerator, plan, chosen, batches, clock, window)
+            losses = _accumulate(model, accelerator, plan, chosen, batches, hooks, clock, window)
             norm = _gradient_norm(model, settings.clip)
             refuse_non_finite(losses, norm, chosen, step=step, ids=hooks.ids, last_good=hooks.last_good())
             optimizer.step()
@@ -179,6 +165,7 @@ def _accumulate(
     plan: Plan,
     chosen: Sequence[np.ndarray],
     batches: Iterator[Batch],
+    hooks: Hooks,
     clock: Clock,
     window: Window,
 ) -> list[float]:
@@ -193,7 +180,7 @@ def _accumulate(
         batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in made.items()}
         clock.lap("wait")
         with accelerator.autocast():
-            nll, _ = answer_loss(model, batch)
+            nll, _ = hooks.loss(model, batch)
         clock.lap("forward")
         # Rows without media do not reach a tower that trains alone.
         if counts and nll.requires_grad:

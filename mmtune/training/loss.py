@@ -80,13 +80,14 @@ def _output_head(model: Any) -> torch.nn.Module:
 def _head_at(head: torch.nn.Module, bears_BT: torch.Tensor) -> Iterator[None]:
     """Within this context the head sees only the tokens that bear loss.
 
-    The last token of a row is left out, as it predicts none. Every family calls its head with
-    ``(B, T, H)``, so this needs no argument that only some families know.
+    The last token of a row is left out, as it predicts none; virtual tokens before a row are too.
+    Every family calls its head with ``(B, T, H)``, so this needs no argument that only some know.
     """
+    tokens = bears_BT.shape[1] + 1
 
     def select(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden_BTH, *rest = given
-        return (hidden_BTH[:, :-1][bears_BT][None], *rest)
+        return (hidden_BTH[:, -tokens:-1][bears_BT][None], *rest)
 
     hook = head.register_forward_pre_hook(select)
     try:

@@ -7,7 +7,7 @@ micro batches, so a run keeps its sequence as long as that product stays the sam
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -53,6 +53,7 @@ class Plan:
         micro_batches: Micro batches per step, over all processes.
         epochs: Passes over the data.
         max_steps: Steps, in place of ``epochs``.
+        packed: Epoch to micro batches of packed trees; None when the rows of trees train apart.
     """
 
     sizes: TreeSizes
@@ -62,11 +63,14 @@ class Plan:
     micro_batches: int
     epochs: float
     max_steps: int | None = None
+    packed: Callable[[int], list[np.ndarray]] | None = None
 
     def epoch_batches(self, epoch: int) -> list[np.ndarray]:
         """Returns the micro batches of an epoch; every tree stands in exactly one."""
         if self.sizes.rows.size == 0:
             raise DataError("there is no training row", "look at the rejects of build-data and tokenize", "no_rows")
+        if self.packed is not None:
+            return self.packed(epoch)
         batches: list[np.ndarray] = []
         current: list[int] = []
         rows = longest = 0

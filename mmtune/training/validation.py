@@ -8,12 +8,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmtune.training.loop import Batch, answer_loss
+from mmtune.training.loop import Batch
+from mmtune.training.loss import answer_loss
 from mmtune.training.plan import Plan
 from mmtune.training.ranks import sum_tensor
 
 
-def validation_loss(model: Any, accelerator: Any, plan: Plan, make: Callable[[np.ndarray], Batch]) -> float:
+def validation_loss(
+    model: Any,
+    accelerator: Any,
+    plan: Plan,
+    make: Callable[[np.ndarray], Batch],
+    loss: Callable[[Any, Batch], tuple[torch.Tensor, int]] = answer_loss,
+) -> float:
     """Returns the mean loss per label token over the first epoch of a plan, shared among the processes.
 
     Args:
@@ -21,13 +28,14 @@ def validation_loss(model: Any, accelerator: Any, plan: Plan, make: Callable[[np
         accelerator: For device, precision and rank.
         plan: The batches of the validation split.
         make: Tree indices to a padded batch.
+        loss: As in ``loop.Hooks``.
     """
     total = torch.zeros(2, dtype=torch.float64)
     world, rank = accelerator.num_processes, accelerator.process_index
     with torch.no_grad(), accelerator.autocast():
         for chosen in plan.epoch_batches(0)[rank::world]:
             batch = {name: value.to(accelerator.device) for name, value in make(chosen).items()}
-            nll, count = answer_loss(model, batch)
+            nll, count = loss(model, batch)
             total += torch.tensor([float(nll), count], dtype=torch.float64)
     nll_sum, count_sum = sum_tensor(total.to(accelerator.device), "summing the validation loss").tolist()
     return float(nll_sum / max(count_sum, 1.0))

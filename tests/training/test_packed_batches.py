@@ -1,0 +1,87 @@
+"""A whole epoch in packed bins is a whole epoch of rows: every answer once, the same total loss."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mmtune.encoding.collate import Collator
+from mmtune.encoding.tree import TREE_SCHEMA, build_trees, tree_to_row
+from mmtune.records import Message, TextPart
+from mmtune.training.data import PackedBatches, TreeBatches, tree_sizes
+from mmtune.training.loss import answer_loss
+from mmtune.training.packing import Packing, tree_costs, tree_lengths
+from mmtune.training.plan import Plan
+from mmtune.training.rope_index import rope_index
+from mmtune.training.tree_batch import TreeCollator
+from mmtune.training.tree_mask import mask_rules
+
+WORDS = ("cat", "dog", "left", "picture", "hello world", "three of them")
+
+
+@pytest.fixture
+def split(tiny_family: Any, media: Any, served: Any) -> tuple[Any, pa.Table]:
+    """Nine groups of one to four questions, most with a picture, as a table in two chunks."""
+    family = tiny_family("qwen3_vl")
+    trees = []
+    for number in range(9):
+        made, real = media.image(40 + 20 * number, 50)
+        served[made.path] = real["image"]
+        shown = [made] if number % 4 else []
+        rows = [
+            family.renderer.encode(
+                [
+                    Message("user", (*shown, TextPart(f"Is the {WORDS[(number + k) % 6]} red?"))),
+                    Message("assistant", (TextPart(WORDS[k]),)),
+                ]
+            )
+            for k in range(1 + number % 4)
+        ]
+        trees += build_trees(rows, [f"{number}/{k}" for k in range(len(rows))], 4096)
+    halves = [pa.Table.from_pylist([tree_to_row(t) for t in part], TREE_SCHEMA) for part in (trees[:4], trees[4:])]
+    return family, pa.concat_tables(halves)
+
+
+def test_an_epoch(split: Any) -> None:
+    family, table = split
+    collate = Collator(family.processor, media_root=Path())
+    rows, lengths = TreeBatches(table, collate), tree_lengths(table)
+    capacity = int(lengths.tokens.max()) + 20
+    packing = Packing(tree_costs(lengths, capacity), lengths.rows, capacity, seed=5)
+    packed = PackedBatches(rows, packing, TreeCollator(collate, rope_index(family.model)))
+    batch_tokens = 2 * capacity
+    whole = partial(packing.epoch_batches, batch_tokens=batch_tokens)
+    sizes = tree_sizes(table)
+    plan = Plan(sizes, 5, batch_tokens, None, 1, 1.0, packed=whole)
+    batches = plan.epoch_batches(0)
+    assert 1 < len(batches) < table.num_rows
+    assert sorted(np.concatenate(batches).tolist()) == list(range(table.num_rows))
+    rules = mask_rules(family.model)
+    total = labels = 0.0
+    for chosen in batches:
+        batch = packed.batch(chosen)
+        assert batch["input_ids"].numel() <= batch_tokens
+        loss, count = answer_loss(family.model, batch, rules)
+        assert count == plan.targets([chosen])
+        total, labels = total + float(loss.detach()), labels + count
+    apart, expected = answer_loss(family.model, rows.batch(range(table.num_rows)))
+    assert labels == expected
+    assert total == pytest.approx(float(apart.detach()), rel=1e-5)
+
+
+def test_the_batch_travels_to_loader_processes(split: Any) -> None:
+    import pickle
+
+    family, table = split
+    collate = TreeCollator(Collator(family.processor, media_root=Path()), rope_index(family.model))
+    again = pickle.loads(pickle.dumps(collate.rope))
+    trees = TreeBatches(table, collate.collate).trees([1, 2])
+    expected = collate([trees])
+    found = TreeCollator(collate.collate, again)([trees])
+    assert len(pickle.dumps(collate.rope)) < 50_000, "weights do not travel"
+    assert (found["position_ids"] == expected["position_ids"]).all()
