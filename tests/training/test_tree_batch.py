@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from mmtune.encoding.collate import Collator
@@ -120,3 +121,29 @@ def test_lora_with_checkpointing(family_name: str, tiny_family: Any, media: Any,
     trees = trees_of(family, media, served)
     loss, gradient = both(family, model, [trees])
     assert loss < 1e-5 and gradient < 1e-5
+
+
+@pytest.mark.parametrize("name", ["text_llama3", "gemma3", "llava"])
+def test_flex_attention_takes_the_block_mask(
+    name: str, tiny_family: Any, media: Any, served: Any, monkeypatch: Any
+) -> None:
+    """The loss only, uncompiled: PyTorch has no backward pass of it on a CPU."""
+    from copy import deepcopy
+
+    import transformers.integrations.flex_attention as integration
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def plain(q: Any, k: Any, v: Any, training: bool = False, **options: Any) -> Any:
+        return flex_attention(q, k, v, **options)
+
+    monkeypatch.setattr(integration, "compile_friendly_flex_attention", plain)
+    family = tiny_family(name)
+    model = deepcopy(family.model)
+    model.set_attn_implementation({"text_config": "flex_attention"} if family.takes else "flex_attention")
+    assert mask_rules(model).implementation == "flex_attention"
+    trees = trees_of(family, media, served)
+    batch = TreeCollator(Collator(family.processor, media_root=Path()), multiple_of=128)([trees[1:], trees[:1]])
+    with torch.no_grad():
+        found, _ = answer_loss(model, batch, mask_rules(model))
+        expected, _ = answer_loss(family.model, batch, mask_rules(family.model))
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
