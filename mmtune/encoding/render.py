@@ -59,8 +59,11 @@ class EncodedRow:
 _Op = tuple[Any, ...]
 # How a control token treats the spaces beside it; None where there is none.
 _Flags = tuple[bool, bool] | None
-# Control ids, their flags, and that none of them bears loss.
-_Silent = tuple[np.ndarray, tuple[bool, bool], np.ndarray]
+# Which ids bear loss; None for none of them.
+_Bears = np.ndarray | None
+# Control ids that bear no loss, and their flags.
+_Silent = tuple[np.ndarray, tuple[bool, bool]]
+_NONE = np.empty(0, dtype=np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +71,8 @@ class _Program:
     """A compiled skeleton, and the ids that the tokenizer puts around any text."""
 
     ops: list[_Op]
-    before: tuple[int, ...]
-    after: tuple[int, ...]
+    before: np.ndarray
+    after: np.ndarray
 
 
 class Renderer:
@@ -96,7 +99,7 @@ class Renderer:
             control_end=self.control.ends,
         )
         self._bos = tokenizer.bos_token or ""
-        self._around = _added_around(tokenizer) if multimodal else ((), ())
+        self._around = _added_around(tokenizer) if multimodal else (_NONE, _NONE)
         self._programs: OrderedDict[Any, _Program] = OrderedDict()
 
     def encode(self, messages: Sequence[Message], tools: str = "", add_generation_prompt: bool = False) -> EncodedRow:
@@ -111,10 +114,14 @@ class Renderer:
         Raises:
             Refused: The template, a medium or the text makes an exact encoding impossible.
         """
-        messages = self._with_frames(messages)
+        media = media_of(messages)
+        if any(medium.modality == "video" for medium in media):
+            messages = self._with_frames(messages)
+            media = media_of(messages)
         shape = shape_of(messages, tools)
-        if not all(self._encoder.clean(text) for text in shape.texts):
-            raise Refused("control_token_in_text", "the text holds a private-use character in use as a marker")
+        for text in shape.texts:
+            if not self._encoder.clean(text):
+                raise Refused("control_token_in_text", "the text holds a private-use character in use as a marker")
         key = (shape.key, add_generation_prompt)
         program = self._programs.get(key)
         if program is None:
@@ -122,12 +129,10 @@ class Renderer:
             self._programs[key] = program
             if len(self._programs) > 512:
                 self._programs.popitem(last=False)
-        return self._run(program, shape.texts, media_of(messages))
+        return self._run(program, shape.texts, media)
 
     def _with_frames(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Shows each video as sampled frames."""
-        if not any(part.modality == "video" for part in media_of(messages)):
-            return messages
         shown = []
         for message in messages:
             parts: list[TextPart | Medium] = []
@@ -163,7 +168,7 @@ class Renderer:
         pieces = self._maker.pieces(messages, tools, generation_prompt)
         starts_with_bos = bool(self._bos) and "".join(piece.text for piece in pieces[:1]).startswith(self._bos)
         # The tokenizer adds these ids after encoding, so they are no part of the string.
-        around = ((), ()) if starts_with_bos else self._around
+        around = (_NONE, _NONE) if starts_with_bos else self._around
         ops: list[_Op] = []
         shown = 0
         for piece in pieces:
@@ -177,7 +182,7 @@ class Renderer:
                     ops.append(("media", shown))
                     shown += 1
                 else:
-                    bears = np.full(len(part.ids), piece.loss)
+                    bears = np.ones(len(part.ids), dtype=bool) if piece.loss else None
                     ops.append(("ids", _array(part.ids), part.flags, part.flags, bears))
         if shown != len(media):
             raise Refused("template_refused", f"the chat template shows {shown} of {len(media)} media")
@@ -195,11 +200,12 @@ class Renderer:
             right = ops[end] if end < len(ops) else None
             fixed = all(side is None or side[0] == "ids" for side in (left, right))
             if end > at and fixed:
-                row = _Writer(self._encoder, (), left[3] if left else None)
+                row = _Writer(self._encoder, _NONE, left[3] if left else None)
                 for _, text, loss in ops[at:end]:
                     row.text(text, loss)
-                ids, bears = row.close((), right[2] if right else None)
-                _join(folded, ("ids", ids, None, right[2] if right else None, bears))
+                ids, labels = row.close(_NONE, right[2] if right else None)
+                bears = labels != IGNORED
+                _join(folded, ("ids", ids, None, right[2] if right else None, bears if bears.any() else None))
             else:
                 folded += ops[at:end]
             if right is not None:
@@ -212,12 +218,13 @@ class Renderer:
         images = sum(medium.modality == "image" for medium in media)
         spans: list[MediaSpan] = []
         for op in program.ops:
-            if op[0] == "slot":
-                row.text(escaped(texts[op[1]], op[3]), op[2])
-            elif op[0] == "text":
-                row.text(op[1], op[2])
-            elif op[0] == "ids":
+            kind = op[0]
+            if kind == "ids":
                 row.block(op[1], op[2], op[3], op[4])
+            elif kind == "slot":
+                row.text(escaped(texts[op[1]], op[3]), op[2])
+            elif kind == "text":
+                row.text(op[1], op[2])
             else:
                 medium = media[op[1]]
                 first = -1
@@ -225,11 +232,11 @@ class Renderer:
                     if isinstance(part, str):
                         row.text(part, False)
                     else:
-                        row.block(part[0], part[1], part[1], part[2])
+                        row.block(part[0], part[1], part[1], None)
                         first = row.length - part[0].size if first < 0 else first
                 spans.append(self._span(medium, max(first, 0), row.length))
-        ids, bears = row.close(program.after)
-        return EncodedRow(ids, np.where(bears, ids, IGNORED).astype(np.int32), tuple(spans))
+        ids, labels = row.close(program.after)
+        return EncodedRow(ids, labels, tuple(spans))
 
     def _span(self, medium: Medium, start: int, end: int) -> MediaSpan:
         if medium.fps >= 0:
@@ -241,52 +248,58 @@ class Renderer:
 class _Writer:
     """Collects the ids of a row, encoding each run of text when the control token after it is known."""
 
-    def __init__(self, encoder: TextEncoder, before: tuple[int, ...], left: _Flags = None) -> None:
+    def __init__(self, encoder: TextEncoder, before: np.ndarray, left: _Flags = None) -> None:
         self._encoder = encoder
-        self._ids = [np.asarray(before, dtype=np.int32)]
-        self._bears = [np.zeros(len(before), dtype=bool)]
+        self._ids = [before]
+        # Where loss is borne: first place, and which ids from there.
+        self._bears: list[tuple[int, np.ndarray]] = []
         self._run: list[tuple[str, bool]] = []
         self._left = left
-        self.length = len(before)
+        self.length = before.size
 
     def text(self, text: str, loss: bool) -> None:
         """Adds text."""
         self._run.append((text, loss))
 
-    def block(self, ids: np.ndarray, first: _Flags, last: _Flags, bears: np.ndarray) -> None:
+    def block(self, ids: np.ndarray, first: _Flags, last: _Flags, bears: _Bears) -> None:
         """Adds control ids that begin and end with tokens of these flags."""
         if self._run:
             self._flush(first)
         self._left = last
         self._add(ids, bears)
 
-    def close(self, after: tuple[int, ...], right: _Flags = None) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the ids of the row, and which of them bear loss."""
+    def close(self, after: np.ndarray, right: _Flags = None) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the ids of the row, and its labels."""
         if self._run:
             self._flush(right)
-        self._add(np.asarray(after, dtype=np.int32), np.zeros(len(after), dtype=bool))
-        return np.concatenate(self._ids), np.concatenate(self._bears)
+        self._add(after, None)
+        ids = np.concatenate(self._ids)
+        labels = np.full(ids.size, IGNORED, dtype=np.int32)
+        for start, bears in self._bears:
+            end = start + bears.size
+            np.copyto(labels[start:end], ids[start:end], where=bears)
+        return ids, labels
 
-    def _add(self, ids: np.ndarray, bears: np.ndarray) -> None:
+    def _add(self, ids: np.ndarray, bears: _Bears) -> None:
+        if bears is not None:
+            self._bears.append((self.length, bears))
         self._ids.append(ids)
-        self._bears.append(bears)
         self.length += ids.size
 
     def _flush(self, right: _Flags) -> None:
-        text = "".join(piece for piece, _ in self._run)
-        if not any(loss for _, loss in self._run):
-            ids = self._encoder.encode(text, self._left, right)
-            bears = np.zeros(ids.size, dtype=bool)
-        else:
-            ids, ends = self._encoder.encode_with_ends(text, self._left, right)
-            bears = np.zeros(ids.size, dtype=bool)
-            at = 0
-            for piece, loss in self._run:
-                if loss:
-                    # A token belongs to where its last character stands.
-                    bears |= (ends > at) & (ends <= at + len(piece))
-                at += len(piece)
-        self._run.clear()
+        run, self._run = self._run, []
+        text = run[0][0] if len(run) == 1 else "".join([piece for piece, _ in run])
+        if not any(loss for _, loss in run):
+            self._add(self._encoder.encode(text, self._left, right), None)
+            return
+        ids, ends = self._encoder.encode_with_ends(text, self._left, right)
+        bears = np.zeros(ids.size, dtype=bool)
+        at = 0
+        for piece, loss in run:
+            if loss:
+                # A token belongs to where its last character stands.
+                bears |= (ends > at) & (ends <= at + len(piece))
+            at += len(piece)
         self._add(ids, bears)
 
 
@@ -294,24 +307,29 @@ def _join(ops: list[_Op], op: _Op) -> None:
     """Appends an op; ids that follow ids become one op with them."""
     if ops and ops[-1][0] == op[0] == "ids":
         last = ops.pop()
-        ids, bears = np.concatenate([last[1], op[1]]), np.concatenate([last[4], op[4]])
-        op = ("ids", ids, last[2], op[3], bears)
+        ids = np.concatenate([last[1], op[1]])
+        bears = np.concatenate([_all_bears(last), _all_bears(op)])
+        op = ("ids", ids, last[2], op[3], bears if bears.any() else None)
     ops.append(op)
 
 
+def _all_bears(op: _Op) -> np.ndarray:
+    return np.zeros(op[1].size, dtype=bool) if op[4] is None else op[4]
+
+
 def _silent(block: Block) -> _Silent:
-    return _array(block.ids), block.flags, np.zeros(len(block.ids), dtype=bool)
+    return _array(block.ids), block.flags
 
 
 def _array(ids: Sequence[int]) -> np.ndarray:
     return np.asarray(ids, dtype=np.int32)
 
 
-def _added_around(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _added_around(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
     """Returns the ids that the tokenizer's post-processor puts before and after any text."""
     with_added = tokenizer("a")["input_ids"]
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     for start in range(len(with_added) - len(bare) + 1):
         if with_added[start : start + len(bare)] == bare:
-            return tuple(with_added[:start]), tuple(with_added[start + len(bare) :])
-    return (), ()
+            return _array(with_added[:start]), _array(with_added[start + len(bare) :])
+    return _NONE, _NONE

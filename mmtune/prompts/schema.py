@@ -83,15 +83,12 @@ def example_to_row(example: Example) -> dict[str, Any]:
 
 def row_to_example(row: Mapping[str, Any]) -> Example:
     """Returns the Example that a row was made from."""
-    media = {
-        modality: iter([_row_to_medium(modality, item) for item in row[COLUMN[modality]]]) for modality in MODALITIES
-    }
     return Example(
         id=row["id"],
         source=row["source"],
         task=row["task"],
         split=row["split"],
-        messages=tuple(_row_to_message(message, media) for message in row["messages"]),
+        messages=row_to_messages(row),
         references=tuple(row["references"]),
         metric=row["metric"],
         options=tuple(row["options"]),
@@ -101,6 +98,14 @@ def row_to_example(row: Mapping[str, Any]) -> Example:
         tools=row["tools"],
         metadata=json.loads(row["metadata"]),
     )
+
+
+def row_to_messages(row: Mapping[str, Any]) -> tuple[Message, ...]:
+    """Returns the messages of a row; only its columns ``messages`` and those of media are read."""
+    media = {
+        modality: iter([_row_to_medium(modality, item) for item in row[column]]) for modality, column in COLUMN.items()
+    }
+    return tuple([_row_to_message(message, media) for message in row["messages"]])
 
 
 def _medium_to_row(medium: Medium) -> dict[str, Any]:
@@ -119,8 +124,19 @@ def _medium_to_row(medium: Medium) -> dict[str, Any]:
 
 
 def _row_to_medium(modality: Modality, row: Mapping[str, Any]) -> Medium:
-    fields = {key: value for key, value in row.items() if key != "bytes"}
-    return Medium(modality=modality, data=row["bytes"], **fields)
+    return Medium(
+        modality,
+        row["path"],
+        row["bytes"],
+        row["size_bytes"],
+        row["sha256"],
+        row["width"],
+        row["height"],
+        row["frames"],
+        row["fps"],
+        row["sample_rate_hz"],
+        row["seconds"],
+    )
 
 
 def _message_to_row(message: Message) -> dict[str, Any]:
@@ -142,12 +158,12 @@ def _row_to_message(row: Mapping[str, Any], media: Mapping[Modality, Any]) -> Me
     parts: list[Part] = [
         TextPart(part["text"]) if part["type"] == "text" else next(media[part["type"]]) for part in row["content"]
     ]
-    calls = json.loads(row["tool_calls"]) if row["tool_calls"] else []
+    calls = json.loads(row["tool_calls"]) if row["tool_calls"] else ()
     return Message(
-        role=row["role"],
-        parts=tuple(parts),
-        reasoning=row["reasoning"],
-        tool_calls=tuple(ToolCall(call["name"], call["arguments"]) for call in calls),
-        name=row["name"],
-        train=row["train"],
+        row["role"],
+        tuple(parts),
+        row["reasoning"],
+        tuple([ToolCall(call["name"], call["arguments"]) for call in calls]),
+        row["name"],
+        row["train"],
     )

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
+from mmtune.encoding.fit import fit
+from mmtune.encoding.groups import EncodedGroups, encode_groups, group_order
+from mmtune.encoding.media_check import check_counts
+from mmtune.encoding.processor import load_processor, pad_token_id, processor_fingerprint
+from mmtune.encoding.refused import Refused
+from mmtune.encoding.render import IGNORED, EncodedRow, Renderer
+from mmtune.encoding.tree import TREE_SCHEMA
 from mmtune.errors import DataError, RecipeError
+from mmtune.prompts.schema import row_to_messages
 from mmtune.recipe import Recipe, Tokenize
-from mmtune.records import Medium, Reject
+from mmtune.records import Medium
 from mmtune.storage import (
     Manifest,
     RejectLog,
@@ -35,11 +42,6 @@ _UNIT = 512
 _INLINE_UNITS = 12
 # Encoding reads these columns; the others (answers to score against, lineage) stay on disk.
 _READ = ["id", "messages", "images", "audios", "videos", "tools"]
-_UNREAD: dict[str, Any] = {
-    **dict.fromkeys(("source", "task", "split", "metric", "template_id", "group"), ""),
-    **dict.fromkeys(("references", "options", "exemplar_ids"), ()),
-    "metadata": "{}",
-}
 
 
 @dataclass(frozen=True)
@@ -52,18 +54,6 @@ class _Job:
     settings: Tokenize
     split: Path
     media_root: Path
-
-
-@dataclass(frozen=True)
-class _Done:
-    """What came of one unit of groups."""
-
-    batch: Any
-    rejects: list[Reject]
-    rows: int
-    tokens: int
-    apart: int
-    notes: tuple[str, ...]
 
 
 def tokenize(
@@ -81,8 +71,6 @@ def tokenize(
         DataError: instructions/ is missing, or no row could be encoded.
         RecipeError: The recipe names no model, or its tokenizer cannot be used.
     """
-    from mmtune.encoding.processor import pad_token_id, processor_fingerprint
-
     if recipe.model is None:
         raise RecipeError("the recipe names no model", "add `model: {path: ...}`")
     parent = read_manifest(recipe.run_dir / "instructions", made_by="build-data")
@@ -107,8 +95,6 @@ def tokenize(
 
 
 def _processor(job: _Job) -> Any:
-    from mmtune.encoding.processor import load_processor
-
     return load_processor(
         job.model,
         revision=job.revision,
@@ -127,8 +113,6 @@ def _write(
     offline: bool,
     console: Talk,
 ) -> dict[str, Any]:
-    from mmtune.encoding.tree import TREE_SCHEMA
-
     assert recipe.model is not None
     rows: dict[str, int] = {}
     examples: dict[str, int] = {}
@@ -204,29 +188,15 @@ def _result(target: Path, manifest: Manifest, *, cached: bool) -> dict[str, Any]
     }
 
 
-def _group_order(table: Any, layout: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns row numbers ordered by group (groups by first appearance), and where each group starts."""
-    count = table.num_rows
-    if layout == "rows":
-        return np.arange(count), np.arange(count + 1)
-    keys = np.empty(count, dtype=np.int64)
-    at = 0
-    for chunk in table.column("group").chunks:
-        for value in chunk.to_pylist():
-            digest = hashlib.blake2b((value or "").encode(), digest_size=8).digest()
-            keys[at] = int.from_bytes(digest, "big", signed=True)
-            at += 1
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    order = np.argsort(first[inverse], kind="stable")
-    ranks = first[inverse][order]
-    starts = np.flatnonzero(np.r_[True, ranks[1:] != ranks[:-1]]) if count else np.empty(0, dtype=np.int64)
-    return order, np.r_[starts, count]
-
-
-def _encode_split(job: _Job, limit: int | None) -> Iterator[_Done]:
+def _encode_split(job: _Job, limit: int | None) -> Iterator[EncodedGroups]:
     table = open_split(job.split)
     table = table.slice(0, limit) if limit else table
-    order, starts = _group_order(table, job.settings.layout)
+    if job.settings.layout == "rows":
+        order, starts = np.arange(table.num_rows), np.arange(table.num_rows + 1)
+    else:
+        chunks = table.column("group").chunks
+        groups = (value or "" for chunk in chunks for value in chunk.to_pylist())
+        order, starts = group_order(groups, table.num_rows)
     units = []
     for begin in range(0, len(starts) - 1, _UNIT):
         edges = starts[begin : begin + _UNIT + 1]
@@ -240,31 +210,25 @@ def _encode_split(job: _Job, limit: int | None) -> Iterator[_Done]:
     )
 
 
-def _rows(table: Any, numbers: np.ndarray) -> Any:
-    """Returns some rows as a table of slices; ``take`` would copy whole chunks of a long table."""
-    import pyarrow as pa
-
+def _rows(table: pa.Table, numbers: np.ndarray) -> list[dict[str, Any]]:
+    """Returns some rows by slices; ``take`` would copy whole chunks of a long table."""
     breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
     runs = np.split(numbers, breaks)
-    return pa.concat_tables([table.slice(int(run[0]), len(run)) for run in runs])
+    return pa.concat_tables([table.slice(int(run[0]), len(run)) for run in runs]).to_pylist()
 
 
-def _first_media(table: Any, rows: int = 64) -> Iterator[Medium]:
+def _first_media(table: pa.Table, rows: int = 64) -> Iterator[Medium]:
     """Yields the media of the first rows of a split."""
-    from mmtune.prompts.schema import row_to_example
-
-    for value in table.slice(0, rows).to_pylist():
-        yield from row_to_example({**_UNREAD, **value}).media
+    for row in table.slice(0, rows).to_pylist():
+        for message in row_to_messages(row):
+            yield from message.media
 
 
 class _Encoder:
     """Encodes units of groups with its own processor and its own view of the table."""
 
     def __init__(self, job: _Job) -> None:
-        from mmtune.encoding.media_check import check_counts
-        from mmtune.encoding.render import Renderer
-
-        self._settings = job.settings
+        self._max_length = job.settings.max_length
         self._drop_turns = job.settings.too_long == "drop_turns"
         processor = _processor(job)
         self._renderer = Renderer(processor, video_frames=job.settings.video_frames)
@@ -272,45 +236,15 @@ class _Encoder:
         # Every process looks at the same few files, so all come to the same rule.
         check_counts(self._renderer.counter, processor, job.media_root, _first_media(self._table))
 
-    def __call__(self, unit: tuple[np.ndarray, np.ndarray]) -> _Done:
+    def __call__(self, unit: tuple[np.ndarray, np.ndarray]) -> EncodedGroups:
         """Encodes the groups of one unit, in order."""
-        import pyarrow as pa
-
-        from mmtune.encoding.tree import TREE_SCHEMA, build_trees, tree_to_row
-        from mmtune.prompts.schema import row_to_example
-
         numbers, starts = unit
-        values = [{**_UNREAD, **value} for value in _rows(self._table, numbers).to_pylist()]
-        rows: list[dict[str, Any]] = []
-        rejects: list[Reject] = []
-        done = tokens = apart = 0
-        for first, last in pairwise(starts):
-            encoded, ids = [], []
-            for value in values[first:last]:
-                row = self._encode_row(row_to_example(value), rejects)
-                if row is not None:
-                    encoded.append(row)
-                    ids.append(value["id"])
-            for tree in build_trees(encoded, ids, self._settings.max_length) if encoded else ():
-                rows.append(tree_to_row(tree))
-                tokens += tree.input_ids.size
-            done += len(encoded)
-            apart += sum(row.input_ids.size for row in encoded)
-        batch = pa.RecordBatch.from_pylist(rows, schema=TREE_SCHEMA) if rows else None
-        return _Done(batch, rejects, done, tokens, apart, tuple(self._renderer.counter.notes))
+        rows = _rows(self._table, numbers)
+        return encode_groups(rows, starts, self._encode, self._max_length, self._renderer.counter.notes)
 
-    def _encode_row(self, example: Any, rejects: list[Reject]) -> Any:
-        from mmtune.encoding.fit import fit
-        from mmtune.encoding.refused import Refused
-        from mmtune.encoding.render import IGNORED
-
-        try:
-            _, row = fit(
-                self._renderer, example.messages, example.tools, self._settings.max_length, drop_turns=self._drop_turns
-            )
-            if not (row.labels != IGNORED).any():
-                raise Refused("no_target", "no token of this row bears loss")
-            return row
-        except Refused as refused:
-            rejects.append(Reject("", example.id, refused.reason, refused.detail))
-            return None
+    def _encode(self, row: Mapping[str, Any]) -> EncodedRow:
+        messages = row_to_messages(row)
+        _, encoded = fit(self._renderer, messages, row["tools"], self._max_length, drop_turns=self._drop_turns)
+        if not (encoded.labels != IGNORED).any():
+            raise Refused("no_target", "no token of this row bears loss")
+        return encoded
