@@ -375,6 +375,8 @@ def _validation_loss(run: _Run) -> float | None:
 
 
 def _publish(run: _Run, outcome: Any, console: Talk, staging: Staging) -> dict[str, Any]:
+    from mmtune.encoding.processor import tokenizer_of
+    from mmtune.evaluation.generation import stop_ids
     from mmtune.models.adapter import save_tuned
     from mmtune.models.towers import tower_table
     from mmtune.training.meter import shares
@@ -393,6 +395,7 @@ def _publish(run: _Run, outcome: Any, console: Talk, staging: Staging) -> dict[s
         "val_loss": next((row["val_loss"] for row in reversed(rows) if "val_loss" in row), None),
         **shares(outcome.seconds),
         "media_root": run.tokens.facts.get("media_root"),
+        "eos_token_ids": stop_ids(run.model, tokenizer_of(run.processor)),
     }
     timings = {f"{name}_seconds": round(value, 3) for name, value in outcome.seconds.items()}
     staging.publish(rows={"train": int(run.plan.sizes.rows.sum())}, facts=facts, timings=timings)

@@ -1,0 +1,185 @@
+"""The finetune stage on bundled scenes: settings reach the run, and processes end with the code of the contract."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from mmtune.errors import DivergedError
+from mmtune.models.load import load_tuned
+from mmtune.recipe import Finetune, Model, Recipe, Source
+from mmtune.stages.build_data import build_data
+from mmtune.stages.finetune import finetune
+from mmtune.stages.tokenize import tokenize
+from mmtune.storage import read_manifest
+from mmtune.talk import Talk
+
+
+def recipe_at(folder, repository, model, **settings):
+    notes = repository / "data" / "scenes" / "annotations"
+    source = Source(
+        id="compare",
+        reader="vqa_v2",
+        questions=str(notes / "compare_train_questions.json"),
+        annotations=str(notes / "compare_train_annotations.json"),
+        images=str(repository / "data" / "scenes" / "train"),
+        limit=12,
+    )
+    common = {"batch_rows": 4, "max_steps": 3, "learning_rate": 0.01, "log_every": 1, "lora": {"r": 2}}
+    finetune_settings = Finetune.model_validate({**common, **settings})
+    return Recipe(run_dir=folder, model=Model(path=str(model)), sources=(source,), finetune=finetune_settings)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory, repository, tiny_vlm):
+    folder = tmp_path_factory.mktemp("made")
+    recipe = recipe_at(folder, repository, tiny_vlm)
+    build_data(recipe, console=Talk(quiet=True))
+    tokenize(recipe, console=Talk(quiet=True))
+    return folder / "tokens"
+
+
+@pytest.fixture(autouse=True)
+def own_precision():
+    """Accelerate keeps the precision of the first run of a process."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.fixture
+def fresh(tokens, tmp_path, repository, tiny_vlm):
+    """A function from settings to a recipe over the same tokens."""
+    shutil.copytree(tokens, tmp_path / "tokens")
+
+    def make(**settings):
+        return recipe_at(tmp_path, repository, tiny_vlm, **settings)
+
+    return make
+
+
+def metrics_of(recipe):
+    return [json.loads(line) for line in (recipe.run_dir / "adapter" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "ia3"},
+        {"method": "prompt", "virtual_tokens": 4},
+        {"method": "full", "train": ["llm", "vision", "projector"], "tower_rates": {"vision": 1e-3}},
+        {"lora": {"r": 2, "dora": True, "rslora": True, "plus_ratio": 16}, "train": ["llm", "vision"]},
+        {"lora": {"r": 2, "init": "pissa"}},
+        {"precision": "bf16", "checkpointing": True, "neftune_alpha": 5},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_every_method_goes_from_recipe_to_adapter(fresh, settings):
+    recipe = fresh(**settings)
+    result = finetune(recipe, console=Talk(quiet=True))
+    assert result["steps"] == 3 and len(metrics_of(recipe)) == 3
+    facts = read_manifest(recipe.run_dir / "adapter").facts
+    assert facts["eos_token_ids"] and 0 <= facts["wait_share"] <= facts["overhead_share"] <= 1
+    assert {tower for tower, row in facts["towers"].items() if row["trainable"]} == set(recipe.finetune.train)
+    load_tuned(recipe.model.path, recipe.run_dir / "adapter")
+
+
+def test_trackers_get_the_metrics(fresh):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed (pip install 'mmtune[trackers]')")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = fresh(trackers=["tensorboard"])
+    finetune(recipe, console=Talk(quiet=True))
+    files = list((recipe.run_dir / "trackers").rglob("events.out.*"))
+    assert files
+    losses = {}
+    for file in files:
+        events = EventAccumulator(str(file)).Reload()
+        if "loss" in events.Tags()["scalars"]:
+            losses = {event.step: event.value for event in events.Scalars("loss")}
+    assert losses == pytest.approx({row["step"]: row["loss"] for row in metrics_of(recipe)}, rel=1e-6)
+
+
+def test_a_run_that_diverges_leaves_its_checkpoint_and_nothing_else(fresh):
+    recipe = fresh(method="full", learning_rate=10, max_steps=60, save_every=1, warmup=0, clip=None, beta2=0.01)
+    with pytest.raises(DivergedError, match=r"examples: compare/.*last good checkpoint: .*step-000000"):
+        finetune(recipe, console=Talk(quiet=True))
+    assert not (recipe.run_dir / "adapter").exists()
+    for folder in (recipe.run_dir / "checkpoints" / "finetune").iterdir():
+        weights = load_file(folder / "trainable.safetensors")
+        assert all(bool(value.isfinite().all()) for value in weights.values())
+
+
+# On two processes, through the command line.
+
+
+@pytest.fixture
+def two(fresh, tmp_path):
+    """A function from settings to a started run on two processes."""
+    children = []
+
+    def start(**settings):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(fresh(**settings).model_dump_json())
+        command = [sys.executable, "-m", "mmtune", "finetune", str(path), "--cpu-processes", "2"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        children.append(child)
+        return child
+
+    yield start
+    for child in children:
+        if child.poll() is None:
+            for process in [*psutil.Process(child.pid).children(recursive=True), child]:
+                process.kill()
+
+
+def wait_for(path, child):
+    limit = time.monotonic() + 200
+    while not path.exists() and child.poll() is None and time.monotonic() < limit:
+        time.sleep(0.02)
+    assert path.exists(), child.communicate()[1][-3000:]
+
+
+def rank_process(child, rank):
+    """The process of a rank below a launcher."""
+    for process in psutil.Process(child.pid).children(recursive=True):
+        if process.environ().get("RANK") == str(rank):
+            return process.pid
+    raise AssertionError(f"no process of rank {rank}")
+
+
+@pytest.mark.slow
+def test_a_diverged_run_ends_with_6_and_a_finished_one_is_not_redone(two):
+    bad = two(method="full", learning_rate=10, max_steps=60, warmup=0, clip=None, beta2=0.01)
+    _, talk = bad.communicate(timeout=300)
+    assert bad.returncode == 6, talk[-3000:]
+    assert "is not finite" in talk
+    done = two(max_steps=2)
+    _, talk = done.communicate(timeout=300)
+    assert done.returncode == 0, talk[-3000:]
+    again = two(max_steps=2)
+    _, talk = again.communicate(timeout=300)
+    assert again.returncode == 0 and "up to date" in talk
+
+
+@pytest.mark.slow
+def test_a_dead_process_ends_the_run_and_the_checkpoint_stays(two, fresh):
+    child = two(max_steps=100_000, save_every=2, rank_timeout_seconds=5)
+    folder = fresh().run_dir / "checkpoints" / "finetune"
+    wait_for(folder / "step-00000002" / "state.json", child)
+    os.kill(rank_process(child, 1), signal.SIGKILL)
+    began = time.monotonic()
+    _, talk = child.communicate(timeout=120)
+    assert time.monotonic() - began < 60
+    assert child.returncode == 5, talk[-3000:]
+    assert "died" in talk and not (fresh().run_dir / "adapter").exists()
+    assert any((step / "state.json").is_file() for step in folder.glob("step-*"))
