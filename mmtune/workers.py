@@ -7,10 +7,10 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Literal, TypeVar
 
 from mmtune.errors import ResourceError
@@ -33,6 +33,7 @@ def in_order(
     processes: int,
     inline: int,
     setting: str,
+    preload: Sequence[str] = (),
 ) -> Iterator[Done]:
     """Yields what became of every unit, in their order and with a few of them in memory.
 
@@ -43,6 +44,8 @@ def in_order(
         processes: One does everything here.
         inline: So many units are done here first: a small job does not pay for a pool.
         setting: The recipe's key for the number of processes, for the error's hint.
+        preload: Modules that every process needs and that are slow to import. They are imported
+            once and inherited, unless an earlier pool of this run has started without them.
 
     Raises:
         ResourceError: A process was killed.
@@ -55,20 +58,19 @@ def in_order(
         yield work(unit)
     first = next(waiting, None)
     if first is not None:
-        yield from _in_pool(make, first, waiting, processes, setting)
+        # Not fork: this process may hold threads (Arrow, a progress bar) that a forked child would lose.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["__main__", *preload])
+        pool = ProcessPoolExecutor(processes, context, _start, (make,))
+        yield from _in_pool(pool, chain((first,), waiting), _AHEAD * processes, setting)
 
 
-def _in_pool(
-    make: Callable[[], Callable[[Unit], Done]], first: Unit, rest: Iterator[Unit], processes: int, setting: str
-) -> Iterator[Done]:
-    # Not fork: this process may hold threads (Arrow, a progress bar) that a forked child would lose.
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("forkserver"), _start, (make,))
-    flying: deque[Future[Done]] = deque()
+def _in_pool(pool: ProcessPoolExecutor, units: Iterable[Unit], ahead: int, setting: str) -> Iterator[Any]:
+    flying: deque[Future[Any]] = deque()
     try:
-        flying.append(pool.submit(_work, first))
-        for unit in rest:
+        for unit in units:
             flying.append(pool.submit(_work, unit))
-            if len(flying) > _AHEAD * processes:
+            if len(flying) > ahead:
                 yield flying.popleft().result()
         while flying:
             yield flying.popleft().result()

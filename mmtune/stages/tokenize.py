@@ -40,6 +40,8 @@ from mmtune.workers import in_order, process_count
 _UNIT = 512
 # So few units are encoded here: starting processes would take longer than the work.
 _INLINE_UNITS = 12
+# What loading a processor imports for seconds.
+_SLOW_IMPORTS = ("transformers.processing_utils", "transformers.models.auto.processing_auto")
 # Encoding reads these columns; the others (answers to score against, lineage) stay on disk.
 _READ = ["id", "messages", "images", "audios", "videos", "tools"]
 
@@ -207,6 +209,7 @@ def _encode_split(job: _Job, limit: int | None) -> Iterator[EncodedGroups]:
         processes=process_count(job.settings.workers),
         inline=len(units) if len(units) <= _INLINE_UNITS else 0,
         setting="tokenize.workers",
+        preload=_SLOW_IMPORTS,
     )
 
 

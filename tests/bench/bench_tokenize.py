@@ -10,7 +10,6 @@ two processes and samples the memory of the process tree every quarter of a seco
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import sys
 import tempfile
@@ -98,39 +97,43 @@ def write_instructions(run_dir: Path, rows: int) -> None:
 
 
 class Memory(threading.Thread):
-    """Samples the memory of this process and its children until told to stop."""
+    """Samples memory and processor time of this process and its children until told to stop."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.peaks: dict[str, int] = {}
+        self.seconds: dict[int, float] = {}
         self.done = threading.Event()
 
     def run(self) -> None:
         import psutil
 
         own = psutil.Process()
+        before = sum(own.cpu_times()[:2])
         while not self.done.wait(0.25):
-            total = {"RssAnon": 0, "VmRSS": 0}
+            # Pages that processes share count once in Pss_Anon.
+            total = {"Pss_Anon": 0, "RssAnon": 0, "VmRSS": 0}
             worst = 0
             for process in [own, *own.children(recursive=True)]:
                 try:
-                    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-                except OSError:
+                    used = sum(process.cpu_times()[:2])
+                    self.seconds[process.pid] = used - (before if process.pid == own.pid else 0.0)
+                    folder = Path(f"/proc/{process.pid}")
+                    lines = [
+                        line for name in ("status", "smaps_rollup") for line in (folder / name).read_text().splitlines()
+                    ]
+                except (OSError, psutil.Error):
                     continue
                 values = {
-                    line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith(("Rss", "VmRSS"))
+                    line.split(":")[0]: int(line.split()[1])
+                    for line in lines
+                    if line.startswith(("RssAnon", "VmRSS", "Pss_Anon"))
                 }
                 for name in total:
                     total[name] += values.get(name, 0)
                 worst = max(worst, values.get("VmRSS", 0))
             for name, value in {**total, "largest process VmRSS": worst}.items():
                 self.peaks[name] = max(self.peaks.get(name, 0), value)
-
-
-def processor_seconds() -> float:
-    """Returns the processor time of this process and its finished children."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def measure(folder: Path, rows: int, workers: int) -> dict[str, Any]:
@@ -144,12 +147,10 @@ def measure(folder: Path, rows: int, workers: int) -> dict[str, Any]:
     recipe = Recipe(run_dir=run_dir, model=Model(path=str(folder / "model")), tokenize=Tokenize(workers=workers))
     memory = Memory()
     memory.start()
-    before = processor_seconds()
     started = time.monotonic()
     stage._INLINE_UNITS = 0
     result = stage.tokenize(recipe, offline=True, console=Talk())
     seconds = time.monotonic() - started
-    cpu = processor_seconds() - before
     memory.done.set()
     memory.join()
     manifest = json.loads((run_dir / "tokens" / "manifest.json").read_text())
@@ -161,7 +162,7 @@ def measure(folder: Path, rows: int, workers: int) -> dict[str, Any]:
         "seconds, whole stage": round(seconds, 1),
         "rows/s, whole stage": round(rows / seconds),
         "rows/s, encoding (start of processes included)": round(rows / encoding),
-        "rows per second of processor time, all processes": round(rows / cpu),
+        "rows per second of processor time, all processes": round(rows / sum(memory.seconds.values())),
         "rows out": sum(result["rows"].values()),
         **{f"peak {name} MiB": round(value / 1024) for name, value in memory.peaks.items()},
     }
