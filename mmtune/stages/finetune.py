@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,9 @@ class _Run:
     model: Any
     optimizer: Any
     accelerator: Any
-    plan: Any
     train: Any
-    val: Any
+    split: Any
+    validate: Any
     checkpoints: Any
     identity: dict[str, Any]
     processor: Any
@@ -136,9 +137,9 @@ def _prepare(
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     from mmtune.encoding.processor import load_processor, processor_fingerprint
+    from mmtune.training.batching import packed_trees, rows_apart
     from mmtune.training.checkpoints import CheckpointFolder
     from mmtune.training.optimizer import make_adamw
-    from mmtune.training.plan import Plan
     from mmtune.training.ranks import share_weights
 
     precision = _precision(settings.precision)
@@ -163,17 +164,22 @@ def _prepare(
     _show_towers(model, console)
     train = _split(recipe, tokens, processor, "train", limit)
     val = _split(recipe, tokens, processor, "val", settings.eval_rows) if tokens.rows.get("val") else None
-    plan = Plan(
-        sizes=train[0],
-        seed=recipe.seed,
-        batch_tokens=settings.batch_tokens,
-        batch_rows=settings.batch_rows,
-        micro_batches=accelerator.num_processes * settings.accumulate,
-        epochs=settings.epochs,
-        max_steps=settings.max_steps,
-    )
     model.to(accelerator.device)
     share_weights(model)
+    as_trees = _trains_trees(model, train, accelerator, console)
+    make = partial(packed_trees, model) if as_trees else rows_apart
+    budget = {"batch_tokens": settings.batch_tokens, "batch_rows": settings.batch_rows}
+    batching = make(
+        train,
+        {
+            **budget,
+            "seed": recipe.seed,
+            "micro_batches": accelerator.num_processes * settings.accumulate,
+            "epochs": settings.epochs,
+            "max_steps": settings.max_steps,
+        },
+    )
+    held_out = val and make(val, {**budget, "seed": 0, "micro_batches": 1, "epochs": 1.0})
     optimizer = make_adamw(
         model,
         rate=settings.learning_rate,
@@ -183,10 +189,47 @@ def _prepare(
         plus_ratio=settings.lora.plus_ratio,
     )
     checkpoints = CheckpointFolder(recipe.run_dir / "checkpoints" / "finetune", settings.keep)
-    identity = {**identity, "micro_batches": plan.micro_batches, "precision": precision}
+    identity = {
+        **identity,
+        "micro_batches": batching.plan.micro_batches,
+        "precision": precision,
+        "batches": "trees" if as_trees else "rows",
+    }
     return _Run(
-        recipe, settings, tokens, model, optimizer, accelerator, plan, train[1], val, checkpoints, identity, processor
+        recipe,
+        settings,
+        tokens,
+        model,
+        optimizer,
+        accelerator,
+        batching,
+        train,
+        held_out,
+        checkpoints,
+        identity,
+        processor,
     )
+
+
+def _trains_trees(model: Any, split: Any, accelerator: Any, console: Talk) -> bool:
+    """Says whether shared prefixes are computed once: where there are some, and the model proves exact on them."""
+    import torch
+
+    from mmtune.training.batching import check_sharing
+    from mmtune.training.ranks import sum_tensor
+
+    if not split.shares:
+        return False
+    check = check_sharing(model, split, accelerator)
+    refused = sum_tensor(torch.tensor([float(not check.exact)], device=accelerator.device), "agreeing on trees")
+    if not check.exact:
+        console.note(f"each row trains apart, its media computed again: {check.reason}")
+    elif not refused:
+        console.say(
+            "finetune: rows that share media train as one tree; a few compared with separate rows:"
+            f" loss differs by {check.loss_error:.0e}, gradients by {check.gradient_error:.0e} of 1"
+        )
+    return not refused
 
 
 def _precision(asked: str) -> str:
@@ -236,16 +279,16 @@ def _model(recipe: Recipe, settings: Finetune, path: str, precision: str, offlin
     )
 
 
-def _split(recipe: Recipe, tokens: Manifest, processor: Any, split: str, limit: int | None) -> tuple[Any, Any]:
+def _split(recipe: Recipe, tokens: Manifest, processor: Any, split: str, limit: int | None) -> Any:
     from mmtune.encoding.collate import Collator
-    from mmtune.training.data import TreeBatches, tree_sizes
+    from mmtune.training.batching import load_split
 
     table = open_split(recipe.run_dir / "tokens" / split)
     table = table.slice(0, limit) if limit else table
     if table.num_rows == 0:
         raise DataError(f"tokens/{split} has no rows", "look at tokens/rejects.jsonl", "no_rows")
     collate = Collator(processor, media_root=Path(tokens.facts["media_root"]))
-    return tree_sizes(table), TreeBatches(table, collate)
+    return load_split(table, collate)
 
 
 def _show_towers(model: Any, console: Talk) -> None:
@@ -279,7 +322,7 @@ def _resume_from(run: _Run, resume: str, console: Talk) -> tuple[int, str]:
         )
     load_trainable_state(run.model, run.checkpoints.load(checkpoint, "trainable"))
     load_optimizer_state(run.optimizer, run.model, run.checkpoints.load(checkpoint, "optimizer"))
-    console.say(f"finetune: resuming after step {checkpoint.step} of {run.plan.total_steps}")
+    console.say(f"finetune: resuming after step {checkpoint.step} of {run.train.plan.total_steps}")
     return checkpoint.step, run.checkpoints.metrics(checkpoint)
 
 
@@ -288,10 +331,10 @@ def _train(run: _Run, resume: str, console: Talk) -> Any:
     from mmtune.training.ranks import wait_for_all
 
     start, metrics = _resume_from(run, resume, console)
-    settings = run.settings
+    settings, plan = run.settings, run.train.plan
     console.say(
-        f"finetune: {run.plan.sizes.rows.sum():,} rows in {run.plan.sizes.rows.size:,} trees,"
-        f" {run.plan.total_steps:,} steps, {run.accelerator.num_processes} process(es) on {run.accelerator.device}"
+        f"finetune: {plan.sizes.rows.sum():,} rows in {plan.sizes.rows.size:,} trees,"
+        f" {plan.total_steps:,} steps, {run.accelerator.num_processes} process(es) on {run.accelerator.device}"
     )
     if settings.trackers:
         run.accelerator.init_trackers("mmtune", config={"seed": run.recipe.seed})
@@ -306,13 +349,13 @@ def _train(run: _Run, resume: str, console: Talk) -> Any:
         eval_every=settings.eval_every,
         workers=settings.workers,
     )
-    with console.progress(run.plan.total_steps, "finetune") as bar:
+    with console.progress(plan.total_steps, "finetune") as bar:
         bar.advance(start)
         outcome = train(
             run.model,
             run.optimizer,
             run.accelerator,
-            run.plan,
+            plan,
             loop_settings,
             _hooks(run, console, bar.advance),
             start=start,
@@ -325,7 +368,7 @@ def _train(run: _Run, resume: str, console: Talk) -> Any:
     wait_for_all("ending the run")
     if outcome.stopped_by:
         error = Interrupted(
-            f"stopped by a signal after step {outcome.step} of {run.plan.total_steps}; the state is saved",
+            f"stopped by a signal after step {outcome.step} of {plan.total_steps}; the state is saved",
             "run the same command again to go on",
         )
         error.exit_code = 130 if outcome.stopped_by == 2 else 75
@@ -351,8 +394,9 @@ def _hooks(run: _Run, console: Talk, advance: Callable[[int, str], None]) -> Any
 
     return Hooks(
         batch=run.train.batch,
-        ids=run.train.ids,
-        modalities=run.train.modalities,
+        loss=run.train.loss,
+        ids=run.split.source.ids,
+        modalities=run.split.source.modalities,
         save=save,
         last_good=run.checkpoints.newest_name,
         validate=lambda: _validation_loss(run),
@@ -364,14 +408,11 @@ def _hooks(run: _Run, console: Talk, advance: Callable[[int, str], None]) -> Any
 
 def _validation_loss(run: _Run) -> float | None:
     """Returns the mean loss per label token on the validation split, or None without one."""
-    if run.val is None:
+    if run.validate is None:
         return None
-    from mmtune.training.plan import Plan
     from mmtune.training.validation import validation_loss
 
-    sizes, trees = run.val
-    plan = Plan(sizes, 0, run.settings.batch_tokens, run.settings.batch_rows, 1, 1.0)
-    return validation_loss(run.model, run.accelerator, plan, trees.batch)
+    return validation_loss(run.model, run.accelerator, run.validate.plan, run.validate.batch, run.validate.loss)
 
 
 def _publish(run: _Run, outcome: Any, console: Talk, staging: Staging) -> dict[str, Any]:
@@ -398,10 +439,11 @@ def _publish(run: _Run, outcome: Any, console: Talk, staging: Staging) -> dict[s
         "eos_token_ids": stop_ids(run.model, tokenizer_of(run.processor)),
     }
     timings = {f"{name}_seconds": round(value, 3) for name, value in outcome.seconds.items()}
-    staging.publish(rows={"train": int(run.plan.sizes.rows.sum())}, facts=facts, timings=timings)
+    staging.publish(rows={"train": int(run.train.plan.sizes.rows.sum())}, facts=facts, timings=timings)
     run.checkpoints.clear()
     shutil.rmtree(run.checkpoints.folder.parent, ignore_errors=True)
-    console.say(f"finetune: wrote {staging.target} (loss {facts['loss']}, val loss {facts['val_loss']})")
+    losses = [f"{name} {facts[key]:.4f}" for name, key in (("loss", "loss"), ("val loss", "val_loss")) if facts[key]]
+    console.say(f"finetune: wrote {staging.target} ({', '.join(losses) or 'no loss logged'})")
     return {"stage": "finetune", "cached": False, "target": str(staging.target), **facts}
 
 
