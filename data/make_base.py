@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 IMAGE_PX = 48
-PATCH_PX = 24
+PATCH_PX = 12
 VOCABULARY = 1024
 CONTEXT = 4096
 POSITION_SCALE = 0.5
@@ -192,18 +192,26 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
 
 
 def write_start(config: LlavaConfig, folder: Path) -> None:
-    """Write random weights (seed 0) whose position embeddings are as loud as the patches.
+    """Write random weights (seed 0) whose position embeddings are as loud as the patches and say what belongs together.
 
     CLIP starts positions at 0.02, twenty times below what a patch of these pictures gives, and they stay
-    there: the model learns colours and counts but not what is left or right.
+    there: the model learns colours and counts but not what is left or right. A position starts as the sum of a
+    vector of its quarter of the picture and one of its place within, so that attention finds the patches of one
+    digit early.
     """
     import torch
     from transformers import LlavaForConditionalGeneration
 
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config)
+    side, width = IMAGE_PX // PATCH_PX, config.vision_config.hidden_size
+    quarter = torch.randn(2, 2, width).repeat_interleave(side // 2, 0).repeat_interleave(side // 2, 1)
+    place = torch.randn(side // 2, side // 2, width).repeat(2, 2, 1)
+    grid = POSITION_SCALE * (1.5 * quarter + place)
     with torch.no_grad():
-        model.model.vision_tower.embeddings.position_embedding.weight.normal_(0.0, POSITION_SCALE)
+        positions = model.model.vision_tower.embeddings.position_embedding.weight
+        positions[0].normal_(0.0, POSITION_SCALE)
+        positions[1:] = grid.reshape(side * side, width)
     model.save_pretrained(folder)
 
 

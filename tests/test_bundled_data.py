@@ -219,7 +219,7 @@ def test_any_text_survives_the_bundled_tokenizer() -> None:
         assert len(tokenizer(word, add_special_tokens=False)["input_ids"]) == 1, word
 
 
-def test_any_picture_becomes_four_tokens() -> None:
+def test_any_picture_becomes_sixteen_tokens() -> None:
     from PIL import Image
     from transformers import AutoProcessor
 
@@ -228,7 +228,7 @@ def test_any_picture_becomes_four_tokens() -> None:
     for mode, size in (("RGB", (640, 480)), ("L", (1, 300)), ("RGBA", (48, 48)), ("P", (17, 5))):
         batch = processor(images=Image.new(mode, size), text="<image>hello", return_tensors="np")
         assert batch["pixel_values"].shape == (1, 3, 48, 48)
-        assert (batch["input_ids"] == image_id).sum() == 4
+        assert (batch["input_ids"] == image_id).sum() == 16
 
 
 def test_bundled_chat_template_shows_every_kind_of_turn() -> None:
