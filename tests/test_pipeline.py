@@ -202,3 +202,42 @@ def test_labels_in_tokens_are_answers(recipe):
         for branch in range(1, len(tree["example_ids"]) + 1):
             marks = [label for label, b in zip(tree["labels"], tree["branch"], strict=True) if b == branch]
             assert sum(label != -100 for label in marks) == 2
+
+
+def test_trees_train_as_separate_rows_do(tmp_path, repository):
+    """The stage's own losses, trees packed and rows apart: the same questions in the same step, the same numbers."""
+    pictures = repository / "data" / "scenes" / "train"
+    questions = ("How many digits are in the picture?", "What is the background color?", "Is there a 7?")
+    rows = [
+        {"image": picture.name, "question": question, "answer": answer}
+        for picture in sorted(pictures.glob("*.png"))[:8]
+        for question, answer in zip(questions, ("2", "black", "no"), strict=True)
+    ]
+    table = tmp_path / "rows.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "model": {"path": str(repository / "data" / "base")},
+        "sources": [
+            {
+                "id": "mine",
+                "reader": "table",
+                "split": "train",
+                "path": str(table),
+                "images": str(pictures),
+                "columns": {"image": "image", "question": "question", "answer": "answer"},
+            }
+        ],
+        "build": {"templates": "first"},
+        # One batch holds the whole split, so that both layouts see the same rows in every step.
+        "finetune": {"lora": {"r": 4}, "learning_rate": 1e-3, "batch_rows": 24, "max_steps": 3, "log_every": 1},
+    }
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(settings))
+    losses = {}
+    for layout in ("tree", "rows"):
+        overrides = ["--set", f"run_dir={tmp_path / layout}", "--set", f"tokenize.layout={layout}"]
+        said = mmtune("run", recipe, *overrides, check=0).stderr
+        assert ("train as one tree" in said) == (layout == "tree")
+        losses[layout] = [row["loss"] for row in json_lines(tmp_path / layout / "adapter" / "metrics.jsonl")]
+    assert len(losses["tree"]) == 3
+    assert losses["tree"] == pytest.approx(losses["rows"], rel=1e-5)

@@ -33,8 +33,8 @@ def recipe(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": {"path": str(repository / "data" / "base")},
         "sources": sources,
         "finetune": {
-            "lora": {"r": 16, "alpha": 32},
-            "train": ["llm"],
+            "lora": {"r": 32, "alpha": 32},
+            "train": ["projector", "llm"],
             "learning_rate": 2e-3,
             "max_steps": 150,
             "batch_rows": 32,
