@@ -1,0 +1,140 @@
+"""finetune: tokens/ to adapter/. Wiring only; the loop is in ``training``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from mmtune.errors import IntegrityError, MmtuneError, RecipeError
+from mmtune.recipe import Finetune, Recipe
+from mmtune.stages.finetune.course import follow
+from mmtune.stages.finetune.preparation import Run, prepare
+from mmtune.storage import Manifest, Staging, is_finished, open_stage, read_manifest
+from mmtune.talk import Talk
+from mmtune.training import launch as launching
+from mmtune.training.launch import is_launched, is_main
+
+__all__ = ["finetune", "is_launched", "is_main", "launch"]
+
+# Settings that change how a run is watched, not what it computes.
+_FREE = ("save_every", "keep", "log_every", "trackers", "workers", "rank_timeout_seconds")
+
+
+def finetune(
+    recipe: Recipe,
+    *,
+    force: bool = False,
+    dry_run: bool = False,
+    limit: int | None = None,
+    resume: str = "auto",
+    offline: bool = False,
+    console: Talk,
+) -> dict[str, Any]:
+    """Tunes the model on tokens/train and writes adapter/; returns the result document.
+
+    Raises:
+        DataError: tokens/ is missing or empty.
+        IntegrityError: adapter/ or its checkpoints belong to other settings.
+        DivergedError: Loss or gradient is not finite.
+        Interrupted: A signal came; the state is saved.
+    """
+    try:
+        return _finetune(recipe, force, dry_run, limit, resume, offline, console)
+    except MmtuneError as error:
+        launching.leave_exit_code(error.exit_code)
+        raise
+
+
+def _finetune(
+    recipe: Recipe, force: bool, dry_run: bool, limit: int | None, resume: str, offline: bool, console: Talk
+) -> dict[str, Any]:
+    settings = recipe.finetune or Finetune()
+    tokens = read_manifest(recipe.run_dir / "tokens", made_by="tokenize")
+    path = model_path(recipe, tokens)
+    config = {
+        "finetune": settings.model_dump(mode="json", exclude=set(_FREE)),
+        "model": path,
+        "revision": recipe.model.revision if recipe.model else None,
+        "seed": recipe.seed,
+        "limit": limit,
+    }
+    target = recipe.run_dir / "adapter"
+    parents = {"tokens": tokens.hash}
+    if dry_run:
+        return {"stage": "finetune", "dry_run": True, "target": str(target), "config": config, "rows": tokens.rows}
+    staging: Staging | None = None
+    if is_main():
+        staging = open_stage(target, stage="finetune", config=config, parents=parents, force=force, on_change="refuse")
+    if staging is None and (is_main() or (not force and _is_made(target, config, parents))):
+        console.say(f"finetune: {target} is up to date (same settings, same tokens); nothing to do")
+        return {"stage": "finetune", "cached": True, "target": str(target), **read_manifest(target).facts}
+    with staging or nullcontext():
+        run = prepare(
+            recipe, settings, tokens, path, {"config": config, "tokens": tokens.hash}, limit, offline, console
+        )
+        outcome = follow(run, resume, console)
+        if staging is None:
+            return {"stage": "finetune", "rank": run.accelerator.process_index}
+        return _publish(run, outcome, console, staging)
+
+
+def _is_made(target: Path, config: dict[str, Any], parents: dict[str, str]) -> bool:
+    """Says what the first process finds too, so that the others do not wait for it."""
+    if not is_finished(target):
+        return False
+    made = read_manifest(target)
+    return made.config == json.loads(json.dumps(config, default=str)) and made.parents == parents
+
+
+def model_path(recipe: Recipe, tokens: Manifest) -> str:
+    """Returns the model that tokens/ was made for, refusing another one in the recipe."""
+    made_for = str(tokens.facts.get("model", ""))
+    if recipe.model is not None and made_for and recipe.model.path != made_for:
+        raise IntegrityError(
+            f"tokens/ was made for the model {made_for}, the recipe asks for {recipe.model.path}",
+            "run: mmtune tokenize",
+            "other_model",
+        )
+    if not made_for and recipe.model is None:
+        raise RecipeError("the recipe names no model", "add `model: {path: ...}`")
+    return made_for or str(recipe.model.path if recipe.model else "")
+
+
+def _publish(run: Run, outcome: Any, console: Talk, staging: Staging) -> dict[str, Any]:
+    from mmtune.encoding.processor import tokenizer_of
+    from mmtune.evaluation.generation import stop_ids
+    from mmtune.models.adapter import save_tuned
+    from mmtune.models.towers import tower_table
+    from mmtune.training.meter import shares
+
+    towers = {row.tower: {"state": row.state, "trainable": row.trainable} for row in tower_table(run.model)}
+    save_tuned(run.model, staging.path)
+    run.processor.save_pretrained(str(staging.path))
+    (staging.path / "metrics.jsonl").write_text(outcome.metrics, "utf-8")
+    rows = [json.loads(line) for line in outcome.metrics.splitlines()]
+    facts = {
+        "model": run.tokens.facts.get("model"),
+        "method": run.settings.method,
+        "towers": towers,
+        "steps": outcome.step,
+        "loss": next((row["loss"] for row in reversed(rows) if "loss" in row), None),
+        "val_loss": next((row["val_loss"] for row in reversed(rows) if "val_loss" in row), None),
+        **shares(outcome.seconds),
+        "media_root": run.tokens.facts.get("media_root"),
+        "eos_token_ids": stop_ids(run.model, tokenizer_of(run.processor)),
+    }
+    timings = {f"{name}_seconds": round(value, 3) for name, value in outcome.seconds.items()}
+    staging.publish(rows={"train": int(run.train.plan.sizes.rows.sum())}, facts=facts, timings=timings)
+    run.checkpoints.clear()
+    shutil.rmtree(run.checkpoints.folder.parent, ignore_errors=True)
+    losses = [f"{name} {facts[key]:.4f}" for name, key in (("loss", "loss"), ("val loss", "val_loss")) if facts[key]]
+    console.say(f"finetune: wrote {staging.target} ({', '.join(losses) or 'no loss logged'})")
+    return {"stage": "finetune", "cached": False, "target": str(staging.target), **facts}
+
+
+def launch(arguments: list[str], processes: int, *, cpu: bool, console: Talk) -> int:
+    """Starts the same command on several processes and returns their exit code."""
+    return launching.launch(arguments, processes, cpu=cpu, say=console.say)

@@ -1,0 +1,134 @@
+"""The course of a run: resumed where it stopped, watched, saved, and ended by its last step or a signal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mmtune.errors import IntegrityError, Interrupted
+from mmtune.stages.finetune.preparation import Run
+from mmtune.talk import Talk
+
+
+def _resume_from(run: Run, resume: str, console: Talk) -> tuple[int, str]:
+    """Puts the newest checkpoint back; returns its step and metrics."""
+    from mmtune.models.adapter import load_trainable_state
+    from mmtune.storage import changes
+    from mmtune.training.optimizer import load_optimizer_state
+    from mmtune.training.ranks import wait_for_all
+
+    if resume == "never":
+        if run.accelerator.is_main_process:
+            run.checkpoints.clear()
+        wait_for_all("clearing old checkpoints")
+        return 0, ""
+    checkpoint = run.checkpoints.newest()
+    if checkpoint is None:
+        return 0, ""
+    different = changes(checkpoint.identity, run.identity)
+    if different:
+        raise IntegrityError(
+            "the checkpoint on disk belongs to another run: " + "; ".join(different),
+            "go back to those settings, or start again with --resume never",
+            "other_run",
+        )
+    load_trainable_state(run.model, run.checkpoints.load(checkpoint, "trainable"))
+    load_optimizer_state(run.optimizer, run.model, run.checkpoints.load(checkpoint, "optimizer"))
+    console.say(f"finetune: resuming after step {checkpoint.step} of {run.train.plan.total_steps}")
+    return checkpoint.step, run.checkpoints.metrics(checkpoint)
+
+
+def follow(run: Run, resume: str, console: Talk) -> Any:
+    """Trains from the newest checkpoint to the last step; returns the loop's outcome.
+
+    Raises:
+        DivergedError: Loss or gradient is not finite.
+        IntegrityError: The checkpoint belongs to another run.
+        Interrupted: A signal came; the state is saved.
+    """
+    from mmtune.training.loop import LoopSettings, train
+    from mmtune.training.ranks import wait_for_all
+
+    start, metrics = _resume_from(run, resume, console)
+    settings, plan = run.settings, run.train.plan
+    console.say(
+        f"finetune: {plan.sizes.rows.sum():,} rows in {plan.sizes.rows.size:,} trees,"
+        f" {plan.total_steps:,} steps, {run.accelerator.num_processes} process(es) on {run.accelerator.device}"
+    )
+    if settings.trackers:
+        run.accelerator.init_trackers("mmtune", config={"seed": run.recipe.seed})
+    loop_settings = LoopSettings(
+        seed=run.recipe.seed,
+        peak_rate=settings.learning_rate,
+        schedule=settings.schedule,
+        warmup=settings.warmup,
+        clip=settings.clip,
+        save_every=settings.save_every,
+        log_every=settings.log_every,
+        eval_every=settings.eval_every,
+        workers=settings.workers,
+    )
+    with console.progress(plan.total_steps, "finetune") as bar:
+        bar.advance(start)
+        outcome = train(
+            run.model,
+            run.optimizer,
+            run.accelerator,
+            plan,
+            loop_settings,
+            _hooks(run, console, bar.advance),
+            start=start,
+            metrics=metrics,
+        )
+    if settings.trackers:
+        run.accelerator.end_training()
+    if outcome.unseen:
+        console.note(f"no row has media for the {' and '.join(sorted(outcome.unseen))} tower; it did not train")
+    wait_for_all("ending the run")
+    if outcome.stopped_by:
+        error = Interrupted(
+            f"stopped by a signal after step {outcome.step} of {plan.total_steps}; the state is saved",
+            "run the same command again to go on",
+        )
+        error.exit_code = 130 if outcome.stopped_by == 2 else 75
+        raise error
+    return outcome
+
+
+def _hooks(run: Run, console: Talk, advance: Callable[[int, str], None]) -> Any:
+    from mmtune.models.adapter import trainable_state
+    from mmtune.training.loop import Hooks
+    from mmtune.training.optimizer import optimizer_state
+    from mmtune.training.ranks import wait_for_all
+
+    def save(step: int, metrics: str) -> None:
+        if run.accelerator.is_main_process:
+            tensors = {"trainable": trainable_state(run.model), "optimizer": optimizer_state(run.optimizer, run.model)}
+            run.checkpoints.save(step, tensors, metrics, run.identity)
+        wait_for_all("saving a checkpoint")
+
+    def log(row: dict[str, Any]) -> None:
+        if run.settings.trackers:
+            run.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+
+    return Hooks(
+        batch=run.train.batch,
+        loss=run.train.loss,
+        ids=run.split.source.ids,
+        modalities=run.split.source.modalities,
+        save=save,
+        last_good=run.checkpoints.newest_name,
+        validate=lambda: _validation_loss(run),
+        log=log,
+        note=console.note,
+        advance=advance,
+    )
+
+
+def _validation_loss(run: Run) -> float | None:
+    """Returns the mean loss per label token on the validation split, or None without one."""
+    if run.validate is None:
+        return None
+    from mmtune.training.validation import validation_loss
+
+    return validation_loss(run.model, run.accelerator, run.validate.plan, run.validate.batch, run.validate.loss)

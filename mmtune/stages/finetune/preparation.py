@@ -1,0 +1,223 @@
+"""Everything that one process needs before the first step: model, batches, optimizer, checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mmtune.errors import DataError, IntegrityError
+from mmtune.recipe import Finetune, Recipe
+from mmtune.storage import Manifest, open_split
+from mmtune.talk import Talk
+
+
+@dataclass
+class Run:
+    """Everything one process needs for training."""
+
+    recipe: Recipe
+    settings: Finetune
+    tokens: Manifest
+    model: Any
+    optimizer: Any
+    accelerator: Any
+    train: Any
+    split: Any
+    validate: Any
+    checkpoints: Any
+    identity: dict[str, Any]
+    processor: Any
+
+
+def prepare(
+    recipe: Recipe,
+    settings: Finetune,
+    tokens: Manifest,
+    path: str,
+    identity: dict[str, Any],
+    limit: int | None,
+    offline: bool,
+    console: Talk,
+) -> Run:
+    """Loads the model, its splits and its optimizer, and decides how rows become batches.
+
+    Args:
+        recipe: The recipe.
+        settings: Its finetune part, with defaults.
+        tokens: The manifest of tokens/.
+        path: Folder or hub id of the model.
+        identity: What a checkpoint must share with this run, as far as the stage knows it.
+        limit: At most this many training rows.
+        offline: Never reach for the network.
+        console: Where the table of towers and notes go.
+
+    Raises:
+        DataError: A split is empty.
+        IntegrityError: The processor is not the one of tokens/.
+    """
+    from datetime import timedelta
+
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    from mmtune.encoding.processor import load_processor, processor_fingerprint
+    from mmtune.training.batching import packed_trees, rows_apart
+    from mmtune.training.checkpoints import CheckpointFolder
+    from mmtune.training.optimizer import make_adamw
+    from mmtune.training.ranks import share_weights
+
+    precision = _precision(settings.precision)
+    accelerator = Accelerator(
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        log_with=list(settings.trackers) or None,
+        project_dir=str(recipe.run_dir / "trackers"),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=settings.rank_timeout_seconds))],
+    )
+    processor = load_processor(
+        path,
+        revision=recipe.model.revision if recipe.model else None,
+        offline=offline,
+        min_image_pixels=recipe.tokenize.min_image_pixels,
+        max_image_pixels=recipe.tokenize.max_image_pixels,
+    )
+    if processor_fingerprint(processor) != tokens.facts.get("processor"):
+        raise IntegrityError(
+            "the processor is not the one that tokens/ was made with", "run: mmtune tokenize", "other_processor"
+        )
+    model = _model(recipe, settings, path, precision, offline)
+    _show_towers(model, console)
+    train = _split(recipe, tokens, processor, "train", limit)
+    val = _split(recipe, tokens, processor, "val", settings.eval_rows) if tokens.rows.get("val") else None
+    model.to(accelerator.device)
+    share_weights(model)
+    as_trees = _trains_trees(model, train, accelerator, console)
+    make = partial(packed_trees, model) if as_trees else rows_apart
+    budget = {"batch_tokens": settings.batch_tokens, "batch_rows": settings.batch_rows}
+    batching = make(
+        train,
+        {
+            **budget,
+            "seed": recipe.seed,
+            "micro_batches": accelerator.num_processes * settings.accumulate,
+            "epochs": settings.epochs,
+            "max_steps": settings.max_steps,
+        },
+    )
+    held_out = val and make(val, {**budget, "seed": 0, "micro_batches": 1, "epochs": 1.0})
+    optimizer = make_adamw(
+        model,
+        rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        beta2=settings.beta2,
+        tower_rates=settings.tower_rates,
+        plus_ratio=settings.lora.plus_ratio,
+    )
+    checkpoints = CheckpointFolder(recipe.run_dir / "checkpoints" / "finetune", settings.keep)
+    identity = {
+        **identity,
+        "micro_batches": batching.plan.micro_batches,
+        "precision": precision,
+        "batches": "trees" if as_trees else "rows",
+    }
+    return Run(
+        recipe,
+        settings,
+        tokens,
+        model,
+        optimizer,
+        accelerator,
+        batching,
+        train,
+        held_out,
+        checkpoints,
+        identity,
+        processor,
+    )
+
+
+def _trains_trees(model: Any, split: Any, accelerator: Any, console: Talk) -> bool:
+    """Says whether shared prefixes are computed once: where there are some, and the model proves exact on them."""
+    import torch
+
+    from mmtune.training.batching import check_sharing
+    from mmtune.training.ranks import sum_tensor
+
+    if not split.shares:
+        return False
+    check = check_sharing(model, split, accelerator)
+    refused = sum_tensor(torch.tensor([float(not check.exact)], device=accelerator.device), "agreeing on trees")
+    if not check.exact:
+        console.note(f"each row trains apart, its media computed again: {check.reason}")
+    elif not refused:
+        console.say(
+            "finetune: rows that share media train as one tree; a few compared with separate rows:"
+            f" loss differs by {check.loss_error:.0e}, gradients by {check.gradient_error:.0e} of 1"
+        )
+    return not refused
+
+
+def _precision(asked: str) -> str:
+    import torch
+
+    if asked != "auto":
+        return asked
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def _model(recipe: Recipe, settings: Finetune, path: str, precision: str, offline: bool) -> Any:
+    import torch
+
+    from mmtune.models.adapter import add_noise_to_embeddings
+    from mmtune.models.load import load_model
+    from mmtune.models.method import with_method
+
+    torch.manual_seed(recipe.seed)
+    # A frozen base may rest in bf16; weights that train themselves stay in fp32.
+    dtype = torch.bfloat16 if precision == "bf16" and settings.method != "full" else torch.float32
+    model: Any = load_model(
+        path,
+        revision=recipe.model.revision if recipe.model else None,
+        dtype=dtype,
+        attn=recipe.model.attn if recipe.model else "auto",
+        offline=offline,
+        random_weights=settings.from_scratch,
+        nf4=settings.quantize == "nf4",
+    )
+    if settings.neftune_alpha:
+        add_noise_to_embeddings(model, settings.neftune_alpha)
+    if settings.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    lora = settings.lora.model_dump(exclude={"init", "plus_ratio"})
+    lora |= {
+        "targets": None if lora["targets"] == "all-linear" else lora["targets"],
+        "pissa": settings.lora.init == "pissa",
+    }
+    return with_method(
+        model,
+        settings.method,
+        towers=settings.train,
+        lora=lora,
+        virtual_tokens=settings.virtual_tokens,
+        base_path=path,
+    )
+
+
+def _split(recipe: Recipe, tokens: Manifest, processor: Any, split: str, limit: int | None) -> Any:
+    from mmtune.encoding.collate import Collator
+    from mmtune.training.batching import load_split
+
+    table = open_split(recipe.run_dir / "tokens" / split)
+    table = table.slice(0, limit) if limit else table
+    if table.num_rows == 0:
+        raise DataError(f"tokens/{split} has no rows", "look at tokens/rejects.jsonl", "no_rows")
+    collate = Collator(processor, media_root=Path(tokens.facts["media_root"]))
+    return load_split(table, collate)
+
+
+def _show_towers(model: Any, console: Talk) -> None:
+    from mmtune.models.towers import tower_table
+
+    rows = [(row.tower, row.state, row.parameters, row.trainable) for row in tower_table(model)]
+    console.table("what trains", ("tower", "state", "parameters", "trainable"), rows)
