@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
@@ -336,6 +337,10 @@ def _root(
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
+# What the system says of a path that cannot be one.
+_REFUSED_PATHS = frozenset({errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EROFS})
+
+
 def _fail(error: MmtuneError) -> int:
     if "--json" in sys.argv:
         where = {"code": error.code, "message": error.message, "hint": error.hint, "exit_code": error.exit_code}
@@ -370,6 +375,12 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 141
+    except OSError as error:
+        if error.errno not in _REFUSED_PATHS or not error.filename:
+            raise
+        path = str(error.filename)
+        shown = path if len(path) <= 120 else f"{path[:60]}...{path[-50:]}"
+        code = _fail(DataError(f"{shown}: {error.strerror}", "check this path in the recipe or command", "bad_path"))
     except Exception as error:
         if not hasattr(error, "exit_code") or not hasattr(error, "format_message"):
             raise

@@ -33,3 +33,28 @@ def test_offline_reaches_every_stage_and_the_libraries(tmp_path, monkeypatch, co
     switch = "1" if given else "0"
     expected = {name: (None if name == "build-data" else given, switch) for name in STAGES}
     assert seen == (expected if command == "run" else {command: expected[command]})
+
+
+@pytest.mark.parametrize("place", ["recipe", "run_dir", "source"])
+def test_a_path_that_cannot_be_one_is_named_without_a_traceback(tmp_path, monkeypatch, capsys, place: str):
+    long = "a" * 300
+    table = {"id": "a", "reader": "table", "split": "train", "path": f"{long if place == 'source' else 'a'}.jsonl"}
+    (tmp_path / "a.jsonl").write_text('{"q": "one", "a": "two"}\n')
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        json.dumps(
+            {
+                "run_dir": long if place == "run_dir" else "run",
+                "sources": [table | {"columns": {"question": "q", "answer": "a"}}],
+            }
+        )
+    )
+    asked = tmp_path / f"{long}.yaml" if place == "recipe" else path
+    monkeypatch.setattr("sys.argv", ["mmtune", "build-data", str(asked)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 3
+    said = capsys.readouterr().err
+    assert "File name too long" in said
+    assert len(said) < 300
+    assert not (tmp_path / "run" / "instructions").exists()
