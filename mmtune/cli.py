@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmtune import __version__
-from mmtune.errors import DataError, MmtuneError, RecipeError
+from mmtune.errors import DataError, MmtuneError, RecipeError, ResourceError
 from mmtune.talk import Talk, json_line
 
 if TYPE_CHECKING:
@@ -382,6 +382,14 @@ def main() -> None:
         shown = path if len(path) <= 120 else f"{path[:60]}...{path[-50:]}"
         code = _fail(DataError(f"{shown}: {error.strerror}", "check this path in the recipe or command", "bad_path"))
     except Exception as error:
+        if any(kind.__name__ in ("OutOfMemoryError", "MemoryError") for kind in type(error).__mro__):
+            code = _fail(
+                ResourceError(
+                    f"memory ran out: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+                    "lower batch_rows or batch_tokens (raise accumulate as much), or set finetune.checkpointing",
+                )
+            )
+            sys.exit(code)
         if not hasattr(error, "exit_code") or not hasattr(error, "format_message"):
             raise
         context = getattr(error, "ctx", None)

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from mmtune.errors import RecipeError
+
 SplitName = Literal["train", "val", "test"]
 Tower = Literal["llm", "projector", "vision", "audio"]
 Workers = Literal["auto"] | Annotated[int, Field(ge=1, le=256)]
@@ -213,6 +215,8 @@ class Finetune(Section):
     def _fits_together(self) -> Finetune:
         if self.method not in ("lora", "full") and self.train != ("llm",):
             raise ValueError(f"method {self.method} works on the language model alone: leave out train")
+        if self.from_scratch and self.method != "full":
+            raise ValueError("from_scratch goes with method full: an adapter fits only the weights it was trained on")
         if self.quantize != "none" and self.method != "lora":
             raise ValueError("quantize is for method lora: 4-bit weights cannot train themselves")
         if self.lora.init == "pissa" and (self.lora.dora or self.lora.rslora or self.quantize != "none"):
@@ -246,6 +250,15 @@ class Eval(Section):
     """Also report the perplexity of the reference answers."""
     fail_under: dict[str, float] = {}
     """Metric name to the least score of the tuned model; below it the command exits with 9."""
+
+    @field_validator("compare", "metrics")
+    @classmethod
+    def _some_of_each(cls, value: tuple[str, ...] | str) -> tuple[str, ...] | str:
+        if not value:
+            raise ValueError("name at least one")
+        if not isinstance(value, str) and len(set(value)) != len(value):
+            raise ValueError("one is named twice")
+        return value
 
 
 class Recipe(Section):
@@ -314,7 +327,10 @@ def _resolve_source(source: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _absolute(value: str, folder: Path) -> Path:
-    path = Path(value).expanduser()
+    try:
+        path = Path(value).expanduser()
+    except RuntimeError as error:
+        raise RecipeError(f"no home folder for {value!r}", "write the path out") from error
     return path if path.is_absolute() else (folder / path).resolve()
 
 

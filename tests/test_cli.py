@@ -53,8 +53,8 @@ def test_a_path_that_cannot_be_one_is_named_without_a_traceback(tmp_path, monkey
     monkeypatch.setattr("sys.argv", ["mmtune", "build-data", str(asked)])
     with pytest.raises(SystemExit) as end:
         cli.main()
-    assert end.value.code == 3
+    assert end.value.code == (2 if place == "run_dir" else 3)
     said = capsys.readouterr().err
     assert "File name too long" in said
-    assert len(said) < 300
+    assert said.startswith("error: ")
     assert not (tmp_path / "run" / "instructions").exists()

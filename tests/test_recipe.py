@@ -95,3 +95,19 @@ def test_no_text_makes_a_traceback(tmp_path_factory, text):
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(RecipeError):
         load_recipe(path, (), {})
+
+
+@pytest.mark.parametrize(
+    ("section", "settings"),
+    [
+        ("finetune", {"from_scratch": True}),
+        ("eval", {"compare": []}),
+        ("eval", {"compare": ["base", "base"]}),
+        ("eval", {"metrics": []}),
+    ],
+)
+def test_settings_that_could_only_mislead_are_refused(section: str, settings: dict[str, object]) -> None:
+    from mmtune.recipe import Eval, Finetune
+
+    with pytest.raises(ValueError, match=r"method full|at least one|named twice"):
+        {"finetune": Finetune, "eval": Eval}[section].model_validate(settings)

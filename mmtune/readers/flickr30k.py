@@ -111,7 +111,10 @@ def _csv_row(line: str, separator: str, number: int, where: str) -> Caption | Re
     if separator == "|":
         fields = [field.strip() for field in line.split("|", 2)]
     else:
-        fields = next(csv.reader([line]))
+        try:
+            fields = next(csv.reader([line]))
+        except csv.Error as error:
+            return Reject(where, "", "bad_row", str(error))
         fields = [fields[0], str(number), ",".join(fields[1:])] if len(fields) >= 2 else fields
     if len(fields) != 3 or not fields[0]:
         return Reject(where, "", "bad_row", "expected an image name and a caption")

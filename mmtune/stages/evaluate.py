@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtune.errors import DataError, GateError, IntegrityError, Interrupted, RecipeError
+from mmtune.models.digest import weights_digest
 from mmtune.recipe import Eval, Recipe
 from mmtune.storage import Manifest, RejectLog, Staging, is_finished, open_split, open_stage, read_manifest
 from mmtune.talk import Talk
@@ -57,6 +58,7 @@ def evaluate(
         "eval": plan.settings.model_dump(mode="json", exclude={"fail_under"}),
         "tokenize": recipe.tokenize.model_dump(mode="json", exclude={"workers", "layout"}),
         "model": plan.model,
+        "weights": weights_digest(plan.model, revision=plan.revision, offline=plan.offline),
         "revision": plan.revision,
         "seed": recipe.seed,
         "limit": plan.limit,
@@ -221,6 +223,8 @@ def _load(plan: _Plan, name: str) -> Any:
         "dtype": torch.bfloat16 if bf16 else torch.float32,
         "attn": plan.recipe.model.attn if plan.recipe.model else "auto",
         "offline": plan.offline,
+        # What was tuned on 4-bit weights is scored on them, and so is what it is compared with.
+        "nf4": plan.adapter is not None and plan.adapter.config["finetune"].get("quantize") == "nf4",
     }
     folder = plan.recipe.run_dir / "adapter"
     model: Any = load_model(plan.model, **settings) if name == "base" else load_tuned(plan.model, folder, **settings)

@@ -7,6 +7,7 @@ not exist for any reader.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -182,7 +183,9 @@ def _lock(target: Path) -> IO[str]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle = open(target.parent / f".{target.name}.lock", "a+", encoding="utf-8")  # noqa: SIM115
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE):
+            raise
         raise RecipeError(f"cannot write in {target.parent}: {error.strerror}", "choose another run_dir") from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

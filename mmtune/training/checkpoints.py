@@ -86,7 +86,7 @@ class CheckpointFolder:
         if problems:
             raise IntegrityError(
                 f"no checkpoint under {self.folder} is whole: {problems[0]}",
-                "start again with --resume never",
+                "start again: mmtune finetune --resume never",
                 "damaged_checkpoint",
             )
         return None

@@ -90,7 +90,7 @@ def check_trees(
     except CapabilityError as error:
         return TreeCheck(False, float("nan"), float("nan"), 0.0, str(error))
     except torch.OutOfMemoryError:
-        raise
+        return TreeCheck(False, float("nan"), float("nan"), 0.0, "not enough memory to compare trees with rows")
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         # A model that does not take a prepared mask may fail in any of these ways.
         first = f"{type(error).__name__}: {error}".strip().splitlines()[0]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtune.errors import IntegrityError, MmtuneError, RecipeError
+from mmtune.models.digest import weights_digest
 from mmtune.recipe import Finetune, Recipe
 from mmtune.stages.finetune.course import follow
 from mmtune.stages.finetune.preparation import Run, prepare
@@ -65,6 +66,7 @@ def _finetune(
     parents = {"tokens": tokens.hash}
     if dry_run:
         return {"stage": "finetune", "dry_run": True, "target": str(target), "config": config, "rows": tokens.rows}
+    config["weights"] = weights_digest(path, revision=recipe.model.revision if recipe.model else None, offline=offline)
     staging: Staging | None = None
     if is_main():
         staging = open_stage(target, stage="finetune", config=config, parents=parents, force=force, on_change="refuse")

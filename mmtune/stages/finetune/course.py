@@ -29,7 +29,7 @@ def _resume_from(run: Run, resume: str, console: Talk) -> tuple[int, str]:
     if different:
         raise IntegrityError(
             "the checkpoint on disk belongs to another run: " + "; ".join(different),
-            "go back to those settings, or start again with --resume never",
+            "go back to those settings, or start again: mmtune finetune --resume never",
             "other_run",
         )
     load_trainable_state(run.model, run.checkpoints.load(checkpoint, "trainable"))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmtune.errors import DataError, IntegrityError
+from mmtune.errors import CapabilityError, DataError, IntegrityError
 from mmtune.recipe import Finetune, Recipe
 from mmtune.storage import Manifest, open_split
 from mmtune.talk import Talk
@@ -67,6 +68,7 @@ def prepare(
     from mmtune.training.optimizer import make_adamw
     from mmtune.training.ranks import share_weights
 
+    _trackers_are_here(settings.trackers)
     precision = _precision(settings.precision)
     accelerator = Accelerator(
         mixed_precision="bf16" if precision == "bf16" else "no",
@@ -155,6 +157,17 @@ def _trains_trees(model: Any, split: Any, accelerator: Any, console: Talk) -> bo
             f" loss differs by {check.loss_error:.0e}, gradients by {check.gradient_error:.0e} of 1"
         )
     return not refused
+
+
+def _trackers_are_here(names: Sequence[str]) -> None:
+    """Refuses a tracker that is not installed, which Accelerate would pass over in silence."""
+    from accelerate.tracking import get_available_trackers
+
+    absent = sorted(set(names) - {str(tracker) for tracker in get_available_trackers()})
+    if absent:
+        raise CapabilityError(
+            f"the tracker {' and '.join(absent)} is not installed", "pip install 'mmtune[trackers]', or leave it out"
+        )
 
 
 def _precision(asked: str) -> str:
