@@ -220,16 +220,28 @@ def run(
 
     Example: mmtune run recipes/quickstart.yaml
     """
+    from mmtune.storage import is_finished
+
     loaded = _load(recipe, overrides, seed)
     console = Talk(quiet)
     results: dict[str, Any] = {}
     shared: dict[str, Any] = {"force": force, "dry_run": dry_run, "console": console}
     for name, stage, options in _stages(loaded, limit, offline):
-        if dry_run and name != "build-data":
-            console.say(f"{name}: would run after build-data")
+        missing = [folder for folder in _NEEDS[name] if dry_run and not is_finished(loaded.run_dir / folder)]
+        if missing:
+            console.say(f"{name}: would run once {' and '.join(missing)} is there")
             continue
         results[name] = stage(loaded, **options, **shared)
     _finish("run", {"run_dir": str(loaded.run_dir), "stages": results}, as_json)
+
+
+# The folders that a stage of a run reads.
+_NEEDS = {
+    "build-data": (),
+    "tokenize": ("instructions",),
+    "finetune": ("tokens",),
+    "eval": ("instructions", "adapter"),
+}
 
 
 def _stages(
@@ -274,7 +286,7 @@ def init(
                 print(f"{item['name']:24} {item['about']}")
         return
     written = copy_recipe(name, Path.cwd(), force=force)
-    Talk().say(f"wrote {written}; next: mmtune run {written.name}")
+    Talk().say(f"wrote {written}; next: see its first lines for the data that it takes, then mmtune run {written.name}")
     _finish("init", {"path": str(written)}, as_json)
 
 
@@ -367,11 +379,10 @@ def main() -> None:
         )
     except typer.Exit as error:
         code = error.exit_code
-    except typer.Abort:
-        code = 130
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        code = 130
+    except (typer.Abort, KeyboardInterrupt):
+        stopped = MmtuneError("stopped; nothing was half-written", "run the same command again", "interrupted")
+        stopped.exit_code = 130
+        code = _fail(stopped)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 141

@@ -241,3 +241,15 @@ def test_trees_train_as_separate_rows_do(tmp_path, repository):
         losses[layout] = [row["loss"] for row in json_lines(tmp_path / layout / "adapter" / "metrics.jsonl")]
     assert len(losses["tree"]) == 3
     assert losses["tree"] == pytest.approx(losses["rows"], rel=1e-5)
+
+
+def test_a_dry_run_says_what_each_stage_would_do(recipe):
+    for stage in ("build-data", "tokenize", "finetune", "eval"):
+        assert "is up to date" in mmtune(stage, recipe, "--dry-run", check=0).stderr
+    said = mmtune("run", recipe, "--dry-run", check=0).stderr
+    assert said.count("is up to date") == 4
+    said = mmtune("tokenize", recipe, "--dry-run", "--set", "tokenize.max_length=150", check=0).stderr
+    assert "max_length: 200 -> 150" in said
+    said = mmtune("run", recipe, "--dry-run", "--set", f"run_dir={recipe.parent / 'elsewhere'}", check=0).stderr
+    assert "finetune: would run once tokens is there" in said
+    assert not (recipe.parent / "elsewhere").exists()

@@ -31,7 +31,7 @@ from mmtune.readers.repeated import SeenIds, drop_repeated
 from mmtune.readers.source import SourceFiles
 from mmtune.recipe import Build, Recipe, Source
 from mmtune.records import Modality, Reject
-from mmtune.storage import RejectLog, SplitWriter, Staging, finish_split, open_stage, read_manifest, stage_hash
+from mmtune.storage import RejectLog, SplitWriter, Staging, finish_split, foresee, open_stage, read_manifest, stage_hash
 from mmtune.talk import Talk
 from mmtune.workers import in_order, process_count
 
@@ -76,8 +76,6 @@ def build_data(
     roots = [_media_roots(source, given, recipe.run_dir) for source, given in zip(recipe.sources, files, strict=True)]
     media_root, places = media_places(roots)
     target = recipe.run_dir / "instructions"
-    if dry_run:
-        return _dry_run(recipe, files, media_root, target, console)
     config = {
         "sources": [source.model_dump() for source in recipe.sources],
         "build": recipe.build.model_dump(exclude={"workers"}),
@@ -85,6 +83,9 @@ def build_data(
         "limit": limit,
     }
     inputs = _inputs(recipe.sources, recipe.run_dir)
+    if dry_run:
+        plan = foresee(target, stage="build-data", config=config, inputs=inputs, force=force)
+        return _dry_run(recipe, files, media_root, target, plan, console)
     staging = open_stage(target, stage="build-data", config=config, inputs=inputs, force=force, say=console.say)
     if staging is None:
         manifest = read_manifest(target)
@@ -149,7 +150,9 @@ def _inputs(sources: tuple[Source, ...], run_dir: Path) -> dict[str, str]:
     return found
 
 
-def _dry_run(recipe: Recipe, files: list[SourceFiles], media_root: str, target: Path, console: Talk) -> dict[str, Any]:
+def _dry_run(
+    recipe: Recipe, files: list[SourceFiles], media_root: str, target: Path, plan: str, console: Talk
+) -> dict[str, Any]:
     seen = []
     for source, given in zip(recipe.sources, files, strict=True):
         first = next(iter(find_reader(source.reader)(given)), None)
@@ -158,7 +161,7 @@ def _dry_run(recipe: Recipe, files: list[SourceFiles], media_root: str, target: 
             state = f"first item refused: {first.reason} at {first.where}"
         console.say(f"build-data: would read {source.id} ({source.reader}, {source.split}); {state}")
         seen.append({"id": source.id, "split": source.split, "reader": source.reader, "first": state})
-    console.say(f"build-data: would write {target}; media below {media_root}")
+    console.say(f"{plan}; media below {media_root}")
     return {"stage": "build-data", "target": str(target), "dry_run": True, "sources": seen, "media_root": media_root}
 
 

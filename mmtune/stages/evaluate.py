@@ -12,7 +12,7 @@ from typing import Any
 from mmtune.errors import DataError, GateError, IntegrityError, Interrupted, RecipeError
 from mmtune.models.digest import weights_digest
 from mmtune.recipe import Eval, Recipe
-from mmtune.storage import Manifest, RejectLog, Staging, is_finished, open_split, open_stage, read_manifest
+from mmtune.storage import Manifest, RejectLog, Staging, foresee, is_finished, open_split, open_stage, read_manifest
 from mmtune.talk import Talk
 
 SCHEMA = "mmtune.report/1"
@@ -69,6 +69,7 @@ def evaluate(
         parents["adapter"] = plan.adapter.hash
     target = recipe.run_dir / "report"
     if dry_run:
+        console.say(foresee(target, stage="eval", config=config, parents=parents, force=force))
         rows = plan.instructions.rows[plan.settings.split]
         return {"stage": "eval", "dry_run": True, "target": str(target), "rows": rows, "config": config}
     staging = open_stage(target, stage="eval", config=config, parents=parents, force=force, say=console.say)

@@ -35,7 +35,7 @@ def score(
         RecipeError: The metric is unknown, or a file that it needs is not named.
         DataError: Predictions and references do not belong together, or a file is damaged.
     """
-    if metric == VQA:
+    if metric == VQA or (metric == "vqa_accuracy" and annotations is not None):
         return _score_vqa(predictions, questions, annotations)
     return _score_texts(metric, predictions, references)
 

@@ -29,6 +29,7 @@ from mmtune.storage import (
     SplitWriter,
     Staging,
     finish_split,
+    foresee,
     open_split,
     open_stage,
     read_manifest,
@@ -86,9 +87,10 @@ def tokenize(
         "limit": limit,
     }
     target = recipe.run_dir / "tokens"
-    if dry_run:
-        return {"stage": "tokenize", "dry_run": True, "target": str(target), "rows": parent.rows, "config": config}
     parents = {"instructions": parent.hash}
+    if dry_run:
+        console.say(foresee(target, stage="tokenize", config=config, parents=parents, force=force))
+        return {"stage": "tokenize", "dry_run": True, "target": str(target), "rows": parent.rows, "config": config}
     staging = open_stage(target, stage="tokenize", config=config, parents=parents, force=force, say=console.say)
     if staging is None:
         return _result(target, read_manifest(target), cached=True)

@@ -3,7 +3,7 @@
 from mmtune.storage.manifest import Manifest, changes, is_finished, library_versions, read_manifest, stage_hash
 from mmtune.storage.rejects import RejectLog
 from mmtune.storage.splits import SplitWriter, finish_split, open_split
-from mmtune.storage.stages import Staging, open_stage
+from mmtune.storage.stages import Staging, foresee, open_stage
 
 __all__ = [
     "Manifest",
@@ -12,6 +12,7 @@ __all__ = [
     "Staging",
     "changes",
     "finish_split",
+    "foresee",
     "is_finished",
     "library_versions",
     "open_split",

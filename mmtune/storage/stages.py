@@ -123,9 +123,7 @@ def open_stage(
         IntegrityError: The target was made with other settings and ``on_change`` is refuse.
         LockedError: Another run is writing it.
     """
-    config = json.loads(json.dumps(config, default=str))
-    basis = {"stage": stage, "config": config, "inputs": dict(inputs or {}), "parents": dict(parents or {})}
-    identity = {**basis, "hash": stage_hash({**basis, "code": __version__})}
+    identity = _identity(stage, config, inputs, parents)
     lock = _lock(target)
     try:
         reasons = _check_target(target, identity, force, on_change)
@@ -141,6 +139,36 @@ def open_stage(
     except BaseException:
         lock.close()
         raise
+
+
+def foresee(
+    target: Path,
+    *,
+    stage: str,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, str] | None = None,
+    parents: Mapping[str, str] | None = None,
+    force: bool = False,
+    on_change: str = "rebuild",
+) -> str:
+    """Returns what ``open_stage`` would do, in words; takes no lock and writes nothing.
+
+    Raises:
+        RecipeError: As ``open_stage``.
+        IntegrityError: As ``open_stage``.
+    """
+    reasons = _check_target(target, _identity(stage, config, inputs, parents), force, on_change)
+    if reasons is None:
+        return f"{stage}: {target} is up to date; nothing to do"
+    return f"{stage}: would write {target}{' again, because of ' if reasons else ''}{'; '.join(reasons)}"
+
+
+def _identity(
+    stage: str, config: Mapping[str, Any], inputs: Mapping[str, str] | None, parents: Mapping[str, str] | None
+) -> dict[str, Any]:
+    config = json.loads(json.dumps(config, default=str))
+    basis = {"stage": stage, "config": config, "inputs": dict(inputs or {}), "parents": dict(parents or {})}
+    return {**basis, "hash": stage_hash({**basis, "code": __version__})}
 
 
 def _check_target(target: Path, identity: dict[str, Any], force: bool, on_change: str) -> list[str] | None:

@@ -13,7 +13,7 @@ from mmtune.models.digest import weights_digest
 from mmtune.recipe import Finetune, Recipe
 from mmtune.stages.finetune.course import follow
 from mmtune.stages.finetune.preparation import Run, prepare
-from mmtune.storage import Manifest, Staging, is_finished, open_stage, read_manifest
+from mmtune.storage import Manifest, Staging, foresee, is_finished, open_stage, read_manifest
 from mmtune.talk import Talk
 from mmtune.training import launch as launching
 from mmtune.training.launch import is_launched, is_main
@@ -61,10 +61,21 @@ def _finetune(
         "revision": recipe.model.revision if recipe.model else None,
         "seed": recipe.seed,
         "limit": limit,
+        "weights": weights_digest(path, revision=recipe.model.revision if recipe.model else None, offline=offline),
     }
     target = recipe.run_dir / "adapter"
     parents = {"tokens": tokens.hash}
     if dry_run:
+        console.say(
+            foresee(
+                target,
+                stage="finetune",
+                config=config,
+                parents=parents,
+                force=force,
+                on_change="refuse",
+            )
+        )
         return {"stage": "finetune", "dry_run": True, "target": str(target), "config": config, "rows": tokens.rows}
     config["weights"] = weights_digest(path, revision=recipe.model.revision if recipe.model else None, offline=offline)
     staging: Staging | None = None
