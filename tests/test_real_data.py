@@ -48,7 +48,7 @@ def test_original_files_become_a_report(name: str, repository: Path, shared_data
     paths = ("path", "questions", "annotations", "images")
     sources = [
         {key: str(shared_datasets / value) if key in paths else value for key, value in source.items()}
-        | {"id": f"{name}-{number}", "split": split, "limit": 12}
+        | {"id": f"{name}-{number}-{split}", "split": split, "limit": 12}
         for number, source in enumerate(SETS[name])
         for split in ("train", "test")
     ]
