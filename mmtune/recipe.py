@@ -139,6 +139,21 @@ class Lora(Section):
     """LoRA+ (arXiv:2402.12354): learning rate of B over that of A; the paper takes 16."""
 
 
+class Augment(Section):
+    """finetune.augment: what may happen to an image while training; validation and eval see it as it is."""
+
+    shift: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Longest move along each side, as a share of it; the edge's pixels fill what comes free."""
+    flips: tuple[Literal["horizontal", "vertical"], ...] = ()
+    """Mirror half of the images; not where questions ask for left, right, above or written text."""
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> Augment:
+        if not self.shift and not self.flips:
+            raise ValueError("augment changes nothing: give shift or flips, or leave it out")
+        return self
+
+
 class Finetune(Section):
     """finetune: tokens/ to adapter/."""
 
@@ -153,6 +168,8 @@ class Finetune(Section):
     """Settings of the adapters."""
     train: tuple[Tower, ...] = ("llm",)
     """Towers that train: llm, projector, vision, audio."""
+    augment: Augment | None = None
+    """Change training images a little at every step; for few images and a tower that trains."""
     from_scratch: bool = False
     """Ignore the pretrained weights and start from random ones (a baseline, not a way to work)."""
     epochs: Annotated[float, Field(gt=0)] = 1.0

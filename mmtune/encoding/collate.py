@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,20 @@ class Collator:
         media_root: Folder that media paths are relative to.
         left: Pad on the left, for generation.
         cache_bytes: Most bytes of processed images kept between batches.
+        augment: ``(image, its name, step)`` to the image that is shown at a training step.
     """
 
-    def __init__(self, processor: Any, *, media_root: Path, left: bool = False, cache_bytes: int = 512 << 20) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        media_root: Path,
+        left: bool = False,
+        cache_bytes: int = 512 << 20,
+        augment: Callable[[Any, str, int], Any] | None = None,
+    ) -> None:
         self._processor, self._root, self._left = processor, media_root, left
+        self._augment = augment
         self._pad = pad_token_id(processor)
         self._joined = bool(family(processor, _JOINED))
         self._per_row = bool(family(processor, {"Idefics3Processor": True, "SmolVLMProcessor": True}))
@@ -51,13 +61,17 @@ class Collator:
         self._room = cache_bytes
         self._types = getattr(processor, "return_mm_token_type_ids", False) or self._gemma
 
-    def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[EncodedRow], step: int | None = None) -> dict[str, torch.Tensor]:
         """Returns ``input_ids``, ``attention_mask``, ``labels`` of shape ``(B, T)`` and the media tensors.
+
+        Args:
+            rows: The rows.
+            step: Training step, for images that change while training; None shows them as they are.
 
         Raises:
             IntegrityError: A medium now takes another number of tokens than at tokenize time.
         """
-        return {**self.text(rows), **self.media(rows)}
+        return {**self.text(rows), **self.media(rows, step)}
 
     def text(self, rows: Sequence[EncodedRow], multiple_of: int = 1) -> dict[str, torch.Tensor]:
         """Returns ``input_ids``, ``attention_mask``, ``labels`` and the family's token types, all ``(B, T)``.
@@ -87,13 +101,13 @@ class Collator:
         """Whether the family lays its images out by row of the batch, not one after the other."""
         return self._per_row
 
-    def media(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
-        """Returns the media tensors of some conversations, in order.
+    def media(self, rows: Sequence[EncodedRow], step: int | None = None) -> dict[str, torch.Tensor]:
+        """Returns the media tensors of some conversations, in order; ``step`` as in ``__call__``.
 
         Raises:
             IntegrityError: A medium now takes another number of tokens than at tokenize time.
         """
-        return {**self._images(rows), **self._audios(rows)}
+        return {**self._images(rows, step if self._augment else None), **self._audios(rows)}
 
     def _token_types(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if not self._types:
@@ -101,43 +115,54 @@ class Collator:
         types = torch.tensor(self._processor.create_mm_token_type_ids(batch["input_ids"].tolist()))
         return {"token_type_ids" if self._gemma else "mm_token_type_ids": types * batch["attention_mask"]}
 
-    def _images(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
+    def _images(self, rows: Sequence[EncodedRow], step: int | None) -> dict[str, torch.Tensor]:
         per_row = [[span for span in row.media if span.medium.modality != "audio"] for row in rows]
         if not any(per_row):
             return {}
         if self._joined:
-            parts = [self._one_image(row, span) for row, spans in zip(rows, per_row, strict=True) for span in spans]
+            shown: dict[Any, dict[str, torch.Tensor]] = {}
+            for row, span in ((row, span) for row, spans in zip(rows, per_row, strict=True) for span in spans):
+                if _key(span) not in shown:
+                    shown[_key(span)] = self._one_image(row, span, step)
+            parts = [shown[_key(span)] for spans in per_row for span in spans]
             return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         pictures: dict[Any, Any] = {}
         for span in (span for spans in per_row for span in spans):
             if _key(span) not in pictures:
-                pictures[_key(span)] = self._picture(span)
+                pictures[_key(span)] = self._picture(span, step)
         # Idefics3 and SmolVLM make one padded row of images per conversation, empty ones included.
         nested = [[pictures[_key(span)] for span in spans] for spans in per_row if spans or self._per_row]
         made, texts = process_images(self._processor, nested)
         self._check([(row, span) for row, spans in zip(rows, per_row, strict=True) for span in spans], texts)
         return self._kept(made)
 
-    def _one_image(self, row: EncodedRow, span: MediaSpan) -> dict[str, torch.Tensor]:
+    def _one_image(self, row: EncodedRow, span: MediaSpan, step: int | None) -> dict[str, torch.Tensor]:
         key = _key(span)
-        if key in self._cache:
+        if step is None and key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        made, texts = process_images(self._processor, [[self._picture(span)]])
+        made, texts = process_images(self._processor, [[self._picture(span, step)]])
         self._check([(row, span)], texts)
         kept = self._kept(made)
+        if step is not None:
+            return kept
         self._cache[key] = kept
         self._room -= _bytes(kept)
         while self._room < 0 and self._cache:
             self._room += _bytes(self._cache.popitem(last=False)[1])
         return kept
 
-    def _picture(self, span: MediaSpan) -> Any:
+    def _picture(self, span: MediaSpan, step: int | None) -> Any:
         from mmtune.media.load import load_image, load_video_frames
 
         if span.medium.modality == "video":
-            return load_video_frames(self._root, span.medium, span.frames)[span.frame]
-        return load_image(self._root, span.medium)
+            picture = load_video_frames(self._root, span.medium, span.frames)[span.frame]
+        else:
+            picture = load_image(self._root, span.medium)
+        if step is None or self._augment is None:
+            return picture
+        # All frames of a video move together.
+        return self._augment(picture, span.medium.path or span.medium.sha256, step)
 
     def _audios(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
         from mmtune.media.load import load_audio

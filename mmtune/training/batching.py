@@ -61,12 +61,12 @@ class Batching:
 
     Attributes:
         plan: Which trees make which step.
-        batch: Tree indices to a batch.
+        batch: Tree indices and the training step (None: images as they are) to a batch.
         loss: ``(model, batch)`` to the summed loss and the number of labels.
     """
 
     plan: Plan
-    batch: Callable[[Any], dict[str, Any]]
+    batch: Callable[..., dict[str, Any]]
     loss: Callable[[Any, Mapping[str, torch.Tensor]], tuple[torch.Tensor, int]]
 
 

@@ -52,10 +52,10 @@ class TreeBatches:
 
     Args:
         table: A split of tokens/.
-        collate: Rows to a padded batch of tensors.
+        collate: Rows and the training step, if there is one, to a padded batch of tensors.
     """
 
-    def __init__(self, table: pa.Table, collate: Callable[[list[Any]], dict[str, Any]]) -> None:
+    def __init__(self, table: pa.Table, collate: Callable[[list[Any], int | None], dict[str, Any]]) -> None:
         self._collate = collate
         chunks = table.to_batches()
         self._starts = np.cumsum([0, *(chunk.num_rows for chunk in chunks)])
@@ -75,9 +75,9 @@ class TreeBatches:
         """Returns some trees."""
         return [row_to_tree(self._row(int(index))) for index in trees]
 
-    def batch(self, trees: Trees) -> dict[str, Any]:
-        """Returns the padded batch of all rows of some trees."""
-        return self._collate([row for tree in self.trees(trees) for row in tree_rows(tree)])
+    def batch(self, trees: Trees, step: int | None = None) -> dict[str, Any]:
+        """Returns the padded batch of all rows of some trees, as it is at a training step."""
+        return self._collate([row for tree in self.trees(trees) for row in tree_rows(tree)], step)
 
     def ids(self, trees: Trees) -> list[str]:
         """Returns the example ids in some trees."""
@@ -102,6 +102,6 @@ class PackedBatches:
     packing: Packing
     collate: TreeCollator
 
-    def batch(self, trees: Trees) -> dict[str, Any]:
-        """Returns the packed batch of a micro batch of ``packing.epoch_batches``."""
-        return self.collate([self.source.trees(members) for members in self.packing.split(np.asarray(trees))])
+    def batch(self, trees: Trees, step: int | None = None) -> dict[str, Any]:
+        """Returns the packed batch of a micro batch of ``packing.epoch_batches``, as it is at a training step."""
+        return self.collate([self.source.trees(members) for members in self.packing.split(np.asarray(trees))], step)

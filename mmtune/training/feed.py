@@ -7,7 +7,6 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import torch
 
 from mmtune.training.signals import ignore_in_worker
@@ -17,26 +16,26 @@ Batches = Generator[Batch, None, None]
 _AHEAD = 2
 
 
-def feed(make: Callable[[np.ndarray], Batch], chosen: Iterable[np.ndarray], workers: int) -> Batches:
-    """Yields ``make(trees)`` for every item of ``chosen``, in order.
+def feed(make: Callable[[Any], Batch], chosen: Iterable[Any], workers: int) -> Batches:
+    """Yields ``make(item)`` for every item of ``chosen``, in order.
 
     What is made ahead is no state: a resumed run makes it again. An error in ``make`` is
     raised where its batch would have come.
 
     Args:
-        make: Tree indices to a padded batch; touches no random state.
-        chosen: Tree indices of each micro batch.
+        make: What names a micro batch to the padded batch; touches no random state.
+        chosen: What names each micro batch.
         workers: Processes that make batches; 0 makes them in one thread of this process.
     """
     return _by_processes(make, list(chosen), workers) if workers else _by_thread(make, chosen)
 
 
-def _by_thread(make: Callable[[np.ndarray], Batch], chosen: Iterable[np.ndarray]) -> Batches:
+def _by_thread(make: Callable[[Any], Batch], chosen: Iterable[Any]) -> Batches:
     waiting: deque[Future[Batch]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
         try:
-            for trees in chosen:
-                waiting.append(pool.submit(make, trees))
+            for item in chosen:
+                waiting.append(pool.submit(make, item))
                 if len(waiting) > _AHEAD:
                     yield waiting.popleft().result()
             while waiting:
@@ -47,7 +46,7 @@ def _by_thread(make: Callable[[np.ndarray], Batch], chosen: Iterable[np.ndarray]
 
 
 class _MicroBatches(torch.utils.data.Dataset):
-    def __init__(self, make: Callable[[np.ndarray], Batch], chosen: list[np.ndarray]) -> None:
+    def __init__(self, make: Callable[[Any], Batch], chosen: list[Any]) -> None:
         self._make, self._chosen = make, chosen
 
     def __len__(self) -> int:
@@ -57,7 +56,7 @@ class _MicroBatches(torch.utils.data.Dataset):
         return self._make(self._chosen[index])
 
 
-def _by_processes(make: Callable[[np.ndarray], Batch], chosen: list[np.ndarray], workers: int) -> Batches:
+def _by_processes(make: Callable[[Any], Batch], chosen: list[Any], workers: int) -> Batches:
     loader: Any = torch.utils.data.DataLoader(
         _MicroBatches(make, chosen),
         batch_size=None,

@@ -54,7 +54,7 @@ class Hooks:
     """What the loop calls outward.
 
     Attributes:
-        batch: Tree indices to a padded batch with ``labels``; called from another thread.
+        batch: Tree indices and the step to a padded batch with ``labels``; called from another thread.
         ids: Tree indices to the example ids in them.
         modalities: Tree indices to the kinds of media in them.
         save: ``(step, metrics text)`` writes a checkpoint.
@@ -66,7 +66,7 @@ class Hooks:
         loss: ``(model, batch)`` to the summed loss and the number of labels.
     """
 
-    batch: Callable[[Trees], Batch]
+    batch: Callable[[Trees, int], Batch]
     ids: Callable[[Trees], list[str]]
     modalities: Callable[[Trees], set[str]]
     save: Callable[[int, str], None]
@@ -117,11 +117,13 @@ def train(
     """
     world, rank = accelerator.num_processes, accelerator.process_index
     steps, early = itertools.tee(plan.steps(start))
-    mine = (trees for step in early for trees, _ in split_ranks(step, rank, world))
+    mine = (
+        (trees, step) for step, chosen in enumerate(early, start=start) for trees, _ in split_ranks(chosen, rank, world)
+    )
     outcome, clock, window, spikes = Outcome(start, metrics=metrics), Clock(), Window(), Spikes()
     watch = TowerWatch(model)
     model.train()
-    with closing(feed(hooks.batch, mine, settings.workers)) as batches, StopFlag() as stop:
+    with closing(feed(lambda named: hooks.batch(*named), mine, settings.workers)) as batches, StopFlag() as stop:
         for step, chosen in enumerate(steps, start=start):
             rate = learning_rate(
                 step,

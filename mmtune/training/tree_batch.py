@@ -34,9 +34,10 @@ class TreeCollator:
     rope: RopeIndex | None = None
     multiple_of: int = 1
 
-    def __call__(self, bins: Sequence[Sequence[Tree]]) -> dict[str, torch.Tensor]:
+    def __call__(self, bins: Sequence[Sequence[Tree]], step: int | None = None) -> dict[str, torch.Tensor]:
         """Returns what the rows' batch has, with ``position_ids`` and ``layout``.
 
+        ``step`` is the training step, for images that change while training.
         ``layout`` is ``(4, B, T)`` int32 (see ``LAYOUT``); ``loss_weights`` of shape ``(B, T)``
         is there when a weight differs from one.
 
@@ -46,7 +47,7 @@ class TreeCollator:
         rows = [_row(trees) for trees in bins]
         batch = self.collate.text(rows, self.multiple_of)
         shown = rows if self.collate.media_by_row else [own for trees in bins for own in _conversations(trees)]
-        media = self.collate.media(shown)
+        media = self.collate.media(shown, step)
         types = batch.pop("token_type_ids", None)
         layout = packed_layout(bins, batch["input_ids"].shape[1], None if types is None else types.numpy())
         batch |= {"layout": torch.from_numpy(layout), **media}

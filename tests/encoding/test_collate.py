@@ -11,6 +11,7 @@ import torch
 
 from mmtune.encoding.collate import Collator
 from mmtune.errors import IntegrityError
+from mmtune.media.augment import Augmentation
 from mmtune.records import Message, TextPart
 
 # Sizes of the images of each conversation; one has none, one has two.
@@ -116,3 +117,20 @@ def test_each_file_is_opened_once_per_batch(family_of: Any, media: Any, served: 
         rows, _ = batch_of(family_of(name), media, served, [[(60, 40)]] * 3 + [[(28, 28)]], sound=False)
         Collator(family_of(name).processor, media_root=Path())(rows)
         assert sorted(opened) == ["28x28.png", "60x40.png"]
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "idefics3"])
+def test_images_change_by_step_and_only_while_training(family_of: Any, media: Any, served: Any, name: str) -> None:
+    family = family_of(name)
+    rows, _ = batch_of(family, media, served, [[(60, 40)], [(60, 40), (28, 28)]], sound=False)
+    plain = Collator(family.processor, media_root=Path())(rows)
+    collate = Collator(family.processor, media_root=Path(), augment=Augmentation(0, 0.2, ("horizontal",)))
+    same(collate(rows), {name: value for name, value in plain.items() if name != "labels"})
+    third = collate(rows, 3)
+    assert torch.equal(third["input_ids"], plain["input_ids"])
+    assert not torch.equal(third["pixel_values"], plain["pixel_values"])
+    assert not torch.equal(third["pixel_values"], collate(rows, 4)["pixel_values"])
+    # The first row alone shows its image as it was among others.
+    again = collate(rows[:1], 3)["pixel_values"]
+    assert torch.equal(again.flatten(), third["pixel_values"].flatten()[: again.numel()])
+    same(collate(rows), {name: value for name, value in plain.items() if name != "labels"})

@@ -37,7 +37,7 @@ class Rows:
     def targets(self, row: int) -> int:
         return 1 + row % 3
 
-    def batch(self, rows: Any) -> dict[str, torch.Tensor]:
+    def batch(self, rows: Any, step: int | None = None) -> dict[str, torch.Tensor]:
         self.seen += [int(row) for row in rows]
         ids, labels, mask, pixels = [], [], [], []
         for row in map(int, rows):

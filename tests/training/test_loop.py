@@ -95,7 +95,7 @@ def test_batches_come_in_the_order_of_the_plan(workers):
 
 def test_an_error_while_a_batch_is_made_comes_out():
     class Broken(Rows):
-        def batch(self, rows):
+        def batch(self, rows, step=None):
             if 5 in rows:
                 raise IntegrityError("the file changed")
             return super().batch(rows)

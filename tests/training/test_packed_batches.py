@@ -12,6 +12,7 @@ import pytest
 
 from mmtune.encoding.collate import Collator
 from mmtune.encoding.tree import TREE_SCHEMA, build_trees, tree_to_row
+from mmtune.media.augment import Augmentation
 from mmtune.records import Message, TextPart
 from mmtune.training.data import PackedBatches, TreeBatches, tree_sizes
 from mmtune.training.loss import answer_loss
@@ -72,6 +73,23 @@ def test_an_epoch(split: Any) -> None:
     apart, expected = answer_loss(family.model, rows.batch(range(table.num_rows)))
     assert labels == expected
     assert total == pytest.approx(float(apart.detach()), rel=1e-5)
+
+
+def test_an_image_changes_for_all_its_questions_alike(split: Any) -> None:
+    family, table = split
+    collate = Collator(family.processor, media_root=Path(), augment=Augmentation(0, 0.3, ("vertical",)))
+    source, lengths = TreeBatches(table, collate), tree_lengths(table)
+    capacity = int(lengths.tokens.max())
+    packing = Packing(tree_costs(lengths, capacity), lengths.rows, capacity, seed=5)
+    packed = PackedBatches(source, packing, TreeCollator(collate, rope_index(family.model)))
+    rules = mask_rules(family.model)
+    losses = {}
+    for step in (None, 0, 1):
+        together = answer_loss(family.model, packed.batch([1, 2], step), rules)[0]
+        apart = answer_loss(family.model, source.batch([1, 2], step))[0]
+        assert float(together.detach()) == pytest.approx(float(apart.detach()), rel=1e-5)
+        losses[step] = float(together.detach())
+    assert len(set(losses.values())) == 3
 
 
 def test_the_batch_travels_to_loader_processes(split: Any) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtune.errors import CapabilityError, DataError, IntegrityError
-from mmtune.recipe import Finetune, Recipe
+from mmtune.recipe import Augment, Finetune, Recipe
 from mmtune.storage import Manifest, open_split
 from mmtune.talk import Talk
 
@@ -89,7 +89,7 @@ def prepare(
         )
     model = _model(recipe, settings, path, precision, offline)
     _show_towers(model, console)
-    train = _split(recipe, tokens, processor, "train", limit)
+    train = _split(recipe, tokens, processor, "train", limit, settings.augment)
     val = _split(recipe, tokens, processor, "val", settings.eval_rows) if tokens.rows.get("val") else None
     model.to(accelerator.device)
     share_weights(model)
@@ -217,15 +217,19 @@ def _model(recipe: Recipe, settings: Finetune, path: str, precision: str, offlin
     )
 
 
-def _split(recipe: Recipe, tokens: Manifest, processor: Any, split: str, limit: int | None) -> Any:
+def _split(
+    recipe: Recipe, tokens: Manifest, processor: Any, split: str, limit: int | None, augment: Augment | None = None
+) -> Any:
     from mmtune.encoding.collate import Collator
+    from mmtune.media.augment import Augmentation
     from mmtune.training.batching import load_split
 
     table = open_split(recipe.run_dir / "tokens" / split)
     table = table.slice(0, limit) if limit else table
     if table.num_rows == 0:
         raise DataError(f"tokens/{split} has no rows", "look at tokens/rejects.jsonl", "no_rows")
-    collate = Collator(processor, media_root=Path(tokens.facts["media_root"]))
+    changed = Augmentation(recipe.seed, augment.shift, augment.flips) if augment else None
+    collate = Collator(processor, media_root=Path(tokens.facts["media_root"]), augment=changed)
     return load_split(table, collate)
 
 
