@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+# Six whole runs; a busy machine needs more than the usual limit.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 SEEDS = (0, 1, 2)
 SCRATCH = ("finetune.from_scratch=true", "finetune.method=full", "finetune.train=[vision,projector,llm]")
 

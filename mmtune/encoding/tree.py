@@ -137,6 +137,16 @@ def tree_rows(tree: Tree) -> list[EncodedRow]:
     return rows
 
 
+def some_branches(tree: Tree, kept: Sequence[int]) -> Tree:
+    """Returns the tree of some branches alone, numbered from 0 here; one alone stands as a plain row."""
+    if len(kept) == len(tree.example_ids):
+        return tree
+    rows = tree_rows(tree)
+    prefix = int((tree.branch == 0).sum()) if len(kept) > 1 else 0
+    small = _tree([rows[k] for k in kept], [tree.example_ids[k] for k in kept], prefix)
+    return replace(small, weights=tuple(tree.weights[k] for k in kept))
+
+
 def tree_to_row(tree: Tree) -> dict[str, Any]:
     """Returns a tree as a row of ``TREE_SCHEMA``."""
     return {

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import heapq
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from mmtune.choice import chosen
 from mmtune.encoding.fit import fit
 from mmtune.encoding.refused import Refused
 from mmtune.encoding.render import EncodedRow, Renderer
@@ -52,18 +51,15 @@ class ChosenExamples:
     Args:
         batches: Arrow record batches with an ``id`` column.
         to_example: A row to an Example.
-        limit: At most this many, chosen by a hash of the id: the first rows would be all of one
-            source, and so a smaller limit is a subset of a larger one.
+        limit: At most this many, see ``choice``.
     """
 
     def __init__(self, batches: Sequence[Any], to_example: Callable[[Any], Example], limit: int | None) -> None:
         self._batches, self._to_example = batches, to_example
         places = [(at, row) for at, batch in enumerate(batches) for row in range(batch.num_rows)]
         if limit is not None and limit < len(places):
-            ids = [value for batch in batches for value in batch.column("id").to_pylist()]
-            keys = (hashlib.blake2b(value.encode(), digest_size=8).digest() for value in ids)
-            chosen = heapq.nsmallest(limit, zip(keys, range(len(places)), strict=True))
-            places = [places[at] for at in sorted(at for _, at in chosen)]
+            ids = (value for batch in batches for value in batch.column("id").to_pylist())
+            places = [places[at] for at in chosen(ids, limit)]
         self._places = places
 
     def __len__(self) -> int:

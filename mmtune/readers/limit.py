@@ -1,18 +1,17 @@
-"""A part of a source that does not depend on its order: the items whose ids hash lowest."""
+"""The items of a source that a limit keeps, in two readings; see ``choice``."""
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 from collections.abc import Callable, Iterable, Iterator
 
+from mmtune.choice import id_hash
 from mmtune.records import Record, Reject
 
 
 def item_hash(item: Record | Reject) -> int:
     """Returns a 64-bit hash of a record's id, or of where a reject stands."""
-    key = item.id if isinstance(item, Record) else f"{item.where}\0{item.reason}"
-    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+    return id_hash(item.id if isinstance(item, Record) else f"{item.where}\0{item.reason}")
 
 
 def take(read: Callable[[], Iterator[Record | Reject]], limit: int | None) -> Iterator[Record | Reject]:

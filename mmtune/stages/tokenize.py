@@ -6,12 +6,14 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from mmtune.choice import chosen
 from mmtune.encoding.fit import fit
 from mmtune.encoding.groups import EncodedGroups, encode_groups, group_order
 from mmtune.encoding.media_check import check_counts
@@ -194,13 +196,16 @@ def _result(target: Path, manifest: Manifest, *, cached: bool) -> dict[str, Any]
 
 def _encode_split(job: _Job, limit: int | None) -> Iterator[EncodedGroups]:
     table = open_split(job.split)
-    table = table.slice(0, limit) if limit else table
+    numbers = np.arange(table.num_rows)
+    if limit is not None and limit < numbers.size:
+        numbers = np.asarray(chosen(_values(table, "id"), limit))
     if job.settings.layout == "rows":
-        order, starts = np.arange(table.num_rows), np.arange(table.num_rows + 1)
+        order, starts = numbers, np.arange(numbers.size + 1)
     else:
-        chunks = table.column("group").chunks
-        groups = (value or "" for chunk in chunks for value in chunk.to_pylist())
-        order, starts = group_order(groups, table.num_rows)
+        asked = np.zeros(table.num_rows, dtype=bool)
+        asked[numbers] = True
+        order, starts = group_order(compress(_values(table, "group"), asked), numbers.size)
+        order = numbers[order]
     units = []
     for begin in range(0, len(starts) - 1, _UNIT):
         edges = starts[begin : begin + _UNIT + 1]
@@ -213,6 +218,11 @@ def _encode_split(job: _Job, limit: int | None) -> Iterator[EncodedGroups]:
         setting="tokenize.workers",
         preload=_SLOW_IMPORTS,
     )
+
+
+def _values(table: pa.Table, name: str) -> Iterator[str]:
+    for chunk in table.column(name).chunks:
+        yield from (value or "" for value in chunk.to_pylist())
 
 
 def _rows(table: pa.Table, numbers: np.ndarray) -> list[dict[str, Any]]:

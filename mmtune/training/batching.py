@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
-from mmtune.training.data import PackedBatches, TreeBatches, tree_sizes
+from mmtune.training.data import PackedBatches, RowBatches, Trees, row_sizes, tree_sizes
 from mmtune.training.loss import answer_loss
-from mmtune.training.packing import Packing, TreeLengths, tree_costs, tree_lengths
-from mmtune.training.plan import Plan, TreeSizes
+from mmtune.training.packing import Packing, TreeLengths, tree_costs, tree_lengths, tree_modalities
+from mmtune.training.plan import Plan
 from mmtune.training.rope_index import rope_index
 from mmtune.training.tree_batch import TreeCollator
 from mmtune.training.tree_check import TreeCheck, check_trees, trees_to_check
@@ -33,16 +33,22 @@ class Split:
     """A split of tokens/ that is ready to be batched.
 
     Attributes:
-        source: Its trees.
+        table: Its rows.
         collate: Rows to a padded batch.
-        sizes: Of its trees, for batches of separate rows.
-        lengths: Of its trees, for packing.
     """
 
-    source: TreeBatches
+    table: pa.Table
     collate: Collator
-    sizes: TreeSizes
-    lengths: TreeLengths
+
+    @cached_property
+    def trees(self) -> Trees:
+        """Its trees."""
+        return Trees(self.table)
+
+    @cached_property
+    def lengths(self) -> TreeLengths:
+        """The lengths of its trees."""
+        return tree_lengths(self.table)
 
     @property
     def shares(self) -> bool:
@@ -50,9 +56,18 @@ class Split:
         return bool(self.lengths.rows.max(initial=0) > 1)
 
 
-def load_split(table: pa.Table, collate: Collator) -> Split:
-    """Returns a table of tokens/ as a split."""
-    return Split(TreeBatches(table, collate), collate, tree_sizes(table), tree_lengths(table))
+class Batches(Protocol):
+    """What makes the batches; a unit is a row or a tree, by its number.
+
+    ``batch`` takes units and the training step (None: images as they are), ``ids`` gives the
+    example ids of some units, ``modalities`` the kinds of media in them.
+    """
+
+    def batch(self, units: Any, step: int | None = None) -> dict[str, Any]: ...  # noqa: D102
+
+    def ids(self, units: Any) -> list[str]: ...  # noqa: D102
+
+    def modalities(self, units: Any) -> set[str]: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -60,35 +75,41 @@ class Batching:
     """One way to make batches of a split and to take their loss.
 
     Attributes:
-        plan: Which trees make which step.
-        batch: Tree indices and the training step (None: images as they are) to a batch.
+        plan: Which units make which step.
+        batches: Units to batches.
         loss: ``(model, batch)`` to the summed loss and the number of labels.
     """
 
     plan: Plan
-    batch: Callable[..., dict[str, Any]]
+    batches: Batches
     loss: Callable[[Any, Mapping[str, torch.Tensor]], tuple[torch.Tensor, int]]
 
 
 def check_sharing(model: Any, split: Split, accelerator: Any) -> TreeCheck:
-    """Compares a few real trees of the split with their separate rows, see ``check_trees``."""
-    return check_trees(
-        model,
-        split.source.trees(trees_to_check(split.lengths)),
-        _tree_collator(model, split),
-        device=accelerator.device,
-        autocast=accelerator.autocast,
-    )
+    """Compares a few real trees of every set of modalities with their separate rows, see ``check_trees``.
+
+    Returns the worst of it.
+    """
+    collate = _tree_collator(model, split)
+    worst = TreeCheck(True, 0.0, 0.0, 0.0)
+    for numbers in trees_to_check(split.lengths, tree_modalities(split.table)):
+        trees = split.trees.trees(numbers)
+        found = check_trees(model, trees, collate, device=accelerator.device, autocast=accelerator.autocast)
+        if not found.exact:
+            return found
+        worst = max(worst, found, key=lambda check: check.gradient_error)
+    return worst
 
 
 def rows_apart(split: Split, course: Mapping[str, Any]) -> Batching:
-    """Returns batches of separate rows.
+    """Returns batches of separate rows, the same whether tokens/ has rows or trees.
 
     Args:
         split: The split.
         course: The arguments of ``Plan`` but ``sizes`` and ``packed``.
     """
-    return Batching(Plan(sizes=split.sizes, **course), split.source.batch, answer_loss)
+    sizes, at = row_sizes(split.table)
+    return Batching(Plan(sizes=sizes, **course), RowBatches(split.trees, at, split.collate), answer_loss)
 
 
 def packed_trees(model: Any, split: Split, course: Mapping[str, Any]) -> Batching:
@@ -113,8 +134,9 @@ def packed_trees(model: Any, split: Split, course: Mapping[str, Any]) -> Batchin
     packed: Callable[[int], list[np.ndarray]] = partial(
         packing.epoch_batches, batch_tokens=course["batch_tokens"], batch_rows=rows
     )
-    batches = PackedBatches(split.source, packing, _tree_collator(model, split))
-    return Batching(Plan(sizes=split.sizes, packed=packed, **course), batches.batch, partial(answer_loss, rules=rules))
+    batches = PackedBatches(split.trees, packing, _tree_collator(model, split))
+    plan = Plan(sizes=tree_sizes(split.table), packed=packed, **course)
+    return Batching(plan, batches, partial(answer_loss, rules=rules))
 
 
 def _tree_collator(model: Any, split: Split) -> TreeCollator:

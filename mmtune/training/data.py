@@ -1,36 +1,72 @@
-"""A split of tokens/ as the loop sees it: sizes of the trees, and batches of their rows."""
+"""A split of tokens/ as the loop sees it: sizes, and batches of its rows or of its trees."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from mmtune.encoding.tree import Tree, row_to_tree, tree_rows
+from mmtune.choice import chosen
+from mmtune.encoding.render import EncodedRow
+from mmtune.encoding.tree import Tree, row_to_tree, some_branches, tree_rows, tree_to_row
 from mmtune.training.packing import Packing
 from mmtune.training.plan import TreeSizes
 from mmtune.training.tree_batch import TreeCollator
 
-Trees = Sequence[int] | np.ndarray
+Numbers = Sequence[int] | np.ndarray
 
 
 def tree_sizes(table: pa.Table) -> TreeSizes:
     """Returns the sizes of every tree, read column-wise in bounded pieces."""
-    rows, longest, targets = [], [], []
+    parts = [
+        (counts.size, prefix + int(counts.max(initial=0)), int(targets.sum()))
+        for prefix, counts, targets in _branches(table)
+    ]
+    return TreeSizes(*np.asarray(parts, dtype=np.int64).reshape(-1, 3).T)
+
+
+def row_sizes(table: pa.Table) -> tuple[TreeSizes, np.ndarray]:
+    """Returns the sizes of every separate row, and ``(n, 2)`` the tree and the branch, from 0, it comes from."""
+    lengths, bears, at = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty((0, 2), np.int64)]
+    for number, (prefix, counts, targets) in enumerate(_branches(table)):
+        lengths.append(prefix + counts)
+        bears.append(targets)
+        at.append(np.stack([np.full(counts.size, number), np.arange(counts.size)], axis=1))
+    longest = np.concatenate(lengths)
+    return TreeSizes(np.ones_like(longest), longest, np.concatenate(bears)), np.concatenate(at)
+
+
+def _branches(table: pa.Table) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yields, per tree, the tokens of its prefix, and the tokens and the labels of each branch."""
     for batch in table.select(["labels", "branch"]).to_batches(max_chunksize=4096):
         branch, bounds = _flat(batch.column(1))
         labels, _ = _flat(batch.column(0))
         for first, last in pairwise(bounds):
-            counts = np.bincount(branch[first:last])
-            prefix = int(counts[0]) if counts.size else 0
-            rows.append(counts.size - 1)
-            longest.append(prefix + int(counts[1:].max(initial=0)))
-            targets.append(int((labels[first:last] != -100).sum()))
-    return TreeSizes(np.asarray(rows), np.asarray(longest), np.asarray(targets))
+            own = branch[first:last]
+            counts = np.bincount(own, minlength=1)
+            targets = np.bincount(own[labels[first:last] != -100], minlength=counts.size)
+            yield int(counts[0]), counts[1:], targets[1:]
+
+
+def some_rows(table: pa.Table, limit: int) -> pa.Table:
+    """Returns at most ``limit`` rows of a split, see ``choice``; a tree keeps the chosen branches."""
+    column = table.column("example_ids")
+    bounds = np.concatenate([[0], np.cumsum(pc.list_value_length(column).to_numpy())])
+    if bounds[-1] <= limit:
+        return table
+    numbers = np.asarray(chosen(pc.list_flatten(column).to_pylist(), limit))
+    owners = np.searchsorted(bounds, numbers, side="right") - 1
+    found = Trees(table)
+    kept = [
+        tree_to_row(some_branches(found.trees([tree])[0], (numbers[owners == tree] - bounds[tree]).tolist()))
+        for tree in np.unique(owners)
+    ]
+    return pa.Table.from_pylist(kept, table.schema)
 
 
 def _flat(column: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -47,16 +83,14 @@ def _cells(column: pa.Array) -> Callable[[int], Any]:
     return lambda row: column[row].as_py()
 
 
-class TreeBatches:
-    """Tree indices to padded batches.
+class Trees:
+    """The trees of a split, read when they are asked for by number.
 
     Args:
         table: A split of tokens/.
-        collate: Rows and the training step, if there is one, to a padded batch of tensors.
     """
 
-    def __init__(self, table: pa.Table, collate: Callable[[list[Any], int | None], dict[str, Any]]) -> None:
-        self._collate = collate
+    def __init__(self, table: pa.Table) -> None:
         chunks = table.to_batches()
         self._starts = np.cumsum([0, *(chunk.num_rows for chunk in chunks)])
         self._chunks = [
@@ -68,29 +102,58 @@ class TreeBatches:
         chunk = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._chunks[chunk][name](index - int(self._starts[chunk]))
 
-    def _row(self, index: int) -> dict[str, Any]:
-        return {name: self._cell(index, name) for name in self._chunks[0]}
-
-    def trees(self, trees: Trees) -> list[Tree]:
+    def trees(self, numbers: Numbers) -> list[Tree]:
         """Returns some trees."""
-        return [row_to_tree(self._row(int(index))) for index in trees]
+        names = self._chunks[0] if self._chunks else ()
+        return [row_to_tree({name: self._cell(int(index), name) for name in names}) for index in numbers]
 
-    def batch(self, trees: Trees, step: int | None = None) -> dict[str, Any]:
-        """Returns the padded batch of all rows of some trees, as it is at a training step."""
-        return self._collate([row for tree in self.trees(trees) for row in tree_rows(tree)], step)
+    def ids(self, number: int) -> list[str]:
+        """Returns the example ids of a tree."""
+        ids: list[str] = self._cell(number, "example_ids")
+        return ids
 
-    def ids(self, trees: Trees) -> list[str]:
-        """Returns the example ids in some trees."""
-        return [example for index in trees for example in self._cell(int(index), "example_ids")]
+    def modalities(self, number: int) -> set[str]:
+        """Returns the kinds of media in a tree: ``image``, ``video``, ``audio``."""
+        return {medium["modality"] for medium in self._cell(number, "media")}
 
-    def modalities(self, trees: Trees) -> set[str]:
-        """Returns the kinds of media in some trees: ``image``, ``video``, ``audio``."""
-        return {medium["modality"] for index in trees for medium in self._cell(int(index), "media")}
+
+@dataclass(frozen=True)
+class RowBatches:
+    """Row numbers to batches of separate rows.
+
+    Attributes:
+        source: The split.
+        at: ``(n, 2)`` tree and branch of every row.
+        collate: Rows and the training step, if there is one, to a padded batch of tensors.
+    """
+
+    source: Trees
+    at: np.ndarray
+    collate: Callable[[list[Any], int | None], dict[str, Any]]
+
+    def batch(self, rows: Numbers, step: int | None = None) -> dict[str, Any]:
+        """Returns the padded batch of some rows, as it is at a training step."""
+        return self.collate(self.encoded(rows), step)
+
+    def encoded(self, rows: Numbers) -> list[EncodedRow]:
+        """Returns some rows."""
+        wanted = self.at[np.asarray(rows)]
+        numbers = np.unique(wanted[:, 0])
+        apart = {int(n): tree_rows(tree) for n, tree in zip(numbers, self.source.trees(numbers), strict=True)}
+        return [apart[int(tree)][int(branch)] for tree, branch in wanted]
+
+    def ids(self, rows: Numbers) -> list[str]:
+        """Returns the example ids of some rows."""
+        return [self.source.ids(int(tree))[int(branch)] for tree, branch in self.at[np.asarray(rows)]]
+
+    def modalities(self, rows: Numbers) -> set[str]:
+        """Returns the kinds of media in some rows."""
+        return {span.medium.modality for row in self.encoded(rows) for span in row.media}
 
 
 @dataclass(frozen=True)
 class PackedBatches:
-    """Tree indices to batches of packed trees.
+    """Tree numbers to batches of packed trees.
 
     Attributes:
         source: The split.
@@ -98,10 +161,18 @@ class PackedBatches:
         collate: Bins of trees to tensors.
     """
 
-    source: TreeBatches
+    source: Trees
     packing: Packing
     collate: TreeCollator
 
-    def batch(self, trees: Trees, step: int | None = None) -> dict[str, Any]:
+    def batch(self, trees: Numbers, step: int | None = None) -> dict[str, Any]:
         """Returns the packed batch of a micro batch of ``packing.epoch_batches``, as it is at a training step."""
         return self.collate([self.source.trees(members) for members in self.packing.split(np.asarray(trees))], step)
+
+    def ids(self, trees: Numbers) -> list[str]:
+        """Returns the example ids in some trees."""
+        return [example for tree in trees for example in self.source.ids(int(tree))]
+
+    def modalities(self, trees: Numbers) -> set[str]:
+        """Returns the kinds of media in some trees."""
+        return set().union(*(self.source.modalities(int(tree)) for tree in trees))

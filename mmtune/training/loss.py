@@ -26,15 +26,13 @@ def answer_loss(
     """Returns the summed cross-entropy in fp32 over the label tokens, and their number.
 
     Args:
-        model: Called with the batch less ``labels``, ``layout`` and ``loss_weights``.
+        model: Called with the batch less ``labels`` and ``layout``.
         batch: Padded rows, or packed trees as ``TreeCollator`` makes them; ``labels`` is
             ``(B, T)`` with -100 where there is no loss.
         rules: The model's attention; wanted for packed trees.
     """
     labels_BT = batch["labels"]
-    inputs: dict[str, Any] = {
-        name: value for name, value in batch.items() if name not in ("labels", "layout", "loss_weights")
-    }
+    inputs: dict[str, Any] = {name: value for name, value in batch.items() if name not in ("labels", "layout")}
     if "layout" in batch:
         assert rules is not None
         inputs["attention_mask"] = attention_mask(batch["layout"], rules)
@@ -42,29 +40,22 @@ def answer_loss(
     with _head_at(_output_head(model), bears_BT):
         logits_NV = model(**inputs, use_cache=False).logits[0]
     targets_N = labels_BT[:, 1:][bears_BT]
-    weights = batch.get("loss_weights")
-    weights_N = None if weights is None else weights[:, 1:][bears_BT]
-    return chunked_cross_entropy(logits_NV, targets_N, weights_N), targets_N.numel()
+    return chunked_cross_entropy(logits_NV, targets_N), targets_N.numel()
 
 
-def chunked_cross_entropy(
-    logits_NV: torch.Tensor, targets_N: torch.Tensor, weights_N: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Returns the sum of ``weight * -log p(target)`` in fp32; probabilities are never all held at once."""
+def chunked_cross_entropy(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    """Returns the sum of ``-log p(target)`` in fp32; probabilities are never all held at once."""
     size = max(_CHUNK_LOGITS // max(logits_NV.shape[-1], 1), 1)
     if logits_NV.shape[0] <= size:
-        return _cross_entropy(logits_NV, targets_N, weights_N)
-    weights = [None] * -(-targets_N.numel() // size) if weights_N is None else weights_N.split(size)
-    parts = zip(logits_NV.split(size), targets_N.split(size), weights, strict=True)
+        return _cross_entropy(logits_NV, targets_N)
+    parts = zip(logits_NV.split(size), targets_N.split(size), strict=True)
     # The fp32 copy of a chunk is made again in the backward pass.
     sums = [checkpoint(_cross_entropy, *part, use_reentrant=False) for part in parts]
     return torch.stack(sums).sum()
 
 
-def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    if weights is None:
-        return functional.cross_entropy(logits.float(), targets, reduction="sum")
-    return functional.cross_entropy(logits.float(), targets, reduction="none") @ weights.float()
+def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 def _output_head(model: Any) -> torch.nn.Module:

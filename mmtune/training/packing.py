@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+_KINDS = {"image": 1, "video": 2, "audio": 4}
+
+
 @dataclass(frozen=True)
 class TreeLengths:
     """Per tree: tokens laid out as a tree, media tokens among them, and rows.
@@ -46,6 +49,18 @@ def tree_lengths(table: pa.Table) -> TreeLengths:
         media.append(np.diff(np.concatenate([[0], np.cumsum(spans, dtype=np.int64)])[ends]))
         rows.append(np.diff(batch.column(2).offsets.to_numpy()).astype(np.int64))
     return TreeLengths(np.concatenate(tokens), np.concatenate(media), np.concatenate(rows))
+
+
+def tree_modalities(table: pa.Table) -> np.ndarray:
+    """Returns ``(n,)`` a number for the set of media kinds in each tree; 0 is text alone."""
+    found = [np.empty(0, np.int64)]
+    for batch in table.select(["media"]).to_batches(max_chunksize=4096):
+        column = batch.column(0)
+        kinds = np.asarray([_KINDS[name] for name in column.flatten().field("modality").to_pylist()], dtype=np.int64)
+        sets = np.zeros(batch.num_rows, dtype=np.int64)
+        np.bitwise_or.at(sets, np.repeat(np.arange(batch.num_rows), np.diff(column.offsets.to_numpy())), kinds)
+        found.append(sets)
+    return np.concatenate(found)
 
 
 def tree_costs(lengths: TreeLengths, capacity: int, *, media: int | None = None, rows: int | None = None) -> np.ndarray:

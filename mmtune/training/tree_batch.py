@@ -37,9 +37,8 @@ class TreeCollator:
     def __call__(self, bins: Sequence[Sequence[Tree]], step: int | None = None) -> dict[str, torch.Tensor]:
         """Returns what the rows' batch has, with ``position_ids`` and ``layout``.
 
-        ``step`` is the training step, for images that change while training.
-        ``layout`` is ``(4, B, T)`` int32 (see ``LAYOUT``); ``loss_weights`` of shape ``(B, T)``
-        is there when a weight differs from one.
+        ``layout`` is ``(4, B, T)`` int32 (see ``LAYOUT``); ``step`` is the training step, for images
+        that change while training.
 
         Raises:
             IntegrityError: A medium now takes another number of tokens than at tokenize time.
@@ -52,8 +51,7 @@ class TreeCollator:
         layout = packed_layout(bins, batch["input_ids"].shape[1], None if types is None else types.numpy())
         batch |= {"layout": torch.from_numpy(layout), **media}
         batch["position_ids"] = self._positions(bins, layout[2], batch)
-        weights = _weights(bins, layout)
-        return batch if weights is None else {**batch, "loss_weights": weights}
+        return batch
 
     def _positions(
         self, bins: Sequence[Sequence[Tree]], place_BT: np.ndarray, batch: dict[str, torch.Tensor]
@@ -183,16 +181,3 @@ def _tree_positions(
         facts["audio_seqlens"] = None if sounds is None else sounds[number[on_path & audio]]
         found[:, path] = rope(ids[path], {name: value for name, value in facts.items() if value is not None})
     return found
-
-
-def _weights(bins: Sequence[Sequence[Tree]], layout: np.ndarray) -> torch.Tensor | None:
-    if all(weight == 1.0 for trees in bins for tree in trees for weight in tree.weights):
-        return None
-    weights = np.zeros(layout.shape[1:], dtype=np.float32)
-    for row, trees in enumerate(bins):
-        at = 0
-        for tree in trees:
-            size = tree.input_ids.size
-            weights[row, at : at + size] = np.array([0.0, *tree.weights], dtype=np.float32)[tree.branch]
-            at += size
-    return torch.from_numpy(weights)

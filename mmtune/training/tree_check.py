@@ -43,13 +43,20 @@ class TreeCheck:
     reason: str = ""
 
 
-def trees_to_check(lengths: TreeLengths) -> np.ndarray:
-    """Returns up to two trees that stand for the split: a short and a long one among those that share."""
-    shares = np.flatnonzero(lengths.rows > 1)
-    if shares.size == 0:
-        return np.arange(min(1, lengths.rows.size))
-    by_size = shares[np.argsort(lengths.tokens[shares], kind="stable")]
-    return np.unique(by_size[[by_size.size // 4, 3 * by_size.size // 4]])
+def trees_to_check(lengths: TreeLengths, modalities: np.ndarray) -> list[np.ndarray]:
+    """Returns, per set of modalities, a short and a long tree (or the only one) among those that share.
+
+    Args:
+        lengths: Of the trees.
+        modalities: ``(n,)`` a number for the set of modalities of each tree.
+    """
+    shares = lengths.rows > 1
+    chosen = []
+    for kinds in np.unique(modalities[shares]):
+        own = np.flatnonzero(shares & (modalities == kinds))
+        by_size = own[np.argsort(lengths.tokens[own], kind="stable")]
+        chosen.append(np.unique(by_size[[by_size.size // 4, 3 * by_size.size // 4]]))
+    return chosen
 
 
 def check_trees(

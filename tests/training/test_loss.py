@@ -15,18 +15,15 @@ from mmtune.training import loss as module
 from mmtune.training.loss import answer_loss, chunked_cross_entropy
 
 
-@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("n", [0, 1, 5, 12])
-def test_chunks_change_nothing(monkeypatch: Any, n: int, weighted: bool) -> None:
+def test_chunks_change_nothing(monkeypatch: Any, n: int) -> None:
     generator = torch.Generator().manual_seed(n)
     logits = torch.randn(n, 11, generator=generator, requires_grad=True)
     targets = torch.randint(11, (n,), generator=generator)
-    weights = torch.rand(n, generator=generator) if weighted else None
-    each = functional.cross_entropy(logits, targets, reduction="none")
-    expected = (each * weights).sum() if weights is not None else each.sum()
+    expected = functional.cross_entropy(logits, targets, reduction="sum")
     (wanted,) = torch.autograd.grad(expected, logits)
     monkeypatch.setattr(module, "_CHUNK_LOGITS", 44)
-    found = chunked_cross_entropy(logits, targets, weights)
+    found = chunked_cross_entropy(logits, targets)
     (gradient,) = torch.autograd.grad(found, logits)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(gradient, wanted)
@@ -48,12 +45,3 @@ def test_rows_have_the_loss_of_transformers(tiny_family: Any, monkeypatch: Any) 
     # Never T x V: one row of logits per label.
     assert shapes == [(1, count, family.model.config.vocab_size)]
     assert family.model(**batch).logits.shape[1] == batch["input_ids"].shape[1], "the head is as it was"
-
-
-def test_weights_count(tiny_family: Any) -> None:
-    family = tiny_family("text_llama3")
-    row = family.renderer.encode([Message("user", (TextPart("Hi"),)), Message("assistant", (TextPart("yes"),))])
-    batch = Collator(family.processor, media_root=Path())([row])
-    plain, _ = answer_loss(family.model, batch)
-    half, _ = answer_loss(family.model, {**batch, "loss_weights": torch.full(batch["labels"].shape, 0.5)})
-    torch.testing.assert_close(half, plain / 2)

@@ -52,8 +52,8 @@ def follow(run: Run, resume: str, console: Talk) -> Any:
     start, metrics = _resume_from(run, resume, console)
     settings, plan = run.settings, run.train.plan
     console.say(
-        f"finetune: {plan.sizes.rows.sum():,} rows in {plan.sizes.rows.size:,} trees,"
-        f" {plan.total_steps:,} steps, {run.accelerator.num_processes} process(es) on {run.accelerator.device}"
+        f"finetune: {_rows(plan)}, {plan.total_steps:,} steps,"
+        f" {run.accelerator.num_processes} process(es) on {run.accelerator.device}"
     )
     if settings.trackers:
         run.accelerator.init_trackers("mmtune", config={"seed": run.recipe.seed})
@@ -95,6 +95,11 @@ def follow(run: Run, resume: str, console: Talk) -> Any:
     return outcome
 
 
+def _rows(plan: Any) -> str:
+    rows, units = int(plan.sizes.rows.sum()), plan.sizes.rows.size
+    return f"{rows:,} rows" if rows == units else f"{rows:,} rows in {units:,} trees"
+
+
 def _hooks(run: Run, console: Talk, advance: Callable[[int, str], None]) -> Any:
     from mmtune.models.adapter import trainable_state
     from mmtune.training.loop import Hooks
@@ -112,10 +117,10 @@ def _hooks(run: Run, console: Talk, advance: Callable[[int, str], None]) -> Any:
             run.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
 
     return Hooks(
-        batch=run.train.batch,
+        batch=run.train.batches.batch,
         loss=run.train.loss,
-        ids=run.split.source.ids,
-        modalities=run.split.source.modalities,
+        ids=run.train.batches.ids,
+        modalities=run.train.batches.modalities,
         save=save,
         last_good=run.checkpoints.newest_name,
         validate=lambda: _validation_loss(run),
@@ -131,4 +136,4 @@ def _validation_loss(run: Run) -> float | None:
         return None
     from mmtune.training.validation import validation_loss
 
-    return validation_loss(run.model, run.accelerator, run.validate.plan, run.validate.batch, run.validate.loss)
+    return validation_loss(run.model, run.accelerator, run.validate.plan, run.validate.batches.batch, run.validate.loss)

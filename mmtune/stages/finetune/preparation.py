@@ -25,7 +25,6 @@ class Run:
     optimizer: Any
     accelerator: Any
     train: Any
-    split: Any
     validate: Any
     checkpoints: Any
     identity: dict[str, Any]
@@ -130,7 +129,6 @@ def prepare(
         optimizer,
         accelerator,
         batching,
-        train,
         held_out,
         checkpoints,
         identity,
@@ -222,15 +220,16 @@ def _split(
 ) -> Any:
     from mmtune.encoding.collate import Collator
     from mmtune.media.augment import Augmentation
-    from mmtune.training.batching import load_split
+    from mmtune.training.batching import Split
+    from mmtune.training.data import some_rows
 
     table = open_split(recipe.run_dir / "tokens" / split)
-    table = table.slice(0, limit) if limit else table
+    table = some_rows(table, limit) if limit else table
     if table.num_rows == 0:
         raise DataError(f"tokens/{split} has no rows", "look at tokens/rejects.jsonl", "no_rows")
     changed = Augmentation(recipe.seed, augment.shift, augment.flips) if augment else None
     collate = Collator(processor, media_root=Path(tokens.facts["media_root"]), augment=changed)
-    return load_split(table, collate)
+    return Split(table, collate)
 
 
 def _show_towers(model: Any, console: Talk) -> None:
