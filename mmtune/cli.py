@@ -269,6 +269,7 @@ def _stages(
 def init(
     name: Annotated[str | None, typer.Argument(help="Recipe to copy; left out: list them.")] = None,
     force: Force = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """List the shipped recipes, or copy one into this folder.
@@ -285,7 +286,11 @@ def init(
             for item in recipes:
                 print(f"{item['name']:24} {item['about']}")
         return
-    written = copy_recipe(name, Path.cwd(), force=force)
+    written = copy_recipe(name, Path.cwd(), force=force, dry_run=dry_run)
+    if dry_run:
+        Talk().say(f"init: would write {written}")
+        _finish("init", {"path": str(written), "dry_run": True}, as_json)
+        return
     Talk().say(f"wrote {written}; next: see its first lines for the data that it takes, then mmtune run {written.name}")
     _finish("init", {"path": str(written)}, as_json)
 

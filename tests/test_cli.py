@@ -58,3 +58,12 @@ def test_a_path_that_cannot_be_one_is_named_without_a_traceback(tmp_path, monkey
     assert "File name too long" in said
     assert said.startswith("error: ")
     assert not (tmp_path / "run" / "instructions").exists()
+
+
+def test_init_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["mmtune", "init", "quickstart", "--dry-run", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    out = capsys.readouterr()
+    assert ended.value.code == 0 and json.loads(out.out)["dry_run"] and not list(tmp_path.iterdir())

@@ -43,8 +43,8 @@ from mmtune.readers.strict_json import iter_jsonl, iter_lines, open_bytes, strea
 from mmtune.records import MODALITIES, Medium, Record, Reject
 
 _SLOT = re.compile(r"\{([^{}]+)\}")
-_TAUGHT = frozenset({"answer", "output", "target", "references"})
-_KNOWN = _TAUGHT | {"question", "text", "instruction", "context", "options", "id", "metadata", "rows", "delimiter"}
+_TAUGHT = ("answer", "output", "target", "references")
+_KNOWN = {*_TAUGHT} | {"question", "text", "instruction", "context", "options", "id", "metadata", "rows", "delimiter"}
 _KNOWN |= {"strip", "image", "audio", "video", "images", "audios", "videos"}
 _MAX_FIELD = 64 << 20
 _BINARY = re.compile("[\0-\x08\x0e-\x1f\ud800-\udfff]")
@@ -71,7 +71,7 @@ def check_columns(source: SourceFiles) -> None:
             f"known: {', '.join(sorted(_KNOWN))}",
             "unknown_column",
         )
-    if source.split == "train" and not _TAUGHT & set(source.columns):
+    if source.split == "train" and not set(_TAUGHT) & set(source.columns):
         raise RecipeError(
             f"source {source.id!r} needs `columns` with an `answer`",
             "for example: columns: {question: q, answer: a, image: file}",
@@ -89,9 +89,9 @@ def table_record(source: SourceFiles, row: Row) -> Record:
     references = _texts(columns, "references", row.value)
     answer = _first_text(columns, ("answer", "output", "target"), row.value)
     answer = answer or next((text for text in references if text), "")
-    has_answer = bool(_TAUGHT & set(columns))
+    has_answer = bool(set(_TAUGHT) & set(columns))
     if has_answer:
-        answer = answer_text(answer, f"/{columns.get('answer', columns.get('output', 'answer'))}")
+        answer = answer_text(answer, f"/{next(columns[name] for name in _TAUGHT if name in columns)}")
     options = _texts(columns, "options", row.value)
     media = _media(source, row.value)
     own = _first(columns, ("id",), row.value)
@@ -153,8 +153,9 @@ def _at(row: Any, key: str | int, name: str) -> Any:
 
 
 def _first_text(columns: Mapping[str, Any], names: Sequence[str], row: Any) -> str:
-    value = _first(columns, names, row)
-    return "" if value is None else scalar_text(value, f"/{names[0]}")
+    name = next((name for name in names if name in columns), None)
+    value = None if name is None else _cell(columns[name], row, name)
+    return "" if name is None or value is None else scalar_text(value, f"/{columns[name]} (for {name})")
 
 
 def _first(columns: Mapping[str, Any], names: Sequence[str], row: Any) -> Any:
@@ -184,7 +185,12 @@ def _media(source: SourceFiles, row: Any) -> tuple[Medium, ...]:
         for name in (modality, f"{modality}s"):
             if name in source.columns:
                 for spec in _as_sequence(source.columns[name]):
-                    found += media_of(_cell(spec, row, name), modality, f"/{spec}", strip)
+                    media = media_of(_cell(spec, row, name), modality, f"/{spec}", strip)
+                    if not media and name == modality:
+                        raise Refused(
+                            f"no_{modality}", f"/{spec} (for {name}): empty; `{name}s` takes rows without one"
+                        )
+                    found += media
     return tuple(found)
 
 

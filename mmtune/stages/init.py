@@ -30,8 +30,8 @@ def list_recipes() -> list[dict[str, str]]:
     return found
 
 
-def copy_recipe(name: str, target: Path, *, force: bool = False) -> Path:
-    """Copies a shipped recipe into a folder and returns the new file.
+def copy_recipe(name: str, target: Path, *, force: bool = False, dry_run: bool = False) -> Path:
+    """Copies a shipped recipe into a folder and returns the new file, which a dry run only names.
 
     Paths of bundled data are written out in full, so the copy works from anywhere; what the
     run writes stays relative to the copy.
@@ -50,6 +50,8 @@ def copy_recipe(name: str, target: Path, *, force: bool = False) -> Path:
     written = target / f"{name}.yaml"
     if written.exists() and not force:
         raise RecipeError(f"{written} is there already", "use --force to replace it", "file_exists")
+    if dry_run:
+        return written
     folder = shipped_folder()
     text = (folder / "recipes" / f"{name}.yaml").read_text("utf-8")
     text = _DATA.sub(lambda match: _yaml_text(f"{folder}/{match[1]}"), text)

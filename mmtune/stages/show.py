@@ -21,9 +21,18 @@ def describe(path: Path, *, row: int = 0, split: str | None = None) -> dict[str,
     if is_finished(path):
         return _stage(path, row, split)
     stages = {name: _brief(path / name) for name in _STAGES if is_finished(path / name)}
-    if not stages:
+    stopped = _stopped_at(path)
+    if not stages and stopped is None:
         raise DataError(f"{path} holds no finished stage", "give a stage folder or a run_dir", "nothing_there")
-    return {"run_dir": str(path), "stages": stages}
+    return {"run_dir": str(path), "stages": stages, "finetune_stopped_after_step": stopped}
+
+
+def _stopped_at(run_dir: Path) -> int | None:
+    """Returns the step of the newest checkpoint of a finetune that did not end, or None."""
+    from mmtune.training.checkpoints import CheckpointFolder
+
+    newest = CheckpointFolder(run_dir / "checkpoints" / "finetune", keep=1).newest()
+    return None if newest is None else newest.step
 
 
 def _brief(folder: Path) -> dict[str, Any]:
@@ -98,6 +107,9 @@ def render(result: dict[str, Any]) -> str:
         for name, stage in result["stages"].items():
             rows = ", ".join(f"{split} {count:,}" for split, count in stage["rows"].items())
             lines.append(f"{name:13} {stage['hash']}  {rows}{_drops(stage['drops'])}")
+        if result["finetune_stopped_after_step"] is not None:
+            step = result["finetune_stopped_after_step"]
+            lines.append(f"{'finetune':13} not finished; the newest checkpoint is after step {step:,}")
         return "\n".join(lines)
     lines.append(f"{result['path']}  ({result['stage']}, {result['bytes'] / 1e6:.1f} MB, {result['hash'][:12]})")
     lines.append("rows      " + ", ".join(f"{split} {count:,}" for split, count in result["rows"].items()))

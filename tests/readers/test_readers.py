@@ -550,3 +550,21 @@ def test_repeated_ids_are_found_over_parts(monkeypatch):
     with pytest.raises(DataError, match="f:2") as error:
         drop_repeated(items, SeenIds(), "error")
     assert error.value.code == "duplicate_id"
+
+
+def test_a_row_without_its_image_is_refused_and_images_may_be_none(tmp_path: Path):
+    path = write(tmp_path / "t.jsonl", [{"q": "a?", "a": "b", "i": name} for name in ("", "x.png")])
+    one = read("table", path=path, columns={"question": "q", "answer": "a", "image": "i"})
+    assert reasons(one) == ["no_image"]
+    assert "/i (for image): empty" in next(item.detail for item in one if isinstance(item, Reject))
+    many = read("table", path=path, columns={"question": "q", "answer": "a", "images": "i"})
+    assert [len(item.media) for item in many] == [0, 1]
+
+
+def test_a_wrong_cell_is_named_by_its_own_column(tmp_path: Path):
+    path = write(tmp_path / "t.jsonl", [{"ask": ["a?"], "a": "b"}, {"ask": "a?", "a": " "}])
+    items = read("table", path=path, columns={"instruction": "ask", "output": "a"})
+    assert [item.detail for item in items] == [
+        "/ask (for instruction): expected a string, found a list",
+        "/a: the answer is empty",
+    ]
