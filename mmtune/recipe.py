@@ -186,8 +186,10 @@ class Finetune(Section):
     """Shape after warm-up."""
     warmup: Annotated[float, Field(ge=0)] = 0.03
     """Below 1 a share of the steps, else a number of steps."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices of hidden layers at AdamW's learning rate, AdamW for the rest; for method full."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW weight decay on matrices."""
+    """Weight decay on matrices."""
     beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
     """AdamW second moment decay."""
     batch_rows: Annotated[int, Field(ge=1)] | None = None
@@ -234,6 +236,8 @@ class Finetune(Section):
             raise ValueError(f"method {self.method} works on the language model alone: leave out train")
         if self.from_scratch and self.method != "full":
             raise ValueError("from_scratch goes with method full: an adapter fits only the weights it was trained on")
+        if self.optimizer == "muon" and self.method not in ("lora", "full"):
+            raise ValueError(f"optimizer muon is for matrices; method {self.method} has none: leave it out")
         if self.quantize != "none" and self.method != "lora":
             raise ValueError("quantize is for method lora: 4-bit weights cannot train themselves")
         if self.lora.init == "pissa" and (self.lora.dora or self.lora.rslora or self.quantize != "none"):

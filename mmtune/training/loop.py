@@ -22,7 +22,7 @@ from mmtune.training.guards import Spikes, refuse_non_finite
 from mmtune.training.loss import answer_loss
 from mmtune.training.meter import Clock, Window
 from mmtune.training.moved import TowerWatch
-from mmtune.training.optimizer import learning_rate, set_rate
+from mmtune.training.optimizer import Optimizer, learning_rate, set_rate
 from mmtune.training.plan import Plan, split_ranks, step_seed
 from mmtune.training.ranks import sum_gradients, sum_tensor
 from mmtune.training.signals import StopFlag
@@ -99,7 +99,7 @@ class Outcome:
 
 def train(
     model: Any,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     accelerator: Accelerator,
     plan: Plan,
     settings: LoopSettings,

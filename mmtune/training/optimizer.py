@@ -1,9 +1,9 @@
-"""AdamW over the trainable parameters, the learning rate as a function of the step, and its saved state."""
+"""The optimizer over the trainable parameters, the learning rate as a function of the step, and its saved state."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -32,46 +32,110 @@ def learning_rate(step: int, *, peak: float, total: int, warmup: float, schedule
     return peak
 
 
-def make_adamw(
+class Joined:
+    """Several optimizers, each over its own parameters, that step as one."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        """Takes optimizers that share no parameter."""
+        self.parts = parts
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of all parts, live."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    @property
+    def state(self) -> dict[Any, dict[str, Any]]:
+        """Each parameter's slots, live."""
+        return {
+            parameter: part.state[parameter]
+            for part in self.parts
+            for group in part.param_groups
+            for parameter in group["params"]
+        }
+
+    def step(self) -> None:
+        """Steps every part."""
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets all gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=set_to_none)
+
+
+Optimizer = torch.optim.Optimizer | Joined
+
+
+def make_optimizer(
     model: Any,
     *,
     rate: float,
     weight_decay: float,
     beta2: float,
+    name: str = "adamw",
     tower_rates: Mapping[Any, float] | None = None,
     plus_ratio: float = 1.0,
-) -> torch.optim.AdamW:
-    """Returns AdamW; weight decay falls on matrices only, not on biases and norms.
+) -> Optimizer:
+    """Returns AdamW, or Muon with AdamW for what Muon is not made for.
+
+    Weight decay falls on matrices only, not on biases and norms. Muon (Jordan 2024; torch.optim.Muon) takes the
+    weight matrices of hidden layers, its update scaled to AdamW's size (arXiv:2502.16982) so that one learning rate
+    fits both; embeddings, heads, convolutions, biases and norms stay with AdamW.
 
     Args:
         model: Its trainable parameters are taken.
         rate: Peak learning rate.
         weight_decay: Decay of matrices.
-        beta2: Decay of the second moment.
+        beta2: AdamW's decay of the second moment.
+        name: ``adamw`` or ``muon``.
         tower_rates: Peak learning rates of single towers, in place of ``rate``.
         plus_ratio: LoRA+ (arXiv:2402.12354): rate of LoRA's B over that of its A.
     """
-    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    scales: dict[torch.nn.Parameter, float] = {}
+    for parameter_name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            scale = (tower_rates or {}).get(tower_of(name), rate) / rate
-            scale *= plus_ratio if ".lora_B." in name or ".lora_embedding_B." in name else 1.0
+            scale = (tower_rates or {}).get(tower_of(parameter_name), rate) / rate
+            is_b = ".lora_B." in parameter_name or ".lora_embedding_B." in parameter_name
+            scales[parameter] = scale * (plus_ratio if is_b else 1.0)
+
+    def groups(parameters: Iterable[torch.nn.Parameter]) -> list[dict[str, Any]]:
+        found: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+        for parameter in parameters:
             decay = weight_decay if parameter.ndim >= 2 else 0.0
-            groups.setdefault((scale, decay), []).append(parameter)
-    settings = [
-        {"params": parameters, "weight_decay": decay, "scale": scale, "lr": rate * scale}
-        for (scale, decay), parameters in groups.items()
-    ]
-    return torch.optim.AdamW(settings, lr=rate, betas=(0.9, beta2))
+            found.setdefault((scales[parameter], decay), []).append(parameter)
+        return [
+            {"params": members, "weight_decay": decay, "scale": scale, "lr": rate * scale}
+            for (scale, decay), members in found.items()
+        ]
+
+    hidden = _hidden_matrices(model) if name == "muon" else set()
+    rest = [parameter for parameter in scales if parameter not in hidden]
+    parts: list[torch.optim.Optimizer] = []
+    if hidden:
+        matrices = groups(parameter for parameter in scales if parameter in hidden)
+        parts.append(torch.optim.Muon(matrices, lr=rate, adjust_lr_fn="match_rms_adamw"))
+    if rest:
+        parts.append(torch.optim.AdamW(groups(rest), lr=rate, betas=(0.9, beta2)))
+    return parts[0] if len(parts) == 1 else Joined(*parts)
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def _hidden_matrices(model: Any) -> set[torch.Tensor]:
+    """Returns the trainable matrices of linear layers, the output head apart."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    apart = set() if head is None else set(head.parameters())
+    linear = {module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)}
+    return {weight for weight in linear - apart if weight.requires_grad and weight.ndim == 2}
+
+
+def set_rate(optimizer: Optimizer, rate: float) -> None:
     """Sets the learning rate of a step; each group takes its own multiple of it."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("scale", 1.0)
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, model: Any) -> dict[str, torch.Tensor]:
+def optimizer_state(optimizer: Optimizer, model: Any) -> dict[str, torch.Tensor]:
     """Returns the optimizer's tensors by ``parameter name|slot``, on the CPU."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     state = {}
@@ -82,11 +146,12 @@ def optimizer_state(optimizer: torch.optim.Optimizer, model: Any) -> dict[str, t
     return state
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, model: Any, state: dict[str, torch.Tensor]) -> None:
+def load_optimizer_state(optimizer: Optimizer, model: Any, state: dict[str, torch.Tensor]) -> None:
     """Puts saved tensors back, in place, on each parameter's device."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    slots = optimizer.state
     for key, tensor in state.items():
         name, slot = key.rsplit("|", 1)
         parameter = parameters[name]
         # Adam keeps its step counter on the CPU.
-        optimizer.state[parameter][slot] = tensor.clone() if slot == "step" else tensor.clone().to(parameter.device)
+        slots[parameter][slot] = tensor.clone() if slot == "step" else tensor.clone().to(parameter.device)

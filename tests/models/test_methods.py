@@ -18,7 +18,7 @@ from mmtune.models.method import with_method
 from mmtune.models.towers import fingerprints, tower_of, tower_table
 from mmtune.recipe_text import load_recipe
 from mmtune.training.loop import answer_loss
-from mmtune.training.optimizer import make_adamw, set_rate
+from mmtune.training.optimizer import make_optimizer, set_rate
 
 LORA = {"targets": None, "r": 4, "alpha": 8}
 KINDS = {
@@ -126,7 +126,7 @@ def test_rslora_scales_by_the_root_of_the_rank():
 
 def test_lora_plus_gives_the_rates_of_peft():
     model = add_lora(tiny_model(), towers=["llm"], targets=None, r=2, alpha=4)
-    ours = make_adamw(model, rate=0.01, weight_decay=0.0, beta2=0.999, plus_ratio=16.0)
+    ours = make_optimizer(model, rate=0.01, weight_decay=0.0, beta2=0.999, plus_ratio=16.0)
     theirs = create_loraplus_optimizer(model, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=16.0)
     rates = [{id(p): group["lr"] for group in o.param_groups for p in group["params"]} for o in (ours, theirs)]
     assert rates[0] == pytest.approx(rates[1]) and len(set(rates[0].values())) == 2
@@ -134,7 +134,7 @@ def test_lora_plus_gives_the_rates_of_peft():
 
 def test_towers_have_their_own_rates_through_the_schedule():
     model = train_fully(tiny_model(), ["llm", "vision", "projector"])
-    optimizer = make_adamw(model, rate=0.01, weight_decay=0.1, beta2=0.999, tower_rates={"vision": 0.001})
+    optimizer = make_optimizer(model, rate=0.01, weight_decay=0.1, beta2=0.999, tower_rates={"vision": 0.001})
     set_rate(optimizer, 0.005)
     names = {id(p): name for name, p in model.named_parameters()}
     for group in optimizer.param_groups:

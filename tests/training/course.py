@@ -72,7 +72,7 @@ def run(model: Any, rows: Rows, **asked: Any) -> SimpleNamespace:
     from accelerate.state import AcceleratorState
 
     from mmtune.training.loop import Hooks, LoopSettings, train
-    from mmtune.training.optimizer import make_adamw
+    from mmtune.training.optimizer import make_optimizer
     from mmtune.training.plan import Plan, TreeSizes
 
     options = {"rate": 0.01, "steps": 4, "batch_rows": 4, "accumulate": 1, "precision": "no", "clip": 1.0} | asked
@@ -84,7 +84,7 @@ def run(model: Any, rows: Rows, **asked: Any) -> SimpleNamespace:
     plan = Plan(
         sizes, 0, 10**6, options["batch_rows"], accelerator.num_processes * options["accumulate"], 1.0, options["steps"]
     )
-    optimizer = options.get("optimizer") or make_adamw(model, rate=options["rate"], weight_decay=0.0, beta2=0.99)
+    optimizer = options.get("optimizer") or make_optimizer(model, rate=options["rate"], weight_decay=0.0, beta2=0.99)
     notes: list[str] = []
     saved: list[int] = []
     hooks = Hooks(

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from transformers import get_scheduler
+from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
 
-from mmtune.training.optimizer import learning_rate, load_optimizer_state, make_adamw, optimizer_state
+from mmtune.training.optimizer import learning_rate, load_optimizer_state, make_optimizer, optimizer_state
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -29,11 +29,12 @@ def test_warm_up_as_a_share():
     assert learning_rate(5, peak=1.0, total=100, warmup=0.05, schedule="linear") == 1.0
 
 
-def test_state_round_trip_continues_identically():
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_state_round_trip_continues_identically(name):
     def run(steps, state=None, weights=None):
         torch.manual_seed(0)
         model = torch.nn.Linear(3, 2)
-        optimizer = make_adamw(model, rate=0.1, weight_decay=0.01, beta2=0.99)
+        optimizer = make_optimizer(model, name=name, rate=0.1, weight_decay=0.01, beta2=0.99)
         if state:
             model.load_state_dict(weights)
             load_optimizer_state(optimizer, model, state)
@@ -49,3 +50,39 @@ def test_state_round_trip_continues_identically():
     resumed, _ = run(range(4, 7), optimizer_state(optimizer, half), weights)
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def tiny_llama():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=30, tie_word_embeddings=False, **sizes))
+
+
+def test_muon_takes_the_hidden_matrices_and_adamw_the_rest():
+    model = tiny_llama()
+    muon, adamw = make_optimizer(model, name="muon", rate=0.01, weight_decay=0.1, beta2=0.99).parts
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    by_muon = {names[p] for group in muon.param_groups for p in group["params"]}
+    by_adamw = {names[p] for group in adamw.param_groups for p in group["params"]}
+    assert by_muon == {name for name in names.values() if name.endswith("proj.weight")}
+    assert by_adamw == set(names.values()) - by_muon
+    assert {"lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"} <= by_adamw
+
+
+def test_muon_steps_as_torch_muon_and_torch_adamw_do():
+    ours, theirs = tiny_llama(), tiny_llama()
+    optimizer = make_optimizer(ours, name="muon", rate=0.01, weight_decay=0.0, beta2=0.99)
+    hidden = [p for name, p in theirs.named_parameters() if name.endswith("proj.weight")]
+    rest = [p for name, p in theirs.named_parameters() if not name.endswith("proj.weight")]
+    parts = [
+        torch.optim.Muon(hidden, lr=0.01, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=0.01, weight_decay=0.0, betas=(0.9, 0.99)),
+    ]
+    ids = torch.arange(8)[None]
+    for _ in range(3):
+        for model, steps in ((ours, [optimizer]), (theirs, parts)):
+            model(input_ids=ids, labels=ids).loss.backward()
+            for each in steps:
+                each.step()
+                each.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))

@@ -64,7 +64,7 @@ def prepare(
     from mmtune.encoding.processor import load_processor, processor_fingerprint
     from mmtune.training.batching import packed_trees, rows_apart
     from mmtune.training.checkpoints import CheckpointFolder
-    from mmtune.training.optimizer import make_adamw
+    from mmtune.training.optimizer import make_optimizer
     from mmtune.training.ranks import share_weights
 
     _trackers_are_here(settings.trackers)
@@ -106,8 +106,9 @@ def prepare(
         },
     )
     held_out = val and make(val, {**budget, "seed": 0, "micro_batches": 1, "epochs": 1.0})
-    optimizer = make_adamw(
+    optimizer = make_optimizer(
         model,
+        name=settings.optimizer,
         rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         beta2=settings.beta2,
