@@ -1,6 +1,87 @@
-"""Run the command line as ``python -m mmtune``."""
+"""The way in and out: runs the command line, and turns what stopped it into one message and an exit code."""
 
-from mmtune.cli import main
+from __future__ import annotations
+
+import errno
+import os
+import sys
+
+from mmtune.errors import DataError, MmtuneError, RecipeError, ResourceError
+from mmtune.talk import json_line
+
+# What the system says of a path that cannot be one.
+_REFUSED_PATHS = frozenset({errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EROFS})
+
+
+def main() -> None:
+    """Runs the command line and exits with the code of the contract."""
+    try:
+        code = _run()
+    except MmtuneError as error:
+        code = _fail(error)
+    except KeyboardInterrupt:
+        stopped = MmtuneError("stopped; nothing was half-written", "run the same command again", "interrupted")
+        stopped.exit_code = 130
+        code = _fail(stopped)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = 141
+    except Exception as error:
+        known = _known(error)
+        if known is None:
+            raise
+        code = _fail(known)
+    sys.exit(code)
+
+
+def _run() -> int:
+    # Imported here, so that an interrupt during the imports is answered too.
+    import typer
+
+    from mmtune.cli import app
+    from mmtune.files import disk_errors
+
+    try:
+        with disk_errors("writing failed"):
+            code = app(standalone_mode=False, prog_name="mmtune") or 0
+    except typer.Exit as error:
+        code = error.exit_code
+    except typer.Abort as error:
+        raise KeyboardInterrupt from error
+    sys.stdout.flush()
+    return code
+
+
+def _known(error: Exception) -> MmtuneError | None:
+    """Returns what to say of an error from below, or None for a bug of ours."""
+    if isinstance(error, PermissionError):
+        return DataError(f"{error.filename or error} may not be read or written", "check its rights", "unreadable")
+    if isinstance(error, OSError) and error.errno in _REFUSED_PATHS and error.filename:
+        path = str(error.filename)
+        shown = path if len(path) <= 120 else f"{path[:60]}...{path[-50:]}"
+        return DataError(f"{shown}: {error.strerror}", "check this path in the recipe or command", "bad_path")
+    if any(kind.__name__ in ("OutOfMemoryError", "MemoryError") for kind in type(error).__mro__):
+        return ResourceError(
+            f"memory ran out: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            "lower batch_rows or batch_tokens (raise accumulate as much), or set finetune.checkpointing",
+        )
+    if hasattr(error, "exit_code") and hasattr(error, "format_message"):
+        # A usage error of Typer, whose classes have no public name.
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "mmtune"
+        return RecipeError(str(error.format_message()), f"see: {command} --help", "usage")
+    return None
+
+
+def _fail(error: MmtuneError) -> int:
+    if "--json" in sys.argv:
+        where = {"code": error.code, "message": error.message, "hint": error.hint, "exit_code": error.exit_code}
+        print(json_line({"ok": False, "error": where}))
+    print(f"error: {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"  next: {error.hint}", file=sys.stderr)
+    return error.exit_code
+
 
 if __name__ == "__main__":
     main()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import warnings
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmtune import __version__
-from mmtune.errors import DataError, MmtuneError, RecipeError, ResourceError
+from mmtune.errors import RecipeError
 from mmtune.talk import Talk, json_line
 
 if TYPE_CHECKING:
@@ -330,6 +329,23 @@ def doctor(as_json: Json = False) -> None:
         print(render(result))
 
 
+@app.command("keys", epilog=EPILOG)
+def keys(
+    section: Annotated[str, typer.Argument(help="A section or key, such as finetune.lora; left out: all.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="The JSON Schema of a recipe, for editors.")] = False,
+) -> None:
+    """Every key of a recipe: type, default and meaning.
+
+    Example: mmtune keys finetune
+    """
+    from mmtune.stages.keys import list_keys, render, schema
+
+    if as_json:
+        _finish("keys", {"recipe": schema(section)}, True)
+    else:
+        print(render(list_keys(section)))
+
+
 def _version(value: bool) -> None:
     if value:
         print(f"mmtune {__version__}")
@@ -352,63 +368,3 @@ def _root(
     # Deprecations inside the libraries are for their callers, not for the person at the command line.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-
-
-# What the system says of a path that cannot be one.
-_REFUSED_PATHS = frozenset({errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EROFS})
-
-
-def _fail(error: MmtuneError) -> int:
-    if "--json" in sys.argv:
-        where = {"code": error.code, "message": error.message, "hint": error.hint, "exit_code": error.exit_code}
-        print(json_line({"ok": False, "error": where}))
-    print(f"error: {error.message}", file=sys.stderr)
-    if error.hint:
-        print(f"  next: {error.hint}", file=sys.stderr)
-    return error.exit_code
-
-
-def main() -> None:
-    """Runs the command line and exits with the code of the contract."""
-    from mmtune.files import disk_errors
-
-    try:
-        with disk_errors("writing failed"):
-            code = app(standalone_mode=False, prog_name="mmtune") or 0
-        sys.stdout.flush()
-    except MmtuneError as error:
-        code = _fail(error)
-    except PermissionError as error:
-        code = _fail(
-            DataError(f"{error.filename or error} may not be read or written", "check its rights", "unreadable")
-        )
-    except typer.Exit as error:
-        code = error.exit_code
-    except (typer.Abort, KeyboardInterrupt):
-        stopped = MmtuneError("stopped; nothing was half-written", "run the same command again", "interrupted")
-        stopped.exit_code = 130
-        code = _fail(stopped)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = 141
-    except OSError as error:
-        if error.errno not in _REFUSED_PATHS or not error.filename:
-            raise
-        path = str(error.filename)
-        shown = path if len(path) <= 120 else f"{path[:60]}...{path[-50:]}"
-        code = _fail(DataError(f"{shown}: {error.strerror}", "check this path in the recipe or command", "bad_path"))
-    except Exception as error:
-        if any(kind.__name__ in ("OutOfMemoryError", "MemoryError") for kind in type(error).__mro__):
-            code = _fail(
-                ResourceError(
-                    f"memory ran out: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-                    "lower batch_rows or batch_tokens (raise accumulate as much), or set finetune.checkpointing",
-                )
-            )
-            sys.exit(code)
-        if not hasattr(error, "exit_code") or not hasattr(error, "format_message"):
-            raise
-        context = getattr(error, "ctx", None)
-        command = context.command_path if context else "mmtune"
-        code = _fail(RecipeError(str(error.format_message()), f"see: {command} --help", "usage"))
-    sys.exit(code)

@@ -186,8 +186,9 @@ class Finetune(Section):
     """Shape after warm-up."""
     warmup: Annotated[float, Field(ge=0)] = 0.03
     """Below 1 a share of the steps, else a number of steps."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: Muon for the matrices of hidden layers at AdamW's learning rate, AdamW for the rest; for method full."""
+    optimizer: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
+    """adamw_8bit: a quarter of AdamW's memory (needs mmtune[qlora]). muon: Muon for the matrices of hidden layers at
+    AdamW's learning rate, AdamW for the rest; it learns in fewer steps where whole towers train."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Weight decay on matrices."""
     beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999

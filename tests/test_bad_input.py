@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmtune import cli
+from mmtune.__main__ import main
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def mmtune(monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", ["mmtune", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            main()
         out, err = capsys.readouterr()
         assert "Traceback" not in out + err
         return end.value.code, out, err

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from mmtune import cli
+from mmtune.__main__ import main
 from mmtune.stages import build_data, evaluate, finetune, tokenize
 
 STAGES = {"build-data": build_data, "tokenize": tokenize, "finetune": finetune, "eval": evaluate}
@@ -28,7 +28,7 @@ def test_offline_reaches_every_stage_and_the_libraries(tmp_path, monkeypatch, co
     path.write_text(json.dumps({"run_dir": "run", "model": {"path": "m"}, "finetune": {}, "eval": {}}))
     monkeypatch.setattr("sys.argv", ["mmtune", command, str(path), *(["--offline"] if given else [])])
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        main()
     assert end.value.code == 0
     switch = "1" if given else "0"
     expected = {name: (None if name == "build-data" else given, switch) for name in STAGES}
@@ -52,7 +52,7 @@ def test_a_path_that_cannot_be_one_is_named_without_a_traceback(tmp_path, monkey
     asked = tmp_path / f"{long}.yaml" if place == "recipe" else path
     monkeypatch.setattr("sys.argv", ["mmtune", "build-data", str(asked)])
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        main()
     assert end.value.code == (2 if place == "run_dir" else 3)
     said = capsys.readouterr().err
     assert "File name too long" in said
@@ -64,6 +64,6 @@ def test_init_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["mmtune", "init", "quickstart", "--dry-run", "--json"])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     out = capsys.readouterr()
     assert ended.value.code == 0 and json.loads(out.out)["dry_run"] and not list(tmp_path.iterdir())

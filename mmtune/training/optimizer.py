@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mmtune.errors import CapabilityError
 from mmtune.models.towers import tower_of
 
 
@@ -78,20 +79,24 @@ def make_optimizer(
     tower_rates: Mapping[Any, float] | None = None,
     plus_ratio: float = 1.0,
 ) -> Optimizer:
-    """Returns AdamW, or Muon with AdamW for what Muon is not made for.
+    """Returns AdamW, AdamW with its moments in 8 bits, or Muon with AdamW for what Muon is not made for.
 
     Weight decay falls on matrices only, not on biases and norms. Muon (Jordan 2024; torch.optim.Muon) takes the
     weight matrices of hidden layers, its update scaled to AdamW's size (arXiv:2502.16982) so that one learning rate
-    fits both; embeddings, heads, convolutions, biases and norms stay with AdamW.
+    fits both; embeddings, heads, convolutions, biases and norms stay with AdamW. 8-bit moments (arXiv:2110.02861) are
+    bitsandbytes'; parameters under 4,096 numbers keep full ones.
 
     Args:
         model: Its trainable parameters are taken.
         rate: Peak learning rate.
         weight_decay: Decay of matrices.
         beta2: AdamW's decay of the second moment.
-        name: ``adamw`` or ``muon``.
+        name: ``adamw``, ``adamw_8bit`` or ``muon``.
         tower_rates: Peak learning rates of single towers, in place of ``rate``.
         plus_ratio: LoRA+ (arXiv:2402.12354): rate of LoRA's B over that of its A.
+
+    Raises:
+        CapabilityError: ``adamw_8bit`` without bitsandbytes.
     """
     scales: dict[torch.nn.Parameter, float] = {}
     for parameter_name, parameter in model.named_parameters():
@@ -117,8 +122,21 @@ def make_optimizer(
         matrices = groups(parameter for parameter in scales if parameter in hidden)
         parts.append(torch.optim.Muon(matrices, lr=rate, adjust_lr_fn="match_rms_adamw"))
     if rest:
-        parts.append(torch.optim.AdamW(groups(rest), lr=rate, betas=(0.9, beta2)))
+        adamw = _adamw_8bit() if name == "adamw_8bit" else torch.optim.AdamW
+        parts.append(adamw(groups(rest), lr=rate, betas=(0.9, beta2)))
     return parts[0] if len(parts) == 1 else Joined(*parts)
+
+
+def _adamw_8bit() -> Any:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise CapabilityError(
+            "finetune.optimizer adamw_8bit needs bitsandbytes, which is not installed",
+            "install it: pip install 'mmtune[qlora]', or take optimizer: adamw",
+            "no_bitsandbytes",
+        ) from error
+    return AdamW8bit
 
 
 def _hidden_matrices(model: Any) -> set[torch.Tensor]:
@@ -153,5 +171,8 @@ def load_optimizer_state(optimizer: Optimizer, model: Any, state: dict[str, torc
     for key, tensor in state.items():
         name, slot = key.rsplit("|", 1)
         parameter = parameters[name]
-        # Adam keeps its step counter on the CPU.
-        slots[parameter][slot] = tensor.clone() if slot == "step" else tensor.clone().to(parameter.device)
+        if tensor.ndim == 0 and not tensor.is_floating_point():
+            slots[parameter][slot] = int(tensor)
+        else:
+            # AdamW keeps its step counter on the CPU.
+            slots[parameter][slot] = tensor.clone() if slot == "step" else tensor.clone().to(parameter.device)

@@ -29,17 +29,17 @@ def test_warm_up_as_a_share():
     assert learning_rate(5, peak=1.0, total=100, warmup=0.05, schedule="linear") == 1.0
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "muon"])
 def test_state_round_trip_continues_identically(name):
     def run(steps, state=None, weights=None):
         torch.manual_seed(0)
-        model = torch.nn.Linear(3, 2)
+        model = torch.nn.Linear(96, 64)
         optimizer = make_optimizer(model, name=name, rate=0.1, weight_decay=0.01, beta2=0.99)
         if state:
             model.load_state_dict(weights)
             load_optimizer_state(optimizer, model, state)
         for step in steps:
-            model(torch.full((1, 3), float(step))).sum().backward()
+            model(torch.full((1, 96), float(step))).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
         return model, optimizer
@@ -86,3 +86,25 @@ def test_muon_steps_as_torch_muon_and_torch_adamw_do():
                 each.step()
                 each.zero_grad()
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_eight_bit_moments_follow_adamw_in_a_quarter_of_its_memory():
+    pytest.importorskip("bitsandbytes", reason="adamw_8bit is an extra: pip install mmtune[qlora]")
+    models = {name: torch.nn.Linear(64, 64, bias=False) for name in ("adamw", "adamw_8bit")}
+    models["adamw_8bit"].load_state_dict(models["adamw"].state_dict())
+    start = models["adamw"].weight.detach().clone()
+    kept = {}
+    for name, model in models.items():
+        optimizer = make_optimizer(model, name=name, rate=0.01, weight_decay=0.0, beta2=0.99)
+        for step in range(20):
+            torch.manual_seed(step)
+            x = torch.randn(32, 64)
+            (model(x) - x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        slots = optimizer_state(optimizer, model)
+        kept[name] = sum(value.nbytes for value in slots.values() if value.numel() == model.weight.numel())
+    moved = {name: model.weight.detach() - start for name, model in models.items()}
+    apart = (moved["adamw"] - moved["adamw_8bit"]).norm() / moved["adamw"].norm()
+    assert 0 < apart < 0.05
+    assert kept["adamw_8bit"] * 4 == kept["adamw"]

@@ -1,0 +1,113 @@
+"""keys: every key of a recipe with type, default and meaning, from the schema itself."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import shutil
+import textwrap
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from mmtune.errors import RecipeError
+from mmtune.recipe import Recipe
+
+
+class Key(NamedTuple):
+    """One line of the reference; ``default`` is None where the key must be given."""
+
+    path: str
+    kind: str
+    default: str | None
+    about: str
+
+
+def schema(section: str = "") -> dict[str, Any]:
+    """Returns the JSON Schema of a recipe, or of one section of it.
+
+    Raises:
+        RecipeError: There is no such key.
+    """
+    whole = Recipe.model_json_schema()
+    if not section:
+        return whole
+    found: dict[str, Any] = {"$ref": "#"}
+    for name in section.split("."):
+        properties = _target(found, whole).get("properties", {})
+        if name not in properties:
+            near = difflib.get_close_matches(name, properties, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(properties) or 'no keys below it'}"
+            raise RecipeError(f"a recipe has no key {section!r}: {name!r} is not one", hint, "no_key")
+        found = properties[name]
+    return {**found, **_target(found, whole), "$defs": whole["$defs"]}
+
+
+def list_keys(section: str = "") -> list[Key]:
+    """Returns every key at or below a section, in the order of the schema.
+
+    Raises:
+        RecipeError: There is no such key.
+    """
+    found = schema(section)
+    below = list(_keys(found, found, f"{section}." if section else ""))
+    return below or [_key(section, found, found, required=False)]
+
+
+def render(keys: list[Key]) -> str:
+    """Returns the keys as text of the terminal's width, one paragraph each."""
+    width = min(shutil.get_terminal_size((100, 24)).columns, 120)
+    lines = []
+    for key in keys:
+        given = "" if key.default is None else f", default {key.default}"
+        lines.append(f"{key.path}  ({key.kind}{given or ', required'})")
+        lines += textwrap.wrap(key.about, width, initial_indent="    ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
+def _keys(node: dict[str, Any], whole: dict[str, Any], prefix: str) -> Iterator[Key]:
+    required = node.get("required", ())
+    for name, value in node.get("properties", {}).items():
+        target = _target(value, whole)
+        if "properties" in target:
+            many = "[]" if target is not value and value.get("type") == "array" else ""
+            yield from _keys(target, whole, f"{prefix}{name}{many}.")
+        else:
+            yield _key(prefix + name, value, whole, required=name in required)
+
+
+def _key(path: str, value: dict[str, Any], whole: dict[str, Any], *, required: bool) -> Key:
+    default = None if required else json.dumps(value.get("default"))
+    about = re.sub(r"\s+", " ", value.get("description", "")).strip()
+    return Key(path, _kind(value, whole), default, about)
+
+
+def _target(value: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
+    """Returns the section that a property holds, one of several or one or none; else the property itself."""
+    if value.get("$ref") == "#":
+        return whole
+    inner = [value.get("items", {}), *value.get("anyOf", ()), *value.get("allOf", ()), value]
+    reference = next((one["$ref"] for one in inner if "$ref" in one), None)
+    return value if reference is None else whole["$defs"][reference.rsplit("/", 1)[1]]
+
+
+def _kind(value: dict[str, Any], whole: dict[str, Any]) -> str:
+    if "$ref" in value:
+        return _kind(_target(value, whole), whole)
+    if "anyOf" in value:
+        return " | ".join(_kind(one, whole) for one in value["anyOf"])
+    if "enum" in value:
+        return " | ".join(map(str, value["enum"]))
+    if "const" in value:
+        return str(value["const"])
+    if value.get("type") == "array":
+        return f"list of {_kind(value.get('items', {}), whole)}"
+    if value.get("type") == "object":
+        return "mapping"
+    return {"string": "text", "null": "none"}.get(str(value.get("type")), str(value.get("type", "any"))) + _range(value)
+
+
+def _range(value: dict[str, Any]) -> str:
+    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    found = [f"{sign} {value[name]:g}" for name, sign in signs.items() if name in value]
+    return f" {' and '.join(found)}" if found else ""
