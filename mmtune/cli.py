@@ -192,6 +192,9 @@ def score(
 ) -> None:
     """Score a predictions file against references, without a model.
 
+    Rows: {"id": "1", "prediction": "cat", "references": ["cat"]}, or the references by id in a file of their own; for
+    vqa the official results [{"question_id": 42, "answer": "yes"}], or a report's predictions.jsonl.
+
     Example: mmtune score vqa --predictions results.json --questions q.json --annotations a.json --json
     """
     from mmtune.stages.score import score as stage
