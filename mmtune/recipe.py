@@ -154,6 +154,17 @@ class Augment(Section):
         return self
 
 
+class Features(Section):
+    """finetune.features: the outputs of a frozen vision tower and projector, kept in features/towers/."""
+
+    use: Literal["auto", "on", "off"] = "auto"
+    """auto keeps them when images are seen again, nothing changes them while training, and there is room."""
+    most_gib: Annotated[float, Field(gt=0)] = 20.0
+    """auto keeps no more than this."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto is the precision of the training, which loses nothing; bf16 halves the size of fp32."""
+
+
 class Finetune(Section):
     """finetune: tokens/ to adapter/."""
 
@@ -170,6 +181,8 @@ class Finetune(Section):
     """Towers that train: llm, projector, vision, audio."""
     augment: Augment | None = None
     """Change training images a little at every step; for few images and a tower that trains."""
+    features: Features = Features()
+    """Run a frozen vision tower once per image, not at every step."""
     from_scratch: bool = False
     """Ignore the pretrained weights and start from random ones (a baseline, not a way to work)."""
     epochs: Annotated[float, Field(gt=0)] = 1.0

@@ -8,9 +8,10 @@ ROOMS = {
     "readers": set(),
     "prompts": {"media"},
     "media": set(),
-    "encoding": {"media"},
+    "features": {"media"},
+    "encoding": {"media", "features"},
     "models": set(),
-    "training": {"models", "encoding", "media"},
+    "training": {"models", "encoding", "features", "media"},
     "evaluation": {"encoding", "models", "media"},
     "reports": {"media"},
 }

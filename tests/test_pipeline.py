@@ -101,6 +101,7 @@ def test_every_stage_is_there_and_nothing_is_lost(recipe):
     assert not (folder / "checkpoints").exists()
     assert sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) == [
         "adapter",
+        "features",
         "instructions",
         "report",
         "tokens",

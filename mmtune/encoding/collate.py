@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mmtune.encoding.media_tokens import family, process_audio, process_images
 from mmtune.encoding.processor import pad_token_id
 from mmtune.encoding.render import IGNORED, EncodedRow, MediaSpan
 from mmtune.errors import IntegrityError
+from mmtune.features.shards import Features, Item
 
 # Families whose image tensors are simply joined along the first dimension, one image after the
 # other; a processed image can then be kept and used again.
@@ -51,7 +53,7 @@ class Collator:
         cache_bytes: int = 512 << 20,
         augment: Callable[[Any, str, int], Any] | None = None,
     ) -> None:
-        self._processor, self._root, self._left = processor, media_root, left
+        self._processor, self.media_root, self._left = processor, media_root, left
         self._augment = augment
         self._pad = pad_token_id(processor)
         self._joined = bool(family(processor, _JOINED))
@@ -59,7 +61,14 @@ class Collator:
         self._gemma = bool(family(processor, {"Gemma3Processor": True}))
         self._cache: OrderedDict[Any, dict[str, torch.Tensor]] = OrderedDict()
         self._room = cache_bytes
+        self._features: Features | None = None
         self._types = getattr(processor, "return_mm_token_type_ids", False) or self._gemma
+
+    def with_features(self, features: Features) -> Collator:
+        """Returns a collator that takes the features of images in place of their pixels."""
+        other = copy(self)
+        other._features = features
+        return other
 
     def __call__(self, rows: Sequence[EncodedRow], step: int | None = None) -> dict[str, torch.Tensor]:
         """Returns ``input_ids``, ``attention_mask``, ``labels`` of shape ``(B, T)`` and the media tensors.
@@ -97,6 +106,17 @@ class Collator:
         return {**batch, **self._token_types(batch)}
 
     @property
+    def image_token_id(self) -> int | None:
+        """The id that stands for a piece of an image; None where the family sees none."""
+        found: int | None = getattr(self._processor, "image_token_id", None)
+        return found
+
+    @property
+    def rows_per_image_token(self) -> int:
+        """Features that one recorded image token stands for: Gemma 3 records the token that opens an image."""
+        return int(self._processor.image_seq_length) if self._gemma else 1
+
+    @property
     def media_by_row(self) -> bool:
         """Whether the family lays its images out by row of the batch, not one after the other."""
         return self._per_row
@@ -119,6 +139,9 @@ class Collator:
         per_row = [[span for span in row.media if span.medium.modality != "audio"] for row in rows]
         if not any(per_row):
             return {}
+        if self._features is not None:
+            found = [self._feature(row, span) for row, spans in zip(rows, per_row, strict=True) for span in spans]
+            return {name: torch.cat([part[name] for part in found]) for name in found[0]}
         if self._joined:
             shown: dict[Any, dict[str, torch.Tensor]] = {}
             for row, span in ((row, span) for row, spans in zip(rows, per_row, strict=True) for span in spans):
@@ -135,6 +158,18 @@ class Collator:
         made, texts = process_images(self._processor, nested)
         self._check([(row, span) for row, spans in zip(rows, per_row, strict=True) for span in spans], texts)
         return self._kept(made)
+
+    def _feature(self, row: EncodedRow, span: MediaSpan) -> dict[str, torch.Tensor]:
+        assert self._features is not None
+        item = Item(span.medium, span.frame, span.frames)
+        self._compare(row, span, self._features.tokens(item))
+        return self._features[item]
+
+    def processed(self, items: Sequence[Item]) -> tuple[dict[str, torch.Tensor], list[int]]:
+        """Returns the tensors of images, each as in a conversation of its own, and the tokens each takes."""
+        spans = [MediaSpan(item.medium, 0, 0, item.frame, item.frames) for item in items]
+        made, texts = process_images(self._processor, [[self._picture(span, None)] for span in spans])
+        return self._kept(made), [text.count(self._processor.image_token) for text in texts]
 
     def _one_image(self, row: EncodedRow, span: MediaSpan, step: int | None) -> dict[str, torch.Tensor]:
         key = _key(span)
@@ -156,9 +191,9 @@ class Collator:
         from mmtune.media.load import load_image, load_video_frames
 
         if span.medium.modality == "video":
-            picture = load_video_frames(self._root, span.medium, span.frames)[span.frame]
+            picture = load_video_frames(self.media_root, span.medium, span.frames)[span.frame]
         else:
-            picture = load_image(self._root, span.medium)
+            picture = load_image(self.media_root, span.medium)
         if step is None or self._augment is None:
             return picture
         # All frames of a video move together.
@@ -174,7 +209,7 @@ class Collator:
         sounds: dict[Any, np.ndarray] = {}
         for _, span in spans:
             if _key(span) not in sounds:
-                sounds[_key(span)] = load_audio(self._root, span.medium, rate)
+                sounds[_key(span)] = load_audio(self.media_root, span.medium, rate)
         made, texts = process_audio(self._processor, [sounds[_key(span)] for _, span in spans])
         self._check(spans, texts)
         return self._kept(made)
@@ -192,14 +227,16 @@ class Collator:
         """Compares the media tokens of the real expansion with those recorded in the row."""
         for (row, span), text in zip(spans, texts, strict=True):
             modality = "audio" if span.medium.modality == "audio" else "image"
-            found = text.count(getattr(self._processor, f"{modality}_token"))
-            expected = self._expected(row, span)
-            if found != expected:
-                raise IntegrityError(
-                    f"{span.medium.path} takes {found} tokens now, tokens/ holds {expected}",
-                    "the file changed since build-data; run: mmtune build-data --force, then mmtune tokenize",
-                    "media_changed",
-                )
+            self._compare(row, span, text.count(getattr(self._processor, f"{modality}_token")))
+
+    def _compare(self, row: EncodedRow, span: MediaSpan, found: int) -> None:
+        expected = self._expected(row, span)
+        if found != expected:
+            raise IntegrityError(
+                f"{span.medium.path} takes {found} tokens now, tokens/ holds {expected}",
+                "the file changed since build-data; run: mmtune build-data --force, then mmtune tokenize",
+                "media_changed",
+            )
 
 
 def _key(span: MediaSpan) -> Any:

@@ -184,13 +184,14 @@ def row_to_tree(row: Mapping[str, Any]) -> Tree:
         np.asarray(row["input_ids"], dtype=np.int32),
         np.asarray(row["labels"], dtype=np.int32),
         np.asarray(row["branch"], dtype=np.int32),
-        tuple(_row_to_span(item) for item in row["media"]),
+        tuple(row_to_span(item) for item in row["media"]),
         tuple(row["example_ids"]),
         tuple(row["weights"]),
     )
 
 
-def _row_to_span(item: Mapping[str, Any]) -> MediaSpan:
+def row_to_span(item: Mapping[str, Any]) -> MediaSpan:
+    """Returns the medium in a cell of ``media``."""
     medium = Medium(
         modality=item["modality"],
         path=item["path"],

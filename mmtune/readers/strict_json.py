@@ -90,7 +90,9 @@ def open_bytes(path: Path) -> IO[bytes]:
     """
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "is not there"
-        raise DataError(f"{path} {found}; a file is expected", "check the path in the recipe or command", "file_missing")
+        raise DataError(
+            f"{path} {found}; a file is expected", "check the path in the recipe or command", "file_missing"
+        )
     return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")  # type: ignore[return-value]
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from mmtune.encoding.collate import Collator
+    from mmtune.features.shards import Features
 
 # FlexAttention works on blocks of this many tokens.
 _FLEX_BLOCK = 128
@@ -39,6 +40,10 @@ class Split:
 
     table: pa.Table
     collate: Collator
+
+    def with_features(self, features: Features) -> Split:
+        """Returns the split with features in place of pixels."""
+        return Split(self.table, self.collate.with_features(features))
 
     @cached_property
     def trees(self) -> Trees:

@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 
 from mmtune.choice import chosen
 from mmtune.encoding.render import EncodedRow
-from mmtune.encoding.tree import Tree, row_to_tree, some_branches, tree_rows, tree_to_row
+from mmtune.encoding.tree import Tree, row_to_span, row_to_tree, some_branches, tree_rows, tree_to_row
+from mmtune.features.shards import Item
 from mmtune.training.packing import Packing
 from mmtune.training.plan import TreeSizes
 from mmtune.training.tree_batch import TreeCollator
@@ -67,6 +68,22 @@ def some_rows(table: pa.Table, limit: int) -> pa.Table:
         for tree in np.unique(owners)
     ]
     return pa.Table.from_pylist(kept, table.schema)
+
+
+def image_items(table: pa.Table, image_token_id: int) -> Iterator[tuple[Item, int, int]]:
+    """Yields every image of a split, as often as it stands there: item, image tokens, rows of its tree that see it."""
+    for batch in table.select(["input_ids", "branch", "media", "example_ids"]).to_batches(max_chunksize=4096):
+        ids, bounds = _flat(batch.column(0))
+        branch, _ = _flat(batch.column(1))
+        rows = np.diff(batch.column(3).offsets.to_numpy())
+        before = np.concatenate([[0], np.cumsum(ids == image_token_id)])
+        for number, spans in enumerate(batch.column(2).to_pylist()):
+            for span in map(row_to_span, spans):
+                if span.medium.modality != "audio":
+                    first = bounds[number] + span.start
+                    tokens = int(before[first + span.length] - before[first])
+                    seen = 1 if branch[first] else int(rows[number])
+                    yield Item(span.medium, span.frame, span.frames), tokens, seen
 
 
 def _flat(column: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from mmtune.models.image_features import with_encoder_outputs
 from mmtune.training.tree_mask import MaskRules, attention_mask
 
 IGNORED = -100
@@ -26,7 +27,7 @@ def answer_loss(
     """Returns the summed cross-entropy in fp32 over the label tokens, and their number.
 
     Args:
-        model: Called with the batch less ``labels`` and ``layout``.
+        model: Called with the batch less ``labels`` and ``layout``, features as ``mm_encoder_outputs``.
         batch: Padded rows, or packed trees as ``TreeCollator`` makes them; ``labels`` is
             ``(B, T)`` with -100 where there is no loss.
         rules: The model's attention; wanted for packed trees.
@@ -38,7 +39,7 @@ def answer_loss(
         inputs["attention_mask"] = attention_mask(batch["layout"], rules)
     bears_BT = labels_BT[:, 1:] != IGNORED
     with _head_at(_output_head(model), bears_BT):
-        logits_NV = model(**inputs, use_cache=False).logits[0]
+        logits_NV = model(**with_encoder_outputs(inputs), use_cache=False).logits[0]
     targets_N = labels_BT[:, 1:][bears_BT]
     return chunked_cross_entropy(logits_NV, targets_N), targets_N.numel()
 

@@ -10,10 +10,11 @@ import time
 
 import psutil
 import pytest
+import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
-from mmtune.errors import DivergedError
+from mmtune.errors import CapabilityError, DivergedError
 from mmtune.models.load import load_tuned
 from mmtune.recipe import Finetune, Model, Recipe, Source
 from mmtune.stages.build_data import build_data
@@ -90,6 +91,64 @@ def test_every_method_goes_from_recipe_to_adapter(fresh, settings):
     assert facts["eos_token_ids"] and 0 <= facts["wait_share"] <= facts["overhead_share"] <= 1
     assert {tower for tower, row in facts["towers"].items() if row["trainable"]} == set(recipe.finetune.train)
     load_tuned(recipe.model.path, recipe.run_dir / "adapter")
+
+
+def weights_of(recipe):
+    return (recipe.run_dir / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def numbers_of(recipe):
+    return [[row[name] for name in ("step", "loss", "grad_norm")] for row in metrics_of(recipe)]
+
+
+def test_features_train_as_pixels_do_and_are_made_once(fresh):
+    live = fresh(features={"use": "off"}, max_steps=8)
+    finetune(live, console=Talk(quiet=True))
+    assert not (live.run_dir / "features").exists()
+    expected, weights = numbers_of(live), weights_of(live)
+    console = Talk(quiet=True)
+    kept = fresh(max_steps=8)
+    finetune(kept, force=True, console=console)
+    said = "\n".join(console.lines)
+    assert "features stand for pixels" in said and "the frozen vision tower runs 12 times" in said
+    (shard,) = (kept.run_dir / "features" / "towers").iterdir()
+    made = shard.stat().st_mtime_ns
+    assert numbers_of(kept) == [pytest.approx(row, rel=1e-5) for row in expected]
+    again = weights_of(kept)
+    finetune(kept, force=True, console=Talk(quiet=True))
+    assert shard.stat().st_mtime_ns == made and weights_of(kept) == again
+    found, other = load(again), load(weights)
+    assert all(torch.allclose(found[name], other[name], rtol=1e-3, atol=1e-5) for name in other)
+
+
+def test_full_tuning_on_features_saves_the_whole_model(fresh):
+    recipe = fresh(method="full", features={"use": "on", "dtype": "bf16"})
+    finetune(recipe, console=Talk(quiet=True))
+    tuned = load_tuned(recipe.model.path, recipe.run_dir / "adapter")
+    assert not any(parameter.is_meta for parameter in tuned.parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"augment": {"shift": 0.1}}, "augment changes the pixels"),
+        ({"method": "full", "train": ["llm", "projector"]}, "projector train"),
+    ],
+)
+def test_features_are_refused_where_pixels_or_towers_change(fresh, settings, reason):
+    with pytest.raises(CapabilityError, match=reason):
+        finetune(fresh(**settings, features={"use": "on"}), console=Talk(quiet=True))
+    console = Talk(quiet=True)
+    finetune(fresh(**settings, max_steps=1), console=console)
+    assert not any("features of" in line for line in console.lines)
+
+
+def test_features_beyond_the_wish_stay_away(fresh):
+    console = Talk(quiet=True)
+    recipe = fresh(features={"most_gib": 1e-6}, max_steps=8)
+    finetune(recipe, console=console)
+    assert any("most_gib" in line for line in console.lines)
+    assert not (recipe.run_dir / "features").exists()
 
 
 def test_trackers_get_the_metrics(fresh):

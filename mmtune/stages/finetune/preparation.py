@@ -10,6 +10,7 @@ from typing import Any
 
 from mmtune.errors import CapabilityError, DataError, IntegrityError
 from mmtune.recipe import Augment, Finetune, Recipe
+from mmtune.stages.finetune.features import use_features
 from mmtune.storage import Manifest, open_split
 from mmtune.talk import Talk
 
@@ -93,19 +94,22 @@ def prepare(
     model.to(accelerator.device)
     share_weights(model)
     as_trees = _trains_trees(model, train, accelerator, console)
-    make = partial(packed_trees, model) if as_trees else rows_apart
-    budget = {"batch_tokens": settings.batch_tokens, "batch_rows": settings.batch_rows}
-    batching = make(
-        train,
-        {
-            **budget,
-            "seed": recipe.seed,
-            "micro_batches": accelerator.num_processes * settings.accumulate,
-            "epochs": settings.epochs,
-            "max_steps": settings.max_steps,
-        },
+    make = _batching_of(partial(packed_trees, model) if as_trees else rows_apart, recipe, settings, accelerator)
+    splits = {"train": train, **({"val": val} if val else {})}
+    kept = use_features(
+        settings,
+        recipe.run_dir / "features" / "towers",
+        _made_from(identity, tokens, recipe, settings.from_scratch),
+        model,
+        splits,
+        make,
+        as_trees=as_trees,
+        precision=precision,
+        accelerator=accelerator,
+        console=console,
     )
-    held_out = val and make(val, {**budget, "seed": 0, "micro_batches": 1, "epochs": 1.0})
+    batching = make(kept["train"], "train")
+    held_out = make(kept["val"], "val") if val else None
     optimizer = make_optimizer(
         model,
         name=settings.optimizer,
@@ -121,6 +125,7 @@ def prepare(
         "micro_batches": batching.plan.micro_batches,
         "precision": precision,
         "batches": "trees" if as_trees else "rows",
+        "images": "pixels" if kept["train"] is train else "features",
     }
     return Run(
         recipe,
@@ -135,6 +140,27 @@ def prepare(
         identity,
         processor,
     )
+
+
+def _batching_of(make: Any, recipe: Recipe, settings: Finetune, accelerator: Any) -> Any:
+    """Returns a function from a split and its name to its batching."""
+    budget = {"batch_tokens": settings.batch_tokens, "batch_rows": settings.batch_rows}
+    train = {
+        **budget,
+        "seed": recipe.seed,
+        "micro_batches": accelerator.num_processes * settings.accumulate,
+        "epochs": settings.epochs,
+        "max_steps": settings.max_steps,
+    }
+    held_out = {**budget, "seed": 0, "micro_batches": 1, "epochs": 1.0}
+    return lambda split, name: make(split, train if name == "train" else held_out)
+
+
+def _made_from(identity: dict[str, Any], tokens: Manifest, recipe: Recipe, random_weights: bool) -> dict[str, Any]:
+    """Returns what the features of images depend on."""
+    config = identity["config"]
+    made = {"weights": config["weights"], "model": config["model"], "processor": tokens.facts.get("processor")}
+    return made | ({"random": recipe.seed} if random_weights else {})
 
 
 def _trains_trees(model: Any, split: Any, accelerator: Any, console: Talk) -> bool:

@@ -1,0 +1,1 @@
+"""Features: arrays that stand for media, kept on disk."""

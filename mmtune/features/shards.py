@@ -1,0 +1,204 @@
+"""Features of media on disk: shards with fixed members, each complete or absent.
+
+A shard is one safetensors file. Its header says what made it (``source``) and lists its members:
+the medium, the file it was made from (size, time, sha256) and where its rows stand. What a shard
+holds depends on its members alone, so a shard that is made again has the same bytes.
+
+Shapes: N tokens of a medium, H model width.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from mmtune.files import file_digest, sync
+from mmtune.media.paths import MediaRefused, resolve
+from mmtune.records import Medium
+
+SHARD_BYTES = 256 << 20
+# Raised when what a header says changes.
+_LAYOUT = "1"
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A picture that has features: an image, or one sampled frame of a video.
+
+    Attributes:
+        medium: The pointer.
+        frame: Index of the sampled frame.
+        frames: Number of sampled frames; 0 for an image.
+    """
+
+    medium: Medium
+    frame: int = 0
+    frames: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """An item inside a shard.
+
+    Attributes:
+        item: Name of the item; see ``item_name``.
+        size: Bytes of the file.
+        mtime_ns: When the file was written last.
+        digest: sha256 of the file's bytes.
+        start: Its first row.
+        length: Its rows, N.
+        tokens: Image tokens it was made for, as tokens/ counts them.
+        grid: The family's grid of it (``image_grid_thw``), or empty.
+    """
+
+    item: str
+    size: int
+    mtime_ns: int
+    digest: str
+    start: int
+    length: int
+    tokens: int
+    grid: tuple[int, ...] = ()
+
+
+def item_name(item: Item) -> str:
+    """Returns what names an item in a shard."""
+    data = item.medium.data
+    source = item.medium.path if data is None else f"sha256:{sha256(data).hexdigest()}"
+    return json.dumps([source, item.frame, item.frames])
+
+
+def stand_of(item: Item, root: Path) -> tuple[int, int, str]:
+    """Returns size, time of writing and sha256 of an item's bytes.
+
+    Raises:
+        MediaRefused: The file is gone or unsafe.
+    """
+    data = item.medium.data
+    if data is not None:
+        return len(data), 0, sha256(data).hexdigest()
+    file = Path(resolve(root, item.medium.path))
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns, file_digest(file)
+
+
+def cut(lengths: Sequence[int], row_bytes: int) -> list[range]:
+    """Returns which items, given their rows, stand in which shard."""
+    shards, first, held = [], 0, 0
+    for index, length in enumerate(lengths):
+        if held and (held + length) * row_bytes > SHARD_BYTES:
+            shards.append(range(first, index))
+            first, held = index, 0
+        held += length
+    return [*shards, range(first, len(lengths))] if lengths else []
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """Returns the file of a shard."""
+    return folder / f"shard-{number:05d}.safetensors"
+
+
+def write_shard(path: Path, source: str, members: Sequence[Member], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Writes a shard aside, syncs it and renames it into its place.
+
+    Args:
+        path: Its file.
+        source: What made the features.
+        members: What it holds.
+        tensors: By name, ``(sum of N, H)``.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    header = {"layout": _LAYOUT, "source": source, "members": json.dumps([asdict(member) for member in members])}
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata=header)
+        sync(aside)
+        aside.replace(path)
+        sync(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_members(path: Path, source: str) -> list[Member] | None:
+    """Returns what a shard holds; None where it is absent, damaged or made by something else."""
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+    except (OSError, SafetensorError):
+        return None
+    if (header.get("layout"), header.get("source")) != (_LAYOUT, source):
+        return None
+    return [Member(**{**fields, "grid": tuple(fields["grid"])}) for fields in json.loads(header["members"])]
+
+
+def is_fresh(members: Sequence[Member] | None, items: Sequence[Item], root: Path) -> bool:
+    """Says whether a shard holds these very items, made from the files as they are now.
+
+    A file of the same size and time is taken as unchanged; any other is read to compare its sha256.
+    """
+    if members is None or [member.item for member in members] != [item_name(item) for item in items]:
+        return False
+    return all(_unchanged(member, item, root) for member, item in zip(members, items, strict=True))
+
+
+def _unchanged(member: Member, item: Item, root: Path) -> bool:
+    if item.medium.data is not None:
+        return True
+    try:
+        file = Path(resolve(root, item.medium.path))
+        stat = file.stat()
+        same = (stat.st_size, stat.st_mtime_ns) == (member.size, member.mtime_ns)
+        return same or (stat.st_size == member.size and file_digest(file) == member.digest)
+    except (OSError, MediaRefused):
+        return False
+
+
+class Features:
+    """The features of a folder's shards, by item; loader processes may share it.
+
+    Args:
+        paths: The shards.
+        source: What made them.
+
+    Raises:
+        KeyError: On ``[item]``, when no shard holds it.
+    """
+
+    def __init__(self, paths: Sequence[Path], source: str) -> None:
+        self._paths = list(paths)
+        self._places = {
+            member.item: (number, member)
+            for number, path in enumerate(self._paths)
+            for member in read_members(path, source) or ()
+        }
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def tokens(self, item: Item) -> int:
+        """Returns the image tokens that an item's features stand for."""
+        return self._places[item_name(item)][1].tokens
+
+    def __getitem__(self, item: Item) -> dict[str, torch.Tensor]:
+        """Returns the item's tensors ``(N, H)`` by name, and its ``image_grid_thw`` ``(1, 3)`` where it has one."""
+        number, member = self._places[item_name(item)]
+        file = _opened(self._paths[number], os.getpid())
+        own = slice(member.start, member.start + member.length)
+        found = {name: file.get_slice(name)[own] for name in file.keys()}  # noqa: SIM118
+        return {**found, **({"image_grid_thw": torch.tensor([member.grid])} if member.grid else {})}
+
+
+@cache
+def _opened(path: Path, process: int) -> Any:
+    # One handle per process: a forked reader must not share its parent's.
+    return safe_open(path, "pt")
