@@ -4,24 +4,39 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
+from types import FrameType
 
-from mmtune.errors import DataError, MmtuneError, RecipeError, ResourceError
+from mmtune.errors import DataError, Interrupted, MmtuneError, RecipeError, ResourceError
 from mmtune.talk import json_line
 
 # What the system says of a path that cannot be one.
 _REFUSED_PATHS = frozenset({errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EROFS})
 
 
+# The signal that asked this process to stop; Typer makes an exit code of the interrupt and drops the rest.
+_asked: list[int] = []
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    _asked.append(number)
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Runs the command line and exits with the code of the contract."""
+    _asked.clear()
+    signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _stop)
     try:
         code = _run()
     except MmtuneError as error:
         code = _fail(error)
     except KeyboardInterrupt:
-        stopped = MmtuneError("stopped; nothing was half-written", "run the same command again", "interrupted")
-        stopped.exit_code = 130
+        stopped = Interrupted("stopped; nothing was half-written", "run the same command again")
+        stopped.exit_code = Interrupted.exit_code if signal.SIGTERM in _asked else 130
         code = _fail(stopped)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -48,6 +63,8 @@ def _run() -> int:
         code = error.exit_code
     except typer.Abort as error:
         raise KeyboardInterrupt from error
+    if _asked and code == 130:
+        raise KeyboardInterrupt
     sys.stdout.flush()
     return code
 

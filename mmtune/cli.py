@@ -125,6 +125,12 @@ def finetune(
     cpu_processes: Annotated[
         int | None, typer.Option("--cpu-processes", min=1, help="Train on this many CPU processes (gloo).")
     ] = None,
+    nodes: Annotated[
+        int, typer.Option("--nodes", min=1, help="Machines; run the same command on each, on a shared run_dir.")
+    ] = 1,
+    rendezvous: Annotated[
+        str | None, typer.Option("--rendezvous", help="HOST:PORT where the machines meet, with --nodes.")
+    ] = None,
     resume: Annotated[str, typer.Option("--resume", help="auto goes on from the newest checkpoint; never.")] = "auto",
     force: Force = False,
     dry_run: DryRun = False,
@@ -145,8 +151,9 @@ def finetune(
     loaded = _load(recipe, overrides, seed)
     processes = gpus or cpu_processes or 1
     console = Talk(quiet or not stage.is_main())
-    if processes > 1 and not stage.is_launched() and not dry_run:
-        code = stage.launch(sys.argv[1:], processes, cpu=gpus is None, console=console)
+    if processes * nodes > 1 and not stage.is_launched() and not dry_run:
+        cpu = gpus is None and cpu_processes is not None
+        code = stage.launch(sys.argv[1:], processes, cpu=cpu, nodes=nodes, rendezvous=rendezvous, console=console)
         raise typer.Exit(code)
     result = stage.finetune(
         loaded, force=force, dry_run=dry_run, limit=limit, resume=resume, offline=offline, console=console

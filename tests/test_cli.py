@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 
 import pytest
 
@@ -67,3 +68,24 @@ def test_init_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
         main()
     out = capsys.readouterr()
     assert ended.value.code == 0 and json.loads(out.out)["dry_run"] and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_ends_any_command_with_its_code_and_one_document(tmp_path, monkeypatch, capsys, number, code):
+    def stage(*_, **__):
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(tokenize, "tokenize", stage)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps({"run_dir": "run", "model": {"path": "m"}}))
+    monkeypatch.setattr("sys.argv", ["mmtune", "tokenize", str(path), "--json"])
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    out = capsys.readouterr()
+    assert ended.value.code == code and "Traceback" not in out.err
+    assert json.loads(out.out)["error"]["exit_code"] == code

@@ -4,11 +4,13 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -174,6 +176,70 @@ def test_two_processes_take_the_same_steps(recipe):
     first, second = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (one, two))
     for name, value in first.items():
         assert torch.allclose(value, second[name], rtol=1e-3, atol=1e-4), name
+
+
+def test_two_nodes_and_four_processes_take_the_same_steps(recipe):
+    """Global batches of four rows: two machines of one process, and one machine of four."""
+    nodes, four = fresh_run(recipe, "nodes"), fresh_run(recipe, "four")
+    common = ["--set", "finetune.lora.dropout=0", "--set", "finetune.max_steps=4", "--json"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "mmtune", "finetune", str(recipe), *common, "--set", f"run_dir={nodes}"]
+    command += ["--set", "finetune.batch_rows=2", "--nodes", "2", "--cpu-processes", "1", "--rendezvous", place]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    machines = [
+        subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    said = [machine.communicate(timeout=300) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert sorted(bool(out) for out, _ in said) == [False, True], "only the first process of all prints its result"
+    assert all("--nnodes 2" in talk for _, talk in said)
+    mmtune(
+        "finetune",
+        recipe,
+        *common,
+        *("--set", f"run_dir={four}", "--set", "finetune.batch_rows=1", "--cpu-processes", 4),
+        check=0,
+    )
+    losses = [[row["loss"] for row in json_lines(f / "adapter" / "metrics.jsonl")] for f in (nodes, four)]
+    assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_several_nodes_need_a_place_to_meet(recipe):
+    done = mmtune("finetune", recipe, "--nodes", 2, "--gpus", 1, "--json", check=2)
+    assert json.loads(done.stdout)["error"]["code"] == "no_rendezvous"
+
+
+def test_stopped_on_two_processes_it_goes_on_with_one(recipe):
+    """The global batch stays, so the same rows come in the same steps; another global batch is refused."""
+    unbroken, folder = fresh_run(recipe, "unbroken"), fresh_run(recipe, "changing")
+    common = ["--set", "finetune.lora.dropout=0", "--set", "finetune.batch_rows=2", "--set", "finetune.max_steps=8"]
+    mmtune("finetune", recipe, *common, "--set", f"run_dir={unbroken}", "--set", "finetune.accumulate=2", check=0)
+    command = [sys.executable, "-m", "mmtune", "finetune", str(recipe), *common, "--set", f"run_dir={folder}"]
+    for launch in range(2):
+        child = subprocess.Popen(
+            [*command, "--cpu-processes", "2"],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.DEVNULL,
+        )
+        wanted = folder / "checkpoints" / "finetune" / f"step-{3 + 3 * launch:08d}" / "state.json"
+        limit = time.monotonic() + 240
+        while not wanted.exists() and child.poll() is None and time.monotonic() < limit:
+            time.sleep(0.005)
+        assert child.poll() is None, "it ended before it could be killed"
+        whole = psutil.Process(child.pid)
+        for process in [whole, *whole.children(recursive=True)]:
+            process.kill()
+        child.wait()
+    done = mmtune("finetune", recipe, *common, "--set", f"run_dir={folder}", check=7)
+    assert "micro_batches" in done.stderr
+    more = ["--set", f"run_dir={folder}", "--set", "finetune.accumulate=2"]
+    done = mmtune("finetune", recipe, *common, *more, check=0)
+    assert "resuming after step 6" in done.stderr
+    losses = [[row["loss"] for row in json_lines(f / "adapter" / "metrics.jsonl")] for f in (unbroken, folder)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_the_report_names_both_models(recipe):

@@ -16,9 +16,11 @@ from mmtune.workers import in_order
 
 # Functions of the standard library, which every process can import: ``make(f)()`` is f.
 SLOWLY = """
-import sys, time
+import signal, sys, time
 from functools import partial
 from mmtune.workers import in_order
+# A background job of a shell starts with SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 units = iter([0.0] * 4 + [float(sys.argv[1])] * 40)
 for done in in_order(partial(partial, time.sleep), units, processes=2, inline=0, setting="x"):
     print("one", flush=True)

@@ -83,11 +83,13 @@ class Batching:
         plan: Which units make which step.
         batches: Units to batches.
         loss: ``(model, batch)`` to the summed loss and the number of labels.
+        tokens: Tokens of an epoch, and what they would be if every row stood apart.
     """
 
     plan: Plan
     batches: Batches
     loss: Callable[[Any, Mapping[str, torch.Tensor]], tuple[torch.Tensor, int]]
+    tokens: tuple[int, int]
 
 
 def check_sharing(model: Any, split: Split, accelerator: Any) -> TreeCheck:
@@ -114,7 +116,9 @@ def rows_apart(split: Split, course: Mapping[str, Any]) -> Batching:
         course: The arguments of ``Plan`` but ``sizes`` and ``packed``.
     """
     sizes, at = row_sizes(split.table)
-    return Batching(Plan(sizes=sizes, **course), RowBatches(split.trees, at, split.collate), answer_loss)
+    tokens = int(sizes.longest.sum())
+    batches = RowBatches(split.trees, at, split.collate)
+    return Batching(Plan(sizes=sizes, **course), batches, answer_loss, (tokens, tokens))
 
 
 def packed_trees(model: Any, split: Split, course: Mapping[str, Any]) -> Batching:
@@ -141,7 +145,8 @@ def packed_trees(model: Any, split: Split, course: Mapping[str, Any]) -> Batchin
     )
     batches = PackedBatches(split.trees, packing, _tree_collator(model, split))
     plan = Plan(sizes=tree_sizes(split.table), packed=packed, **course)
-    return Batching(plan, batches, partial(answer_loss, rules=rules))
+    tokens = int(split.lengths.tokens.sum()), int(row_sizes(split.table)[0].longest.sum())
+    return Batching(plan, batches, partial(answer_loss, rules=rules), tokens)
 
 
 def _tree_collator(model: Any, split: Split) -> TreeCollator:

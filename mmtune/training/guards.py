@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
-from mmtune.errors import DivergedError
+from mmtune.errors import DivergedError, ResourceError
 
 _NAMED = 8
+# What a CPU allocation and the kernels of an accelerator say when memory runs out.
+_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 
 
 def refuse_non_finite(
@@ -38,13 +41,38 @@ def refuse_non_finite(
     if not bad and math.isfinite(norm):
         return
     names = [example for trees in bad or chosen for example in ids(trees)]
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     raise DivergedError(
         f"the {'loss' if bad else 'gradient'} of step {step + 1} is not finite, its update was not made;"
-        f" examples: {', '.join(names[:_NAMED])}{more}; last good checkpoint: {last_good}",
+        f" examples: {_some(names)}; last good checkpoint: {last_good}",
         "lower finetune.learning_rate or look at these examples, then run the same command again",
         "non_finite",
     )
+
+
+@contextmanager
+def memory_errors(trees: np.ndarray, ids: Callable[[np.ndarray], list[str]]) -> Iterator[None]:
+    """Names the examples of a micro batch that does not fit into memory, and what to lower.
+
+    Raises:
+        ResourceError: Memory ran out.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        said = str(error)
+        if not isinstance(error, MemoryError) and not any(part in said.lower() for part in _NO_MEMORY):
+            raise
+        raise ResourceError(
+            f"memory ran out over a micro batch with the examples {_some(ids(trees))}:"
+            f" {said.splitlines()[0] if said else type(error).__name__}",
+            "lower finetune.batch_tokens or batch_rows and raise accumulate as much, or set finetune.checkpointing",
+            "out_of_memory",
+        ) from error
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 class Spikes:

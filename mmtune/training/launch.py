@@ -1,4 +1,4 @@
-"""Starting several processes: Accelerate's own launcher, never a shell string."""
+"""Starting several processes: the launchers of Accelerate and torchrun, never a shell string."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from mmtune.errors import CapabilityError, ResourceError
@@ -17,19 +18,40 @@ LAUNCHED = "MMTUNE_LAUNCHED"
 _EXIT_FILE = "MMTUNE_LAUNCHED_EXIT"
 
 
-def launch_command(processes: int, arguments: Sequence[str], *, cpu: bool = False, port: int = 0) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class Nodes:
+    """The machines of a run; each starts the same command and they find each other at the rendezvous.
+
+    Attributes:
+        count: How many.
+        rendezvous: ``host:port`` of one of them, the same on all.
+        run_id: Tells this run from others at the same rendezvous.
+    """
+
+    count: int = 1
+    rendezvous: str = ""
+    run_id: str = "mmtune"
+
+
+def launch_command(
+    processes: int, arguments: Sequence[str], *, cpu: bool = False, port: int = 0, nodes: Nodes = Nodes()
+) -> list[str]:
     """Returns the argument list that runs ``mmtune`` on several processes of this machine.
 
     Args:
         processes: How many.
         arguments: Arguments of ``mmtune`` itself.
         cpu: Use CPU processes with gloo.
-        port: Port of the rendezvous; 0 lets the launcher find a free one.
+        port: Port of the rendezvous on one machine; 0 lets the launcher find a free one.
+        nodes: Machines, when there are several.
     """
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    if nodes.count > 1:
+        place = ["--rdzv_backend", "c10d", "--rdzv_endpoint", nodes.rendezvous, "--rdzv_id", nodes.run_id]
+        return [*torchrun, "--nnodes", str(nodes.count), *place, "-m", "mmtune", *arguments]
     if cpu:
         # Accelerate's launcher asks for MPI on CPUs; torchrun sets the same variables that Accelerate reads.
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        return [*launcher, "--standalone", "-m", "mmtune", *arguments]
+        return [*torchrun, "--standalone", "-m", "mmtune", *arguments]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
     launcher += ["--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
     return [*launcher, "--main_process_port", str(port), "-m", "mmtune", *arguments]
@@ -45,14 +67,17 @@ def launch_environment(processes: int, *, cpu: bool = False) -> dict[str, str]:
     return environment
 
 
-def launch(arguments: Sequence[str], processes: int, *, cpu: bool, say: Callable[[str], None]) -> int:
-    """Runs ``mmtune`` on several processes and returns the exit code of the run.
+def launch(
+    arguments: Sequence[str], processes: int, *, cpu: bool, say: Callable[[str], None], nodes: Nodes = Nodes()
+) -> int:
+    """Runs ``mmtune`` on several processes of this machine and returns the exit code of the run.
 
     Args:
         arguments: Arguments of ``mmtune`` itself.
         processes: How many.
         cpu: Use CPU processes with gloo.
         say: Receives the command that is started.
+        nodes: Machines, when there are several.
 
     Raises:
         CapabilityError: There are fewer GPUs than asked for.
@@ -67,7 +92,7 @@ def launch(arguments: Sequence[str], processes: int, *, cpu: bool, say: Callable
                 f"use fewer, or train on CPU processes with --cpu-processes {processes}",
                 "gpus_missing",
             )
-    command = launch_command(processes, arguments, cpu=cpu)
+    command = launch_command(processes, arguments, cpu=cpu, nodes=nodes)
     say("finetune: starting " + " ".join(command))
     with tempfile.TemporaryDirectory(prefix="mmtune-") as folder:
         left = Path(folder) / "exit"

@@ -18,14 +18,14 @@ import numpy as np
 import torch
 
 from mmtune.training.feed import feed
-from mmtune.training.guards import Spikes, refuse_non_finite
+from mmtune.training.guards import Spikes, memory_errors, refuse_non_finite
 from mmtune.training.loss import answer_loss
-from mmtune.training.meter import Clock, Window
+from mmtune.training.meter import Clock, Window, meter_note
 from mmtune.training.moved import TowerWatch
 from mmtune.training.optimizer import Optimizer, learning_rate, set_rate
 from mmtune.training.plan import Plan, split_ranks, step_seed
 from mmtune.training.ranks import sum_gradients, sum_tensor
-from mmtune.training.signals import StopFlag
+from mmtune.training.signals import StopFlag, Stopped
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -59,7 +59,8 @@ class Hooks:
         modalities: Tree indices to the kinds of media in them.
         save: ``(step, metrics text)`` writes a checkpoint.
         last_good: Names the last checkpoint in words.
-        validate: Returns the validation loss, or None when there is no validation split.
+        validate: Returns the validation loss, or None when there is no validation split; asks its argument
+            between batches whether to stop, and then raises ``validation.Stopped``.
         log: Receives each metrics row.
         note: Receives a warning.
         advance: ``(steps, note)`` moves the progress.
@@ -71,7 +72,7 @@ class Hooks:
     modalities: Callable[[Trees], set[str]]
     save: Callable[[int, str], None]
     last_good: Callable[[], str]
-    validate: Callable[[], float | None]
+    validate: Callable[[Callable[[], bool]], float | None]
     log: Callable[[dict[str, Any]], None]
     note: Callable[[str], None]
     advance: Callable[[int, str], None]
@@ -124,6 +125,8 @@ def train(
     watch = TowerWatch(model)
     model.train()
     with closing(feed(lambda named: hooks.batch(*named), mine, settings.workers)) as batches, StopFlag() as stop:
+        if start and not _validate(outcome, plan, settings, hooks, clock, model, accelerator, stop):
+            return _stopped(outcome, hooks, clock, stop)
         for step, chosen in enumerate(steps, start=start):
             rate = learning_rate(
                 step,
@@ -148,16 +151,22 @@ def train(
                 watch.check(model, rate=rate, targets=targets, modalities=kinds)
             _warn_of_spike(spikes, losses, targets, chosen, step, hooks)
             window.add(sum(losses), targets, norm)
-            _after_step(outcome, plan, settings, hooks, window, clock, rate, model)
-            if _stop_wanted(stop, accelerator) and outcome.step < plan.total_steps:
-                hooks.save(outcome.step, outcome.metrics)
-                outcome.stopped_by = stop.wanted or 15
-                break
+            _log(outcome, plan, settings, hooks, window, clock, rate)
+            validated = _validate(outcome, plan, settings, hooks, clock, model, accelerator, stop)
+            if not validated or (outcome.step < plan.total_steps and _stop_wanted(stop, accelerator)):
+                return _stopped(outcome, hooks, clock, stop)
             if outcome.step % settings.save_every == 0 and outcome.step < plan.total_steps:
                 clock.skip()
                 hooks.save(outcome.step, outcome.metrics)
                 clock.lap("save")
-    outcome.seconds, outcome.unseen = clock.stop(), watch.waiting
+    outcome.seconds = clock.stop()
+    outcome.unseen = watch.waiting if outcome.step > start else set()
+    return outcome
+
+
+def _stopped(outcome: Outcome, hooks: Hooks, clock: Clock, stop: StopFlag) -> Outcome:
+    hooks.save(outcome.step, outcome.metrics)
+    outcome.seconds, outcome.stopped_by = clock.stop(), stop.wanted or 15
     return outcome
 
 
@@ -181,12 +190,13 @@ def _accumulate(
         window.tokens += int(made["attention_mask"].sum()) * counts
         batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in made.items()}
         clock.lap("wait")
-        with accelerator.autocast():
-            nll, _ = hooks.loss(model, batch)
-        clock.lap("forward")
-        # Rows without media do not reach a tower that trains alone.
-        if counts and nll.requires_grad:
-            accelerator.backward(nll / targets)
+        with memory_errors(trees, hooks.ids):
+            with accelerator.autocast():
+                nll, _ = hooks.loss(model, batch)
+            clock.lap("forward")
+            # Rows without media do not reach a tower that trains alone.
+            if counts and nll.requires_grad:
+                accelerator.backward(nll / targets)
         clock.lap("backward")
         if counts:
             losses[index * world + rank] = nll.detach()
@@ -221,31 +231,48 @@ def _stop_wanted(stop: StopFlag, accelerator: Accelerator) -> bool:
     return float(sum_tensor(flag, "asking whether to stop")) > 0
 
 
-def _after_step(
+def _log(
+    outcome: Outcome, plan: Plan, settings: LoopSettings, hooks: Hooks, window: Window, clock: Clock, rate: float
+) -> None:
+    """Metrics and progress after a step."""
+    note = ""
+    if outcome.step % settings.log_every == 0 or outcome.step == plan.total_steps:
+        row = window.line(outcome.step, rate, clock.spent["wait"])
+        outcome.metrics += json.dumps(row) + "\n"
+        hooks.log(row)
+        note = meter_note(row)
+    hooks.advance(1, note)
+
+
+def _validate(
     outcome: Outcome,
     plan: Plan,
     settings: LoopSettings,
     hooks: Hooks,
-    window: Window,
     clock: Clock,
-    rate: float,
     model: Any,
-) -> None:
-    """Metrics, validation and progress after a step."""
-    last = outcome.step == plan.total_steps
-    row: dict[str, Any] = {}
-    if outcome.step % settings.log_every == 0 or last:
-        row = window.line(outcome.step, rate)
-    if last or (settings.eval_every and outcome.step % settings.eval_every == 0):
-        clock.skip()
-        model.eval()
-        value = hooks.validate()
+    accelerator: Accelerator,
+    stop: StopFlag,
+) -> bool:
+    """Adds the validation loss to the metrics where one is due and not there yet; False when a signal stopped it."""
+    step = outcome.step
+    due = step == plan.total_steps or (settings.eval_every is not None and step % settings.eval_every == 0)
+    lines = outcome.metrics.splitlines()
+    row = json.loads(lines[-1]) if lines else {}
+    same = row.get("step") == step
+    if not due or (same and "val_loss" in row):
+        return True
+    clock.skip()
+    model.eval()
+    try:
+        value = hooks.validate(lambda: _stop_wanted(stop, accelerator))
+    except Stopped:
+        return False
+    finally:
         model.train()
         clock.lap("validate")
-        if value is not None:
-            row = {**row, "step": outcome.step, "val_loss": value}
-    if row:
-        outcome.metrics += json.dumps(row) + "\n"
-        hooks.log(row)
-    note = f"loss={row['loss']:.4f} lr={rate:.2e} rows/s={row['rows_per_second']}" if "loss" in row else ""
-    hooks.advance(1, note)
+    if value is not None:
+        row = {**(row if same else {}), "step": step, "val_loss": value}
+        outcome.metrics = "".join(f"{line}\n" for line in [*(lines[:-1] if same else lines), json.dumps(row)])
+        hooks.log({"step": step, "val_loss": value})
+    return True

@@ -50,8 +50,9 @@ class Window:
     def __init__(self) -> None:
         self.clear()
 
-    def clear(self) -> None:
-        """Starts a new window."""
+    def clear(self, waited: float = 0.0) -> None:
+        """Starts a new window; ``waited`` seconds were spent waiting for data before it."""
+        self._waited = waited
         self._nll = self._norm = 0.0
         self._targets = 0
         self.rows = self.tokens = 0
@@ -61,8 +62,14 @@ class Window:
         """Adds one step: summed loss, label tokens, norm of the gradient."""
         self._nll, self._targets, self._norm = self._nll + nll, self._targets + targets, norm
 
-    def line(self, step: int, rate: float) -> dict[str, Any]:
-        """Returns the line of metrics after ``step`` steps, and starts a new window."""
+    def line(self, step: int, rate: float, waited: float = 0.0) -> dict[str, Any]:
+        """Returns the line of metrics after ``step`` steps, and starts a new window.
+
+        Args:
+            step: Steps done.
+            rate: Learning rate of the last one.
+            waited: Seconds spent waiting for data since the run began.
+        """
         seconds = max(time.perf_counter() - self._since, 1e-9)
         row = {
             "step": step,
@@ -71,6 +78,15 @@ class Window:
             "grad_norm": self._norm,
             "rows_per_second": round(self.rows / seconds, 2),
             "tokens_per_second": round(self.tokens / seconds, 1),
+            "wait_share": round((waited - self._waited) / seconds, 4),
         }
-        self.clear()
+        self.clear(waited)
         return row
+
+
+def meter_note(row: dict[str, Any]) -> str:
+    """Returns a line of metrics in few words, for the live line."""
+    return (
+        f"loss={row['loss']:.4f} lr={row['learning_rate']:.2e} rows/s={row['rows_per_second']:.0f}"
+        f" tokens/s={row['tokens_per_second']:.0f} waiting={row['wait_share']:.0%}"
+    )

@@ -114,6 +114,11 @@ class Plan:
                 done += 1
             epoch += 1
 
+    def cost(self, batch: np.ndarray) -> int:
+        """Returns the tokens of a micro batch: padded rows, or the longest paths of packed trees."""
+        longest = self.sizes.longest[batch]
+        return int(longest.sum() if self.packed is not None else self.sizes.rows[batch].sum() * longest.max())
+
     def targets(self, batches: Sequence[np.ndarray]) -> int:
         """Returns the number of tokens with a label in some micro batches."""
         return int(sum(self.sizes.targets[batch].sum() for batch in batches))

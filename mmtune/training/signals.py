@@ -7,6 +7,10 @@ from types import FrameType
 from typing import Any
 
 
+class Stopped(Exception):
+    """A signal came in the middle of something that leaves nothing behind."""
+
+
 class StopFlag:
     """Context manager; ``wanted`` names the signal that came. A second SIGINT stops at once."""
 

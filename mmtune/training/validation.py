@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmtune.training.loop import Batch
+from mmtune.training.feed import Batch
 from mmtune.training.loss import answer_loss
-from mmtune.training.plan import Plan
+from mmtune.training.plan import Plan, split_ranks
 from mmtune.training.ranks import sum_tensor
+from mmtune.training.signals import Stopped
 
 
 def validation_loss(
@@ -20,6 +21,7 @@ def validation_loss(
     plan: Plan,
     make: Callable[[np.ndarray], Batch],
     loss: Callable[[Any, Batch], tuple[torch.Tensor, int]] = answer_loss,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> float:
     """Returns the mean loss per label token over the first epoch of a plan, shared among the processes.
 
@@ -29,13 +31,20 @@ def validation_loss(
         plan: The batches of the validation split.
         make: Tree indices to a padded batch.
         loss: As in ``loop.Hooks``.
+        stopping: Asked before every batch, on all processes alike.
+
+    Raises:
+        Stopped: ``stopping`` said so.
     """
     total = torch.zeros(2, dtype=torch.float64)
     world, rank = accelerator.num_processes, accelerator.process_index
     with torch.no_grad(), accelerator.autocast():
-        for chosen in plan.epoch_batches(0)[rank::world]:
-            batch = {name: value.to(accelerator.device) for name, value in make(chosen).items()}
-            nll, count = loss(model, batch)
-            total += torch.tensor([float(nll), count], dtype=torch.float64)
+        for chosen, counts in split_ranks(plan.epoch_batches(0), rank, world):
+            if stopping():
+                raise Stopped
+            if counts:
+                batch = {name: value.to(accelerator.device) for name, value in make(chosen).items()}
+                nll, count = loss(model, batch)
+                total += torch.tensor([float(nll), count], dtype=torch.float64)
     nll_sum, count_sum = sum_tensor(total.to(accelerator.device), "summing the validation loss").tolist()
     return float(nll_sum / max(count_sum, 1.0))

@@ -65,7 +65,8 @@ class Rows:
 
 
 def run(model: Any, rows: Rows, **asked: Any) -> SimpleNamespace:
-    """Trains and returns ``outcome``, ``losses`` by step, ``notes``, ``saved`` steps and the ``optimizer``."""
+    """Trains and returns ``outcome``, ``losses`` by step, ``notes``, ``saved`` steps, their
+    metrics ``texts`` and the ``optimizer``."""
     import json
 
     from accelerate import Accelerator
@@ -87,13 +88,19 @@ def run(model: Any, rows: Rows, **asked: Any) -> SimpleNamespace:
     optimizer = options.get("optimizer") or make_optimizer(model, rate=options["rate"], weight_decay=0.0, beta2=0.99)
     notes: list[str] = []
     saved: list[int] = []
+    texts: dict[int, str] = {}
+
+    def keep(step: int, metrics: str) -> None:
+        saved.append(step)
+        texts[step] = metrics
+
     hooks = Hooks(
         batch=rows.batch,
         ids=rows.ids,
         modalities=rows.modalities,
-        save=lambda step, metrics: saved.append(step),
+        save=keep,
         last_good=lambda: f"step {saved[-1]}" if saved else "none yet",
-        validate=lambda: None,
+        validate=options.get("validate", lambda stopping: None),
         log=lambda row: None,
         note=notes.append,
         advance=lambda steps, note: None,
@@ -106,9 +113,13 @@ def run(model: Any, rows: Rows, **asked: Any) -> SimpleNamespace:
         clip=options["clip"],
         save_every=options.get("save_every", 1000),
         log_every=1,
-        eval_every=None,
+        eval_every=options.get("eval_every"),
         workers=options.get("workers", 0),
     )
-    outcome = train(model, optimizer, accelerator, plan, settings, hooks)
-    losses = [json.loads(line)["loss"] for line in outcome.metrics.splitlines()]
-    return SimpleNamespace(outcome=outcome, losses=losses, notes=notes, saved=saved, optimizer=optimizer, plan=plan)
+    begun = {"start": options.get("start", 0), "metrics": options.get("metrics", "")}
+    outcome = train(model, optimizer, accelerator, plan, settings, hooks, **begun)
+    rows = [json.loads(line) for line in outcome.metrics.splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    return SimpleNamespace(
+        outcome=outcome, losses=losses, notes=notes, saved=saved, texts=texts, optimizer=optimizer, plan=plan
+    )

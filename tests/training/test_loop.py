@@ -1,6 +1,8 @@
 """The loop: its loss is transformers' own, split as one likes; what trains must move, what ruins is refused."""
 
 import copy
+import json
+import signal
 import sys
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmtune.errors import DivergedError, IntegrityError
+from mmtune.errors import DivergedError, IntegrityError, ResourceError
 from mmtune.models.adapter import add_lora, train_fully
 from mmtune.training.guards import Spikes
 from mmtune.training.loop import answer_loss
@@ -178,7 +180,58 @@ def test_a_rate_of_zero_postpones_the_verdict():
     assert watch.waiting == set()
 
 
+# A signal during validation saves at the step before it, and the loss is not lost.
+
+
+@pytest.mark.parametrize(("at", "eval_every"), [(2, 2), (4, None)], ids=["within", "at the end"])
+def test_a_signal_during_validation_saves_and_a_resumed_run_validates_first(at, eval_every):
+    from mmtune.training.signals import Stopped
+
+    def stopped(stopping):
+        signal.raise_signal(signal.SIGTERM)
+        assert stopping()
+        raise Stopped
+
+    model, asked = tiny_model(), {"eval_every": eval_every, "steps": 4}
+    broken = run(model, Rows(), validate=stopped, **asked)
+    assert (broken.outcome.step, broken.outcome.stopped_by, broken.saved) == (at, signal.SIGTERM, [at])
+    assert "val_loss" not in broken.texts[at]
+    values = iter([0.5, 0.25])
+    resumed = run(
+        model,
+        Rows(),
+        validate=lambda stopping: next(values),
+        start=at,
+        metrics=broken.texts[at],
+        optimizer=broken.optimizer,
+        **asked,
+    )
+    unbroken = run(tiny_model(), Rows(), validate=lambda stopping: 0.0, **asked)
+    found, wanted = ([json.loads(line) for line in each.outcome.metrics.splitlines()] for each in (resumed, unbroken))
+    assert [(row["step"], row["loss"], list(row)) for row in found] == [
+        (row["step"], row["loss"], list(row)) for row in wanted
+    ]
+    assert [row["val_loss"] for row in found if "val_loss" in row] == ([0.5, 0.25] if eval_every else [0.5])
+    assert not resumed.outcome.stopped_by
+
+
 # What would ruin the weights is refused.
+
+
+@pytest.mark.parametrize(
+    "said", ["CUDA out of memory. Tried to allocate 2 GiB", "not enough memory: you tried 9 bytes"]
+)
+def test_memory_that_runs_out_names_the_examples_and_the_setting(said):
+    model = tiny_model()
+
+    def fail(module, given):
+        raise RuntimeError(said)
+
+    model.lm_head.register_forward_pre_hook(fail)
+    with pytest.raises(ResourceError) as caught:
+        run(model, Rows())
+    assert "row-" in caught.value.message and "batch_tokens" in caught.value.hint
+    assert caught.value.exit_code == 5 and "\n" not in caught.value.message
 
 
 def test_a_non_finite_loss_stops_before_the_optimizer_with_ids_and_checkpoint():

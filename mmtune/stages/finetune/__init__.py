@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -148,6 +149,19 @@ def _publish(run: Run, outcome: Any, console: Talk, staging: Staging) -> dict[st
     return {"stage": "finetune", "cached": False, "target": str(staging.target), **facts}
 
 
-def launch(arguments: list[str], processes: int, *, cpu: bool, console: Talk) -> int:
-    """Starts the same command on several processes and returns their exit code."""
-    return launching.launch(arguments, processes, cpu=cpu, say=console.say)
+def launch(
+    arguments: list[str], processes: int, *, cpu: bool, nodes: int, rendezvous: str | None, console: Talk
+) -> int:
+    """Starts the same command on several processes, of several machines where asked, and returns their exit code.
+
+    Raises:
+        RecipeError: Several nodes without a rendezvous.
+    """
+    if nodes > 1 and not re.fullmatch(r"[^\s:]+:\d{1,5}", rendezvous or ""):
+        raise RecipeError(
+            f"--nodes {nodes} needs the place where the machines meet: --rendezvous HOST:PORT",
+            "give the name of one of them, the same on all, and a free port",
+            "no_rendezvous",
+        )
+    machines = launching.Nodes(nodes, rendezvous or "", f"mmtune-{rendezvous}")
+    return launching.launch(arguments, processes, cpu=cpu, say=console.say, nodes=machines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 from mmtune.errors import IntegrityError, Interrupted
@@ -48,13 +49,11 @@ def follow(run: Run, resume: str, console: Talk) -> Any:
     """
     from mmtune.training.loop import LoopSettings, train
     from mmtune.training.ranks import wait_for_all
+    from mmtune.training.rehearsal import rehearse
 
     start, metrics = _resume_from(run, resume, console)
     settings, plan = run.settings, run.train.plan
-    console.say(
-        f"finetune: {_rows(plan)}, {plan.total_steps:,} steps,"
-        f" {run.accelerator.num_processes} process(es) on {run.accelerator.device}"
-    )
+    _show_course(run, rehearse(run.model, run.train, run.accelerator), start, console)
     if settings.trackers:
         run.accelerator.init_trackers("mmtune", config={"seed": run.recipe.seed})
     loop_settings = LoopSettings(
@@ -95,9 +94,23 @@ def follow(run: Run, resume: str, console: Talk) -> Any:
     return outcome
 
 
-def _rows(plan: Any) -> str:
+def _show_course(run: Run, largest: Any, start: int, console: Talk) -> None:
+    """Prints what will be done, in one table: rows, tokens and what sharing saves of them, steps, time, memory."""
+    plan, world = run.train.plan, run.accelerator.num_processes
     rows, units = int(plan.sizes.rows.sum()), plan.sizes.rows.size
-    return f"{rows:,} rows" if rows == units else f"{rows:,} rows in {units:,} trees"
+    own, apart = run.train.tokens
+    per_step = -(-plan.micro_batches // world)
+    seconds = largest.seconds * largest.mean_share * per_step * (plan.total_steps - start)
+    table = [
+        ("rows", f"{rows:,}" + (f" in {units:,} trees" if units != rows else "")),
+        ("tokens per epoch", f"{own:,}" + (f", {1 - own / apart:.0%} saved by sharing" if own < apart else "")),
+        ("steps", f"{plan.total_steps:,}" + (f", {start:,} of them done" if start else "")),
+        ("processes", f"{world} on {run.accelerator.device}"),
+        ("largest micro batch", f"{largest.rows:,} rows, {largest.tokens:,} tokens"),
+        ("memory at its peak", f"{largest.peak_bytes / (1 << 30):.2f} GiB"),
+        ("time", f"about {timedelta(seconds=round(seconds))} by that batch alone"),
+    ]
+    console.table("the course", ("what", "how much"), table)
 
 
 def _hooks(run: Run, console: Talk, advance: Callable[[int, str], None]) -> Any:
@@ -123,17 +136,20 @@ def _hooks(run: Run, console: Talk, advance: Callable[[int, str], None]) -> Any:
         modalities=run.train.batches.modalities,
         save=save,
         last_good=run.checkpoints.newest_name,
-        validate=lambda: _validation_loss(run),
+        validate=lambda stopping: _validation_loss(run, stopping),
         log=log,
         note=console.note,
         advance=advance,
     )
 
 
-def _validation_loss(run: Run) -> float | None:
+def _validation_loss(run: Run, stopping: Callable[[], bool]) -> float | None:
     """Returns the mean loss per label token on the validation split, or None without one."""
     if run.validate is None:
         return None
     from mmtune.training.validation import validation_loss
 
-    return validation_loss(run.model, run.accelerator, run.validate.plan, run.validate.batches.batch, run.validate.loss)
+    held_out = run.validate
+    return validation_loss(
+        run.model, run.accelerator, held_out.plan, held_out.batches.batch, held_out.loss, stopping=stopping
+    )

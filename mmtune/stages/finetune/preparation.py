@@ -120,8 +120,12 @@ def prepare(
         plus_ratio=settings.lora.plus_ratio,
     )
     checkpoints = CheckpointFolder(recipe.run_dir / "checkpoints" / "finetune", settings.keep)
+    # What counts of the accumulation is its product with the processes.
+    config = identity["config"]
+    own = {name: value for name, value in config["finetune"].items() if name != "accumulate"}
     identity = {
         **identity,
+        "config": {**config, "finetune": own},
         "micro_batches": batching.plan.micro_batches,
         "precision": precision,
         "batches": "trees" if as_trees else "rows",
