@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmtune.models.adapter import add_ia3, add_lora, train_fully
+from mmtune.models.lora_linear import fuse_lora
 from mmtune.models.soft_prompt import METHODS, add_soft_prompt
 
 
@@ -32,4 +33,6 @@ def with_method(
         return add_ia3(model, base_path)
     if method in METHODS:
         return add_soft_prompt(model, method, virtual_tokens=virtual_tokens, base_path=base_path)
-    return add_lora(model, towers=towers, base_path=base_path, **lora)
+    adapted = add_lora(model, towers=towers, base_path=base_path, **lora)
+    fuse_lora(adapted)
+    return adapted
