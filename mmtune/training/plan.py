@@ -119,6 +119,11 @@ class Plan:
         longest = self.sizes.longest[batch]
         return int(longest.sum() if self.packed is not None else self.sizes.rows[batch].sum() * longest.max())
 
+    def padding(self) -> float:
+        """Returns the share of padding among the tokens of the first epoch."""
+        padded = sum(self.cost(batch) for batch in self.epoch_batches(0))
+        return 1.0 - float((self.sizes.rows * self.sizes.longest).sum()) / padded
+
     def targets(self, batches: Sequence[np.ndarray]) -> int:
         """Returns the number of tokens with a label in some micro batches."""
         return int(sum(self.sizes.targets[batch].sum() for batch in batches))

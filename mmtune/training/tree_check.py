@@ -44,13 +44,13 @@ class TreeCheck:
 
 
 def trees_to_check(lengths: TreeLengths, modalities: np.ndarray) -> list[np.ndarray]:
-    """Returns, per set of modalities, a short and a long tree (or the only one) among those that share.
+    """Returns, per set of modalities, a short and a long tree (or the only one) among those that share, if any do.
 
     Args:
         lengths: Of the trees.
         modalities: ``(n,)`` a number for the set of modalities of each tree.
     """
-    shares = lengths.rows > 1
+    shares = lengths.rows > 1 if (lengths.rows > 1).any() else lengths.rows > 0
     chosen = []
     for kinds in np.unique(modalities[shares]):
         own = np.flatnonzero(shares & (modalities == kinds))

@@ -122,7 +122,8 @@ def run_mmtune(folder: Path, workload: str, per_step: int) -> dict[str, float]:
     columns = {"question": "question", "answer": "answer"} | ({} if workload == "text" else {"image": "image"})
     source = {"id": "rows", "reader": "table", "path": str(folder / "rows.jsonl"), "columns": columns}
     source["template"] = "vqa_plain"
-    source["images"] = str(folder / "images")
+    if workload != "text":
+        source["images"] = str(folder / "images")
     recipe = {"run_dir": str(folder / "run"), "model": {"path": str(folder / "model")}, "sources": [source]}
     path = folder / "recipe.json"
     path.write_text(json.dumps(recipe | settings_of(workload, per_step)))

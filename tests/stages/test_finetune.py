@@ -121,6 +121,30 @@ def test_features_train_as_pixels_do_and_are_made_once(fresh):
     assert all(torch.allclose(found[name], other[name], rtol=1e-3, atol=1e-5) for name in other)
 
 
+def test_rows_of_many_lengths_are_packed_and_train_as_they_do_apart(tmp_path, repository, tiny_vlm, monkeypatch):
+    from mmtune.stages.finetune import preparation
+
+    table = tmp_path / "rows.jsonl"
+    rows = [{"q": " ".join(["left"] * (1 + 3 * k)), "a": "yes" if k % 2 else "no"} for k in range(16)]
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = Source(id="text", reader="table", path=str(table), columns={"question": "q", "answer": "a"})
+    # One batch holds all rows, so that both ways see the same ones in every step.
+    settings = {"batch_rows": 16, "max_steps": 3, "learning_rate": 0.01, "log_every": 1, "lora": {"r": 2}}
+    recipe = Recipe(
+        run_dir=tmp_path, model=Model(path=str(tiny_vlm)), sources=(source,), finetune=Finetune.model_validate(settings)
+    )
+    build_data(recipe, console=Talk(quiet=True))
+    tokenize(recipe, console=Talk(quiet=True))
+    found = {}
+    for least, said in ((0.1, True), (1.0, False)):
+        monkeypatch.setattr(preparation, "_LEAST_PADDING", least)
+        console = Talk(quiet=True)
+        finetune(recipe, force=True, console=console)
+        assert any("less padding" in line for line in console.lines) == said
+        found[said] = numbers_of(recipe)
+    assert found[True] == [pytest.approx(row, rel=1e-4) for row in found[False]]
+
+
 def test_full_tuning_on_features_saves_the_whole_model(fresh):
     recipe = fresh(method="full", features={"use": "on", "dtype": "bf16"})
     finetune(recipe, console=Talk(quiet=True))

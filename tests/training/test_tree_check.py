@@ -72,4 +72,5 @@ def test_trees_that_stand_for_the_split() -> None:
     lengths = TreeLengths(np.array([9, 5, 90, 40, 30]), np.zeros(5, int), np.array([1, 2, 3, 2, 2]))
     assert [found.tolist() for found in trees_to_check(lengths, np.zeros(5, int))] == [[2, 4]]
     assert [found.tolist() for found in trees_to_check(lengths, np.array([1, 0, 1, 0, 1]))] == [[1, 3], [2, 4]]
-    assert trees_to_check(TreeLengths(np.array([9, 5]), np.zeros(2, int), np.ones(2, int)), np.zeros(2, int)) == []
+    plain = TreeLengths(np.array([9, 5, 7]), np.zeros(3, int), np.ones(3, int))
+    assert [found.tolist() for found in trees_to_check(plain, np.zeros(3, int))] == [[0, 1]]

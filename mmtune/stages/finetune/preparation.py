@@ -14,6 +14,9 @@ from mmtune.stages.finetune.features import use_features
 from mmtune.storage import Manifest, open_split
 from mmtune.talk import Talk
 
+# Rows that share nothing are packed when padding would take more than this share of the tokens.
+_LEAST_PADDING = 0.1
+
 
 @dataclass
 class Run:
@@ -93,8 +96,9 @@ def prepare(
     val = _split(recipe, tokens, processor, "val", settings.eval_rows) if tokens.rows.get("val") else None
     model.to(accelerator.device)
     share_weights(model)
-    as_trees = _trains_trees(model, train, accelerator, console)
-    make = _batching_of(partial(packed_trees, model) if as_trees else rows_apart, recipe, settings, accelerator)
+    rows = _batching_of(rows_apart, recipe, settings, accelerator)
+    as_trees = _trains_trees(model, train, rows(train, "train").plan, accelerator, console)
+    make = _batching_of(partial(packed_trees, model), recipe, settings, accelerator) if as_trees else rows
     splits = {"train": train, **({"val": val} if val else {})}
     kept = use_features(
         settings,
@@ -167,22 +171,33 @@ def _made_from(identity: dict[str, Any], tokens: Manifest, recipe: Recipe, rando
     return made | ({"random": recipe.seed} if random_weights else {})
 
 
-def _trains_trees(model: Any, split: Any, accelerator: Any, console: Talk) -> bool:
-    """Says whether shared prefixes are computed once: where there are some, and the model proves exact on them."""
+def _trains_trees(model: Any, split: Any, rows: Any, accelerator: Any, console: Talk) -> bool:
+    """Says whether rows are packed: where they share a prefix or packing saves padding, and the model proves exact.
+
+    Args:
+        model: The model.
+        split: The training split.
+        rows: The plan of its rows, each apart.
+        accelerator: The accelerator.
+        console: Where the verdict goes.
+    """
     import torch
 
     from mmtune.training.batching import check_sharing
     from mmtune.training.ranks import sum_tensor
 
-    if not split.shares:
+    padding = 0.0 if split.shares else rows.padding()
+    if not split.shares and padding < _LEAST_PADDING:
         return False
     check = check_sharing(model, split, accelerator)
     refused = sum_tensor(torch.tensor([float(not check.exact)], device=accelerator.device), "agreeing on trees")
     if not check.exact:
-        console.note(f"each row trains apart, its media computed again: {check.reason}")
+        cost = "its media computed again" if split.shares else f"with {padding:.0%} padding"
+        console.note(f"each row trains apart, {cost}: {check.reason}")
     elif not refused:
+        what = "rows that share media train as one tree" if split.shares else f"packed, for {padding:.0%} less padding"
         console.say(
-            "finetune: rows that share media train as one tree; a few compared with separate rows:"
+            f"finetune: {what}; a few compared with separate rows:"
             f" loss differs by {check.loss_error:.0e}, gradients by {check.gradient_error:.0e} of 1"
         )
     return not refused
