@@ -153,8 +153,8 @@ def finetune(
     console = Talk(quiet or not stage.is_main())
     if processes * nodes > 1 and not stage.is_launched() and not dry_run:
         cpu = gpus is None and cpu_processes is not None
-        code = stage.launch(sys.argv[1:], processes, cpu=cpu, nodes=nodes, rendezvous=rendezvous, console=console)
-        raise typer.Exit(code)
+        stage.launch(sys.argv[1:], processes, cpu=cpu, nodes=nodes, rendezvous=rendezvous, console=console)
+        return
     result = stage.finetune(
         loaded, force=force, dry_run=dry_run, limit=limit, resume=resume, offline=offline, console=console
     )

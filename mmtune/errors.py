@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+EXIT_FILE = "MMTUNE_LAUNCHED_EXIT"
+"""Environment variable with the file in which a launched process leaves its error for the command that launched it:
+a launcher ends with 1 whatever its processes ended with."""
+
 
 class MmtuneError(Exception):
     """A failure the user can mend: what went wrong, what to do next, and the exit code.

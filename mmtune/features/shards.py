@@ -13,8 +13,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from mmtune.errors import IntegrityError
 from mmtune.files import file_digest, sync
 from mmtune.media.paths import MediaRefused, resolve
 from mmtune.records import Medium
@@ -73,20 +72,15 @@ class Member:
 
 def item_name(item: Item) -> str:
     """Returns what names an item in a shard."""
-    data = item.medium.data
-    source = item.medium.path if data is None else f"sha256:{sha256(data).hexdigest()}"
-    return json.dumps([source, item.frame, item.frames])
+    return json.dumps([item.medium.path, item.frame, item.frames])
 
 
 def stand_of(item: Item, root: Path) -> tuple[int, int, str]:
-    """Returns size, time of writing and sha256 of an item's bytes.
+    """Returns size, time of writing and sha256 of an item's file.
 
     Raises:
         MediaRefused: The file is gone or unsafe.
     """
-    data = item.medium.data
-    if data is not None:
-        return len(data), 0, sha256(data).hexdigest()
     file = Path(resolve(root, item.medium.path))
     stat = file.stat()
     return stat.st_size, stat.st_mtime_ns, file_digest(file)
@@ -152,8 +146,6 @@ def is_fresh(members: Sequence[Member] | None, items: Sequence[Item], root: Path
 
 
 def _unchanged(member: Member, item: Item, root: Path) -> bool:
-    if item.medium.data is not None:
-        return True
     try:
         file = Path(resolve(root, item.medium.path))
         stat = file.stat()
@@ -171,19 +163,19 @@ class Features:
         source: What made them.
 
     Raises:
+        IntegrityError: A shard cannot be read.
         KeyError: On ``[item]``, when no shard holds it.
     """
 
     def __init__(self, paths: Sequence[Path], source: str) -> None:
         self._paths = list(paths)
-        self._places = {
-            member.item: (number, member)
-            for number, path in enumerate(self._paths)
-            for member in read_members(path, source) or ()
-        }
-
-    def __len__(self) -> int:
-        return len(self._places)
+        self._handles: dict[tuple[int, int], Any] = {}
+        self._places: dict[str, tuple[int, Member]] = {}
+        for number, path in enumerate(self._paths):
+            members = read_members(path, source)
+            if members is None:
+                raise IntegrityError(f"{path} cannot be read", "delete it and run the same command again")
+            self._places |= {member.item: (number, member) for member in members}
 
     def tokens(self, item: Item) -> int:
         """Returns the image tokens that an item's features stand for."""
@@ -192,13 +184,14 @@ class Features:
     def __getitem__(self, item: Item) -> dict[str, torch.Tensor]:
         """Returns the item's tensors ``(N, H)`` by name, and its ``image_grid_thw`` ``(1, 3)`` where it has one."""
         number, member = self._places[item_name(item)]
-        file = _opened(self._paths[number], os.getpid())
+        file = self._file(number)
         own = slice(member.start, member.start + member.length)
         found = {name: file.get_slice(name)[own] for name in file.keys()}  # noqa: SIM118
         return {**found, **({"image_grid_thw": torch.tensor([member.grid])} if member.grid else {})}
 
-
-@cache
-def _opened(path: Path, process: int) -> Any:
-    # One handle per process: a forked reader must not share its parent's.
-    return safe_open(path, "pt")
+    def _file(self, number: int) -> Any:
+        # One handle per process: a forked reader must not share its parent's.
+        key = (number, os.getpid())
+        if key not in self._handles:
+            self._handles[key] = safe_open(self._paths[number], "pt")
+        return self._handles[key]

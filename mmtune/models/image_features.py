@@ -81,12 +81,33 @@ def with_encoder_outputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {**rest, "mm_encoder_outputs": {"image": made}}
 
 
-def release_image_towers(model: Any) -> None:
-    """Frees the memory of the vision tower and the projector; the model then takes features alone."""
+Released = list[tuple[torch.nn.Module, str, torch.nn.Parameter]]
+
+
+def release_image_towers(model: Any) -> Released:
+    """Takes the weights of the vision tower and its projector out of the model; returns where they were.
+
+    The model then takes features alone. Their memory is free once what is returned is dropped.
+    """
+    released: Released = []
     for name, module in _base(model).named_modules():
-        if tower_of(name) in _IMAGE_TOWERS:
+        if tower_of(name) in _IMAGE_TOWERS and "audio" not in name:
             for own, parameter in list(module.named_parameters(recurse=False)):
+                released.append((module, own, parameter))
                 setattr(module, own, torch.nn.Parameter(parameter.data.to("meta"), requires_grad=False))
+    return released
+
+
+def put_back(released: Released) -> None:
+    """Gives the model its released weights back."""
+    for module, own, parameter in released:
+        setattr(module, own, parameter)
+
+
+def tower_types(model: Any) -> list[str]:
+    """Returns the types of the weights that make the features."""
+    found = {str(p.dtype) for name, p in _base(model).named_parameters() if tower_of(name) in _IMAGE_TOWERS}
+    return sorted(found)
 
 
 def _rows(parts: Any) -> torch.Tensor:

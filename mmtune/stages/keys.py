@@ -51,7 +51,10 @@ def list_keys(section: str = "") -> list[Key]:
     """
     found = schema(section)
     below = list(_keys(found, found, f"{section}." if section else ""))
-    return below or [_key(section, found, found, required=False)]
+    if below:
+        return below
+    parent, _, name = section.rpartition(".")
+    return [_key(section, found, found, required=name in schema(parent).get("required", ()))]
 
 
 def render(keys: list[Key]) -> str:

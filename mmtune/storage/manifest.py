@@ -64,7 +64,17 @@ def library_versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    for name in ("torch", "transformers", "peft", "accelerate", "datasets", "pillow", "tokenizers", "numpy"):
+    for name in (
+        "torch",
+        "transformers",
+        "peft",
+        "accelerate",
+        "datasets",
+        "pillow",
+        "torchvision",
+        "tokenizers",
+        "numpy",
+    ):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

@@ -29,11 +29,13 @@ class Checkpoint:
         folder: Where it stands.
         step: Optimizer steps it has seen.
         identity: Settings and parents of the run that wrote it.
+        sums: Of the metrics since their last line.
     """
 
     folder: Path
     step: int
     identity: Mapping[str, Any]
+    sums: dict[str, float]
 
 
 class CheckpointFolder:
@@ -48,7 +50,12 @@ class CheckpointFolder:
         self.folder, self._keep = folder, keep
 
     def save(
-        self, step: int, tensors: Mapping[str, Mapping[str, Any]], metrics: str, identity: Mapping[str, Any]
+        self,
+        step: int,
+        tensors: Mapping[str, Mapping[str, Any]],
+        metrics: str,
+        identity: Mapping[str, Any],
+        sums: Mapping[str, float] | None = None,
     ) -> Path:
         """Writes a checkpoint, verifies it, then removes the oldest beyond ``keep``."""
         from safetensors.torch import save_file
@@ -63,7 +70,7 @@ class CheckpointFolder:
         files = {file.name: file_digest(file) for file in sorted(aside.iterdir())}
         for name in files:
             sync(aside / name)
-        write_json(aside / STATE, {"step": step, "identity": dict(identity), "files": files})
+        write_json(aside / STATE, {"step": step, "identity": dict(identity), "sums": dict(sums or {}), "files": files})
         target = self.folder / f"step-{step:08d}"
         replace_folder(aside, target)
         self._read(target)
@@ -116,11 +123,11 @@ class CheckpointFolder:
     def _read(self, folder: Path) -> Checkpoint:
         try:
             state = json.loads((folder / STATE).read_text("utf-8"))
-            files, step, identity = state["files"], state["step"], state["identity"]
+            files, step, identity, sums = state["files"], state["step"], state["identity"], state["sums"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise IntegrityError(f"{folder} has no readable {STATE}", "", "damaged_checkpoint") from error
         for name, expected in files.items():
             path = folder / name
             if not path.is_file() or file_digest(path) != expected:
                 raise IntegrityError(f"{path} is missing or damaged", "", "damaged_checkpoint")
-        return Checkpoint(folder, step, identity)
+        return Checkpoint(folder, step, identity, sums)

@@ -63,6 +63,8 @@ def _by_processes(make: Callable[[Any], Batch], chosen: list[Any], workers: int)
         num_workers=workers,
         prefetch_factor=4,
         worker_init_fn=ignore_in_worker,
+        # Its own, so that starting the workers draws nothing from the generator that a step has seeded.
+        generator=torch.Generator(),
         # Forked, because open files and memory maps of the split are inherited, not copied.
         multiprocessing_context="fork",
     )

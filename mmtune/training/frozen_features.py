@@ -63,6 +63,8 @@ def distinct_pictures(found: Iterable[tuple[Item, int, int]], *, as_trees: bool)
     items: list[Item] = []
     runs: Counter[bool] = Counter()
     for item, count, rows in found:
+        if item.medium.data is not None:
+            return Pictures([], [], 0, "the images are embedded in tokens/")
         name = item_name(item)
         if name not in tokens:
             tokens[name] = count
@@ -159,10 +161,11 @@ class Shelf:
     row_bytes: int
     root: Path
 
-    @property
-    def size_bytes(self) -> int:
-        """What all shards take on the disk, their headers apart."""
-        return sum(self.pictures.tokens) * self.row_bytes
+    def size_bytes(self, numbers: Iterable[int] | None = None) -> int:
+        """Returns what some shards, or all of them, take on the disk, their headers apart."""
+        shards = cut(self.pictures.tokens, self.row_bytes)
+        wanted = range(len(shards)) if numbers is None else numbers
+        return sum(self.pictures.tokens[index] for number in wanted for index in shards[number]) * self.row_bytes
 
     def missing(self) -> dict[int, range]:
         """Returns the numbers and items of the shards that are absent or no longer true."""
@@ -193,9 +196,9 @@ class Shelf:
         return Features([shard_path(self.folder, number) for number in range(self._count)], self.source)
 
     def remove_others(self) -> None:
-        """Deletes shards beyond those of the pictures, left by an earlier run."""
+        """Deletes shards beyond those of the pictures, and what a killed run left half-written."""
         known = {shard_path(self.folder, number) for number in range(self._count)}
-        for file in set(self.folder.glob("shard-*.safetensors")) - known:
+        for file in {*self.folder.glob("shard-*"), *self.folder.glob(".shard-*")} - known:
             file.unlink(missing_ok=True)
 
     @property
@@ -203,18 +206,15 @@ class Shelf:
         return len(cut(self.pictures.tokens, self.row_bytes))
 
 
-def feature_error(model: Any, live: Batching, kept: Batching, accelerator: Any) -> float:
-    """Returns the relative difference of the loss of a micro batch with images, with features and with pixels."""
-    batches = live.plan.epoch_batches(0)
-    units = next((own for own in batches if {"image", "video"} & live.batches.modalities(own)), batches[0])
+def batch_loss(model: Any, batching: Batching, accelerator: Any) -> float:
+    """Returns the loss of the first micro batch with images, the model in evaluation mode."""
+    batches = batching.plan.epoch_batches(0)
+    units = next((own for own in batches if {"image", "video"} & batching.batches.modalities(own)), batches[0])
     training = model.training
     model.eval()
     try:
         with torch.no_grad(), accelerator.autocast():
-            losses = []
-            for batching in (live, kept):
-                batch = {name: value.to(accelerator.device) for name, value in batching.batches.batch(units).items()}
-                losses.append(float(batching.loss(model, batch)[0]))
+            batch = {name: value.to(accelerator.device) for name, value in batching.batches.batch(units).items()}
+            return float(batching.loss(model, batch)[0])
     finally:
         model.train(training)
-    return abs(losses[1] - losses[0]) / max(abs(losses[0]), 1e-12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,11 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmtune.errors import CapabilityError, ResourceError
+from mmtune.errors import EXIT_FILE, CapabilityError, MmtuneError, ResourceError
 
 LAUNCHED = "MMTUNE_LAUNCHED"
-# A launcher ends with 1 whatever its processes ended with, so they leave their exit code here.
-_EXIT_FILE = "MMTUNE_LAUNCHED_EXIT"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +68,8 @@ def launch_environment(processes: int, *, cpu: bool = False) -> dict[str, str]:
 
 def launch(
     arguments: Sequence[str], processes: int, *, cpu: bool, say: Callable[[str], None], nodes: Nodes = Nodes()
-) -> int:
-    """Runs ``mmtune`` on several processes of this machine and returns the exit code of the run.
+) -> None:
+    """Runs ``mmtune`` on several processes of this machine; returns when all of them have ended well.
 
     Args:
         arguments: Arguments of ``mmtune`` itself.
@@ -82,6 +81,7 @@ def launch(
     Raises:
         CapabilityError: There are fewer GPUs than asked for.
         ResourceError: A process died without a word of its own.
+        MmtuneError: What the first process to fail said.
     """
     if not cpu:
         import torch
@@ -96,31 +96,27 @@ def launch(
     say("finetune: starting " + " ".join(command))
     with tempfile.TemporaryDirectory(prefix="mmtune-") as folder:
         left = Path(folder) / "exit"
-        environment = {**launch_environment(processes, cpu=cpu), _EXIT_FILE: str(left)}
-        child = subprocess.Popen(command, env=environment)
+        environment = {**launch_environment(processes, cpu=cpu), EXIT_FILE: str(left)}
+        # A session of its own: Ctrl-C then reaches the processes once, through this one.
+        child = subprocess.Popen(command, env=environment, start_new_session=True)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda received, _: child.send_signal(received))
         code = child.wait()
-        if code and left.is_file():
-            return int(left.read_text("utf-8"))
+        if code and left.is_file() and left.stat().st_size:
+            raise _error_in(left)
     if code:
         raise ResourceError(
             f"a process of this run died (the launcher ended with {code})",
             "look for its last words above; run the same command again to go on from the last checkpoint",
             "lost_process",
         )
-    return 0
 
 
-def leave_exit_code(code: int) -> None:
-    """Tells the command that started this process how it ends; the first process to tell wins."""
-    file = os.environ.get(_EXIT_FILE)
-    if file:
-        try:
-            with open(file, "x", encoding="utf-8") as handle:
-                handle.write(str(code))
-        except FileExistsError:
-            pass
+def _error_in(file: Path) -> MmtuneError:
+    said = json.loads(file.read_text("utf-8"))
+    error = MmtuneError(said["message"], said["hint"], said["code"])
+    error.exit_code = said["exit_code"]
+    return error
 
 
 def is_launched() -> bool:

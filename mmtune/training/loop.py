@@ -57,7 +57,7 @@ class Hooks:
         batch: Tree indices and the step to a padded batch with ``labels``; called from another thread.
         ids: Tree indices to the example ids in them.
         modalities: Tree indices to the kinds of media in them.
-        save: ``(step, metrics text)`` writes a checkpoint.
+        save: ``(step, metrics text, sums since its last line)`` writes a checkpoint.
         last_good: Names the last checkpoint in words.
         validate: Returns the validation loss, or None when there is no validation split; asks its argument
             between batches whether to stop, and then raises ``validation.Stopped``.
@@ -70,7 +70,7 @@ class Hooks:
     batch: Callable[[Trees, int], Batch]
     ids: Callable[[Trees], list[str]]
     modalities: Callable[[Trees], set[str]]
-    save: Callable[[int, str], None]
+    save: Callable[[int, str, dict[str, float]], None]
     last_good: Callable[[], str]
     validate: Callable[[Callable[[], bool]], float | None]
     log: Callable[[dict[str, Any]], None]
@@ -108,6 +108,7 @@ def train(
     *,
     start: int = 0,
     metrics: str = "",
+    sums: dict[str, float] | None = None,
 ) -> Outcome:
     """Runs from step ``start`` to the end of the plan, or to a signal.
 
@@ -123,10 +124,12 @@ def train(
     )
     outcome, clock, window, spikes = Outcome(start, metrics=metrics), Clock(), Window(), Spikes()
     watch = TowerWatch(model)
+    if sums:
+        window.restore(sums)
     model.train()
     with closing(feed(lambda named: hooks.batch(*named), mine, settings.workers)) as batches, StopFlag() as stop:
         if start and not _validate(outcome, plan, settings, hooks, clock, model, accelerator, stop):
-            return _stopped(outcome, hooks, clock, stop)
+            return _stopped(outcome, hooks, clock, window, stop)
         for step, chosen in enumerate(steps, start=start):
             rate = learning_rate(
                 step,
@@ -154,18 +157,18 @@ def train(
             _log(outcome, plan, settings, hooks, window, clock, rate)
             validated = _validate(outcome, plan, settings, hooks, clock, model, accelerator, stop)
             if not validated or (outcome.step < plan.total_steps and _stop_wanted(stop, accelerator)):
-                return _stopped(outcome, hooks, clock, stop)
+                return _stopped(outcome, hooks, clock, window, stop)
             if outcome.step % settings.save_every == 0 and outcome.step < plan.total_steps:
                 clock.skip()
-                hooks.save(outcome.step, outcome.metrics)
+                hooks.save(outcome.step, outcome.metrics, window.state())
                 clock.lap("save")
     outcome.seconds = clock.stop()
     outcome.unseen = watch.waiting if outcome.step > start else set()
     return outcome
 
 
-def _stopped(outcome: Outcome, hooks: Hooks, clock: Clock, stop: StopFlag) -> Outcome:
-    hooks.save(outcome.step, outcome.metrics)
+def _stopped(outcome: Outcome, hooks: Hooks, clock: Clock, window: Window, stop: StopFlag) -> Outcome:
+    hooks.save(outcome.step, outcome.metrics, window.state())
     outcome.seconds, outcome.stopped_by = clock.stop(), stop.wanted or 15
     return outcome
 

@@ -62,6 +62,14 @@ class Window:
         """Adds one step: summed loss, label tokens, norm of the gradient."""
         self._nll, self._targets, self._norm = self._nll + nll, self._targets + targets, norm
 
+    def state(self) -> dict[str, float]:
+        """Returns the sums that a checkpoint keeps, so that the next line after a resume speaks of all its steps."""
+        return {"nll": self._nll, "targets": self._targets}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Takes up the sums of a checkpoint."""
+        self._nll, self._targets = float(state["nll"]), int(state["targets"])
+
     def line(self, step: int, rate: float, waited: float = 0.0) -> dict[str, Any]:
         """Returns the line of metrics after ``step`` steps, and starts a new window.
 

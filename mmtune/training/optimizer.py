@@ -160,7 +160,8 @@ def optimizer_state(optimizer: Optimizer, model: Any) -> dict[str, torch.Tensor]
     for parameter, slots in optimizer.state.items():
         for slot, value in slots.items():
             tensor = value if torch.is_tensor(value) else torch.tensor(value)
-            state[f"{names[id(parameter)]}|{slot}"] = tensor.detach().cpu().contiguous()
+            # A copy: bitsandbytes shares a table among parameters, which safetensors refuses.
+            state[f"{names[id(parameter)]}|{slot}"] = tensor.detach().cpu().contiguous().clone()
     return state
 
 

@@ -30,7 +30,8 @@ class StopFlag:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.wanted == signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.wanted = number
+        # The first one says why; a launcher may send another after it.
+        self.wanted = self.wanted or number
 
     def __bool__(self) -> bool:
         return bool(self.wanted)

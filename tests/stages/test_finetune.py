@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load, load_file
 
-from mmtune.errors import CapabilityError, DivergedError
+from mmtune.errors import CapabilityError, DivergedError, Interrupted
 from mmtune.models.load import load_tuned
 from mmtune.recipe import Finetune, Model, Recipe, Source
 from mmtune.stages.build_data import build_data
@@ -165,6 +165,64 @@ def test_features_are_refused_where_pixels_or_towers_change(fresh, settings, rea
     console = Talk(quiet=True)
     finetune(fresh(**settings, max_steps=1), console=console)
     assert not any("features of" in line for line in console.lines)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "adamw_8bit", "lora": {"r": 32}},
+        {"optimizer": "muon", "method": "full"},
+        {"workers": 2, "lora": {"r": 2, "dropout": 0.2}, "neftune_alpha": 5},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_stopped_and_resumed_it_ends_with_the_same_bytes(fresh, settings, monkeypatch):
+    from mmtune.training import loop
+
+    if "8bit" in settings.get("optimizer", ""):
+        pytest.importorskip("bitsandbytes", reason="adamw_8bit is an extra: pip install mmtune[qlora]")
+    recipe = fresh(**settings, max_steps=5, log_every=2)
+    finetune(recipe, console=Talk(quiet=True))
+    folder = recipe.run_dir / "adapter"
+    weights = {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
+    losses = numbers_of(recipe)
+    asked = loop._stop_wanted
+    polls = iter([False, False, True])
+    monkeypatch.setattr(loop, "_stop_wanted", lambda stop, accelerator: next(polls))
+    with pytest.raises(Interrupted):
+        finetune(recipe, force=True, console=Talk(quiet=True))
+    monkeypatch.setattr(loop, "_stop_wanted", asked)
+    console = Talk(quiet=True)
+    finetune(recipe, force=True, console=console)
+    assert any("resuming after step 3" in line for line in console.lines)
+    assert {file.name: file.read_bytes() for file in folder.glob("*.safetensors")} == weights
+    assert numbers_of(recipe) == losses
+
+
+def test_a_resumed_run_needs_no_room_for_features_that_are_there(fresh, monkeypatch):
+    recipe = fresh(max_steps=8)
+    finetune(recipe, console=Talk(quiet=True))
+    full = shutil.disk_usage(recipe.run_dir)._replace(free=1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: full)
+    console = Talk(quiet=True)
+    finetune(recipe, force=True, console=console)
+    assert any("features stand for pixels" in line for line in console.lines)
+    shutil.rmtree(recipe.run_dir / "features")
+    console = Talk(quiet=True)
+    finetune(recipe, force=True, console=console)
+    assert any("free" in line and "needed" in line for line in console.lines)
+
+
+def test_a_family_that_refuses_features_trains_on_pixels(fresh, monkeypatch):
+    from mmtune.training import frozen_features
+
+    def fail(self, items, expected):
+        raise AttributeError("no such output")
+
+    monkeypatch.setattr(frozen_features.Maker, "make", fail)
+    console = Talk(quiet=True)
+    assert finetune(fresh(max_steps=8), console=console)["steps"] == 8
+    assert any("AttributeError: no such output" in line for line in console.lines)
 
 
 def test_features_beyond_the_wish_stay_away(fresh):

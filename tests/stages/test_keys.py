@@ -36,6 +36,7 @@ def test_a_section_and_a_single_key():
     (key,) = list_keys("finetune.learning_rate")
     assert key.default == str(Finetune().learning_rate) and "> 0" in key.kind
     assert "learning_rate" in render([key])
+    assert list_keys("model.path")[0].default is None and list_keys("sources.reader")[0].default is None
 
 
 def test_an_unknown_key_names_the_nearest():

@@ -66,7 +66,7 @@ class Rows:
 
 def run(model: Any, rows: Rows, **asked: Any) -> SimpleNamespace:
     """Trains and returns ``outcome``, ``losses`` by step, ``notes``, ``saved`` steps, their
-    metrics ``texts`` and the ``optimizer``."""
+    metrics ``texts`` and ``sums``, and the ``optimizer``."""
     import json
 
     from accelerate import Accelerator
@@ -89,10 +89,12 @@ def run(model: Any, rows: Rows, **asked: Any) -> SimpleNamespace:
     notes: list[str] = []
     saved: list[int] = []
     texts: dict[int, str] = {}
+    kept: dict[int, dict[str, float]] = {}
 
-    def keep(step: int, metrics: str) -> None:
+    def keep(step: int, metrics: str, sums: dict[str, float]) -> None:
         saved.append(step)
         texts[step] = metrics
+        kept[step] = sums
 
     hooks = Hooks(
         batch=rows.batch,
@@ -112,14 +114,14 @@ def run(model: Any, rows: Rows, **asked: Any) -> SimpleNamespace:
         warmup=0,
         clip=options["clip"],
         save_every=options.get("save_every", 1000),
-        log_every=1,
+        log_every=options.get("log_every", 1),
         eval_every=options.get("eval_every"),
         workers=options.get("workers", 0),
     )
-    begun = {"start": options.get("start", 0), "metrics": options.get("metrics", "")}
+    begun = {"start": options.get("start", 0), "metrics": options.get("metrics", ""), "sums": options.get("sums")}
     outcome = train(model, optimizer, accelerator, plan, settings, hooks, **begun)
     rows = [json.loads(line) for line in outcome.metrics.splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
     return SimpleNamespace(
-        outcome=outcome, losses=losses, notes=notes, saved=saved, texts=texts, optimizer=optimizer, plan=plan
+        outcome=outcome, losses=losses, notes=notes, saved=saved, texts=texts, sums=kept, optimizer=optimizer, plan=plan
     )

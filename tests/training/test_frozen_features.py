@@ -15,7 +15,7 @@ from mmtune.encoding.collate import Collator
 from mmtune.encoding.tree import Tree
 from mmtune.features.shards import Item, item_name
 from mmtune.models.adapter import add_lora
-from mmtune.models.image_features import image_features, release_image_towers, trains_on_pixels
+from mmtune.models.image_features import image_features, put_back, release_image_towers, trains_on_pixels
 from mmtune.training import frozen_features
 from mmtune.training.frozen_features import Maker, Pictures, distinct_pictures
 from mmtune.training.loss import answer_loss
@@ -83,7 +83,7 @@ def test_loss_and_gradients_are_those_of_pixels(
     expected, _ = answer_loss(model, TreeCollator(live, rope_index(model))([trees[1:], trees[:1]]), rules)
     wanted = gradients(model, expected)
     rows_expected, _ = apart(model, live, trees)
-    release_image_towers(model)
+    released = release_image_towers(model)
     cached = live.with_features(kept)  # type: ignore[arg-type]
     batch = TreeCollator(cached, rope_index(model))([trees[1:], trees[:1]])
     assert "pixel_values" not in batch
@@ -92,6 +92,9 @@ def test_loss_and_gradients_are_those_of_pixels(
     assert error(gradients(model, found), wanted) < 1e-5
     rows_found, _ = apart(model, cached, trees)
     assert rows_found.item() == pytest.approx(rows_expected.item(), rel=1e-6)
+    put_back(released)
+    again, _ = apart(model, live, trees)
+    assert again.item() == rows_expected.item()
 
 
 def test_bf16_features_are_close(tiny_family: Any, media: Any, served: Any, monkeypatch: Any) -> None:
@@ -120,6 +123,8 @@ def test_an_image_of_two_lengths_is_refused() -> None:
     same = Item(medium)  # type: ignore[arg-type]
     assert distinct_pictures([(same, 4, 3), (same, 4, 2)], as_trees=False).runs == 5
     assert distinct_pictures([(same, 4, 3), (same, 4, 2)], as_trees=True).runs == 2
+    embedded = Item(SimpleNamespace(path="", data=b"raw"))  # type: ignore[arg-type]
+    assert "embedded" in distinct_pictures([(embedded, 4, 1)], as_trees=True).reason
     assert "4 tokens in one row, 9 in another" in distinct_pictures([(same, 4, 1), (same, 9, 1)], as_trees=True).reason
 
 

@@ -215,6 +215,16 @@ def test_a_signal_during_validation_saves_and_a_resumed_run_validates_first(at, 
     assert not resumed.outcome.stopped_by
 
 
+def test_a_line_of_metrics_speaks_of_all_its_steps_after_a_resume():
+    whole = run(tiny_model(), Rows(), log_every=4)
+    sums = run(tiny_model(), Rows(), log_every=4, save_every=3).sums[3]
+    assert sums["targets"] > 0
+    model = tiny_model()
+    first = run(model, Rows(), log_every=10, steps=3)
+    resumed = run(model, Rows(), log_every=4, start=3, optimizer=first.optimizer, sums=sums)
+    assert resumed.losses == pytest.approx(whole.losses, rel=1e-6)
+
+
 # What would ruin the weights is refused.
 
 

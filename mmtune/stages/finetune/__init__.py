@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from mmtune.errors import IntegrityError, MmtuneError, RecipeError
+from mmtune.errors import IntegrityError, RecipeError
 from mmtune.models.digest import weights_digest
 from mmtune.recipe import Finetune, Recipe
 from mmtune.stages.finetune.course import follow
@@ -43,16 +43,6 @@ def finetune(
         DivergedError: Loss or gradient is not finite.
         Interrupted: A signal came; the state is saved.
     """
-    try:
-        return _finetune(recipe, force, dry_run, limit, resume, offline, console)
-    except MmtuneError as error:
-        launching.leave_exit_code(error.exit_code)
-        raise
-
-
-def _finetune(
-    recipe: Recipe, force: bool, dry_run: bool, limit: int | None, resume: str, offline: bool, console: Talk
-) -> dict[str, Any]:
     settings = recipe.finetune or Finetune()
     tokens = read_manifest(recipe.run_dir / "tokens", made_by="tokenize")
     path = model_path(recipe, tokens)
@@ -78,7 +68,6 @@ def _finetune(
             )
         )
         return {"stage": "finetune", "dry_run": True, "target": str(target), "config": config, "rows": tokens.rows}
-    config["weights"] = weights_digest(path, revision=recipe.model.revision if recipe.model else None, offline=offline)
     staging: Staging | None = None
     if is_main():
         staging = open_stage(target, stage="finetune", config=config, parents=parents, force=force, on_change="refuse")
@@ -151,11 +140,12 @@ def _publish(run: Run, outcome: Any, console: Talk, staging: Staging) -> dict[st
 
 def launch(
     arguments: list[str], processes: int, *, cpu: bool, nodes: int, rendezvous: str | None, console: Talk
-) -> int:
-    """Starts the same command on several processes, of several machines where asked, and returns their exit code.
+) -> None:
+    """Runs the same command on several processes, of several machines where asked.
 
     Raises:
         RecipeError: Several nodes without a rendezvous.
+        MmtuneError: What the first process to fail said.
     """
     if nodes > 1 and not re.fullmatch(r"[^\s:]+:\d{1,5}", rendezvous or ""):
         raise RecipeError(
@@ -164,4 +154,4 @@ def launch(
             "no_rendezvous",
         )
     machines = launching.Nodes(nodes, rendezvous or "", f"mmtune-{rendezvous}")
-    return launching.launch(arguments, processes, cpu=cpu, say=console.say, nodes=machines)
+    launching.launch(arguments, processes, cpu=cpu, say=console.say, nodes=machines)

@@ -11,8 +11,8 @@ from mmtune.stages.finetune.preparation import Run
 from mmtune.talk import Talk
 
 
-def _resume_from(run: Run, resume: str, console: Talk) -> tuple[int, str]:
-    """Puts the newest checkpoint back; returns its step and metrics."""
+def _resume_from(run: Run, resume: str, console: Talk) -> tuple[int, str, dict[str, float]]:
+    """Puts the newest checkpoint back; returns its step, metrics and the sums since their last line."""
     from mmtune.models.adapter import load_trainable_state
     from mmtune.storage import changes
     from mmtune.training.optimizer import load_optimizer_state
@@ -22,10 +22,10 @@ def _resume_from(run: Run, resume: str, console: Talk) -> tuple[int, str]:
         if run.accelerator.is_main_process:
             run.checkpoints.clear()
         wait_for_all("clearing old checkpoints")
-        return 0, ""
+        return 0, "", {}
     checkpoint = run.checkpoints.newest()
     if checkpoint is None:
-        return 0, ""
+        return 0, "", {}
     different = changes(checkpoint.identity, run.identity)
     if different:
         raise IntegrityError(
@@ -36,7 +36,7 @@ def _resume_from(run: Run, resume: str, console: Talk) -> tuple[int, str]:
     load_trainable_state(run.model, run.checkpoints.load(checkpoint, "trainable"))
     load_optimizer_state(run.optimizer, run.model, run.checkpoints.load(checkpoint, "optimizer"))
     console.say(f"finetune: resuming after step {checkpoint.step} of {run.train.plan.total_steps}")
-    return checkpoint.step, run.checkpoints.metrics(checkpoint)
+    return checkpoint.step, run.checkpoints.metrics(checkpoint), checkpoint.sums
 
 
 def follow(run: Run, resume: str, console: Talk) -> Any:
@@ -51,7 +51,7 @@ def follow(run: Run, resume: str, console: Talk) -> Any:
     from mmtune.training.ranks import wait_for_all
     from mmtune.training.rehearsal import rehearse
 
-    start, metrics = _resume_from(run, resume, console)
+    start, metrics, sums = _resume_from(run, resume, console)
     settings, plan = run.settings, run.train.plan
     _show_course(run, rehearse(run.model, run.train, run.accelerator), start, console)
     if settings.trackers:
@@ -78,6 +78,7 @@ def follow(run: Run, resume: str, console: Talk) -> Any:
             _hooks(run, console, bar.advance),
             start=start,
             metrics=metrics,
+            sums=sums,
         )
     if settings.trackers:
         run.accelerator.end_training()
@@ -119,10 +120,10 @@ def _hooks(run: Run, console: Talk, advance: Callable[[int, str], None]) -> Any:
     from mmtune.training.optimizer import optimizer_state
     from mmtune.training.ranks import wait_for_all
 
-    def save(step: int, metrics: str) -> None:
+    def save(step: int, metrics: str, sums: dict[str, float]) -> None:
         if run.accelerator.is_main_process:
             tensors = {"trainable": trainable_state(run.model), "optimizer": optimizer_state(run.optimizer, run.model)}
-            run.checkpoints.save(step, tensors, metrics, run.identity)
+            run.checkpoints.save(step, tensors, metrics, run.identity, sums)
         wait_for_all("saving a checkpoint")
 
     def log(row: dict[str, Any]) -> None:

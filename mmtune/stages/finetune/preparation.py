@@ -168,6 +168,7 @@ def _made_from(identity: dict[str, Any], tokens: Manifest, recipe: Recipe, rando
     """Returns what the features of images depend on."""
     config = identity["config"]
     made = {"weights": config["weights"], "model": config["model"], "processor": tokens.facts.get("processor")}
+    made |= {"attn": recipe.model.attn if recipe.model else "auto"}
     return made | ({"random": recipe.seed} if random_weights else {})
 
 
