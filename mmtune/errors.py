@@ -27,6 +27,10 @@ class MmtuneError(Exception):
 
     default_code = "error"
 
+    def __reduce__(self) -> tuple[type, tuple[str, ...]]:
+        # An error of a worker process arrives whole.
+        return type(self), (self.message, self.hint, self.code)
+
 
 class RecipeError(MmtuneError):
     """The recipe or the command line is wrong (exit 2)."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mmtune.errors import MmtuneError, ResourceError
 from mmtune.training.signals import ignore_in_worker
 
 Batch = Mapping[str, torch.Tensor]
@@ -26,13 +27,17 @@ def feed(make: Callable[[Any], Batch], chosen: Iterable[Any], workers: int) -> B
         make: What names a micro batch to the padded batch; touches no random state.
         chosen: What names each micro batch.
         workers: Processes that make batches; 0 makes them in one thread of this process.
+
+    Raises:
+        ResourceError: A process that makes batches was killed.
     """
     return _by_processes(make, list(chosen), workers) if workers else _by_thread(make, chosen)
 
 
 def _by_thread(make: Callable[[Any], Batch], chosen: Iterable[Any]) -> Batches:
     waiting: deque[Future[Batch]] = deque()
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+    # One OpenMP thread here: a second team of threads would spin on the cores that the step computes on.
+    with ThreadPoolExecutor(1, "batches", torch.set_num_threads, (1,)) as pool:
         try:
             for item in chosen:
                 waiting.append(pool.submit(make, item))
@@ -52,8 +57,12 @@ class _MicroBatches(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self._chosen)
 
-    def __getitem__(self, index: int) -> Batch:
-        return self._make(self._chosen[index])
+    def __getitem__(self, index: int) -> Batch | MmtuneError:
+        try:
+            return self._make(self._chosen[index])
+        except MmtuneError as error:
+            # Returned, because the loader would make another error of it.
+            return error
 
 
 def _by_processes(make: Callable[[Any], Batch], chosen: list[Any], workers: int) -> Batches:
@@ -68,4 +77,20 @@ def _by_processes(make: Callable[[Any], Batch], chosen: list[Any], workers: int)
         # Forked, because open files and memory maps of the split are inherited, not copied.
         multiprocessing_context="fork",
     )
-    yield from loader
+    ready = iter(loader)
+    while True:
+        try:
+            batch = next(ready, None)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise ResourceError(
+                "a process that loads media was killed, most likely for want of memory",
+                "lower finetune.workers and run the same command again; it goes on from the last checkpoint",
+                "worker_died",
+            ) from error
+        if batch is None:
+            return
+        if isinstance(batch, MmtuneError):
+            raise batch
+        yield batch

@@ -36,7 +36,7 @@ Trees = Sequence[int] | np.ndarray
 
 @dataclass(frozen=True, slots=True)
 class LoopSettings:
-    """What the loop itself needs to know."""
+    """What the loop itself needs to know; ``use_per_token`` as ``flops.utilisation_per_token`` gives it."""
 
     seed: int
     peak_rate: float
@@ -47,6 +47,7 @@ class LoopSettings:
     log_every: int
     eval_every: int | None
     workers: int
+    use_per_token: float | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Outcome:
 
     Attributes:
         step: Steps done.
+        rows: Rows of all processes that this run trained on.
         stopped_by: Signal number, 0 when it ran to the end.
         metrics: The metrics file's text.
         seconds: Time by part, see ``meter.Clock``.
@@ -92,6 +94,7 @@ class Outcome:
     """
 
     step: int
+    rows: int = 0
     stopped_by: int = 0
     metrics: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -148,13 +151,14 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             clock.lap("optimizer")
             outcome.step = step + 1
+            outcome.rows += int(sum(plan.sizes.rows[own].sum() for own in chosen))
             targets = plan.targets(chosen)
             if step == start or watch.waiting:
                 kinds = set().union(*(hooks.modalities(trees) for trees in chosen))
                 watch.check(model, rate=rate, targets=targets, modalities=kinds)
             _warn_of_spike(spikes, losses, targets, chosen, step, hooks)
             window.add(sum(losses), targets, norm)
-            _log(outcome, plan, settings, hooks, window, clock, rate)
+            _log(outcome, plan, settings, hooks, window, clock, rate, accelerator)
             validated = _validate(outcome, plan, settings, hooks, clock, model, accelerator, stop)
             if not validated or (outcome.step < plan.total_steps and _stop_wanted(stop, accelerator)):
                 return _stopped(outcome, hooks, clock, window, stop)
@@ -204,7 +208,7 @@ def _accumulate(
         if counts:
             losses[index * world + rank] = nll.detach()
     sum_gradients(model.parameters())
-    clock.lap("backward")
+    clock.lap("sync")
     return [float(loss) for loss in sum_tensor(losses, "summing the loss").tolist()]
 
 
@@ -235,12 +239,23 @@ def _stop_wanted(stop: StopFlag, accelerator: Accelerator) -> bool:
 
 
 def _log(
-    outcome: Outcome, plan: Plan, settings: LoopSettings, hooks: Hooks, window: Window, clock: Clock, rate: float
+    outcome: Outcome,
+    plan: Plan,
+    settings: LoopSettings,
+    hooks: Hooks,
+    window: Window,
+    clock: Clock,
+    rate: float,
+    accelerator: Accelerator,
 ) -> None:
     """Metrics and progress after a step."""
     note = ""
     if outcome.step % settings.log_every == 0 or outcome.step == plan.total_steps:
+        counts = torch.tensor([window.rows, window.tokens], device=accelerator.device)
+        window.rows, window.tokens = sum_tensor(counts, "counting rows").tolist()
         row = window.line(outcome.step, rate, clock.spent["wait"])
+        if settings.use_per_token is not None:
+            row["mfu"] = round(row["tokens_per_second"] * settings.use_per_token, 4)
         outcome.metrics += json.dumps(row) + "\n"
         hooks.log(row)
         note = meter_note(row)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-PARTS = ("wait", "forward", "backward", "optimizer", "save", "validate", "total")
-_WORK = ("forward", "backward", "optimizer")
+PARTS = ("wait", "forward", "backward", "sync", "optimizer", "save", "validate", "total")
+_WORK = ("forward", "backward", "sync", "optimizer")
 
 
 class Clock:
@@ -32,15 +32,17 @@ class Clock:
 
 
 def shares(seconds: dict[str, float]) -> dict[str, float]:
-    """Returns ``overhead_share`` and ``wait_share`` of the time that went into steps.
+    """Returns ``overhead_share``, ``wait_share`` and ``sync_share`` of the time that went into steps.
 
-    Overhead is all but forward, backward and optimizer; validation is no part of a step.
+    Overhead is all but forward, backward, optimizer and the exchange of gradients between processes
+    (``sync``); validation is no part of a step.
     """
     steps = max(seconds["total"] - seconds["validate"], 1e-9)
     overhead = steps - sum(seconds[part] for part in _WORK)
     return {
         "overhead_share": round(max(overhead / steps, 0.0), 4),
         "wait_share": round(seconds["wait"] / steps, 4),
+        "sync_share": round(seconds["sync"] / steps, 4),
     }
 
 
@@ -94,7 +96,8 @@ class Window:
 
 def meter_note(row: dict[str, Any]) -> str:
     """Returns a line of metrics in few words, for the live line."""
+    use = f" MFU={row['mfu']:.0%}" if "mfu" in row else ""
     return (
         f"loss={row['loss']:.4f} lr={row['learning_rate']:.2e} rows/s={row['rows_per_second']:.0f}"
-        f" tokens/s={row['tokens_per_second']:.0f} waiting={row['wait_share']:.0%}"
+        f" tokens/s={row['tokens_per_second']:.0f}{use} waiting={row['wait_share']:.0%}"
     )

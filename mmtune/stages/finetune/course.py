@@ -47,6 +47,7 @@ def follow(run: Run, resume: str, console: Talk) -> Any:
         IntegrityError: The checkpoint belongs to another run.
         Interrupted: A signal came; the state is saved.
     """
+    from mmtune.training.flops import utilisation_per_token
     from mmtune.training.loop import LoopSettings, train
     from mmtune.training.ranks import wait_for_all
     from mmtune.training.rehearsal import rehearse
@@ -66,6 +67,7 @@ def follow(run: Run, resume: str, console: Talk) -> Any:
         log_every=settings.log_every,
         eval_every=settings.eval_every,
         workers=settings.workers,
+        use_per_token=utilisation_per_token(run.model, run.accelerator.device, run.accelerator.num_processes),
     )
     with console.progress(plan.total_steps, "finetune") as bar:
         bar.advance(start)
@@ -92,7 +94,20 @@ def follow(run: Run, resume: str, console: Talk) -> Any:
         )
         error.exit_code = 130 if outcome.stopped_by == 2 else 75
         raise error
+    _say_speed(outcome, run.accelerator.num_processes, console)
     return outcome
+
+
+def _say_speed(outcome: Any, processes: int, console: Talk) -> None:
+    from mmtune.training.meter import shares
+
+    spent = outcome.seconds
+    seconds = spent["total"] - spent["validate"] - spent["save"]
+    if outcome.rows and seconds > 0:
+        rate = outcome.rows / seconds
+        sync = shares(spent)["sync_share"]
+        each = f", {rate / processes:.1f} per process, {sync:.0%} of the time spent on exchanging gradients"
+        console.say(f"finetune: {rate:.1f} rows/s{each if processes > 1 else ''}")
 
 
 def _show_course(run: Run, largest: Any, start: int, console: Talk) -> None:
