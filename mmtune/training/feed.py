@@ -78,24 +78,22 @@ def _by_processes(make: Callable[[Any], Batch], chosen: list[Any], workers: int)
         multiprocessing_context="fork",
     )
     ready = iter(loader)
+    killed = False
     try:
-        while (batch := _next(ready)) is not None:
+        while (batch := next(ready, None)) is not None:
             if isinstance(batch, MmtuneError):
                 raise batch
             yield batch
-    finally:
-        # The loader ends its processes when nothing holds it any more; a traceback would hold this frame.
-        del ready, loader
-
-
-def _next(ready: Any) -> Any:
-    try:
-        return next(ready, None)
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
+        killed = True
+    finally:
+        # The loader ends its processes when nothing holds it any more; a traceback would hold this frame.
+        del ready, loader
+    if killed:
         raise ResourceError(
             "a process that loads media was killed, most likely for want of memory",
             "lower finetune.workers and run the same command again; it goes on from the last checkpoint",
             "worker_died",
-        ) from error
+        )
