@@ -5,8 +5,7 @@ Shapes: B rows, T tokens, N tokens that bear loss, H model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from mmtune.models.image_features import with_encoder_outputs
+from mmtune.training.label_tokens import only_label_tokens
 from mmtune.training.tree_mask import MaskRules, attention_mask
 
 IGNORED = -100
@@ -38,7 +38,7 @@ def answer_loss(
         assert rules is not None
         inputs["attention_mask"] = attention_mask(batch["layout"], rules)
     bears_BT = labels_BT[:, 1:] != IGNORED
-    with _head_at(_output_head(model), bears_BT):
+    with only_label_tokens(model, bears_BT):
         logits_NV = model(**with_encoder_outputs(inputs), use_cache=False).logits[0]
     targets_N = labels_BT[:, 1:][bears_BT]
     return chunked_cross_entropy(logits_NV, targets_N), targets_N.numel()
@@ -57,32 +57,3 @@ def chunked_cross_entropy(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> t
 
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(logits.float(), targets, reduction="sum")
-
-
-def _output_head(model: Any) -> torch.nn.Module:
-    """Returns the layer that makes logits, inside whatever wraps the model."""
-    from accelerate.utils import extract_model_from_parallel
-
-    head = extract_model_from_parallel(model, keep_torch_compile=False).get_output_embeddings()
-    assert isinstance(head, torch.nn.Module)
-    return head
-
-
-@contextmanager
-def _head_at(head: torch.nn.Module, bears_BT: torch.Tensor) -> Iterator[None]:
-    """Within this context the head sees only the tokens that bear loss.
-
-    The last token of a row is left out, as it predicts none; virtual tokens before a row are too.
-    Every family calls its head with ``(B, T, H)``, so this needs no argument that only some know.
-    """
-    tokens = bears_BT.shape[1] + 1
-
-    def select(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        hidden_BTH, *rest = given
-        return (hidden_BTH[:, -tokens:-1][bears_BT][None], *rest)
-
-    hook = head.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        hook.remove()

@@ -76,7 +76,7 @@ def test_muon_steps_as_torch_muon_and_torch_adamw_do():
     rest = [p for name, p in theirs.named_parameters() if not name.endswith("proj.weight")]
     parts = [
         torch.optim.Muon(hidden, lr=0.01, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=0.01, weight_decay=0.0, betas=(0.9, 0.99)),
+        torch.optim.AdamW(rest, lr=0.01, weight_decay=0.0, betas=(0.9, 0.99), fused=True),
     ]
     ids = torch.arange(8)[None]
     for _ in range(3):

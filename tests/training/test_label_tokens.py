@@ -1,0 +1,86 @@
+"""Loss and gradients of label tokens alone are transformers' own, in every family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmtune.encoding.collate import Collator
+from mmtune.records import Message, TextPart
+from mmtune.training.label_tokens import only_label_tokens
+from mmtune.training.loss import answer_loss
+
+
+def batch_of(family: Any, media: Any, served: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Two rows of unequal length, padded, with a medium where the family takes one."""
+    rows = []
+    for number, answer in enumerate(("three of them, hello world!", "yes")):
+        shown = []
+        if family.takes:
+            kind = sorted(family.takes)[-1]
+            made, real = media.audio(9_000) if kind == "audio" else media.image(60, 44)
+            served[made.path] = real[kind]
+            shown = [made]
+        asked = Message("user", (*shown, TextPart("How many?" * (1 + number))))
+        rows.append(family.renderer.encode([asked, Message("assistant", (TextPart(answer),))]))
+    return Collator(family.processor, media_root=Path())(rows)
+
+
+def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def test_as_transformers_computes_it(family_name: str, tiny_family: Any, media: Any, served: Any) -> None:
+    family = tiny_family(family_name)
+    batch = batch_of(family, media, served)
+    last, seen = family.model.get_decoder().layers[-1], []
+    hooks = [
+        part.register_forward_hook(lambda _, given, made: seen.append(given[0].shape[:2]))
+        for part in (last.mlp, last.self_attn.q_proj, last.self_attn.o_proj)
+    ]
+    loss, count = answer_loss(family.model, batch)
+    found = gradients(family.model, loss)
+    for hook in hooks:
+        hook.remove()
+    assert seen == [(1, count)] * 3, "queries, output and MLP of the last block for label tokens alone"
+    expected_loss = family.model(**batch).loss * count
+    expected = gradients(family.model, expected_loss)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+    assert found.keys() == expected.keys()
+    whole = torch.stack([value.norm() for value in expected.values()]).norm()
+    for name, value in expected.items():
+        assert (found[name] - value).norm() <= 1e-5 * max(value.norm(), 1e-3 * whole), name
+
+
+def test_a_block_that_is_computed_again_runs_whole(tiny_family: Any, media: Any, served: Any) -> None:
+    """Its second run, in the backward pass, comes after the context has ended."""
+    family = tiny_family("qwen3_vl")
+    batch = batch_of(family, media, served)
+    expected = gradients(family.model, answer_loss(family.model, batch)[0])
+    family.model.train()
+    family.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        found = gradients(family.model, answer_loss(family.model, batch)[0])
+    finally:
+        family.model.gradient_checkpointing_disable()
+        family.model.eval()
+    whole = torch.stack([value.norm() for value in expected.values()]).norm()
+    for name, value in expected.items():
+        assert (found[name] - value).norm() <= 1e-5 * max(value.norm(), 1e-3 * whole), name
+
+
+def test_nothing_stays_behind(tiny_family: Any, media: Any, served: Any) -> None:
+    family = tiny_family("text_llama3")
+    batch = batch_of(family, media, served)
+    bears = batch["labels"][:, 1:] != -100
+    batch.pop("labels")
+    before = family.model(**batch).logits
+    with only_label_tokens(family.model, bears):
+        assert family.model(**batch).logits.shape[:2] == (1, int(bears.sum()))
+    assert torch.equal(family.model(**batch).logits, before)
