@@ -218,6 +218,11 @@ class Finetune(Section):
     """auto: bf16 on a GPU that has it, else fp32."""
     checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
+    shard: Literal["none", "zero2", "zero3"] = "none"
+    """With several processes, by PyTorch's FSDP2: zero3 spreads weights, gradients and optimizer state of the language
+    model over them; zero2 keeps the weights gathered between forward and backward pass, faster and larger."""
+    offload: bool = False
+    """With shard: the parts rest in the CPU's memory, where the optimizer steps too."""
     save_every: Annotated[int, Field(ge=1)] = 200
     """Checkpoint every so many optimizer steps."""
     keep: Annotated[int, Field(ge=1)] = 2
@@ -254,6 +259,7 @@ class Finetune(Section):
             raise ValueError(f"optimizer muon is for matrices; method {self.method} has none: leave it out")
         if self.quantize != "none" and self.method != "lora":
             raise ValueError("quantize is for method lora: 4-bit weights cannot train themselves")
+        self._shards()
         if self.lora.init == "pissa" and (self.lora.dora or self.lora.rslora or self.quantize != "none"):
             raise ValueError("lora.init pissa does not go with dora, rslora or quantize")
         if self.method == "prefix" and self.checkpointing:
@@ -262,6 +268,17 @@ class Finetune(Section):
         if idle:
             raise ValueError(f"tower_rates names {', '.join(idle)}, which does not train")
         return self
+
+    def _shards(self) -> None:
+        """Says what does not go with spread weights."""
+        if self.offload and self.shard == "none":
+            raise ValueError("offload goes with shard: set zero2 or zero3, or leave it out")
+        if self.shard == "none":
+            return
+        if self.quantize != "none" or self.optimizer != "adamw":
+            raise ValueError("shard does not go with quantize, nor with another optimizer than adamw")
+        if self.lora.init == "pissa":
+            raise ValueError("shard does not go with lora.init pissa")
 
 
 class Eval(Section):

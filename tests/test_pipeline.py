@@ -180,7 +180,7 @@ def test_two_processes_take_the_same_steps(recipe):
 
 
 def test_two_nodes_and_four_processes_take_the_same_steps(recipe):
-    """Global batches of four rows: two machines of one process, and one machine of four."""
+    """Global batches of four rows: two machines of one process that share the weights, and one machine of four."""
     nodes, four = fresh_run(recipe, "nodes"), fresh_run(recipe, "four")
     common = ["--set", "finetune.lora.dropout=0", "--set", "finetune.max_steps=4", "--json"]
     with socket.socket() as free:
@@ -188,6 +188,7 @@ def test_two_nodes_and_four_processes_take_the_same_steps(recipe):
         place = f"127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, "-m", "mmtune", "finetune", str(recipe), *common, "--set", f"run_dir={nodes}"]
     command += ["--set", "finetune.batch_rows=2", "--nodes", "2", "--cpu-processes", "1", "--rendezvous", place]
+    command += ["--set", "finetune.shard=zero3"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     machines = [
         subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

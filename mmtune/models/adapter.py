@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmtune.models.spread import is_sharded, spread_like, whole
 from mmtune.models.towers import check_towers, linear_names, tower_of
 
 if TYPE_CHECKING:
@@ -96,9 +97,9 @@ def train_fully(model: PreTrainedModel, towers: Sequence[str]) -> PreTrainedMode
 
 
 def trainable_state(model: Any) -> dict[str, torch.Tensor]:
-    """Returns the trainable parameters by name, detached, on the CPU."""
+    """Returns the trainable parameters by name, detached, whole, on the CPU; all processes must ask."""
     return {
-        name: parameter.detach().cpu().contiguous()
+        name: whole(parameter.detach()).cpu().contiguous()
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
@@ -117,15 +118,28 @@ def load_trainable_state(model: Any, state: dict[str, torch.Tensor]) -> None:
         raise KeyError(sorted(own.keys() ^ state.keys())[0])
     with torch.no_grad():
         for name, parameter in own.items():
-            parameter.copy_(state[name])
+            parameter.copy_(spread_like(state[name], parameter))
 
 
-def save_tuned(model: Any, folder: Path) -> None:
-    """Writes a PEFT folder, or the whole model after full tuning; safetensors only."""
+def whole_state(model: Any) -> dict[str, torch.Tensor] | None:
+    """Returns what ``save_tuned`` needs of a model that is spread over processes, all of which must ask; else None."""
+    if not is_sharded(model):
+        return None
+    return {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in model.state_dict().items()}
+
+
+def save_tuned(model: Any, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Writes a PEFT folder, or the whole model after full tuning; safetensors only.
+
+    Args:
+        model: The tuned model.
+        folder: Where to.
+        state: Its ``whole_state``.
+    """
     if hasattr(model, "pissa_start"):
         _save_pissa(model, folder)
     else:
-        model.save_pretrained(str(folder))
+        model.save_pretrained(str(folder), **({} if state is None else {"state_dict": state}))
     # PEFT writes a model card with a generated text; ours is the manifest.
     (folder / "README.md").unlink(missing_ok=True)
 

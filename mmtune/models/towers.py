@@ -137,7 +137,9 @@ def fingerprints(model: nn.Module) -> dict[str, bytes]:
 def _digest(parameter: torch.Tensor) -> bytes:
     import torch
 
-    flat = parameter.detach().reshape(-1)
+    from mmtune.models.spread import own_part
+
+    flat = own_part(parameter.detach()).reshape(-1)
     if flat.is_meta:
         return b"released"
     if flat.device.type == "cpu":

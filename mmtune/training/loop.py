@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from mmtune.models.spread import is_sharded
 from mmtune.training.feed import feed
 from mmtune.training.guards import Spikes, memory_errors, refuse_non_finite
 from mmtune.training.loss import answer_loss
@@ -25,6 +25,7 @@ from mmtune.training.moved import TowerWatch
 from mmtune.training.optimizer import Optimizer, learning_rate, set_rate
 from mmtune.training.plan import Plan, split_ranks, step_seed
 from mmtune.training.ranks import sum_gradients, sum_tensor
+from mmtune.training.sharding import gradient_norm
 from mmtune.training.signals import StopFlag, Stopped
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def train(
             torch.manual_seed(step_seed(settings.seed, step, rank))
             clock.skip()
             losses = _accumulate(model, accelerator, plan, chosen, batches, hooks, clock, window)
-            norm = _gradient_norm(model, settings.clip)
+            norm = gradient_norm(model.parameters(), settings.clip)
             refuse_non_finite(losses, norm, chosen, step=step, ids=hooks.ids, last_good=hooks.last_good())
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -155,7 +156,7 @@ def train(
             targets = plan.targets(chosen)
             if step == start or watch.waiting:
                 kinds = set().union(*(hooks.modalities(trees) for trees in chosen))
-                watch.check(model, rate=rate, targets=targets, modalities=kinds)
+                watch.check(model, rate=rate, targets=targets, modalities=kinds, device=str(accelerator.device))
             _warn_of_spike(spikes, losses, targets, chosen, step, hooks)
             window.add(sum(losses), targets, norm)
             _log(outcome, plan, settings, hooks, window, clock, rate, accelerator)
@@ -189,7 +190,7 @@ def _accumulate(
 ) -> list[float]:
     """Forward and backward over one step's micro batches; returns the global loss sum of each."""
     world, rank = accelerator.num_processes, accelerator.process_index
-    targets = max(plan.targets(chosen), 1)
+    targets, together = max(plan.targets(chosen), 1), is_sharded(model)
     losses = torch.zeros(len(chosen), device=accelerator.device)
     for index, (trees, counts) in enumerate(split_ranks(chosen, rank, world)):
         made = next(batches)
@@ -201,21 +202,16 @@ def _accumulate(
             with accelerator.autocast():
                 nll, _ = hooks.loss(model, batch)
             clock.lap("forward")
-            # Rows without media do not reach a tower that trains alone.
-            if counts and nll.requires_grad:
-                accelerator.backward(nll / targets)
+            # Rows without media do not reach a tower that trains alone. Where the processes gather weights
+            # from each other, one with nothing to add takes part too.
+            if nll.requires_grad and (counts or together):
+                accelerator.backward(nll / targets * float(counts))
         clock.lap("backward")
         if counts:
             losses[index * world + rank] = nll.detach()
     sum_gradients(model.parameters())
     clock.lap("sync")
     return [float(loss) for loss in sum_tensor(losses, "summing the loss").tolist()]
-
-
-def _gradient_norm(model: Any, clip: float | None) -> float:
-    """Clips the gradient and returns its norm before clipping."""
-    with_gradient = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    return float(torch.nn.utils.clip_grad_norm_(with_gradient, clip if clip is not None else math.inf))
 
 
 def _warn_of_spike(

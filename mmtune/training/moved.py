@@ -6,7 +6,8 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from mmtune.errors import IntegrityError
-from mmtune.models.towers import fingerprints, moved_towers, tower_of
+from mmtune.models.towers import TOWERS, fingerprints, moved_towers, tower_of
+from mmtune.training.ranks import sum_tensor
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,7 +36,9 @@ class TowerWatch:
         self.waiting = {tower_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
         self._before = fingerprints(model)
 
-    def check(self, model: nn.Module, *, rate: float, targets: int, modalities: Collection[str]) -> None:
+    def check(
+        self, model: nn.Module, *, rate: float, targets: int, modalities: Collection[str], device: str = "cpu"
+    ) -> None:
         """Looks at the weights after a step.
 
         Args:
@@ -43,11 +46,14 @@ class TowerWatch:
             rate: Learning rate of the step.
             targets: Label tokens of the step.
             modalities: Kinds of media in the step, on all processes.
+            device: Where the processes compare what they saw.
 
         Raises:
             IntegrityError: A frozen parameter moved, or a trained tower did not.
         """
         moved, still, frozen = moved_towers(self._before, model)
+        moved = _anywhere(moved, device)
+        still -= moved
         if frozen:
             raise IntegrityError(
                 f"the frozen parameter {frozen[0]} moved in the first step", "report this as a bug", "frozen_moved"
@@ -66,3 +72,12 @@ class TowerWatch:
         self._before = {
             name: digest for name, digest in self._before.items() if name in trains and tower_of(name) in self.waiting
         }
+
+
+def _anywhere(towers: Collection[str], device: str) -> set[str]:
+    """Returns the towers that any process names: each sees its own part of a weight."""
+    import torch
+
+    named = torch.tensor([float(tower in towers) for tower in TOWERS], device=device)
+    counts = sum_tensor(named, "comparing weights").tolist()
+    return {tower for tower, count in zip(TOWERS, counts, strict=True) if count}

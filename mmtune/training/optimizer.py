@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from mmtune.errors import CapabilityError
+from mmtune.models.spread import own_part, spread_like, whole
 from mmtune.models.towers import tower_of
 
 
@@ -106,13 +108,14 @@ def make_optimizer(
             scales[parameter] = scale * (plus_ratio if is_b else 1.0)
 
     def groups(parameters: Iterable[torch.nn.Parameter]) -> list[dict[str, Any]]:
-        found: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+        found: dict[tuple[float, float, bool], list[torch.nn.Parameter]] = {}
         for parameter in parameters:
             decay = weight_decay if parameter.ndim >= 2 else 0.0
-            found.setdefault((scales[parameter], decay), []).append(parameter)
+            # One kernel does not take sharded parameters together with whole ones.
+            found.setdefault((scales[parameter], decay, isinstance(parameter, DTensor)), []).append(parameter)
         return [
             {"params": members, "weight_decay": decay, "scale": scale, "lr": rate * scale}
-            for (scale, decay), members in found.items()
+            for (scale, decay, _), members in found.items()
         ]
 
     hidden = _hidden_matrices(model) if name == "muon" else set()
@@ -158,19 +161,19 @@ def set_rate(optimizer: Optimizer, rate: float) -> None:
 
 
 def optimizer_state(optimizer: Optimizer, model: Any) -> dict[str, torch.Tensor]:
-    """Returns the optimizer's tensors by ``parameter name|slot``, on the CPU."""
+    """Returns the optimizer's tensors by ``parameter name|slot``, whole, on the CPU; all processes must ask."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     state = {}
     for parameter, slots in optimizer.state.items():
         for slot, value in slots.items():
             tensor = value if torch.is_tensor(value) else torch.tensor(value)
             # A copy: bitsandbytes shares a table among parameters, which safetensors refuses.
-            state[f"{names[id(parameter)]}|{slot}"] = tensor.detach().cpu().contiguous().clone()
+            state[f"{names[id(parameter)]}|{slot}"] = whole(tensor.detach()).cpu().contiguous().clone()
     return state
 
 
 def load_optimizer_state(optimizer: Optimizer, model: Any, state: dict[str, torch.Tensor]) -> None:
-    """Puts saved tensors back, in place, on each parameter's device."""
+    """Puts saved tensors back, in place, on each parameter's device and in its part."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     slots = optimizer.state
     for key, tensor in state.items():
@@ -178,5 +181,7 @@ def load_optimizer_state(optimizer: Optimizer, model: Any, state: dict[str, torc
         parameter = parameters[name]
         if tensor.ndim == 0 and not tensor.is_floating_point():
             slots[parameter][slot] = int(tensor)
+        elif tensor.ndim == 0:
+            slots[parameter][slot] = tensor.clone().to(own_part(parameter).device)
         else:
-            slots[parameter][slot] = tensor.clone().to(parameter.device)
+            slots[parameter][slot] = spread_like(tensor.clone(), parameter)

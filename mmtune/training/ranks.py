@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import distributed
+from torch.distributed.tensor import DTensor
 
 from mmtune.errors import ResourceError
 
@@ -66,10 +67,15 @@ def wait_for_all(what: str) -> None:
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Sums the gradients of the trainable parameters over all processes, in place."""
+    """Sums the gradients of the trainable parameters over all processes, in place.
+
+    Those of sharded parameters are summed in the backward pass already.
+    """
     if world_size() == 1:
         return
-    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    trainable = [one for one in parameters if one.requires_grad and not isinstance(one, DTensor)]
+    if not trainable:
+        return
     has = torch.tensor([parameter.grad is not None for parameter in trainable], dtype=torch.int32)
     has = sum_tensor(has.to(trainable[0].device), "comparing gradients").cpu()
     used = [parameter for parameter, count in zip(trainable, has.tolist(), strict=True) if count]

@@ -14,6 +14,7 @@ from mmtune.encoding.tree import Tree, tree_rows
 from mmtune.errors import CapabilityError
 from mmtune.training.loss import answer_loss
 from mmtune.training.packing import TreeLengths
+from mmtune.training.sharding import gradient_norm
 from mmtune.training.tree_batch import TreeCollator
 from mmtune.training.tree_mask import MaskRules, mask_rules
 
@@ -136,9 +137,9 @@ def _difference(
     """
     model.zero_grad(set_to_none=True)
     first = _backward(model, one, rules, autocast, 1.0)
-    norm = _gradient_norm(model)
+    norm = gradient_norm(model.parameters(), None)
     second = _backward(model, other, rules, autocast, -1.0)
-    return abs(second - first) / max(abs(first), 1e-12), _gradient_norm(model) / max(norm, 1e-12)
+    return abs(second - first) / max(abs(first), 1e-12), gradient_norm(model.parameters(), None) / max(norm, 1e-12)
 
 
 def _backward(
@@ -155,8 +156,3 @@ def _backward(
         (sign * loss).backward()
         total += float(loss.detach())
     return total
-
-
-def _gradient_norm(model: Any) -> float:
-    norms = [parameter.grad.float().norm() for parameter in model.parameters() if parameter.grad is not None]
-    return float(torch.stack(norms).norm())

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmtune.models.spread import is_sharded
 from mmtune.training.feed import Batch
 from mmtune.training.loss import answer_loss
 from mmtune.training.plan import Plan, split_ranks
@@ -38,13 +39,15 @@ def validation_loss(
     """
     total = torch.zeros(2, dtype=torch.float64)
     world, rank = accelerator.num_processes, accelerator.process_index
+    # Processes that gather weights from each other run the same number of batches.
+    together = is_sharded(model)
     with torch.no_grad(), accelerator.autocast():
         for chosen, counts in split_ranks(plan.epoch_batches(0), rank, world):
             if stopping():
                 raise Stopped
-            if counts:
+            if counts or together:
                 batch = {name: value.to(accelerator.device) for name, value in make(chosen).items()}
                 nll, count = loss(model, batch)
-                total += torch.tensor([float(nll), count], dtype=torch.float64)
+                total += torch.tensor([float(nll), count], dtype=torch.float64) * float(counts)
     nll_sum, count_sum = sum_tensor(total.to(accelerator.device), "summing the validation loss").tolist()
     return float(nll_sum / max(count_sum, 1.0))

@@ -22,7 +22,7 @@ from mmtune.training.launch import is_launched, is_main
 __all__ = ["finetune", "is_launched", "is_main", "launch"]
 
 # Settings that change how a run is watched, not what it computes.
-_FREE = ("save_every", "keep", "log_every", "trackers", "workers", "rank_timeout_seconds")
+_FREE = ("save_every", "keep", "log_every", "trackers", "workers", "rank_timeout_seconds", "shard", "offload")
 
 
 def finetune(
@@ -74,14 +74,17 @@ def finetune(
     if staging is None and (is_main() or (not force and _is_made(target, config, parents))):
         console.say(f"finetune: {target} is up to date (same settings, same tokens); nothing to do")
         return {"stage": "finetune", "cached": True, "target": str(target), **read_manifest(target).facts}
+    from mmtune.models.adapter import whole_state
+
     with staging or nullcontext():
         run = prepare(
             recipe, settings, tokens, path, {"config": config, "tokens": tokens.hash}, limit, offline, console
         )
         outcome = follow(run, resume, console)
+        state = whole_state(run.model)
         if staging is None:
             return {"stage": "finetune", "rank": run.accelerator.process_index}
-        return _publish(run, outcome, console, staging)
+        return _publish(run, outcome, state, console, staging)
 
 
 def _is_made(target: Path, config: dict[str, Any], parents: dict[str, str]) -> bool:
@@ -106,7 +109,7 @@ def model_path(recipe: Recipe, tokens: Manifest) -> str:
     return made_for or str(recipe.model.path if recipe.model else "")
 
 
-def _publish(run: Run, outcome: Any, console: Talk, staging: Staging) -> dict[str, Any]:
+def _publish(run: Run, outcome: Any, state: Any, console: Talk, staging: Staging) -> dict[str, Any]:
     from mmtune.encoding.processor import tokenizer_of
     from mmtune.evaluation.generation import stop_ids
     from mmtune.models.adapter import save_tuned
@@ -114,7 +117,7 @@ def _publish(run: Run, outcome: Any, console: Talk, staging: Staging) -> dict[st
     from mmtune.training.meter import shares
 
     towers = {row.tower: {"state": row.state, "trainable": row.trainable} for row in tower_table(run.model)}
-    save_tuned(run.model, staging.path)
+    save_tuned(run.model, staging.path, state)
     run.processor.save_pretrained(str(staging.path))
     (staging.path / "metrics.jsonl").write_text(outcome.metrics, "utf-8")
     rows = [json.loads(line) for line in outcome.metrics.splitlines()]

@@ -131,13 +131,16 @@ def _show_course(run: Run, largest: Any, start: int, console: Talk) -> None:
 
 def _hooks(run: Run, console: Talk, advance: Callable[[int, str], None]) -> Any:
     from mmtune.models.adapter import trainable_state
+    from mmtune.models.spread import is_sharded
     from mmtune.training.loop import Hooks
     from mmtune.training.optimizer import optimizer_state
     from mmtune.training.ranks import wait_for_all
 
     def save(step: int, metrics: str, sums: dict[str, float]) -> None:
-        if run.accelerator.is_main_process:
+        tensors = {}
+        if run.accelerator.is_main_process or is_sharded(run.model):
             tensors = {"trainable": trainable_state(run.model), "optimizer": optimizer_state(run.optimizer, run.model)}
+        if run.accelerator.is_main_process:
             run.checkpoints.save(step, tensors, metrics, run.identity, sums)
         wait_for_all("saving a checkpoint")
 

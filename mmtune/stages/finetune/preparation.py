@@ -68,16 +68,20 @@ def prepare(
     from mmtune.encoding.processor import load_processor, processor_fingerprint
     from mmtune.training.batching import packed_trees, rows_apart
     from mmtune.training.checkpoints import CheckpointFolder
+    from mmtune.training.launch import is_launched
     from mmtune.training.optimizer import make_optimizer
-    from mmtune.training.ranks import share_weights
+    from mmtune.training.sharding import meet_for_offload
 
     _trackers_are_here(settings.trackers)
     precision = _precision(settings.precision)
+    timeout = timedelta(seconds=settings.rank_timeout_seconds)
+    if settings.offload and is_launched():
+        meet_for_offload(timeout)
     accelerator = Accelerator(
         mixed_precision="bf16" if precision == "bf16" else "no",
         log_with=list(settings.trackers) or None,
         project_dir=str(recipe.run_dir / "trackers"),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=settings.rank_timeout_seconds))],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
     )
     processor = load_processor(
         path,
@@ -94,8 +98,7 @@ def prepare(
     _show_towers(model, console)
     train = _split(recipe, tokens, processor, "train", limit, settings.augment)
     val = _split(recipe, tokens, processor, "val", settings.eval_rows) if tokens.rows.get("val") else None
-    model.to(accelerator.device)
-    share_weights(model)
+    _place(model, settings, accelerator, console)
     rows = _batching_of(rows_apart, recipe, settings, accelerator)
     as_trees = _trains_trees(model, train, rows(train, "train").plan, accelerator, console)
     make = _batching_of(partial(packed_trees, model), recipe, settings, accelerator) if as_trees else rows
@@ -148,6 +151,26 @@ def prepare(
         identity,
         processor,
     )
+
+
+def _place(model: Any, settings: Finetune, accelerator: Any, console: Talk) -> None:
+    """Moves the model to this process's device, whole or its part, the same weights everywhere."""
+    from mmtune.training.ranks import share_weights, world_size
+
+    if settings.shard != "none" and world_size() > 1:
+        from mmtune.training.sharding import shard_language_model
+
+        if "llm" not in settings.train:
+            # Every process then goes through the same layers backward, also one without a picture.
+            model.enable_input_require_grads()
+        shard_language_model(
+            model, accelerator.device, keep_gathered=settings.shard == "zero2", offload=settings.offload
+        )
+        return
+    if settings.shard != "none":
+        console.note("finetune.shard does nothing with one process")
+    model.to(accelerator.device)
+    share_weights(model)
 
 
 def _batching_of(make: Any, recipe: Recipe, settings: Finetune, accelerator: Any) -> Any:

@@ -1,0 +1,34 @@
+"""Tensors of which every process holds a part (PyTorch's DTensor), and their whole."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Says whether the processes each hold a part of some weight."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the whole of a tensor that is spread over the processes, all of which must ask; others as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns what this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def spread_like(tensor: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
+    """Returns a whole tensor in the form of another: spread over the same processes, or whole on its device."""
+    if not isinstance(model, DTensor):
+        return tensor.to(model.device)
+    mesh = model.device_mesh
+    parts = tensor.chunk(mesh.size())
+    # FSDP2 cuts along the first dimension as chunk does; the last processes may hold nothing.
+    own = parts[mesh.get_local_rank()] if mesh.get_local_rank() < len(parts) else tensor[:0]
+    local = own.to(model.to_local().device)
+    return DTensor.from_local(local, mesh, model.placements, shape=tensor.shape, stride=tensor.stride())
