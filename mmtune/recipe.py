@@ -223,6 +223,8 @@ class Finetune(Section):
     model over them; zero2 keeps the weights gathered between forward and backward pass, faster and larger."""
     offload: bool = False
     """With shard: the parts rest in the CPU's memory, where the optimizer steps too."""
+    liger: Literal["auto", "off"] = "auto"
+    """auto takes Liger's kernels on a GPU, where they are installed (mmtune[fast]) and know the family."""
     save_every: Annotated[int, Field(ge=1)] = 200
     """Checkpoint every so many optimizer steps."""
     keep: Annotated[int, Field(ge=1)] = 2

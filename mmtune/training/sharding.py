@@ -27,7 +27,7 @@ from mmtune.training.ranks import together, world_size
 
 
 def meet_for_offload(timeout: timedelta) -> None:
-    """Lets the processes exchange tensors of either memory; call it before Accelerate makes them meet over NCCL alone."""
+    """Lets the processes exchange tensors of either memory; called before Accelerate, which takes NCCL alone."""
     if torch.cuda.is_available() and not distributed.is_initialized():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout)

@@ -94,7 +94,7 @@ def prepare(
         raise IntegrityError(
             "the processor is not the one that tokens/ was made with", "run: mmtune tokenize", "other_processor"
         )
-    model = _model(recipe, settings, path, precision, offline)
+    model = _model(recipe, settings, path, precision, offline, console)
     _show_towers(model, console)
     train = _split(recipe, tokens, processor, "train", limit, settings.augment)
     val = _split(recipe, tokens, processor, "val", settings.eval_rows) if tokens.rows.get("val") else None
@@ -246,10 +246,11 @@ def _precision(asked: str) -> str:
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
 
 
-def _model(recipe: Recipe, settings: Finetune, path: str, precision: str, offline: bool) -> Any:
+def _model(recipe: Recipe, settings: Finetune, path: str, precision: str, offline: bool, console: Talk) -> Any:
     import torch
 
     from mmtune.models.adapter import add_noise_to_embeddings
+    from mmtune.models.liger import use_liger
     from mmtune.models.load import load_model
     from mmtune.models.method import with_method
 
@@ -265,6 +266,8 @@ def _model(recipe: Recipe, settings: Finetune, path: str, precision: str, offlin
         random_weights=settings.from_scratch,
         nf4=settings.quantize == "nf4",
     )
+    if settings.liger == "auto" and use_liger(model):
+        console.say("finetune: Liger's kernels are in use")
     if settings.neftune_alpha:
         add_noise_to_embeddings(model, settings.neftune_alpha)
     if settings.checkpointing:
