@@ -7,6 +7,7 @@ the first token; prefix tuning (arXiv:2101.00190) puts learned keys and values i
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mmtune.errors import CapabilityError
@@ -78,3 +79,42 @@ def logits_of_own_tokens(model: Any) -> Any:
     model.register_forward_hook(lambda *_: direct.clear(), always_call=True)
     model.get_base_model().get_output_embeddings().register_forward_pre_hook(cut)
     return model
+
+
+def virtual_tokens(model: Any) -> int:
+    """Returns how many virtual tokens stand before every row: 0 without a soft prompt."""
+    config = getattr(model, "active_peft_config", None)
+    return int(config.num_virtual_tokens) if config is not None and config.is_prompt_learning else 0
+
+
+def is_prefix(model: Any) -> bool:
+    """Says whether the virtual tokens are keys and values alone, so that they ask for nothing themselves."""
+    return virtual_tokens(model) > 0 and model.active_peft_config.peft_type.value == "PREFIX_TUNING"
+
+
+def run_behind_virtual_tokens(model: Any, inputs: Mapping[str, Any]) -> Any:
+    """Returns what the base model makes of rows behind the virtual tokens.
+
+    PEFT's own forward knows neither a 4-D mask nor positions, which packed trees have.
+
+    Args:
+        model: The model with a soft prompt of V virtual tokens.
+        inputs: ``input_ids`` and ``position_ids`` ``(B, T)`` without them, ``attention_mask`` with them:
+            ``(B, 1, V + T, V + T)``, or ``(B, 1, T, V + T)`` where ``is_prefix``; media.
+    """
+    import torch
+
+    base, count, given = model.get_base_model(), virtual_tokens(model), dict(inputs)
+    rows = given["input_ids"].shape[0]
+    positions_BT = given.pop("position_ids") + count
+    if is_prefix(model):
+        return base(**given, position_ids=positions_BT, past_key_values=model.get_prompt(rows), use_cache=False)
+    tokens_BTH = model.word_embeddings(given.pop("input_ids"))
+    virtual_BVH = model.get_prompt(batch_size=rows).to(tokens_BTH.dtype)
+    first_BV = torch.arange(count, device=positions_BT.device).expand(rows, -1)
+    return base(
+        inputs_embeds=torch.cat((virtual_BVH, tokens_BTH), dim=1),
+        position_ids=torch.cat((first_BV, positions_BT), dim=1),
+        **given,
+        use_cache=False,
+    )

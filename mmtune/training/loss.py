@@ -13,8 +13,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from mmtune.models.image_features import with_encoder_outputs
+from mmtune.models.soft_prompt import is_prefix, run_behind_virtual_tokens, virtual_tokens
 from mmtune.training.label_tokens import only_label_tokens
-from mmtune.training.tree_mask import MaskRules, attention_mask
+from mmtune.training.tree_mask import MaskRules, attention_mask, behind_virtual_tokens
 
 IGNORED = -100
 # Most logits that stand in fp32 at once (64 MiB).
@@ -33,15 +34,26 @@ def answer_loss(
         rules: The model's attention; wanted for packed trees.
     """
     labels_BT = batch["labels"]
-    inputs: dict[str, Any] = {name: value for name, value in batch.items() if name not in ("labels", "layout")}
-    if "layout" in batch:
-        assert rules is not None
-        inputs["attention_mask"] = attention_mask(batch["layout"], rules)
+    inputs = with_encoder_outputs({name: value for name, value in batch.items() if name not in ("labels", "layout")})
     bears_BT = labels_BT[:, 1:] != IGNORED
     with only_label_tokens(model, bears_BT):
-        logits_NV = model(**with_encoder_outputs(inputs), use_cache=False).logits[0]
+        if "layout" not in batch:
+            made = model(**inputs, use_cache=False)
+        else:
+            assert rules is not None
+            made = _run_packed(model, inputs, batch["layout"], rules)
+        logits_NV = made.logits[0]
     targets_N = labels_BT[:, 1:][bears_BT]
     return chunked_cross_entropy(logits_NV, targets_N), targets_N.numel()
+
+
+def _run_packed(model: Any, inputs: Mapping[str, Any], layout: torch.Tensor, rules: MaskRules) -> Any:
+    count = virtual_tokens(model)
+    if not count:
+        return model(**{**inputs, "attention_mask": attention_mask(layout, rules)}, use_cache=False)
+    whole = behind_virtual_tokens(layout, count)
+    mask = attention_mask(whole, rules, first=count if is_prefix(model) else 0)
+    return run_behind_virtual_tokens(model, {**inputs, "attention_mask": mask})
 
 
 def chunked_cross_entropy(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmtune.errors import CapabilityError
+from mmtune.models.soft_prompt import virtual_tokens
+from mmtune.models.spread import is_sharded
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -27,6 +29,7 @@ Sees = Callable[[Index, Index, Index, Index], torch.Tensor]
 Mask = Any  # torch.Tensor | BlockMask, or a dict of them by layer type
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
+_VIRTUAL = -2
 _IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
 
 
@@ -67,8 +70,11 @@ def mask_rules(model: Any) -> MaskRules:
             "set tokenize.layout: rows",
             "no_tree_mask",
         )
-    if getattr(model, "active_peft_config", None) is not None and model.active_peft_config.is_prompt_learning:
-        raise CapabilityError("virtual tokens have no place in a tree", "set tokenize.layout: rows", "no_tree_mask")
+    if virtual_tokens(model) and (implementation == "flex_attention" or is_sharded(model)):
+        what = "FlexAttention" if implementation == "flex_attention" else "shards"
+        raise CapabilityError(
+            f"virtual tokens before a tree do not go with {what}", "set tokenize.layout: rows", "no_tree_mask"
+        )
     return MaskRules(
         implementation, {kind: window if kind == _SLIDING else None for kind in sorted(kinds)}, model.dtype
     )
@@ -79,13 +85,14 @@ def sees(layout: torch.Tensor, window: int | None) -> Sees:
 
     Args:
         layout: ``(4, B, T)`` tree, branch, place along the path, and image block (-1 for none);
-            the tree of padding is -1.
+            the tree of padding is -1, of virtual tokens -2, which all others see.
         window: Width of the sliding window, or None.
     """
     tree, branch, place, block = layout
 
     def rule(b: Index, h: Index, q: Index, k: Index) -> torch.Tensor:
-        on_path = (tree[b, q] == tree[b, k]) & ((branch[b, k] == 0) | (branch[b, k] == branch[b, q]))
+        own = (tree[b, q] == tree[b, k]) & ((branch[b, k] == 0) | (branch[b, k] == branch[b, q]))
+        on_path = own | (tree[b, k] == _VIRTUAL)
         before = place[b, k] <= place[b, q]
         same_image = (block[b, q] >= 0) & (block[b, q] == block[b, k])
         seen = on_path & (before | same_image)
@@ -113,14 +120,27 @@ def block_mask(layout: torch.Tensor, window: int | None) -> BlockMask:
     )
 
 
-def attention_mask(layout: torch.Tensor, rules: MaskRules) -> Mask:
+def behind_virtual_tokens(layout: torch.Tensor, count: int) -> torch.Tensor:
+    """Returns the ``(4, B, V + T)`` layout of rows behind V virtual tokens."""
+    virtual = layout.new_zeros(4, layout.shape[1], count)
+    virtual[0], virtual[3] = _VIRTUAL, -1
+    virtual[2] = torch.arange(count, device=layout.device)
+    shifted = layout.clone()
+    shifted[2] += count
+    return torch.cat((virtual, shifted), dim=2)
+
+
+def attention_mask(layout: torch.Tensor, rules: MaskRules, *, first: int = 0) -> Mask:
     """Returns what the model takes as ``attention_mask``: one mask, or one per layer type.
 
     Args:
         layout: ``(4, B, T)`` as for ``sees``, on the model's device.
         rules: Of the model.
+        first: The first token that asks; those before it are keys and values alone.
     """
     masks = {kind: _mask(layout, window, rules) for kind, window in rules.windows.items()}
+    if first:
+        masks = {kind: mask[:, :, first:] for kind, mask in masks.items()}
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 

@@ -123,6 +123,26 @@ def test_lora_with_checkpointing(family_name: str, tiny_family: Any, media: Any,
     assert loss < 1e-5 and gradient < 1e-5
 
 
+@pytest.mark.parametrize("method", ["prompt", "p_tuning", "prefix", "ia3"])
+@pytest.mark.parametrize("name", ["text_llama3", "llava", "llava_bytes", "idefics3"])
+def test_soft_prompts(name: str, method: str, tiny_family: Any, media: Any, served: Any) -> None:
+    """Virtual tokens stand once before all trees of a row, and every tree sees them; also in a sliding window."""
+    from copy import deepcopy
+
+    from mmtune.models.method import with_method
+
+    family = tiny_family(name)
+    torch.manual_seed(3)
+    model = with_method(deepcopy(family.model), method, towers=["llm"], lora={}, virtual_tokens=5, base_path="")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    trees = trees_of(family, media, served)
+    loss, gradient = both(family, model, [trees[1:], trees[:1]], multiple_of=16)
+    assert loss < 1e-5 and gradient < 1e-5
+
+
 @pytest.mark.parametrize("name", ["text_llama3", "gemma3", "llava"])
 def test_flex_attention_takes_the_block_mask(
     name: str, tiny_family: Any, media: Any, served: Any, monkeypatch: Any
