@@ -1,10 +1,11 @@
 """What needs to run only for the tokens that bear loss: the output head, and most of the last block.
 
 No other token's output of the last block is read by anything: its keys and values are, so those are
-made for all, while queries, the output projection and the MLP are made where a label is predicted.
-Loss and gradients are those of the whole block, with fewer products.
+made for all, while queries, their attention, the output projection and the MLP are made where a label is
+predicted. Loss and gradients are those of the whole block, with fewer products.
 
-Shapes: B rows, T tokens, N tokens that bear loss, H model width.
+Shapes: B rows, T tokens, N tokens that bear loss, H model width; in attention h heads, Q places that ask, D
+head width.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 # Inside the last block, by its usual names; each works on every token for itself.
 _PER_TOKEN = ("self_attn.q_proj", "self_attn.o_proj", "mlp")
@@ -29,8 +32,7 @@ def only_label_tokens(model: Any, bears_BT: torch.Tensor) -> Iterator[None]:
 
     Args:
         model: The model, with whatever wraps it.
-        bears_BT: ``(B, T - 1)``: whether the token after this one bears loss. The last token of a row
-            is left out, as it predicts none.
+        bears_BT: ``(B, T)``: whether the token that this one predicts bears loss.
     """
     from accelerate.utils import extract_model_from_parallel
 
@@ -38,7 +40,7 @@ def only_label_tokens(model: Any, bears_BT: torch.Tensor) -> Iterator[None]:
     head = inner.get_output_embeddings()
     assert isinstance(head, nn.Module)
     rows_N, places_N = bears_BT.nonzero(as_tuple=True)
-    tokens = bears_BT.shape[1] + 1
+    tokens = bears_BT.shape[1]
 
     def select(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden_BTH, *rest = given
@@ -46,22 +48,24 @@ def only_label_tokens(model: Any, bears_BT: torch.Tensor) -> Iterator[None]:
 
     with ExitStack() as hooks:
         hooks.callback(head.register_forward_pre_hook(select).remove)
-        for module in _per_token_modules(inner):
-            _run_at(module, rows_N, places_N, tokens, hooks)
+        parts = _last_block(inner)
+        for name in _PER_TOKEN:
+            if name in parts:
+                _run_at(parts[name], rows_N, places_N, tokens, hooks)
+        if "self_attn" in parts:
+            _ask_at(parts["self_attn"], torch.unique(places_N), tokens, hooks)
         yield
 
 
-def _per_token_modules(model: Any) -> list[nn.Module]:
-    """Returns the parts of the last block that no other token waits for; none where the block is of another make."""
+def _last_block(model: Any) -> Mapping[str, nn.Module]:
+    """Returns the parts of the last block by name; none where the block is of another make."""
     layers = getattr(getattr(model, "get_decoder", lambda: None)(), "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
-        return []
+        return {}
     last = layers[-1]
-    parts: Mapping[str, nn.Module] = dict(last.named_modules())
+    parts = dict(last.named_modules())
     # A block of experts may count its tokens; a block that is computed again in the backward pass runs without hooks.
-    if getattr(last, "gradient_checkpointing", False) or "mlp.down_proj" not in parts:
-        return []
-    return [parts[name] for name in _PER_TOKEN if name in parts]
+    return {} if getattr(last, "gradient_checkpointing", False) or "mlp.down_proj" not in parts else parts
 
 
 def _run_at(module: nn.Module, rows_N: torch.Tensor, places_N: torch.Tensor, tokens: int, hooks: ExitStack) -> None:
@@ -80,3 +84,40 @@ def _run_at(module: nn.Module, rows_N: torch.Tensor, places_N: torch.Tensor, tok
 
     hooks.callback(module.register_forward_pre_hook(select).remove)
     hooks.callback(module.register_forward_hook(put_back).remove)
+
+
+def _ask_at(attention: nn.Module, places_Q: torch.Tensor, tokens: int, hooks: ExitStack) -> None:
+    """Lets the queries at some places alone go through PyTorch's attention; its output is zero at all others."""
+    mode = _FewQueries(places_Q, tokens)
+    entered = ExitStack()
+
+    def enter(*_: Any) -> None:
+        entered.enter_context(mode)
+
+    hooks.callback(attention.register_forward_pre_hook(enter).remove)
+    hooks.callback(attention.register_forward_hook(lambda *_: entered.close(), always_call=True).remove)
+
+
+class _FewQueries(TorchFunctionMode):
+    """Within this mode attention is computed for the queries at some places of every row."""
+
+    def __init__(self, places_Q: torch.Tensor, tokens: int) -> None:
+        super().__init__()
+        self._places_Q, self._tokens = places_Q, tokens
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = dict(kwargs or {})
+        if func is not functional.scaled_dot_product_attention or len(args) != 3:
+            return func(*args, **options)
+        query_BhTD, key, value = args
+        length, at_Q = query_BhTD.shape[2], self._places_Q + (query_BhTD.shape[2] - self._tokens)
+        mask = options.get("attn_mask")
+        if 2 * at_Q.numel() > length or (mask is not None and mask.shape[-2] != length):
+            return func(*args, **options)
+        if options.pop("is_causal", False):
+            mask = torch.arange(key.shape[2], device=key.device) <= at_Q[:, None]
+        elif mask is not None:
+            mask = mask[..., at_Q, :]
+        made_BhQD = func(query_BhTD[:, :, at_Q], key, value, **{**options, "attn_mask": mask})
+        whole_BhTD = made_BhQD.new_zeros(*query_BhTD.shape[:3], made_BhQD.shape[-1])
+        return whole_BhTD.index_copy(2, at_Q, made_BhQD)

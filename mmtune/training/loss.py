@@ -20,6 +20,8 @@ from mmtune.training.tree_mask import MaskRules, attention_mask, behind_virtual_
 IGNORED = -100
 # Most logits that stand in fp32 at once (64 MiB).
 _CHUNK_LOGITS = 1 << 24
+# What a batch holds for the loss and not for the model.
+_OURS = ("labels", "next_labels", "layout")
 
 
 def answer_loss(
@@ -28,14 +30,14 @@ def answer_loss(
     """Returns the summed cross-entropy in fp32 over the label tokens, and their number.
 
     Args:
-        model: Called with the batch less ``labels`` and ``layout``, features as ``mm_encoder_outputs``.
-        batch: Padded rows, or packed trees as ``TreeCollator`` makes them; ``labels`` is
-            ``(B, T)`` with -100 where there is no loss.
+        model: Called with the batch less its labels and ``layout``, features as ``mm_encoder_outputs``.
+        batch: Padded rows with ``labels`` ``(B, T)``, -100 where there is no loss; or packed trees as
+            ``TreeCollator`` makes them, with ``next_labels``.
         rules: The model's attention; wanted for packed trees.
     """
-    labels_BT = batch["labels"]
-    inputs = with_encoder_outputs({name: value for name, value in batch.items() if name not in ("labels", "layout")})
-    bears_BT = labels_BT[:, 1:] != IGNORED
+    inputs = with_encoder_outputs({name: value for name, value in batch.items() if name not in _OURS})
+    next_BT = batch["next_labels"] if "next_labels" in batch else next_labels(batch["labels"])
+    bears_BT = next_BT != IGNORED
     with only_label_tokens(model, bears_BT):
         if "layout" not in batch:
             made = model(**inputs, use_cache=False)
@@ -43,8 +45,13 @@ def answer_loss(
             assert rules is not None
             made = _run_packed(model, inputs, batch["layout"], rules)
         logits_NV = made.logits[0]
-    targets_N = labels_BT[:, 1:][bears_BT]
+    targets_N = next_BT[bears_BT]
     return chunked_cross_entropy(logits_NV, targets_N), targets_N.numel()
+
+
+def next_labels(labels_BT: torch.Tensor) -> torch.Tensor:
+    """Returns ``(B, T)`` the label of the token after each, which is what it predicts; the last predicts none."""
+    return functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
 
 
 def _run_packed(model: Any, inputs: Mapping[str, Any], layout: torch.Tensor, rules: MaskRules) -> Any:

@@ -35,20 +35,22 @@ class TreeCollator:
     multiple_of: int = 1
 
     def __call__(self, bins: Sequence[Sequence[Tree]], step: int | None = None) -> dict[str, torch.Tensor]:
-        """Returns what the rows' batch has, with ``position_ids`` and ``layout``.
+        """Returns what the rows' batch has, with ``position_ids``, ``layout``, and ``next_labels`` for ``labels``.
 
-        ``layout`` is ``(4, B, T)`` int32 (see ``LAYOUT``); ``step`` is the training step, for images
-        that change while training.
+        ``layout`` is ``(4, B, T)`` int32 (see ``LAYOUT``); ``next_labels`` ``(B, T)`` is what each token
+        predicts; ``step`` is the training step, for images that change while training.
 
         Raises:
             IntegrityError: A medium now takes another number of tokens than at tokenize time.
         """
+        bins = [[asking_tokens(tree) for tree in trees] for trees in bins]
         rows = [_row(trees) for trees in bins]
         batch = self.collate.text(rows, self.multiple_of)
         shown = rows if self.collate.media_by_row else [own for trees in bins for own in _conversations(trees)]
         media = self.collate.media(shown, step)
         types = batch.pop("token_type_ids", None)
         layout = packed_layout(bins, batch["input_ids"].shape[1], None if types is None else types.numpy())
+        batch["next_labels"] = batch.pop("labels")
         batch |= {"layout": torch.from_numpy(layout), **media}
         batch["position_ids"] = self._positions(bins, layout[2], batch)
         return batch
@@ -80,12 +82,32 @@ class TreeCollator:
         return positions
 
 
+def asking_tokens(tree: Tree) -> Tree:
+    """Returns a tree in which each label stands at the token that predicts it, without what comes after the last.
+
+    A branch ends in tokens that are predicted and predict nothing: the last label and what closes its turn.
+    Nothing reads what a model makes of them.
+    """
+    branch, numbers = tree.branch, np.arange(tree.input_ids.size)
+    labels = np.full_like(tree.labels, IGNORED)
+    # The last token of the prefix predicts no label, see ``encoding.tree.shared_length``.
+    inside = np.flatnonzero(branch[1:] == branch[:-1])
+    labels[inside] = tree.labels[inside + 1]
+    last = np.searchsorted(branch, np.arange(len(tree.example_ids) + 1))
+    bears = labels != IGNORED
+    np.maximum.at(last, branch[bears], numbers[bears])
+    kept = (branch == 0) | (numbers <= last[branch])
+    place = np.cumsum(kept) - 1
+    media = tuple(replace(span, start=int(place[span.start])) for span in tree.media if kept[span.start])
+    return replace(tree, input_ids=tree.input_ids[kept], labels=labels[kept], branch=branch[kept], media=media)
+
+
 def _row(trees: Sequence[Tree]) -> EncodedRow:
-    """Returns trees one after the other as one row; a conversation's first token is never predicted."""
+    """Returns trees one after the other as one row."""
     ids, labels, media, at = [], [], [], 0
     for tree in trees:
         ids.append(tree.input_ids)
-        labels.append(np.where(_places(tree) == 0, IGNORED, tree.labels))
+        labels.append(tree.labels)
         media += [replace(span, start=span.start + at) for span in tree.media]
         at += tree.input_ids.size
     return EncodedRow(np.concatenate(ids), np.concatenate(labels), tuple(media))

@@ -148,7 +148,8 @@ def _mask(layout: torch.Tensor, window: int | None, rules: MaskRules) -> Mask:
     if rules.implementation == "flex_attention":
         return block_mask(layout, window)
     seen = dense_mask(layout, window)
-    if rules.implementation == "sdpa":
+    if rules.implementation == "sdpa" and seen.device.type != "cpu":
         return seen
+    # Added to the scores; on a CPU SDPA would make this of a bool mask again in every layer, forward and backward.
     hidden = torch.finfo(rules.dtype).min
     return torch.zeros((), dtype=rules.dtype, device=seen.device).where(seen, hidden)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from mmtune.encoding.collate import Collator
 from mmtune.records import Message, TextPart
 from mmtune.training.label_tokens import only_label_tokens
-from mmtune.training.loss import answer_loss
+from mmtune.training.loss import answer_loss, next_labels
 
 
 def batch_of(family: Any, media: Any, served: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -26,6 +29,31 @@ def batch_of(family: Any, media: Any, served: dict[str, Any]) -> dict[str, torch
         asked = Message("user", (*shown, TextPart("How many?" * (1 + number))))
         rows.append(family.renderer.encode([asked, Message("assistant", (TextPart(answer),))]))
     return Collator(family.processor, media_root=Path())(rows)
+
+
+class Queries(TorchFunctionMode):
+    """Writes down how many queries go through PyTorch's attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[int] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.scaled_dot_product_attention:
+            self.asked.append(args[0].shape[2])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["text_llama3", "llava_bytes"])
+def test_attention_of_the_last_block_is_asked_by_label_tokens(
+    name: str, tiny_family: Any, media: Any, served: Any
+) -> None:
+    family = tiny_family(name)
+    batch = batch_of(family, media, served)
+    with Queries() as queries:
+        answer_loss(family.model, batch)
+    places = torch.unique((batch["labels"][:, 1:] != -100).nonzero()[:, 1])
+    assert queries.asked[-2:] == [batch["input_ids"].shape[1], len(places)]
 
 
 def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -78,8 +106,7 @@ def test_a_block_that_is_computed_again_runs_whole(tiny_family: Any, media: Any,
 def test_nothing_stays_behind(tiny_family: Any, media: Any, served: Any) -> None:
     family = tiny_family("text_llama3")
     batch = batch_of(family, media, served)
-    bears = batch["labels"][:, 1:] != -100
-    batch.pop("labels")
+    bears = next_labels(batch.pop("labels")) != -100
     before = family.model(**batch).logits
     with only_label_tokens(family.model, bears):
         assert family.model(**batch).logits.shape[:2] == (1, int(bears.sum()))

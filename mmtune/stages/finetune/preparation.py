@@ -253,6 +253,7 @@ def _model(recipe: Recipe, settings: Finetune, path: str, precision: str, offlin
     from mmtune.models.liger import use_liger
     from mmtune.models.load import load_model
     from mmtune.models.method import with_method
+    from mmtune.models.unused_layers import skip_unused_layers
 
     torch.manual_seed(recipe.seed)
     # A frozen base may rest in bf16; weights that train themselves stay in fp32.
@@ -266,6 +267,7 @@ def _model(recipe: Recipe, settings: Finetune, path: str, precision: str, offlin
         random_weights=settings.from_scratch,
         nf4=settings.quantize == "nf4",
     )
+    skip_unused_layers(model)
     if settings.liger == "auto" and use_liger(model):
         console.say("finetune: Liger's kernels are in use")
     if settings.neftune_alpha:
