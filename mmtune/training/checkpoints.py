@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtune.errors import IntegrityError
-from mmtune.files import file_digest, replace_folder, sync, write_json
+from mmtune.files import disk_errors, file_digest, replace_folder, sync, write_json, write_tensors
 
 STATE = "state.json"
 
@@ -57,46 +57,58 @@ class CheckpointFolder:
         identity: Mapping[str, Any],
         sums: Mapping[str, float] | None = None,
     ) -> Path:
-        """Writes a checkpoint, verifies it, then removes the oldest beyond ``keep``."""
-        from safetensors.torch import save_file
+        """Writes a checkpoint, verifies it, then removes the oldest beyond ``keep``.
 
+        Raises:
+            ResourceError: The disk is full; the earlier checkpoints are as they were.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         aside = self.folder / f".tmp-{os.getpid()}-{step}"
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        for name, state in tensors.items():
-            save_file(dict(state), aside / f"{name}.safetensors")
-        (aside / "metrics.jsonl").write_text(metrics, "utf-8")
-        files = {file.name: file_digest(file) for file in sorted(aside.iterdir())}
-        for name in files:
-            sync(aside / name)
-        write_json(aside / STATE, {"step": step, "identity": dict(identity), "sums": dict(sums or {}), "files": files})
         target = self.folder / f"step-{step:08d}"
-        replace_folder(aside, target)
+        size = sum(tensor.numel() * tensor.element_size() for state in tensors.values() for tensor in state.values())
+        with disk_errors(f"the checkpoint of step {step} needs {size:,} bytes"):
+            try:
+                aside.mkdir()
+                for name, state in tensors.items():
+                    write_tensors(aside / f"{name}.safetensors", state)
+                (aside / "metrics.jsonl").write_text(metrics, "utf-8")
+                sync(aside / "metrics.jsonl")
+                files = {file.name: file_digest(file) for file in sorted(aside.iterdir())}
+                about = {"step": step, "identity": dict(identity), "sums": dict(sums or {}), "files": files}
+                write_json(aside / STATE, about)
+                replace_folder(aside, target)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
         self._read(target)
         for old in self._folders()[: -self._keep]:
             shutil.rmtree(old)
         return target
 
     def newest(self) -> Checkpoint | None:
-        """Returns the newest checkpoint that verifies, or None when there is none at all.
+        """Returns the newest checkpoint, verified, or None when there is none.
 
         Raises:
-            IntegrityError: There are checkpoints, and none of them is whole.
+            IntegrityError: It is damaged. An older whole one is offered, not taken in silence.
         """
-        problems = []
-        for folder in reversed(self._folders()):
-            try:
-                return self._read(folder)
-            except IntegrityError as error:
-                problems.append(error.message)
-        if problems:
-            raise IntegrityError(
-                f"no checkpoint under {self.folder} is whole: {problems[0]}",
-                "start again: mmtune finetune --resume never",
-                "damaged_checkpoint",
-            )
-        return None
+        folders = self._folders()
+        if not folders:
+            return None
+        try:
+            return self._read(folders[-1])
+        except IntegrityError as error:
+            again = "start again: mmtune finetune --resume never"
+            whole = next((folder for folder in reversed(folders[:-1]) if self._is_whole(folder)), None)
+            if whole is not None:
+                again = f"delete {folders[-1]} and run the same command again to go on from {whole.name}, or {again}"
+            raise IntegrityError(error.message, again, error.code) from error
+
+    def _is_whole(self, folder: Path) -> bool:
+        try:
+            self._read(folder)
+        except IntegrityError:
+            return False
+        return True
 
     def newest_name(self) -> str:
         """Returns the path of the newest checkpoint for a message, unverified."""

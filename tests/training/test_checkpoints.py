@@ -1,5 +1,9 @@
 """Checkpoints are whole or not there; older ones go only after the new one verifies."""
 
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -27,14 +31,49 @@ def test_the_newest_comes_back(tmp_path):
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["step-00000020", "step-00000100"]
 
 
-def test_a_damaged_one_is_passed_over_and_all_damaged_is_an_error(tmp_path):
+def test_a_damaged_one_is_an_error_that_offers_the_one_before(tmp_path):
     checkpoints = folder(tmp_path / "c")
     save(checkpoints, 1)
     save(checkpoints, 2)
-    (tmp_path / "c" / "step-00000002" / "trainable.safetensors").write_bytes(b"x")
-    assert checkpoints.newest().step == 1
-    (tmp_path / "c" / "step-00000001" / "state.json").unlink()
-    with pytest.raises(IntegrityError):
+    file = tmp_path / "c" / "step-00000002" / "trainable.safetensors"
+    flipped = bytearray(file.read_bytes())
+    flipped[-1] ^= 1
+    file.write_bytes(flipped)
+    with pytest.raises(IntegrityError, match=r"trainable\.safetensors is missing or damaged") as caught:
         checkpoints.newest()
+    assert "go on from step-00000001" in caught.value.hint
+    (tmp_path / "c" / "step-00000001" / "state.json").unlink()
+    with pytest.raises(IntegrityError) as caught:
+        checkpoints.newest()
+    assert caught.value.hint == "start again: mmtune finetune --resume never"
+    shutil.rmtree(tmp_path / "c" / "step-00000002")
+    save(checkpoints, 3)
+    assert checkpoints.newest().step == 3
     checkpoints.clear()
     assert checkpoints.newest() is None
+
+
+def test_a_full_disk_leaves_the_checkpoints_before_as_they_were(tmp_path):
+    """The system's own limit on the size of a file stands for a full disk."""
+    work = """
+import resource, signal, sys, torch
+from pathlib import Path
+from mmtune.errors import ResourceError
+from mmtune.training.checkpoints import CheckpointFolder
+checkpoints = CheckpointFolder(Path(sys.argv[1]), 1)
+checkpoints.save(1, {"trainable": {"w": torch.ones(2)}}, "", {})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    checkpoints.save(2, {"trainable": {"w": torch.ones(2)}, "optimizer": {"m": torch.ones(100_000)}}, "", {})
+except ResourceError as error:
+    print(error.exit_code, error.message)
+print(checkpoints.newest().step)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", work, str(tmp_path / "c")], capture_output=True, text=True, check=True, timeout=120
+    )
+    said, step = done.stdout.splitlines()
+    assert said.startswith("5 the checkpoint of step 2 needs 400,008 bytes: ") and "optimizer.safetensors" in said
+    assert step == "1"
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["step-00000001"]
