@@ -28,6 +28,7 @@ _JOINED = dict.fromkeys(
         "Qwen2_5OmniProcessor",
         "InternVLProcessor",
         "Gemma3Processor",
+        "CompositeProcessor",
     ),
     True,
 )

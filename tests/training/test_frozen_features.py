@@ -25,7 +25,18 @@ from mmtune.training.tree_mask import mask_rules
 from tests.training.test_tree_batch import apart, error, gradients, trees_of
 
 # The images of these are cut into tiles that depend on their conversation, or there are none.
-TAKES = ["llava", "llava_bytes", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "gemma3", "smolvlm"]
+TAKES = [
+    "llava",
+    "llava_bytes",
+    "llava_next",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "internvl",
+    "gemma3",
+    "smolvlm",
+    "composite",
+]
 
 
 class Kept:

@@ -124,7 +124,7 @@ def test_lora_with_checkpointing(family_name: str, tiny_family: Any, media: Any,
 
 
 @pytest.mark.parametrize("method", ["prompt", "p_tuning", "prefix", "ia3"])
-@pytest.mark.parametrize("name", ["text_llama3", "llava", "llava_bytes", "idefics3"])
+@pytest.mark.parametrize("name", ["text_llama3", "llava", "llava_bytes", "idefics3", "composite"])
 def test_soft_prompts(name: str, method: str, tiny_family: Any, media: Any, served: Any) -> None:
     """Virtual tokens stand once before all trees of a row, and every tree sees them; also in a sliding window."""
     from copy import deepcopy
