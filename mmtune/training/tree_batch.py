@@ -49,6 +49,8 @@ class TreeCollator:
         media = self.collate.media(shown, step)
         types = batch.pop("token_type_ids", None)
         layout = packed_layout(bins, batch["input_ids"].shape[1], None if types is None else types.numpy())
+        if "prompt_mask" in batch:
+            batch["prompt_mask"] = _prompt_mask(bins, batch["input_ids"].shape[1])
         batch |= {"layout": torch.from_numpy(layout), **media}
         batch["position_ids"] = self._positions(bins, layout[2], batch)
         return batch
@@ -124,6 +126,22 @@ def packed_layout(bins: Sequence[Sequence[Tree]], length: int, types_BT: np.ndar
     if types_BT is not None:
         layout[3] = _blocks(types_BT, layout[0])
     return layout
+
+
+def _prompt_mask(bins: Sequence[Sequence[Tree]], length: int) -> torch.Tensor:
+    """Returns ``(B, T)`` 1 where no answer has begun on a token's path."""
+    mask = np.zeros((len(bins), length), dtype=np.int64)
+    for row, trees in enumerate(bins):
+        at = 0
+        for tree in trees:
+            bears = tree.labels != IGNORED
+            shared = bool(bears[tree.branch == 0].any())
+            for branch in range(len(tree.example_ids) + 1):
+                inside = np.flatnonzero(tree.branch == branch)
+                unanswered = np.cumsum(bears[inside]) == 0
+                mask[row, at + inside] = unanswered & (branch == 0 or not shared)
+            at += tree.input_ids.size
+    return torch.from_numpy(mask)
 
 
 def _places(tree: Tree) -> np.ndarray:

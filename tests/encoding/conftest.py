@@ -332,7 +332,7 @@ def _text(template: str) -> Any:
     return build
 
 
-def _composite(sound: str) -> Any:
+def _composite(sound: str, queries: int | None = None) -> Any:
     """The project's own model out of parts: one of the sound encoders, the small one beside a CLIP tower."""
 
     def build() -> Any:
@@ -352,7 +352,8 @@ def _composite(sound: str) -> Any:
             "wav2vec2": (transformers.Wav2Vec2FeatureExtractor(), [[400, 320, 0], [3, 2, 0]]),
         }[sound]
         parts = {"image_processor": _clip() if sound == "log_mel" else None, "feature_extractor": extractor}
-        made = CompositeProcessor(tokenizer, **parts, image_tokens=16, audio_convolutions=convolutions)
+        facts = {"audio_tokens": queries, "audio_convolutions": convolutions, "reads_prompt": True, "frame_times": True}
+        made = CompositeProcessor(tokenizer, **parts, image_tokens=queries or 16, **facts)
         return made, made.chat_template
 
     return build
@@ -375,6 +376,7 @@ _FAMILIES = {
     "internvl": (_internvl, {"image"}),
     "gemma3": (_gemma3, {"image"}),
     "composite": (_composite("log_mel"), {"image", "audio"}),
+    "composite_queries": (_composite("log_mel", 4), {"image", "audio"}),
     "composite_whisper": (_composite("whisper"), {"audio"}),
     "composite_wav2vec2": (_composite("wav2vec2"), {"audio"}),
     "text_qwen3": (_text("qwen3"), set()),

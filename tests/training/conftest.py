@@ -280,6 +280,7 @@ def _composite(projector: str = "mlp", **fusion: Any) -> Any:
             audio_convolutions=processor.audio_convolutions,
             projectors={"image": settings, "audio": settings},
             fusion=fusion,
+            frame_times=True,
         )
         return CompositeForConditionalGeneration(config)
 
@@ -304,6 +305,11 @@ MODELS = {
     "composite": _composite(),
     "composite_whisper": _composite("linear"),
     "composite_wav2vec2": _composite(),
+    "composite_perceiver": _composite("perceiver"),
+    "composite_late": _composite(mode="late"),
+    "composite_hybrid": _composite(mode="hybrid", instruction=True),
+    "composite_cross": _composite(attention="cross", layers=[1]),
+    "composite_late_cross": _composite(mode="late", attention="cross", layers=[0, 1]),
     "text_llama3": _plain("Llama"),
     "text_qwen3": _plain("Qwen3"),
     "text_qwen2_5": _plain(
@@ -315,12 +321,16 @@ MODELS = {
 @cache
 def tiny(name: str) -> SimpleNamespace:
     """Returns ``processor``, ``renderer``, ``takes`` and ``model`` in fp32 with random weights."""
-    family = encoding_tests().family(name)
+    # One processor serves all the ways to fuse.
+    base = name if name in encoding_tests()._FAMILIES else "composite"
+    family = encoding_tests().family(base if "perceiver" not in name else "composite_queries")
     torch.manual_seed(0)
     model = MODELS[name](family.processor, getattr(family.processor, "tokenizer", family.processor))
-    # Fresh weights are so small that a wrong mask would hardly show.
+    # Fresh weights are so small that a wrong mask would hardly show, and some gates start shut.
     with torch.no_grad():
-        for parameter in model.parameters():
+        for own, parameter in model.named_parameters():
+            if own.endswith("gate") or own.endswith("gate.bias"):
+                parameter.normal_(0.0, 1.0)
             if parameter.dim() > 1:
                 parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
     return SimpleNamespace(**vars(family), model=model.eval())

@@ -25,12 +25,12 @@ def trees_of(family: Any, media: Any, served: dict[str, Any], *, own_media: bool
     """Two trees with shared media, one whose branches have media of their own, and a plain conversation."""
 
     def medium(number: int) -> list[Any]:
-        if not family.takes:
-            return []
-        kind = sorted(family.takes)[-1]
-        made, real = media.audio(9_000 + 1_600 * number) if kind == "audio" else media.image(60 + 40 * number, 44)
-        served[made.path] = real[kind]
-        return [made]
+        shown = []
+        for kind in sorted(family.takes):
+            made, real = media.audio(9_000 + 1_600 * number) if kind == "audio" else media.image(60 + 40 * number, 44)
+            served[made.path] = real[kind]
+            shown.append(made)
+        return shown
 
     def row(*parts: Any, answer: str) -> EncodedRow:
         return family.renderer.encode([Message("user", parts), Message("assistant", (TextPart(answer),))])

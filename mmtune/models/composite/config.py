@@ -12,7 +12,14 @@ ATTENTIONS = ("none", "self", "cross", "co")
 MODALITIES = ("image", "audio")
 """In the order of their passes; a video is a run of images."""
 
-_FUSION: dict[str, Any] = {"mode": "early", "attention": "none", "layers": [], "modality_dropout": 0.0}
+_FUSION: dict[str, Any] = {
+    "mode": "early",
+    "attention": "none",
+    "layers": [],
+    "modality_dropout": 0.0,
+    "instruction": False,
+}
+_NO_WINDOW = (None, "full_attention")
 # Heads that do more than one product would be lost, as the head here is one.
 _HEAD_SCALES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
@@ -33,7 +40,9 @@ class CompositeConfig(PreTrainedConfig):
             extractor makes and the encoder's tokens; None where a sound always takes the same number of tokens.
         projectors: Per modality ``{kind: linear | mlp | perceiver | qformer, ...}``, see ``projector.build``.
         fusion: ``mode`` early, late or hybrid; ``attention`` none, self, cross or co; ``layers`` of the language
-            model before which cross- or co-attention stands; ``modality_dropout`` while training.
+            model before which cross- or co-attention stands; ``modality_dropout`` while training; ``instruction``
+            lets the instruction's embedding move the gate.
+        frame_times: Frames of videos are told the second at which they were taken.
     """
 
     model_type = "mmtune_composite"
@@ -54,6 +63,7 @@ class CompositeConfig(PreTrainedConfig):
     audio_convolutions: list | None = None
     projectors: Any = None
     fusion: Any = None
+    frame_times: bool = False
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -69,6 +79,21 @@ class CompositeConfig(PreTrainedConfig):
         """The modalities that it has an encoder for, in the order of ``MODALITIES``."""
         found = {"image": self.vision_config, "audio": self.audio_config}
         return tuple(name for name in MODALITIES if found[name] is not None)
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether it matters to it which tokens are the prompt, and not the answer."""
+        return self.fusion["attention"] in ("self", "co") or self.reads_instruction
+
+    @property
+    def reads_instruction(self) -> bool:
+        """Whether the instruction's embedding conditions the gate or a resampler."""
+        gated = self.fusion["instruction"] and self.fusion["mode"] != "early"
+        return bool(gated or any(self.resampler_reads(name) for name in self.modalities))
+
+    def resampler_reads(self, modality: str) -> bool:
+        """Returns whether a modality's resampler is conditioned by the instruction."""
+        return bool(self.projectors[modality].get("instruction", False))
 
     @property
     def branches(self) -> tuple[str, ...]:
@@ -92,7 +117,12 @@ def _check(config: CompositeConfig) -> None:
         raise ValueError("fusion.layers names the layers of fusion.attention cross and co, and of no other")
     if any(not 0 <= layer < text.num_hidden_layers for layer in layers) or len(set(layers)) < len(layers):
         raise ValueError(f"fusion.layers is {layers}; the language model has layers 0 to {text.num_hidden_layers - 1}")
+    windowed = any(kind not in _NO_WINDOW for kind in getattr(text, "layer_types", None) or ())
+    if fusion["attention"] == "self" and (windowed or getattr(text, "sliding_window", None)):
+        raise ValueError("fusion.attention self needs a language model whose layers have no sliding window")
     for modality in config.modalities:
+        if config.resampler_reads(modality) and config.projectors[modality]["kind"] not in ("perceiver", "qformer"):
+            raise ValueError(f"projectors.{modality}.instruction is for a perceiver or qformer")
         if getattr(config, f"{modality}_token_id") is None:
             raise ValueError(f"the model reads {modality}, but {modality}_token_id is not set")
     scale = next((name for name in _HEAD_SCALES if getattr(text, name, None) not in (None, 1.0)), None)

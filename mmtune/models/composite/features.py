@@ -17,9 +17,8 @@ from mmtune.models.fusion.projector import build_projector, projected_tokens
 def projector_of(config: Any, modality: str) -> nn.Module:
     """Returns a fresh projector from an encoder's features to the language model's width."""
     encoder = {"image": config.vision_config, "audio": config.audio_config}[modality]
-    return build_projector(
-        source_width=encoder_width(encoder), width=config.text_config.hidden_size, **config.projectors[modality]
-    )
+    settings = {name: value for name, value in config.projectors[modality].items() if name != "instruction"}
+    return build_projector(source_width=encoder_width(encoder), width=config.text_config.hidden_size, **settings)
 
 
 def resamples(kind: str) -> bool:
@@ -61,7 +60,11 @@ def sound_features(
 
 
 def projected_sounds(
-    projector: nn.Module, features_NFD: torch.Tensor, counts_N: torch.Tensor, fixed: bool
+    projector: nn.Module,
+    features_NFD: torch.Tensor,
+    counts_N: torch.Tensor,
+    fixed: bool,
+    instruction_NH: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """Returns one ``(M, H)`` per sound.
 
@@ -70,9 +73,10 @@ def projected_sounds(
         features_NFD: Features, padded.
         counts_N: How many of them are a sound's own.
         fixed: The projector gives the same number of tokens for every sound.
+        instruction_NH: What each sound is asked about, for a resampler that reads it.
     """
     seen_NF = torch.arange(features_NFD.shape[1], device=counts_N.device) < counts_N[:, None]
-    made = projector(features_NFD, seen_NF)
+    made = projector(features_NFD, seen_NF, instruction_NH)
     if fixed:
         return list(made)
     return [own[:count] for own, count in zip(made, counts_N.tolist(), strict=True)]

@@ -37,6 +37,8 @@ class CompositeProcessor(ProcessorMixin):
         image_tokens: Tokens that every image takes.
         audio_tokens: Tokens that every sound takes, or None where that follows from its length.
         audio_convolutions: As in ``CompositeConfig``.
+        frame_times: As in ``CompositeConfig``; batches then hold ``frame_milliseconds``.
+        reads_prompt: As in ``CompositeConfig``; batches then hold ``prompt_mask``.
         image_token: What stands for an image.
         audio_token: What stands for a sound.
     """
@@ -50,11 +52,14 @@ class CompositeProcessor(ProcessorMixin):
         image_tokens: int = 0,
         audio_tokens: int | None = None,
         audio_convolutions: list[list[int]] | None = None,
+        frame_times: bool = False,
+        reads_prompt: bool = False,
         image_token: str = "<image>",
         audio_token: str = "<audio>",
     ) -> None:
         self.image_tokens, self.audio_tokens = image_tokens, audio_tokens
         self.audio_convolutions = audio_convolutions
+        self.frame_times, self.reads_prompt = frame_times, reads_prompt
         self.image_token = image_token if image_processor is not None else None
         self.audio_token = audio_token if feature_extractor is not None else None
         for name in ("image", "audio"):
