@@ -54,6 +54,8 @@ class CompositeOutput(ModelOutput):
     attentions: Any = None
     log_gate: torch.Tensor | None = None
     """``(B, T, K)`` log weights of the branches, where the gate mixes any."""
+    passes: Any = None
+    """Which branches share a run of the language model."""
     fusion_state: Any = None
     """What the next call needs beside ``past_key_values``."""
 
@@ -240,6 +242,7 @@ class CompositeModel(CompositePreTrainedModel):
             hidden_states=made.hidden_states,
             attentions=made.attentions,
             log_gate=run.log_gate,
+            passes=run.passes,
             fusion_state=run.finished(made.past_key_values is not None),
         )
 

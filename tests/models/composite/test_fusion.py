@@ -239,3 +239,23 @@ def test_beams_are_refused() -> None:
 def test_wrong_settings_are_refused(fusion: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CompositeConfig(text_config=LlamaConfig(**SMALL), fusion=fusion)
+
+
+@pytest.mark.parametrize("row", [None, 1])
+def test_scores_of_the_branches(row: int | None) -> None:
+    """The mixture's own likelihood comes out of what each branch says and how much it is trusted, per token."""
+    from mmtune.models.composite.scores import branch_scores
+
+    model, given = model_of("hybrid"), batch()
+    given = given if row is None else row_of(given, row)
+    given["labels"] = given["input_ids"].clone()
+    given["labels"][:, :-1] = -100
+    given["prompt_mask"] = (given["labels"] == -100).long()
+    found = branch_scores(model, given)
+    assert found.branches == ("joint", "image", "audio") and found.nll.shape == (len(given["labels"]), 3)
+    mixed = -((found.gate * (-found.nll).exp()).sum(1)).log()
+    own = log_probs(model, {name: value for name, value in given.items() if name != "labels"})[:, -2]
+    torch.testing.assert_close(mixed, -own.gather(1, given["labels"][:, -1:])[:, 0], rtol=1e-5, atol=1e-5)
+    assert float(found.gate[-1, 2]) == 0.0 and (found.entropy >= 0).all()
+    with pytest.raises(ValueError, match="one branch"):
+        branch_scores(model_of("early"), given)
