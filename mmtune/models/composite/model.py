@@ -96,7 +96,8 @@ class CompositeModel(CompositePreTrainedModel):
         self.language_model = AutoModel.from_config(config.text_config)
         fusion, width = config.fusion, config.text_config.hidden_size
         if fusion["mode"] != "early" and config.modalities:
-            self.gate = DecisionGate(len(config.branches), width if fusion["instruction"] else None)
+            lead = 0 if fusion["mode"] == "hybrid" else None
+            self.gate = DecisionGate(len(config.branches), width if fusion["instruction"] else None, lead=lead)
         if fusion["attention"] == "self":
             self.segments = SegmentEmbedding(1 + len(MODALITIES), width)
         if fusion["layers"]:

@@ -184,6 +184,12 @@ def test_a_gate_on_one_branch_is_that_branch(way: str) -> None:
         torch.testing.assert_close(log_probs(model, one)[:, 13:], expected[:, 13:], rtol=0, atol=1e-5)
 
 
+def test_the_joint_pass_leads_a_fresh_hybrid() -> None:
+    fresh = CompositeForConditionalGeneration(model_of("hybrid").config)
+    weights = fresh.model.gate.bias.softmax(0)
+    torch.testing.assert_close(weights, torch.tensor([0.9, 0.05, 0.05]))
+
+
 def test_missing_modalities_have_no_weight() -> None:
     model, given = model_of("hybrid"), batch()
     made = model(**given)
