@@ -9,7 +9,7 @@ ROOMS = {
     "prompts": {"media"},
     "media": set(),
     "features": {"media"},
-    "encoding": {"media", "features"},
+    "encoding": {"media", "features", "models"},
     "models": set(),
     "training": {"models", "encoding", "features", "media"},
     "evaluation": {"encoding", "models", "media"},

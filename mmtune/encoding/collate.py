@@ -16,6 +16,7 @@ from mmtune.encoding.processor import pad_token_id
 from mmtune.encoding.render import IGNORED, EncodedRow, MediaSpan
 from mmtune.errors import IntegrityError
 from mmtune.features.shards import Features, Item
+from mmtune.media.video import frame_places
 
 # Families whose image tensors are simply joined along the first dimension, one image after the
 # other; a processed image can then be kept and used again.
@@ -28,6 +29,7 @@ _JOINED = dict.fromkeys(
         "Qwen2_5OmniProcessor",
         "InternVLProcessor",
         "Gemma3Processor",
+        "CompositeProcessor",
     ),
     True,
 )
@@ -103,7 +105,13 @@ class Collator:
             "attention_mask": torch.from_numpy(mask),
             "labels": torch.from_numpy(labels),
         }
-        return {**batch, **self._token_types(batch)}
+        return {**batch, **self._token_types(batch), **self._prompt(batch)}
+
+    def _prompt(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns where the first answer has not begun, for a family that reads the prompt in both directions."""
+        if not getattr(self._processor, "reads_prompt", False):
+            return {}
+        return {"prompt_mask": ((batch["labels"] != IGNORED).cumsum(1) == 0).long() * batch["attention_mask"]}
 
     @property
     def image_token_id(self) -> int | None:
@@ -169,7 +177,7 @@ class Collator:
         """Returns the tensors of images, each as in a conversation of its own, and the tokens each takes."""
         spans = [MediaSpan(item.medium, 0, 0, item.frame, item.frames) for item in items]
         made, texts = process_images(self._processor, [[self._picture(span, None)] for span in spans])
-        return self._kept(made), [text.count(self._processor.image_token) for text in texts]
+        return {**self._kept(made), **self._times(spans)}, [text.count(self._processor.image_token) for text in texts]
 
     def _one_image(self, row: EncodedRow, span: MediaSpan, step: int | None) -> dict[str, torch.Tensor]:
         key = _key(span)
@@ -178,7 +186,7 @@ class Collator:
             return self._cache[key]
         made, texts = process_images(self._processor, [[self._picture(span, step)]])
         self._check([(row, span)], texts)
-        kept = self._kept(made)
+        kept = {**self._kept(made), **self._times([span])}
         if step is not None:
             return kept
         self._cache[key] = kept
@@ -186,6 +194,12 @@ class Collator:
         while self._room < 0 and self._cache:
             self._room += _bytes(self._cache.popitem(last=False)[1])
         return kept
+
+    def _times(self, spans: Sequence[MediaSpan]) -> dict[str, torch.Tensor]:
+        """Returns when the frames of videos were taken, -1 for other images, for a family that is told."""
+        if not getattr(self._processor, "frame_times", False):
+            return {}
+        return {"frame_milliseconds": torch.tensor([_milliseconds(span) for span in spans])}
 
     def _picture(self, span: MediaSpan, step: int | None) -> Any:
         from mmtune.media.load import load_image, load_video_frames
@@ -237,6 +251,14 @@ class Collator:
                 "the file changed since build-data; run: mmtune build-data --force, then mmtune tokenize",
                 "media_changed",
             )
+
+
+def _milliseconds(span: MediaSpan) -> int:
+    video = span.medium
+    if video.modality != "video":
+        return -1
+    place = frame_places(video.frames, span.frames)[span.frame]
+    return round(1000 * video.seconds * place / max(video.frames, 1))
 
 
 def _key(span: MediaSpan) -> Any:

@@ -91,6 +91,10 @@ def _whole_image(processor: Any, height: int, width: int, alone: bool) -> Stub |
     return None if scan else {"num_crops": [0]}
 
 
+def _always_the_same(processor: Any, height: int, width: int, alone: bool) -> Stub:
+    return {}
+
+
 _IMAGE_STUBS: dict[str, Callable[[Any, int, int, bool], Stub | None]] = {
     "Qwen2VLProcessor": _qwen_grid,
     "Qwen2_5_VLProcessor": _qwen_grid,
@@ -103,6 +107,7 @@ _IMAGE_STUBS: dict[str, Callable[[Any, int, int, bool], Stub | None]] = {
     "SmolVLMProcessor": _rows_and_columns,
     "InternVLProcessor": _patches,
     "Gemma3Processor": _whole_image,
+    "CompositeProcessor": _always_the_same,
 }
 
 
@@ -125,11 +130,16 @@ def _granite_tokens(processor: Any, samples: int) -> dict[str, Any]:
     return {"audio_embed_sizes": processor.audio_processor._get_num_audio_features([samples])}
 
 
+def _composite_tokens(processor: Any, samples: int) -> dict[str, Any]:
+    return {"num_audio_tokens": [processor.sound_tokens(samples)]}
+
+
 _AUDIO_STUBS: dict[str, Callable[[Any, int], dict[str, Any]]] = {
     "Qwen2AudioProcessor": _whisper_tokens,
     "Qwen2_5OmniProcessor": _whisper_tokens,
     "AudioFlamingo3Processor": _windowed_tokens,
     "GraniteSpeechProcessor": _granite_tokens,
+    "CompositeProcessor": _composite_tokens,
 }
 
 

@@ -75,6 +75,9 @@ def _damaged(what: str) -> IntegrityError:
 def _load(path: str, options: dict[str, Any]) -> Any:
     from transformers import AutoProcessor
 
+    from mmtune.models.composite import register
+
+    register()
     try:
         return AutoProcessor.from_pretrained(path, **options)
     except ImportError as error:

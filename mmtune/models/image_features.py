@@ -28,6 +28,8 @@ def trains_on_pixels(model: Any) -> str:
         or "mm_encoder_outputs" not in inspect.signature(base.forward).parameters
     ):
         return "this family takes no image features in place of pixels"
+    if getattr(base.config, "projectors", {}).get("image", {}).get("instruction"):
+        return "the resampler reads the instruction with the image"
     trained = {tower_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
     found = [tower for tower in _IMAGE_TOWERS if tower in trained]
     return f"{' and '.join(found)} train" if found else ""

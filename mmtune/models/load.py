@@ -26,6 +26,9 @@ def load_config(path: str, *, revision: str | None = None, offline: bool = False
     """
     from transformers import AutoConfig
 
+    from mmtune.models.composite import register
+
+    register()
     folder = Path(path)
     if folder.is_dir():
         file = folder / "config.json"

@@ -51,7 +51,7 @@ def only_label_tokens(model: Any, bears_BT: torch.Tensor) -> Iterator[None]:
         parts = _last_block(inner)
         for name in _PER_TOKEN:
             if name in parts:
-                _run_at(parts[name], rows_N, places_N, tokens, hooks)
+                _run_at(parts[name], rows_N, places_N, (bears_BT.shape[0], tokens), hooks)
         if "self_attn" in parts:
             _ask_at(parts["self_attn"], torch.unique(places_N), tokens, hooks)
         yield
@@ -68,19 +68,28 @@ def _last_block(model: Any) -> Mapping[str, nn.Module]:
     return {} if getattr(last, "gradient_checkpointing", False) or "mlp.down_proj" not in parts else parts
 
 
-def _run_at(module: nn.Module, rows_N: torch.Tensor, places_N: torch.Tensor, tokens: int, hooks: ExitStack) -> None:
+def _run_at(
+    module: nn.Module, rows_N: torch.Tensor, places_N: torch.Tensor, shape_BT: tuple[int, int], hooks: ExitStack
+) -> None:
     """Lets a module see the chosen tokens alone, as ``(1, N, I)``; its output is zero at all others."""
+    rows, tokens = shape_BT
     shapes: list[torch.Size] = []
+
+    def chosen(shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
+        # A model of several passes runs on each row several times, one after the other.
+        times = shape[0] // rows
+        own_N = (rows_N[:, None] * times + torch.arange(times, device=rows_N.device)).flatten()
+        return own_N, places_N.repeat_interleave(times) + (shape[1] - tokens)
 
     def select(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden_BTI, *rest = given
         shapes.append(hidden_BTI.shape)
-        return (hidden_BTI[rows_N, places_N + (hidden_BTI.shape[1] - tokens)][None], *rest)
+        return (hidden_BTI[chosen(hidden_BTI.shape)][None], *rest)
 
     def put_back(_: nn.Module, given: tuple[Any, ...], made_1NO: torch.Tensor) -> torch.Tensor:
         shape = shapes.pop()
         whole_BTO = made_1NO.new_zeros(shape[0], shape[1], made_1NO.shape[-1])
-        return whole_BTO.index_put((rows_N, places_N + (shape[1] - tokens)), made_1NO[0])
+        return whole_BTO.index_put(chosen(shape), made_1NO[0])
 
     hooks.callback(module.register_forward_pre_hook(select).remove)
     hooks.callback(module.register_forward_hook(put_back).remove)

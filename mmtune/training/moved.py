@@ -26,7 +26,8 @@ class TowerWatch:
     A tower moved when any of its trainable parameters did: some never get a gradient (the
     last norm of a CLIP tower), some get one only from the second step on (LoRA's A). Only a
     step that could move a tower judges it: the rate above zero, label tokens, and a medium
-    that the tower sees. Until then the verdict waits.
+    that the tower sees. Until then the verdict waits, and for one more such step: behind a gate that
+    starts shut (gated cross-attention), a projector gets its first gradient when the gate has opened.
 
     Attributes:
         waiting: Trained towers without a verdict.
@@ -35,6 +36,7 @@ class TowerWatch:
     def __init__(self, model: nn.Module) -> None:
         self.waiting = {tower_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
         self._before = fingerprints(model)
+        self._still: set[str] = set()
 
     def check(
         self, model: nn.Module, *, rate: float, targets: int, modalities: Collection[str], device: str = "cpu"
@@ -60,9 +62,11 @@ class TowerWatch:
             )
         self.waiting -= moved
         could = {tower for tower in still & self.waiting if tower not in _MEDIA or _MEDIA[tower] & set(modalities)}
-        if could and rate > 0 and targets > 0:
+        judged = could if rate > 0 and targets > 0 else set()
+        twice, self._still = judged & self._still, self._still | judged
+        if twice:
             raise IntegrityError(
-                f"the {' and '.join(sorted(could))} tower should train, and a step with its media moved none of its"
+                f"the {' and '.join(sorted(twice))} tower should train, and two steps with its media moved none of its"
                 " weights",
                 "raise finetune.learning_rate if it is tiny, else report this as a bug with the model's name",
                 "tower_still",

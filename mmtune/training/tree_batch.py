@@ -51,6 +51,8 @@ class TreeCollator:
         types = batch.pop("token_type_ids", None)
         layout = packed_layout(bins, batch["input_ids"].shape[1], None if types is None else types.numpy())
         batch["next_labels"] = batch.pop("labels")
+        if "prompt_mask" in batch:
+            batch["prompt_mask"] = _prompt_mask(bins, batch["input_ids"].shape[1])
         batch |= {"layout": torch.from_numpy(layout), **media}
         batch["position_ids"] = self._positions(bins, layout[2], batch)
         return batch
@@ -146,6 +148,21 @@ def packed_layout(bins: Sequence[Sequence[Tree]], length: int, types_BT: np.ndar
     if types_BT is not None:
         layout[3] = _blocks(types_BT, layout[0])
     return layout
+
+
+def _prompt_mask(bins: Sequence[Sequence[Tree]], length: int) -> torch.Tensor:
+    """Returns ``(B, T)`` 1 where no answer has begun on a token's path; trees as ``asking_tokens`` gives them."""
+    mask = np.zeros((len(bins), length), dtype=np.int64)
+    for row, trees in enumerate(bins):
+        at = 0
+        for tree in trees:
+            asks = (tree.labels != IGNORED).astype(np.int64)
+            for branch in range(len(tree.example_ids) + 1):
+                inside = np.flatnonzero(tree.branch == branch)
+                # The token that asks for the first label is the last of the prompt.
+                mask[row, at + inside] = np.cumsum(asks[inside]) - asks[inside] == 0
+            at += tree.input_ids.size
+    return torch.from_numpy(mask)
 
 
 def _places(tree: Tree) -> np.ndarray:

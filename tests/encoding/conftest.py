@@ -332,6 +332,33 @@ def _text(template: str) -> Any:
     return build
 
 
+def _composite(sound: str, queries: int | None = None) -> Any:
+    """The project's own model out of parts: one of the sound encoders, the small one beside a CLIP tower."""
+
+    def build() -> Any:
+        import transformers
+
+        from mmtune.models.composite.processor import CompositeProcessor
+        from mmtune.models.log_mel import LogMelFeatureExtractor
+
+        tokenizer = byte_level(
+            ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<audio>"],
+            eos_token="<|im_end|>",
+            pad_token="<|endoftext|>",
+        )
+        extractor, convolutions = {
+            "log_mel": (LogMelFeatureExtractor(feature_size=16), [[3, 2, 1], [3, 2, 1]]),
+            "whisper": (transformers.WhisperFeatureExtractor(chunk_length=2), [[3, 1, 1], [3, 2, 1]]),
+            "wav2vec2": (transformers.Wav2Vec2FeatureExtractor(), [[400, 320, 0], [3, 2, 0]]),
+        }[sound]
+        parts = {"image_processor": _clip() if sound == "log_mel" else None, "feature_extractor": extractor}
+        facts = {"audio_tokens": queries, "audio_convolutions": convolutions, "reads_prompt": True, "frame_times": True}
+        made = CompositeProcessor(tokenizer, **parts, image_tokens=queries or 16, **facts)
+        return made, made.chat_template
+
+    return build
+
+
 _FAMILIES = {
     "qwen2_vl": (_qwen2_vl, {"image"}),
     "qwen2_5_vl": (_qwen2_5_vl, {"image"}),
@@ -348,6 +375,10 @@ _FAMILIES = {
     "smolvlm": (_smolvlm, {"image"}),
     "internvl": (_internvl, {"image"}),
     "gemma3": (_gemma3, {"image"}),
+    "composite": (_composite("log_mel"), {"image", "audio"}),
+    "composite_queries": (_composite("log_mel", 4), {"image", "audio"}),
+    "composite_whisper": (_composite("whisper"), {"audio"}),
+    "composite_wav2vec2": (_composite("wav2vec2"), {"audio"}),
     "text_qwen3": (_text("qwen3"), set()),
     "text_qwen2_5": (_text("qwen2_5"), set()),
     "text_llama3": (_text("llama3"), set()),

@@ -247,6 +247,46 @@ def _plain(name: str, **more: Any) -> Any:
     return build
 
 
+def _composite(projector: str = "mlp", **fusion: Any) -> Any:
+    """The project's own model out of parts, whatever its processor reads."""
+
+    def build(processor: Any, tokenizer: Any) -> Any:
+        import transformers as t
+
+        from mmtune.models.composite.config import CompositeConfig
+        from mmtune.models.composite.model import CompositeForConditionalGeneration
+        from mmtune.models.encoders import LogMelConfig
+
+        layers = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+        whisper = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2}
+        whisper |= {"decoder_layers": 1, "decoder_attention_heads": 2, "vocab_size": 60, "pad_token_id": 0}
+        sounds = {
+            "LogMelFeatureExtractor": LogMelConfig(**layers, intermediate_size=24, num_mel_bins=16),
+            "WhisperFeatureExtractor": t.WhisperConfig(**whisper, encoder_ffn_dim=24, max_source_positions=100),
+            "Wav2Vec2FeatureExtractor": t.Wav2Vec2Config(
+                **layers, intermediate_size=24, conv_dim=[8, 8], conv_kernel=[400, 3], conv_stride=[320, 2],
+                num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, layerdrop=0.0,
+                hidden_dropout=0.0, activation_dropout=0.0, attention_dropout=0.0, feat_proj_dropout=0.0,
+                apply_spec_augment=False,
+            ),
+        }  # fmt: skip
+        settings = {"kind": projector, **({} if projector in ("linear", "mlp") else {"queries": 4, "heads": 4})}
+        config = CompositeConfig(
+            vision_config=t.CLIPVisionConfig(**VISION) if processor.image_processor else None,
+            audio_config=sounds[type(processor.feature_extractor).__name__],
+            text_config=t.Qwen2Config(**_text(tokenizer)),
+            image_token_id=processor.image_token_id,
+            audio_token_id=processor.audio_token_id,
+            audio_convolutions=processor.audio_convolutions,
+            projectors={"image": settings, "audio": settings},
+            fusion=fusion,
+            frame_times=True,
+        )
+        return CompositeForConditionalGeneration(config)
+
+    return build
+
+
 MODELS = {
     "llava": _llava,
     "llava_bytes": _llava_bytes,
@@ -262,6 +302,14 @@ MODELS = {
     "smolvlm": _idefics("SmolVLM"),
     "internvl": _internvl,
     "gemma3": _gemma3,
+    "composite": _composite(),
+    "composite_whisper": _composite("linear"),
+    "composite_wav2vec2": _composite(),
+    "composite_perceiver": _composite("perceiver"),
+    "composite_late": _composite(mode="late"),
+    "composite_hybrid": _composite(mode="hybrid", instruction=True),
+    "composite_cross": _composite(attention="cross", layers=[1]),
+    "composite_late_cross": _composite(mode="late", attention="cross", layers=[0, 1]),
     "text_llama3": _plain("Llama"),
     "text_qwen3": _plain("Qwen3"),
     "text_qwen2_5": _plain(
@@ -273,12 +321,16 @@ MODELS = {
 @cache
 def tiny(name: str) -> SimpleNamespace:
     """Returns ``processor``, ``renderer``, ``takes`` and ``model`` in fp32 with random weights."""
-    family = encoding_tests().family(name)
+    # One processor serves all the ways to fuse.
+    base = name if name in encoding_tests()._FAMILIES else "composite"
+    family = encoding_tests().family(base if "perceiver" not in name else "composite_queries")
     torch.manual_seed(0)
     model = MODELS[name](family.processor, getattr(family.processor, "tokenizer", family.processor))
-    # Fresh weights are so small that a wrong mask would hardly show.
+    # Fresh weights are so small that a wrong mask would hardly show, and some gates start shut.
     with torch.no_grad():
-        for parameter in model.parameters():
+        for own, parameter in model.named_parameters():
+            if own.endswith("gate") or own.endswith("gate.bias"):
+                parameter.normal_(0.0, 1.0)
             if parameter.dim() > 1:
                 parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
     return SimpleNamespace(**vars(family), model=model.eval())

@@ -25,7 +25,18 @@ from mmtune.training.tree_mask import mask_rules
 from tests.training.test_tree_batch import apart, error, gradients, trees_of
 
 # The images of these are cut into tiles that depend on their conversation, or there are none.
-TAKES = ["llava", "llava_bytes", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "gemma3", "smolvlm"]
+TAKES = [
+    "llava",
+    "llava_bytes",
+    "llava_next",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "internvl",
+    "gemma3",
+    "smolvlm",
+    "composite",
+]
 
 
 class Kept:
@@ -57,7 +68,7 @@ def frozen(family: Any) -> Any:
 def pictures_of(trees: list[Tree], token: int) -> Pictures:
     found = []
     for tree in trees:
-        for span in tree.media:
+        for span in (span for span in tree.media if span.medium.modality != "audio"):
             inside = tree.input_ids[span.start : span.start + span.length]
             found.append((Item(span.medium, span.frame, span.frames), int((inside == token).sum()), 1))
     return distinct_pictures(found, as_trees=True)
@@ -115,6 +126,11 @@ def test_a_tower_that_trains_needs_pixels(tiny_family: Any) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("language_model" in name or "lm_head" in name)
     assert trains_on_pixels(model) == ""
+    reads = deepcopy(tiny_family("composite_perceiver").model)
+    reads.requires_grad_(False)
+    assert trains_on_pixels(reads) == ""
+    reads.config.projectors["image"]["instruction"] = True
+    assert "reads the instruction" in trains_on_pixels(reads)
     assert "takes no image features" in trains_on_pixels(tiny_family("text_llama3").model)
 
 

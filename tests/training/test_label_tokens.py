@@ -21,11 +21,10 @@ def batch_of(family: Any, media: Any, served: dict[str, Any]) -> dict[str, torch
     rows = []
     for number, answer in enumerate(("three of them, hello world!", "yes")):
         shown = []
-        if family.takes:
-            kind = sorted(family.takes)[-1]
+        for kind in sorted(family.takes):
             made, real = media.audio(9_000) if kind == "audio" else media.image(60, 44)
             served[made.path] = real[kind]
-            shown = [made]
+            shown.append(made)
         asked = Message("user", (*shown, TextPart("How many?" * (1 + number))))
         rows.append(family.renderer.encode([asked, Message("assistant", (TextPart(answer),))]))
     return Collator(family.processor, media_root=Path())(rows)
@@ -76,7 +75,9 @@ def test_as_transformers_computes_it(family_name: str, tiny_family: Any, media: 
     found = gradients(family.model, loss)
     for hook in hooks:
         hook.remove()
-    assert seen == [(1, count)] * 3, "queries, output and MLP of the last block for label tokens alone"
+    fusion = getattr(family.model.config, "fusion", {"mode": "early"})
+    passes = {"early": 1, "late": 2, "hybrid": 3}[fusion["mode"]]
+    assert seen == [(1, count * passes)] * 3, "queries, output and MLP of the last block for label tokens alone"
     expected_loss = family.model(**batch).loss * count
     expected = gradients(family.model, expected_loss)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)

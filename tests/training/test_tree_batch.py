@@ -25,12 +25,12 @@ def trees_of(family: Any, media: Any, served: dict[str, Any], *, own_media: bool
     """Two trees with shared media, one whose branches have media of their own, and a plain conversation."""
 
     def medium(number: int) -> list[Any]:
-        if not family.takes:
-            return []
-        kind = sorted(family.takes)[-1]
-        made, real = media.audio(9_000 + 1_600 * number) if kind == "audio" else media.image(60 + 40 * number, 44)
-        served[made.path] = real[kind]
-        return [made]
+        shown = []
+        for kind in sorted(family.takes):
+            made, real = media.audio(9_000 + 1_600 * number) if kind == "audio" else media.image(60 + 40 * number, 44)
+            served[made.path] = real[kind]
+            shown.append(made)
+        return shown
 
     def row(*parts: Any, answer: str) -> EncodedRow:
         return family.renderer.encode([Message("user", parts), Message("assistant", (TextPart(answer),))])
@@ -124,7 +124,7 @@ def test_lora_with_checkpointing(family_name: str, tiny_family: Any, media: Any,
 
 
 @pytest.mark.parametrize("method", ["prompt", "p_tuning", "prefix", "ia3"])
-@pytest.mark.parametrize("name", ["text_llama3", "llava", "llava_bytes", "idefics3"])
+@pytest.mark.parametrize("name", ["text_llama3", "llava", "llava_bytes", "idefics3", "composite"])
 def test_soft_prompts(name: str, method: str, tiny_family: Any, media: Any, served: Any) -> None:
     """Virtual tokens stand once before all trees of a row, and every tree sees them; also in a sliding window."""
     from copy import deepcopy

@@ -1,0 +1,233 @@
+"""Unimodal parts, pretrained or fresh, to one composite model and its processor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mmtune.errors import CapabilityError, RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from mmtune.models.composite.model import CompositeForConditionalGeneration
+    from mmtune.models.composite.processor import CompositeProcessor
+
+TOKENS = {"image": "<image>", "audio": "<audio>"}
+_TOWERS = {"image": "vision", "audio": "audio"}
+
+
+def assemble(
+    text: str | PretrainedConfig,
+    *,
+    encoders: Mapping[str, str | PretrainedConfig],
+    projectors: Mapping[str, Mapping[str, Any]] | None = None,
+    fusion: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
+    preprocessors: Mapping[str, Any] | None = None,
+    offline: bool = False,
+    **settings: Any,
+) -> tuple[CompositeForConditionalGeneration, CompositeProcessor]:
+    """Returns a composite model in evaluation mode, and its processor.
+
+    Projectors and what fuses are fresh; a part that is given as a config is fresh too. The tokenizer gets a token
+    per modality where it has none, and the language model rows for them (the mean of the others).
+
+    Args:
+        text: Folder or hub id of a causal language model, or its config.
+        encoders: ``image`` and ``audio`` to a folder or hub id of an encoder, or its config.
+        projectors: As in ``CompositeConfig``.
+        fusion: As in ``CompositeConfig``.
+        tokenizer: Of the language model, where ``text`` is a config.
+        preprocessors: ``image`` and ``audio`` to what makes them ready; else that of the encoder's folder, or the
+            plain one for its config.
+        offline: Never reach for the network.
+        settings: Others of ``CompositeConfig``.
+
+    Raises:
+        RecipeError: Parts do not fit each other.
+        CapabilityError: A part is not at hand, or of an unknown kind.
+    """
+    from mmtune.models.composite import register
+    from mmtune.models.composite.config import CompositeConfig
+    from mmtune.models.composite.encoders import convolutions_of
+    from mmtune.models.composite.model import CompositeForConditionalGeneration
+
+    register()
+    unknown = sorted(set(encoders) - set(TOKENS))
+    if unknown or not encoders:
+        raise RecipeError(f"there is no encoder for {unknown or 'nothing'}", f"name some of {', '.join(TOKENS)}")
+    language = _language_model(text, offline)
+    tokenizer = deepcopy(tokenizer) if tokenizer is not None else _tokenizer(text, offline)
+    parts = {modality: _encoder(modality, source, offline) for modality, source in encoders.items()}
+    given = {**{modality: _preprocessor(modality, encoders[modality], offline) for modality in encoders}}
+    given |= preprocessors or {}
+    tokenizer.add_special_tokens({"additional_special_tokens": [TOKENS[name] for name in parts]})
+    _make_room(language, len(tokenizer))
+    audio = parts.get("audio")
+    config = CompositeConfig(
+        text_config=language.config.get_text_config(),
+        **{f"{_TOWERS[modality]}_config": part.config for modality, part in parts.items()},
+        **{f"{modality}_token_id": tokenizer.convert_tokens_to_ids(TOKENS[modality]) for modality in parts},
+        audio_convolutions=None if audio is None else convolutions_of(audio.config),
+        projectors={name: dict(own) for name, own in (projectors or {}).items()},
+        fusion=dict(fusion or {}),
+        **{"frame_times": "image" in parts, **settings},
+    )
+    model = CompositeForConditionalGeneration(config)
+    _fill(model, language, parts)
+    return model.eval(), _processor(model, tokenizer, given)
+
+
+def _language_model(text: str | PretrainedConfig, offline: bool) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    if not isinstance(text, str):
+        return AutoModelForCausalLM.from_config(deepcopy(text), dtype=torch.float32)
+    from mmtune.models.load import load_model
+
+    return load_model(text, offline=offline)
+
+
+def _tokenizer(text: str | PretrainedConfig, offline: bool) -> Any:
+    if not isinstance(text, str):
+        raise RecipeError("a language model from a config has no tokenizer", "give one", "no_tokenizer")
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(text, local_files_only=offline, trust_remote_code=False)
+
+
+def _encoder(modality: str, source: str | PretrainedConfig, offline: bool) -> Any:
+    """Returns the encoder as a module with its config."""
+    from transformers import AutoModel
+
+    from mmtune.models.composite.encoders import build_encoder
+    from mmtune.models.load import load_config
+
+    if not isinstance(source, str):
+        return build_encoder(deepcopy(source))
+    config: Any = load_config(source, offline=offline)
+    # Of CLIP and its like, the tower of the modality alone.
+    config = getattr(config, f"{_TOWERS[modality]}_config", None) or config
+    try:
+        model = AutoModel.from_pretrained(
+            source, config=config, dtype=torch.float32, use_safetensors=True, local_files_only=offline
+        )
+    except (OSError, ValueError) as error:
+        raise CapabilityError(
+            f"the {modality} encoder {source!r} cannot be loaded: {str(error).splitlines()[0]}",
+            "check the name, and that it has safetensors",
+            "model_unavailable",
+        ) from error
+    return model.get_encoder() if config.is_encoder_decoder else model
+
+
+def _preprocessor(modality: str, source: str | PretrainedConfig, offline: bool) -> Any:
+    import transformers
+
+    from mmtune.models.log_mel import LogMelFeatureExtractor
+
+    if isinstance(source, str):
+        auto = transformers.AutoImageProcessor if modality == "image" else transformers.AutoFeatureExtractor
+        return auto.from_pretrained(source, local_files_only=offline)
+    config: Any = source
+    if modality == "image":
+        edge = config.image_size
+        return transformers.CLIPImageProcessor(
+            size={"height": edge, "width": edge}, crop_size={"height": edge, "width": edge}
+        )
+    if config.model_type == "whisper":
+        seconds = config.max_source_positions * 2 * 160 // 16_000
+        return transformers.WhisperFeatureExtractor(feature_size=config.num_mel_bins, chunk_length=seconds)
+    if config.model_type == "mmtune_log_mel":
+        names = ("sampling_rate", "n_fft", "hop_length")
+        return LogMelFeatureExtractor(config.num_mel_bins, **{name: getattr(config, name) for name in names})
+    return None
+
+
+def _make_room(language: Any, tokens: int) -> None:
+    """Gives the language model rows for new tokens, each the mean of the old ones."""
+    old = language.get_input_embeddings().weight.shape[0]
+    if tokens <= old:
+        return
+    language.resize_token_embeddings(tokens, mean_resizing=False)
+    for embeddings in (language.get_input_embeddings(), language.get_output_embeddings()):
+        with torch.no_grad():
+            embeddings.weight[old:] = embeddings.weight[:old].mean(0)
+
+
+def _fill(model: Any, language: Any, parts: Mapping[str, Any]) -> None:
+    """Copies the weights of the parts into the model."""
+    head = language.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise CapabilityError(
+            f"{type(language).__name__} has a bias in its head, which the composite model has not",
+            "choose another language model",
+            "model_unsupported",
+        )
+    model.model.language_model.load_state_dict(language.base_model.state_dict())
+    model.lm_head.load_state_dict(head.state_dict())
+    for modality, part in parts.items():
+        getattr(model.model, f"{_TOWERS[modality]}_tower").load_state_dict(part.state_dict())
+
+
+def _processor(model: Any, tokenizer: Any, given: Mapping[str, Any]) -> Any:
+    from mmtune.models.composite.processor import CompositeProcessor
+
+    config = model.config
+    for modality in config.modalities:
+        if given.get(modality) is None:
+            raise RecipeError(
+                f"nothing makes {modality} ready for its encoder", f"give preprocessors.{modality}", "no_preprocessor"
+            )
+    fixed = config.projectors.get("audio", {}).get("queries")
+    if fixed is None and "audio" in config.modalities and config.audio_convolutions is None:
+        fixed = _sound_tokens(model, given["audio"])
+    return CompositeProcessor(
+        tokenizer,
+        image_processor=given.get("image"),
+        feature_extractor=given.get("audio"),
+        image_tokens=_image_tokens(model, given["image"]) if "image" in config.modalities else 0,
+        audio_tokens=fixed,
+        audio_convolutions=config.audio_convolutions,
+        frame_times=config.frame_times,
+        reads_prompt=config.reads_prompt,
+    )
+
+
+def _image_tokens(model: Any, images: Any) -> int:
+    """Returns how many tokens an image takes, by trying a wide and a tall one."""
+    from PIL import Image
+
+    counts = set()
+    for size in ((64, 48), (48, 160)):
+        pixels = images(Image.new("RGB", size), return_tensors="pt")["pixel_values"]
+        try:
+            with torch.no_grad():
+                features = model.get_image_features(pixels, instruction=_no_instruction(model))
+        except (RuntimeError, ValueError) as error:
+            raise RecipeError(
+                f"the image encoder refuses what its image processor makes: {str(error).splitlines()[0]}",
+                "give an image processor of the encoder's size",
+                "parts_do_not_fit",
+            ) from error
+        counts |= {len(own) for own in features.pooler_output}
+    if len(counts) > 1:
+        raise RecipeError(
+            "the image processor makes images of different sizes", "set its size to one height and width", "no_one_size"
+        )
+    return counts.pop()
+
+
+def _sound_tokens(model: Any, sounds: Any) -> int:
+    made = sounds([torch.zeros(sounds.sampling_rate).numpy()], sampling_rate=sounds.sampling_rate, return_tensors="pt")
+    inputs = made["input_features"] if "input_features" in made else made["input_values"]
+    with torch.no_grad():
+        return len(model.get_audio_features(inputs, instruction=_no_instruction(model)).pooler_output[0])
+
+
+def _no_instruction(model: Any) -> torch.Tensor:
+    return torch.zeros(1, model.config.text_config.hidden_size)

@@ -1,0 +1,152 @@
+"""The processor of a composite model: a tokenizer, and what makes pixels and sounds ready for its towers.
+
+How many tokens a medium takes follows from its header: an image always takes ``image_tokens``, a sound what the
+encoder's convolutions leave of its samples.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import ProcessorMixin
+
+import mmtune.models.log_mel  # noqa: F401  (its feature extractor becomes known to AutoFeatureExtractor)
+from mmtune.models.composite.encoders import convolved
+
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}{{- '<|im_start|>' + message.role + '\\n' -}}"
+    "{%- if message.content is string -%}{{- message.content -}}{%- else -%}"
+    "{%- for part in message.content -%}"
+    "{%- if part.type == 'image' -%}{{- '<image>' -}}{%- elif part.type == 'audio' -%}{{- '<audio>' -}}"
+    "{%- else -%}{{- part.text -}}{%- endif -%}{%- endfor -%}{%- endif -%}"
+    "{{- '<|im_end|>\\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+_PARTS = ("image_processor", "feature_extractor")
+
+
+class CompositeProcessor(ProcessorMixin):
+    """Text, images and sounds to a composite model's inputs.
+
+    Args:
+        tokenizer: Knows ``image_token`` and ``audio_token`` as special tokens, where there are such towers.
+        image_processor: Gives every image the same size; None without a vision tower.
+        feature_extractor: Sounds to log-mel frames or samples; None without an audio tower.
+        chat_template: Conversations to text.
+        image_tokens: Tokens that every image takes.
+        audio_tokens: Tokens that every sound takes, or None where that follows from its length.
+        audio_convolutions: As in ``CompositeConfig``.
+        frame_times: As in ``CompositeConfig``; batches then hold ``frame_milliseconds``.
+        reads_prompt: As in ``CompositeConfig``; batches then hold ``prompt_mask``.
+        image_token: What stands for an image.
+        audio_token: What stands for a sound.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any = None,
+        image_processor: Any = None,
+        feature_extractor: Any = None,
+        chat_template: str | None = None,
+        image_tokens: int = 0,
+        audio_tokens: int | None = None,
+        audio_convolutions: list[list[int]] | None = None,
+        frame_times: bool = False,
+        reads_prompt: bool = False,
+        image_token: str = "<image>",
+        audio_token: str = "<audio>",
+    ) -> None:
+        self.image_tokens, self.audio_tokens = image_tokens, audio_tokens
+        self.audio_convolutions = audio_convolutions
+        self.frame_times, self.reads_prompt = frame_times, reads_prompt
+        self.image_token = image_token if image_processor is not None else None
+        self.audio_token = audio_token if feature_extractor is not None else None
+        for name in ("image", "audio"):
+            token = getattr(self, f"{name}_token")
+            setattr(self, f"{name}_token_id", token and tokenizer.convert_tokens_to_ids(token))
+        template = chat_template or getattr(tokenizer, "chat_template", None) or CHAT_TEMPLATE
+        super().__init__(tokenizer, image_processor, feature_extractor, chat_template=template)
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        """Returns the class a part must have; a part that the model does without is none."""
+        if argument is None and argument_name in _PARTS:
+            return None
+        return super().check_argument_for_proper_class(argument_name, argument)
+
+    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
+        """Returns the text that stands for one image."""
+        return str(self.image_token) * self.image_tokens
+
+    def replace_audio_token(self, audio_inputs: dict[str, Any], audio_idx: int, **kwargs: Any) -> str:
+        """Returns the text that stands for one sound of ``num_audio_tokens``."""
+        return str(self.audio_token) * int(audio_inputs["num_audio_tokens"][audio_idx])
+
+    def sound_tokens(self, samples: int) -> int:
+        """Returns how many tokens a sound of so many samples takes, at the extractor's rate."""
+        return self._tokens_of(frame_count(self.feature_extractor, samples))
+
+    def _tokens_of(self, frames: int) -> int:
+        if self.audio_tokens is not None:
+            return self.audio_tokens
+        return convolved(frames, self.audio_convolutions or [])
+
+    def _process_audio(self, audio: Any, **kwargs: Any) -> tuple[dict[str, Any], list[str]]:
+        # Whisper's encoder takes pictures of one length only.
+        padding = "max_length" if hasattr(self.feature_extractor, "nb_max_frames") else True
+        asked = {**kwargs, "return_attention_mask": True, "padding": padding}
+        made = dict(self.feature_extractor(audio, **asked))
+        mask = made.pop("attention_mask", None)
+        inputs = made.pop("input_features") if "input_features" in made else made.pop("input_values")
+        made = {"input_features": inputs}
+        if mask is not None:
+            made["feature_attention_mask"] = mask
+        frames = [0] * len(audio) if mask is None else [int(own.sum()) for own in mask]
+        made["num_audio_tokens"] = [self._tokens_of(own) for own in frames]
+        return made, [self.replace_audio_token(made, index) for index in range(len(audio))]
+
+    @property
+    def unused_input_names(self) -> list[str]:
+        """Names that the model does not take."""
+        return ["num_audio_tokens"]
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names that the model takes."""
+        images = list(self.image_processor.model_input_names) if self.image_processor is not None else []
+        sounds = ["input_features", "feature_attention_mask"] if self.feature_extractor is not None else []
+        return [*self.tokenizer.model_input_names, *images, *sounds]
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        """Writes the tokenizer, the chat template and ``processor_config.json``; returns the path of the last."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save_pretrained(folder)
+        (folder / "chat_template.jinja").write_text(str(self.chat_template), encoding="utf-8")
+        self.to_json_file(folder / "processor_config.json")
+        return [str(folder / "processor_config.json")]
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: str, processor_dict: dict[str, Any] | None = None, **kwargs: Any
+    ) -> list[Any]:
+        from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
+
+        kinds: dict[str, Any] = {"image_processor": AutoImageProcessor, "feature_extractor": AutoFeatureExtractor}
+        parts = [
+            kinds[name].from_pretrained(pretrained_model_name_or_path, **kwargs)
+            if (processor_dict or {}).get(name)
+            else None
+            for name in _PARTS
+        ]
+        return [AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs), *parts]
+
+
+def frame_count(extractor: Any, samples: int) -> int:
+    """Returns how many frames (or samples) a feature extractor makes of so many samples."""
+    hop = getattr(extractor, "hop_length", None)
+    if hop is None:
+        return samples
+    if hasattr(extractor, "nb_max_frames"):
+        return min(-(-samples // hop), int(extractor.nb_max_frames))
+    return max(samples, int(extractor.n_fft)) // int(hop)
