@@ -1,0 +1,1 @@
+"""How modalities meet: projectors, attention between streams, gates. Tensors only."""

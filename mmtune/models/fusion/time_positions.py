@@ -1,0 +1,69 @@
+"""When something was: frames of a clip in seconds, items of a history counted back from the latest.
+
+Shapes: B rows, F frames, N items, H width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+SHORTEST_SECONDS = 0.1
+LONGEST_SECONDS = 1000.0
+
+
+def sinusoids(positions: torch.Tensor, width: int, *, shortest: float, longest: float) -> torch.Tensor:
+    """Returns sines then cosines of positions in fp32, ``(..., width)``; wavelengths from shortest to longest.
+
+    The positions of Vaswani et al. 2017, at real numbers and with wavelengths in the positions' own unit.
+
+    Raises:
+        ValueError: The width is odd.
+    """
+    if width % 2:
+        raise ValueError(f"sines and cosines need an even width, not {width}")
+    steps = torch.linspace(0.0, 1.0, width // 2, device=positions.device)
+    wavelengths = shortest * (longest / shortest) ** steps
+    angles = positions.float()[..., None] * (2 * math.pi / wavelengths)
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+class TimePositions(nn.Module):
+    """What is added to every token of a frame for the second at which it was taken.
+
+    Seconds and not frame numbers: clips of any rate, sampled anyhow, agree on what 2 s is.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width, bias=False)
+        nn.init.normal_(self.linear.weight, std=0.02)
+
+    def forward(self, seconds_BF: torch.Tensor) -> torch.Tensor:
+        """Returns ``(B, F, H)`` for times in seconds from the start of the clip."""
+        width = self.linear.in_features
+        waves = sinusoids(seconds_BF, width, shortest=SHORTEST_SECONDS, longest=LONGEST_SECONDS)
+        return self.linear(waves.to(self.linear.weight.dtype))
+
+
+def recency(valid_BN: torch.Tensor) -> torch.Tensor:
+    """Returns how many valid items follow each item, ``(B, N)``: 0 is the latest; 0 at padding too.
+
+    Padding may stand on either side; a history that grows keeps what its recent items mean.
+    """
+    following = valid_BN.long().flip(-1).cumsum(-1).flip(-1) - 1
+    return following.masked_fill(~valid_BN, 0)
+
+
+class RecencyPositions(nn.Module):
+    """A learned vector per recency; all items older than the last slot share it."""
+
+    def __init__(self, slots: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(slots, width)
+
+    def forward(self, valid_BN: torch.Tensor) -> torch.Tensor:
+        """Returns ``(B, N, H)``; ``valid_BN`` is False at padding."""
+        return self.embedding(recency(valid_BN).clamp(max=self.embedding.num_embeddings - 1))
