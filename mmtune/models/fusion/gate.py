@@ -7,25 +7,40 @@ Shapes: K branches, V vocabulary, W width of the instruction's embedding; ``...`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+LEAD = 0.9
+
 
 class DecisionGate(nn.Module):
-    """One learned weight per branch, moved by the instruction where one is given; equal weights at the start."""
+    """One learned weight per branch, moved by the instruction where one is given."""
 
-    def __init__(self, branches: int, instruction_width: int | None = None) -> None:
+    def __init__(self, branches: int, instruction_width: int | None = None, *, lead: int | None = None) -> None:
+        """Makes a gate.
+
+        Args:
+            branches: K.
+            instruction_width: W where the instruction conditions the gate, else None.
+            lead: The branch that starts with ``LEAD`` of the weight; None starts all the same. In hybrid fusion it
+                is the joint pass: what takes both modalities to learn is not learned through a third of a gradient.
+        """
         super().__init__()
+        self.lead = lead
         self.bias = nn.Parameter(torch.empty(branches))
         self.condition = None if instruction_width is None else nn.Linear(instruction_width, branches, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weighs all branches the same again, whatever the instruction."""
+        """Goes back to the weights of the start, whatever the instruction."""
         nn.init.zeros_(self.bias)
+        if self.lead is not None and len(self.bias) > 1:
+            with torch.no_grad():
+                self.bias[self.lead] = math.log(LEAD / (1 - LEAD) * (len(self.bias) - 1))
         if self.condition is not None:
             nn.init.zeros_(self.condition.weight)
 

@@ -76,6 +76,15 @@ def test_the_instruction_moves_the_gate():
         gate(present)
 
 
+def test_a_lead_starts_with_nine_tenths_and_can_be_restored():
+    gate, present = DecisionGate(3, lead=0), torch.ones(1, 3, dtype=torch.bool)
+    wanted = torch.tensor([[0.9, 0.05, 0.05]])
+    torch.testing.assert_close(gate(present).exp(), wanted)
+    torch.nn.init.normal_(gate.bias)
+    gate.reset_parameters()
+    torch.testing.assert_close(gate(present).exp(), wanted)
+
+
 def test_entropy_is_log_k_then_zero():
     present = torch.ones(2, 4, dtype=torch.bool)
     torch.testing.assert_close(gate_entropy(DecisionGate(4)(present)), torch.full((2,), math.log(4)))
