@@ -1,0 +1,1 @@
+"""What alignment and pretraining minimise: reconstruction, minimax, contrast, masking. Tensors only."""

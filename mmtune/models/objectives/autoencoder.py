@@ -1,0 +1,120 @@
+"""The multimodal autoencoder: one code from all modalities, and every modality decoded from it.
+
+Ngiam et al. 2011. With a modality dropped from the input and kept in the loss, the code learns to fill it in.
+Shapes: B rows, D width of a modality's features, C width of the code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from mmtune.errors import RecipeError
+
+
+class Autoencoder(nn.Module):
+    """Encoders and decoders per modality around the mean of what the encoders say.
+
+    With ``inner_width`` None both are linear, and the best code is that of PCA over all features side by side.
+    """
+
+    def __init__(self, widths: Mapping[str, int], code_width: int, inner_width: int | None = None) -> None:
+        """Makes random encoders and decoders.
+
+        Args:
+            widths: Width of the pooled features by modality; its order is that of ``present``.
+            code_width: C.
+            inner_width: Width of one hidden layer each way, or None for the linear autoencoder.
+
+        Raises:
+            RecipeError: The code is wider than all features together.
+        """
+        super().__init__()
+        total = sum(widths.values())
+        if code_width > total:
+            raise RecipeError(
+                f"a code of {code_width} is wider than the features it is made from ({total})",
+                "choose a smaller code: a wide one copies instead of compressing",
+            )
+        self.encoders = nn.ModuleDict({name: _layers(width, inner_width, code_width) for name, width in widths.items()})
+        self.decoders = nn.ModuleDict({name: _layers(code_width, inner_width, width) for name, width in widths.items()})
+
+    def encode(self, features: Mapping[str, torch.Tensor], kept_BK: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns the joint code, ``(B, C)``: the mean over the modalities kept, zero where none is.
+
+        Args:
+            features: ``(B, D)`` by modality; one that the batch lacks altogether may be missing.
+            kept_BK: Bool, a column per modality in the constructor's order; None keeps what is in ``features``.
+        """
+        columns = [index for index, name in enumerate(self.encoders) if name in features]
+        if not columns:
+            raise ValueError(f"none of {', '.join(self.encoders)} is there to encode")
+        codes_KBC = torch.stack(
+            [encoder(features[name]) for name, encoder in self.encoders.items() if name in features]
+        )
+        if kept_BK is None:
+            return codes_KBC.mean(0)
+        kept_KB1 = kept_BK[:, columns].T[..., None]
+        total_BC = codes_KBC.masked_fill(~kept_KB1, 0.0).sum(0)
+        return total_BC / kept_KB1.sum(0).clamp(min=1)
+
+    def decode(self, code_BC: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns every modality's features, ``(B, D)``, from the code."""
+        return {name: decoder(code_BC) for name, decoder in self.decoders.items()}
+
+    def errors(
+        self,
+        features: Mapping[str, torch.Tensor],
+        present_BK: torch.Tensor | None = None,
+        kept_BK: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Returns ``||x - x'||^2`` per row, ``(B,)``, by modality; zero where a row lacks it.
+
+        The rows that fit least are those whose modalities do not belong together.
+
+        Args:
+            features: ``(B, D)`` by modality.
+            present_BK: What each row has, and so what is scored; None for all of ``features``.
+            kept_BK: What the code may read; None for what is present.
+        """
+        made = self.decode(self.encode(features, present_BK if kept_BK is None else kept_BK))
+        found = {}
+        for index, name in enumerate(self.decoders):
+            if name in features:
+                error_B = (features[name] - made[name]).square().sum(-1)
+                found[name] = error_B if present_BK is None else error_B.masked_fill(~present_BK[:, index], 0.0)
+        return found
+
+    def losses(
+        self,
+        features: Mapping[str, torch.Tensor],
+        present_BK: torch.Tensor | None = None,
+        kept_BK: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Returns the mean squared norm of the error by modality, over the rows that have it.
+
+        Their sum is the reconstruction loss. A modality of large numbers rules it: watch each.
+
+        Args:
+            features: ``(B, D)`` by modality.
+            present_BK: What each row has.
+            kept_BK: What the code may read, from ``modality_dropout``.
+        """
+        errors = self.errors(features, present_BK, kept_BK)
+        if present_BK is None:
+            return {name: error_B.mean() for name, error_B in errors.items()}
+        rows = dict(zip(self.decoders, present_BK.sum(0).clamp(min=1).unbind(), strict=True))
+        return {name: error_B.sum() / rows[name] for name, error_B in errors.items()}
+
+    @torch.no_grad()
+    def reduce(self, features: Mapping[str, torch.Tensor], present_BK: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns codes to keep in place of the features, ``(B, C)``, without a gradient."""
+        return self.encode(features, present_BK)
+
+
+def _layers(source_width: int, inner_width: int | None, width: int) -> nn.Module:
+    if inner_width is None:
+        return nn.Linear(source_width, width)
+    return nn.Sequential(nn.Linear(source_width, inner_width), nn.GELU(), nn.Linear(inner_width, width))

@@ -1,0 +1,46 @@
+"""Times in seconds and recencies: order changes tokens, not their mean; padding changes nothing."""
+
+import math
+
+import pytest
+import torch
+
+from mmtune.models.fusion.time_positions import RecencyPositions, TimePositions, recency, sinusoids
+
+
+def test_sinusoids_are_the_formula():
+    found = sinusoids(torch.tensor([0.0, 0.3, 7.25]), 6, shortest=0.5, longest=50.0)
+    waves = [0.5, 5.0, 50.0]
+    for row, at in zip(found, (0.0, 0.3, 7.25), strict=True):
+        turns = [2 * math.pi * at / wave for wave in waves]
+        wanted = [math.sin(turn) for turn in turns] + [math.cos(turn) for turn in turns]
+        torch.testing.assert_close(row, torch.tensor(wanted), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="even width"):
+        sinusoids(torch.zeros(1), 5, shortest=1, longest=2)
+
+
+def test_reversed_frames_change_tokens_but_not_the_mean():
+    torch.manual_seed(0)
+    positions = TimePositions(16)
+    seconds, frames = torch.tensor([[0.0, 0.5, 1.0, 1.5]]), torch.randn(1, 4, 16)
+    forward, backward = frames + positions(seconds), frames.flip(1) + positions(seconds)
+    assert (forward - backward.flip(1)).abs().max() > 1e-2
+    torch.testing.assert_close(forward.mean(1), backward.mean(1))
+
+
+def test_the_same_second_is_the_same_position_at_any_frame_rate():
+    positions = TimePositions(16)
+    slow, fast = positions(torch.tensor([[0.0, 1.0, 2.0]])), positions(torch.tensor([[0.0, 0.5, 1.0, 1.5, 2.0]]))
+    torch.testing.assert_close(slow, fast[:, ::2])
+
+
+def test_recency_counts_back_from_the_latest_on_either_padding():
+    valid = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [0, 0, 0, 0, 0]], dtype=torch.bool)
+    assert recency(valid).tolist() == [[2, 1, 0, 0, 0], [0, 0, 2, 1, 0], [0] * 5]
+
+
+def test_old_items_share_the_last_slot():
+    positions = RecencyPositions(3, 8)
+    made = positions(torch.ones(1, 5, dtype=torch.bool))[0]
+    assert torch.equal(made[0], made[2]) and torch.equal(made[1], made[2])
+    assert not torch.equal(made[3], made[4])
