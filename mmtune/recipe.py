@@ -31,8 +31,9 @@ class Model(Section):
     """Hub id, or a folder with config.json, safetensors, tokenizer and processor."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
-    attn: Literal["auto", "eager", "sdpa"] = "auto"
-    """Attention kernel; auto lets transformers choose."""
+    attn: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] = "auto"
+    """Attention kernel. auto: FlexAttention for packed trees on a GPU if it proves exact, else transformers' choice;
+    flex_attention: no other for trees. A flash kernel takes no mask of trees, so rows train apart."""
 
 
 class Source(Section):

@@ -18,6 +18,8 @@ from mmtune.training.label_tokens import only_label_tokens
 from mmtune.training.tree_mask import MaskRules, attention_mask, behind_virtual_tokens
 
 IGNORED = -100
+# What says who sees whom in a packed row.
+_LAYOUT = ("layout", "spans", "tiles")
 # Most logits that stand in fp32 at once (64 MiB).
 _CHUNK_LOGITS = 1 << 24
 
@@ -28,30 +30,30 @@ def answer_loss(
     """Returns the summed cross-entropy in fp32 over the label tokens, and their number.
 
     Args:
-        model: Called with the batch less ``labels`` and ``layout``, features as ``mm_encoder_outputs``.
+        model: Called with the batch less ``labels`` and its layout, features as ``mm_encoder_outputs``.
         batch: Padded rows, or packed trees as ``TreeCollator`` makes them; ``labels`` is
             ``(B, T)`` with -100 where there is no loss.
         rules: The model's attention; wanted for packed trees.
     """
     labels_BT = batch["labels"]
-    inputs = with_encoder_outputs({name: value for name, value in batch.items() if name not in ("labels", "layout")})
+    inputs = with_encoder_outputs({name: v for name, v in batch.items() if name not in ("labels", *_LAYOUT)})
     bears_BT = labels_BT[:, 1:] != IGNORED
     with only_label_tokens(model, bears_BT):
         if "layout" not in batch:
             made = model(**inputs, use_cache=False)
         else:
             assert rules is not None
-            made = _run_packed(model, inputs, batch["layout"], rules)
+            made = _run_packed(model, inputs, batch, rules)
         logits_NV = made.logits[0]
     targets_N = labels_BT[:, 1:][bears_BT]
     return chunked_cross_entropy(logits_NV, targets_N), targets_N.numel()
 
 
-def _run_packed(model: Any, inputs: Mapping[str, Any], layout: torch.Tensor, rules: MaskRules) -> Any:
+def _run_packed(model: Any, inputs: Mapping[str, Any], batch: Mapping[str, torch.Tensor], rules: MaskRules) -> Any:
     count = virtual_tokens(model)
     if not count:
-        return model(**{**inputs, "attention_mask": attention_mask(layout, rules)}, use_cache=False)
-    whole = behind_virtual_tokens(layout, count)
+        return model(**{**inputs, "attention_mask": attention_mask(batch, rules)}, use_cache=False)
+    whole = {"layout": behind_virtual_tokens(batch["layout"], count)}
     mask = attention_mask(whole, rules, first=count if is_prefix(model) else 0)
     return run_behind_virtual_tokens(model, {**inputs, "attention_mask": mask})
 

@@ -15,6 +15,7 @@ from mmtune.encoding.collate import Collator
 from mmtune.encoding.render import IGNORED, EncodedRow
 from mmtune.encoding.tree import Tree, tree_rows
 from mmtune.training.rope_index import RopeIndex
+from mmtune.training.tree_blocks import flex_parts
 
 LAYOUT = ("tree", "branch", "place", "block")
 """What the rows of a batch's ``layout`` hold; see ``tree_mask.sees``."""
@@ -27,18 +28,20 @@ class TreeCollator:
     Attributes:
         collate: Makes the family's tensors of plain rows.
         rope: The family's 3-D positions, or None.
-        multiple_of: T is rounded up to a multiple of this (128 for FlexAttention).
+        multiple_of: T is rounded up to a multiple of this; ``tree_blocks.BLOCK`` for FlexAttention.
+        flex_windows: For FlexAttention the sliding window of every kind of layer; else empty.
     """
 
     collate: Collator
     rope: RopeIndex | None = None
     multiple_of: int = 1
+    flex_windows: tuple[int | None, ...] = ()
 
     def __call__(self, bins: Sequence[Sequence[Tree]], step: int | None = None) -> dict[str, torch.Tensor]:
         """Returns what the rows' batch has, with ``position_ids`` and ``layout``.
 
-        ``layout`` is ``(4, B, T)`` int32 (see ``LAYOUT``); ``step`` is the training step, for images
-        that change while training.
+        ``layout`` is ``(4, B, T)`` int32 (see ``LAYOUT``), for FlexAttention with what ``flex_parts`` makes
+        of it; ``step`` is the training step, for images that change while training.
 
         Raises:
             IntegrityError: A medium now takes another number of tokens than at tokenize time.
@@ -51,6 +54,8 @@ class TreeCollator:
         layout = packed_layout(bins, batch["input_ids"].shape[1], None if types is None else types.numpy())
         batch |= {"layout": torch.from_numpy(layout), **media}
         batch["position_ids"] = self._positions(bins, layout[2], batch)
+        if self.flex_windows:
+            batch |= flex_parts(layout, self.flex_windows)
         return batch
 
     def _positions(
