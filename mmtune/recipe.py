@@ -211,6 +211,8 @@ class Finetune(Section):
     """Rows per micro batch and process; batch_tokens alone decides when not given."""
     batch_tokens: Annotated[int, Field(ge=1)] = 8192
     """Most padded tokens per micro batch and process."""
+    batch_media_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Most media tokens per micro batch and process, where a tower needs more memory than the language model."""
     accumulate: Annotated[int, Field(ge=1)] = 1
     """Micro batches per optimizer step."""
     clip: Annotated[float, Field(gt=0)] | None = 1.0

@@ -121,7 +121,7 @@ def rows_apart(split: Split, course: Mapping[str, Any]) -> Batching:
         course: The arguments of ``Plan`` but ``sizes`` and ``packed``.
     """
     sizes, at = row_sizes(split.table)
-    tokens = int(sizes.longest.sum())
+    tokens = int(sizes.tokens.sum())
     batches = RowBatches(split.trees, at, split.collate)
     return Batching(Plan(sizes=sizes, **course), batches, answer_loss, (tokens, tokens))
 
@@ -142,15 +142,16 @@ def packed_trees(model: Any, split: Split, course: Mapping[str, Any]) -> Batchin
     """
     rules = mask_rules(model)
     rows: int | None = course["batch_rows"]
+    media: int | None = course["batch_media_tokens"]
     capacity = bin_tokens(split.lengths, course["batch_tokens"], rules)
-    costs = tree_costs(split.lengths, capacity, rows=rows)
-    packing = Packing(costs, split.lengths.rows, capacity, course["seed"])
+    costs = tree_costs(split.lengths, capacity, media=media, rows=rows)
+    packing = Packing(costs, split.lengths, capacity, course["seed"])
     packed: Callable[[int], list[np.ndarray]] = partial(
-        packing.epoch_batches, batch_tokens=course["batch_tokens"], batch_rows=rows
+        packing.epoch_batches, batch_tokens=course["batch_tokens"], batch_rows=rows, batch_media_tokens=media
     )
     batches = PackedBatches(split.trees, packing, _tree_collator(model, split, rules))
     plan = Plan(sizes=tree_sizes(split.table), packed=packed, **course)
-    tokens = int(split.lengths.tokens.sum()), int(row_sizes(split.table)[0].longest.sum())
+    tokens = int(split.lengths.tokens.sum()), int(row_sizes(split.table)[0].tokens.sum())
     return Batching(plan, batches, partial(answer_loss, rules=rules), tokens)
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmtune.errors import CapabilityError
+from mmtune.training import tree_mask
 from mmtune.training.tree_mask import MaskRules, attention_mask, dense_mask, mask_rules
 from tests.training.forests import IMAGE, forests, layout_of
 
@@ -48,6 +49,14 @@ def test_the_mask_is_its_definition(forest: Any, window: int | None) -> None:
     assert torch.equal(found[:, 0] & real[:, None, :] & real[:, :, None], expected)
     assert found.any(dim=-1).all(), "a row without any key would be NaN"
     assert not (found[:, 0] & (real[:, None, :] ^ real[:, :, None])).any()
+
+
+@pytest.mark.parametrize("queries", [1, 3, 7])
+def test_the_mask_is_the_same_in_pieces(queries: int, monkeypatch: Any) -> None:
+    layout = layout_of([[[[0, 1, 1, 0], [0, 0], [0, 1, 0]]], [[[], [0, 0, 0]]]])
+    whole = dense_mask(layout, 4)
+    monkeypatch.setattr(tree_mask, "_QUERIES", queries)
+    assert torch.equal(dense_mask(layout, 4), whole)
 
 
 def test_one_mask_per_kind_of_layer() -> None:

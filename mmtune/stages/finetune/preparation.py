@@ -178,7 +178,7 @@ def _place(model: Any, settings: Finetune, accelerator: Any, console: Talk) -> N
 
 def _batching_of(make: Any, recipe: Recipe, settings: Finetune, accelerator: Any) -> Any:
     """Returns a function from a split and its name to its batching."""
-    budget = {"batch_tokens": settings.batch_tokens, "batch_rows": settings.batch_rows}
+    budget = {name: getattr(settings, name) for name in ("batch_tokens", "batch_rows", "batch_media_tokens")}
     train = {
         **budget,
         "seed": recipe.seed,
