@@ -31,8 +31,9 @@ class Model(Section):
     """Hub id, or a folder with config.json, safetensors, tokenizer and processor."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
-    attn: Literal["auto", "eager", "sdpa"] = "auto"
-    """Attention kernel; auto lets transformers choose."""
+    attn: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] = "auto"
+    """Attention kernel. auto: FlexAttention for packed trees on a GPU if it proves exact, else transformers' choice;
+    flex_attention: no other for trees. A flash kernel takes no mask of trees, so rows train apart."""
 
 
 class Source(Section):
@@ -210,6 +211,8 @@ class Finetune(Section):
     """Rows per micro batch and process; batch_tokens alone decides when not given."""
     batch_tokens: Annotated[int, Field(ge=1)] = 8192
     """Most padded tokens per micro batch and process."""
+    batch_media_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Most media tokens per micro batch and process, where a tower needs more memory than the language model."""
     accumulate: Annotated[int, Field(ge=1)] = 1
     """Micro batches per optimizer step."""
     clip: Annotated[float, Field(gt=0)] | None = 1.0

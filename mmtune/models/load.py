@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmtune.errors import CapabilityError, DataError, IntegrityError, RecipeError
+from mmtune.models.attention import FLEX
 
 if TYPE_CHECKING:
     import torch
@@ -97,14 +98,14 @@ def load_model(
         path: Folder or hub id.
         revision: Branch, tag or commit of a hub model.
         dtype: Type of the weights; None keeps fp32.
-        attn: ``auto`` or the name of an attention kernel.
+        attn: ``auto`` or the name of an attention kernel; FlexAttention comes later, for packed trees alone.
         offline: Never reach for the network.
         random_weights: Build from the config alone (a baseline).
         nf4: Hold the language model's linear layers in 4 bits.
 
     Raises:
         DataError: Only pickled weights are there, or remote code is asked for.
-        CapabilityError: The model is not at hand or its class is unknown.
+        CapabilityError: The model is not at hand, its class is unknown, or the kernel is not for it or not installed.
         IntegrityError: Weights are missing, damaged or of another shape.
     """
     import torch
@@ -114,8 +115,9 @@ def load_model(
     logging.disable_progress_bar()
     config = load_config(path, revision=revision, offline=offline)
     cls = model_class(config)
-    if attn != "auto":
+    if attn not in ("auto", FLEX):
         config._attn_implementation = attn
+        _check_kernel(cls, config, attn)
     if random_weights:
         return cls(config).to(dtype or torch.float32).eval()
     folder = Path(path)
@@ -154,6 +156,21 @@ def load_model(
             f"{path} lacks {len(missing)} weights, such as {missing[0]}", "fetch the model again", "missing_weights"
         )
     return model.eval()
+
+
+def _check_kernel(cls: Any, config: PretrainedConfig, attn: str) -> None:
+    """Builds the model without memory, where transformers looks for the kernel and asks the family."""
+    import torch
+
+    try:
+        with torch.device("meta"):
+            cls(config)
+    except (ImportError, ValueError) as error:
+        raise CapabilityError(
+            f"the attention kernel {attn} cannot run {cls.__name__}: {str(error).splitlines()[0]}",
+            "set model.attn: auto",
+            "no_attention_kernel",
+        ) from error
 
 
 def load_tuned(base: str, folder: Path, **settings: Any) -> Any:

@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
+from mmtune.errors import CapabilityError
+from mmtune.models.attention import FLEX
 from mmtune.training.data import PackedBatches, RowBatches, Trees, row_sizes, tree_sizes
 from mmtune.training.loss import answer_loss
 from mmtune.training.packing import Packing, TreeLengths, tree_costs, tree_lengths, tree_modalities
 from mmtune.training.plan import Plan
 from mmtune.training.rope_index import rope_index
 from mmtune.training.tree_batch import TreeCollator
+from mmtune.training.tree_blocks import BLOCK
 from mmtune.training.tree_check import TreeCheck, check_trees, trees_to_check
-from mmtune.training.tree_mask import mask_rules
+from mmtune.training.tree_mask import MaskRules, mask_rules
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from mmtune.encoding.collate import Collator
     from mmtune.features.shards import Features
-
-# FlexAttention works on blocks of this many tokens.
-_FLEX_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -92,16 +92,21 @@ class Batching:
     tokens: tuple[int, int]
 
 
-def check_sharing(model: Any, split: Split, accelerator: Any) -> TreeCheck:
+def check_sharing(model: Any, split: Split, accelerator: Any, rows_by: str) -> TreeCheck:
     """Compares a few real trees of every set of modalities with their separate rows, see ``check_trees``.
 
-    Returns the worst of it.
+    Returns the worst of it. ``rows_by`` is the attention kernel of the rows.
     """
-    collate = _tree_collator(model, split)
+    try:
+        collate = _tree_collator(model, split, mask_rules(model))
+    except CapabilityError as error:
+        return TreeCheck(False, float("nan"), float("nan"), 0.0, str(error))
     worst = TreeCheck(True, 0.0, 0.0, 0.0)
     for numbers in trees_to_check(split.lengths, tree_modalities(split.table)):
         trees = split.trees.trees(numbers)
-        found = check_trees(model, trees, collate, device=accelerator.device, autocast=accelerator.autocast)
+        found = check_trees(
+            model, trees, collate, device=accelerator.device, autocast=accelerator.autocast, rows_by=rows_by
+        )
         if not found.exact:
             return found
         worst = max(worst, found, key=lambda check: check.gradient_error)
@@ -116,7 +121,7 @@ def rows_apart(split: Split, course: Mapping[str, Any]) -> Batching:
         course: The arguments of ``Plan`` but ``sizes`` and ``packed``.
     """
     sizes, at = row_sizes(split.table)
-    tokens = int(sizes.longest.sum())
+    tokens = int(sizes.tokens.sum())
     batches = RowBatches(split.trees, at, split.collate)
     return Batching(Plan(sizes=sizes, **course), batches, answer_loss, (tokens, tokens))
 
@@ -124,8 +129,8 @@ def rows_apart(split: Split, course: Mapping[str, Any]) -> Batching:
 def packed_trees(model: Any, split: Split, course: Mapping[str, Any]) -> Batching:
     """Returns batches of packed trees, in which every shared prefix stands once.
 
-    A bin is as long as the longest tree: a longer one would compute more of the masked part of
-    the attention.
+    Under FlexAttention, which skips what the mask hides, a bin is a whole micro batch. Else it is
+    as long as the longest tree: a longer one would compute more of the masked part.
 
     Args:
         model: For its positions and masks.
@@ -137,18 +142,27 @@ def packed_trees(model: Any, split: Split, course: Mapping[str, Any]) -> Batchin
     """
     rules = mask_rules(model)
     rows: int | None = course["batch_rows"]
-    capacity = int(split.lengths.tokens.max())
-    costs = tree_costs(split.lengths, capacity, rows=rows)
-    packing = Packing(costs, split.lengths.rows, capacity, course["seed"])
+    media: int | None = course["batch_media_tokens"]
+    capacity = bin_tokens(split.lengths, course["batch_tokens"], rules)
+    costs = tree_costs(split.lengths, capacity, media=media, rows=rows)
+    packing = Packing(costs, split.lengths, capacity, course["seed"])
     packed: Callable[[int], list[np.ndarray]] = partial(
-        packing.epoch_batches, batch_tokens=course["batch_tokens"], batch_rows=rows
+        packing.epoch_batches, batch_tokens=course["batch_tokens"], batch_rows=rows, batch_media_tokens=media
     )
-    batches = PackedBatches(split.trees, packing, _tree_collator(model, split))
+    batches = PackedBatches(split.trees, packing, _tree_collator(model, split, rules))
     plan = Plan(sizes=tree_sizes(split.table), packed=packed, **course)
-    tokens = int(split.lengths.tokens.sum()), int(row_sizes(split.table)[0].longest.sum())
+    tokens = int(split.lengths.tokens.sum()), int(row_sizes(split.table)[0].tokens.sum())
     return Batching(plan, batches, partial(answer_loss, rules=rules), tokens)
 
 
-def _tree_collator(model: Any, split: Split) -> TreeCollator:
-    flex = model.config.get_text_config()._attn_implementation == "flex_attention"
-    return TreeCollator(split.collate, rope_index(model), multiple_of=_FLEX_BLOCK if flex else 1)
+def bin_tokens(lengths: TreeLengths, batch_tokens: int, rules: MaskRules) -> int:
+    """Returns how many tokens a bin may hold; see ``packed_trees``."""
+    if rules.implementation == FLEX:
+        return max(batch_tokens // BLOCK, 1) * BLOCK
+    return int(lengths.tokens.max())
+
+
+def _tree_collator(model: Any, split: Split, rules: MaskRules) -> TreeCollator:
+    flex = rules.implementation == FLEX
+    windows = tuple(rules.windows.values()) if flex else ()
+    return TreeCollator(split.collate, rope_index(model), BLOCK if flex else 1, windows)

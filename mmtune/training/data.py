@@ -25,33 +25,36 @@ Numbers = Sequence[int] | np.ndarray
 def tree_sizes(table: pa.Table) -> TreeSizes:
     """Returns the sizes of every tree, read column-wise in bounded pieces."""
     parts = [
-        (counts.size, prefix + int(counts.max(initial=0)), int(targets.sum()))
-        for prefix, counts, targets in _branches(table)
+        (counts.size - 1, int(counts.sum()), int(targets.sum()), int(media.sum()))
+        for counts, targets, media in _branches(table)
     ]
-    return TreeSizes(*np.asarray(parts, dtype=np.int64).reshape(-1, 3).T)
+    return TreeSizes(*np.asarray(parts, dtype=np.int64).reshape(-1, 4).T)
 
 
 def row_sizes(table: pa.Table) -> tuple[TreeSizes, np.ndarray]:
     """Returns the sizes of every separate row, and ``(n, 2)`` the tree and the branch, from 0, it comes from."""
-    lengths, bears, at = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty((0, 2), np.int64)]
-    for number, (prefix, counts, targets) in enumerate(_branches(table)):
-        lengths.append(prefix + counts)
-        bears.append(targets)
-        at.append(np.stack([np.full(counts.size, number), np.arange(counts.size)], axis=1))
-    longest = np.concatenate(lengths)
-    return TreeSizes(np.ones_like(longest), longest, np.concatenate(bears)), np.concatenate(at)
+    parts, at = [np.empty((4, 0), np.int64)], [np.empty((0, 2), np.int64)]
+    for number, (counts, targets, media) in enumerate(_branches(table)):
+        # Every row has the prefix; no label stands there.
+        parts.append(np.stack([np.ones_like(counts), counts[0] + counts, targets, media[0] + media])[:, 1:])
+        at.append(np.stack([np.full(counts.size - 1, number), np.arange(counts.size - 1)], axis=1))
+    return TreeSizes(*np.concatenate(parts, axis=1)), np.concatenate(at)
 
 
-def _branches(table: pa.Table) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Yields, per tree, the tokens of its prefix, and the tokens and the labels of each branch."""
-    for batch in table.select(["labels", "branch"]).to_batches(max_chunksize=4096):
+def _branches(table: pa.Table) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yields, per tree, the tokens, the labels and the media tokens of its prefix and of each branch."""
+    for batch in table.select(["labels", "branch", "media"]).to_batches(max_chunksize=4096):
         branch, bounds = _flat(batch.column(1))
         labels, _ = _flat(batch.column(0))
-        for first, last in pairwise(bounds):
+        spans, ends = batch.column(2).values, batch.column(2).offsets.to_numpy()
+        starts, lengths = (spans.field(name).to_numpy().astype(np.int64) for name in ("start", "length"))
+        for (first, last), (one, end) in zip(pairwise(bounds), pairwise(ends), strict=True):
             own = branch[first:last]
             counts = np.bincount(own, minlength=1)
             targets = np.bincount(own[labels[first:last] != -100], minlength=counts.size)
-            yield int(counts[0]), counts[1:], targets[1:]
+            media = np.zeros_like(counts)
+            np.add.at(media, own[starts[one:end]], lengths[one:end])
+            yield counts, targets, media
 
 
 def some_rows(table: pa.Table, limit: int) -> pa.Table:

@@ -65,7 +65,8 @@ def memory_errors(trees: np.ndarray, ids: Callable[[np.ndarray], list[str]]) -> 
         raise ResourceError(
             f"memory ran out over a micro batch with the examples {_some(ids(trees))}:"
             f" {said.splitlines()[0] if said else type(error).__name__}",
-            "lower finetune.batch_tokens or batch_rows and raise accumulate as much, or set finetune.checkpointing",
+            "lower finetune.batch_tokens, batch_rows or batch_media_tokens and raise accumulate as much,"
+            " or set finetune.checkpointing",
             "out_of_memory",
         ) from error
 

@@ -21,7 +21,7 @@ IGNORED = -100
 # Most logits that stand in fp32 at once (64 MiB).
 _CHUNK_LOGITS = 1 << 24
 # What a batch holds for the loss and not for the model.
-_OURS = ("labels", "next_labels", "layout")
+_OURS = ("labels", "next_labels", "layout", "spans", "tiles")
 
 
 def answer_loss(
@@ -30,7 +30,7 @@ def answer_loss(
     """Returns the summed cross-entropy in fp32 over the label tokens, and their number.
 
     Args:
-        model: Called with the batch less its labels and ``layout``, features as ``mm_encoder_outputs``.
+        model: Called with the batch less its labels and its layout, features as ``mm_encoder_outputs``.
         batch: Padded rows with ``labels`` ``(B, T)``, -100 where there is no loss; or packed trees as
             ``TreeCollator`` makes them, with ``next_labels``.
         rules: The model's attention; wanted for packed trees.
@@ -43,7 +43,7 @@ def answer_loss(
             made = model(**inputs, use_cache=False)
         else:
             assert rules is not None
-            made = _run_packed(model, inputs, batch["layout"], rules)
+            made = _run_packed(model, inputs, batch, rules)
         logits_NV = made.logits[0]
     targets_N = next_BT[bears_BT]
     return chunked_cross_entropy(logits_NV, targets_N), targets_N.numel()
@@ -54,11 +54,11 @@ def next_labels(labels_BT: torch.Tensor) -> torch.Tensor:
     return functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
 
 
-def _run_packed(model: Any, inputs: Mapping[str, Any], layout: torch.Tensor, rules: MaskRules) -> Any:
+def _run_packed(model: Any, inputs: Mapping[str, Any], batch: Mapping[str, torch.Tensor], rules: MaskRules) -> Any:
     count = virtual_tokens(model)
     if not count:
-        return model(**{**inputs, "attention_mask": attention_mask(layout, rules)}, use_cache=False)
-    whole = behind_virtual_tokens(layout, count)
+        return model(**{**inputs, "attention_mask": attention_mask(batch, rules)}, use_cache=False)
+    whole = {"layout": behind_virtual_tokens(batch["layout"], count)}
     mask = attention_mask(whole, rules, first=count if is_prefix(model) else 0)
     return run_behind_virtual_tokens(model, {**inputs, "attention_mask": mask})
 

@@ -116,13 +116,13 @@ class Packing:
 
     Attributes:
         costs: ``(n,)`` tokens that each tree takes.
-        rows: ``(n,)`` branches of each tree.
+        lengths: Of the trees.
         capacity: Tokens of a bin.
         seed: Seed of the order.
     """
 
     costs: np.ndarray
-    rows: np.ndarray
+    lengths: TreeLengths
     capacity: int
     seed: int
 
@@ -131,26 +131,35 @@ class Packing:
         shuffled = order(self.seed, epoch, self.costs.size)
         return [shuffled[members] for members in pack(self.costs[shuffled], self.capacity)]
 
-    def epoch_batches(self, epoch: int, *, batch_tokens: int, batch_rows: int | None = None) -> list[np.ndarray]:
+    def epoch_batches(
+        self, epoch: int, *, batch_tokens: int, batch_rows: int | None = None, batch_media_tokens: int | None = None
+    ) -> list[np.ndarray]:
         """Returns the micro batches of an epoch, each the trees of one or more bins, in a shuffled order.
 
         Args:
             epoch: Counts from zero.
             batch_tokens: Most tokens of a micro batch, padding included.
             batch_rows: Most rows of a micro batch, or None; a bin with more stands alone.
+            batch_media_tokens: Most media tokens, in the same way.
         """
         bins = self.bins(epoch)
-        most = max(batch_tokens // self.capacity, 1)
+        # A bin counts as one, beside its rows and its media tokens.
+        most = [
+            max(batch_tokens // self.capacity, 1),
+            np.inf if batch_rows is None else batch_rows,
+            np.inf if batch_media_tokens is None else batch_media_tokens,
+        ]
         batches: list[np.ndarray] = []
         current: list[int] = []
-        rows = 0
+        held = np.zeros(3)
         for number in np.random.default_rng([self.seed, epoch]).permutation(len(bins)):
-            more = int(self.rows[bins[number]].sum())
-            if current and (len(current) == most or (batch_rows is not None and rows + more > batch_rows)):
+            members = bins[number]
+            more = np.array([1, self.lengths.rows[members].sum(), self.lengths.media[members].sum()])
+            if current and (held + more > most).any():
                 batches.append(_joined(bins, current))
-                current, rows = [], 0
+                current, held = [], np.zeros(3)
             current.append(int(number))
-            rows += more
+            held = held + more
         return [*batches, _joined(bins, current)] if current else batches
 
     def split(self, trees: np.ndarray) -> list[np.ndarray]:

@@ -18,17 +18,19 @@ from mmtune.errors import DataError
 
 @dataclass(frozen=True)
 class TreeSizes:
-    """Per tree: number of rows, longest row, and tokens that bear loss.
+    """Per row or tree: number of rows, tokens, tokens that bear loss, and media tokens.
 
     Attributes:
         rows: ``(n,)`` branches of each tree.
-        longest: ``(n,)`` tokens of its longest row.
+        tokens: ``(n,)`` tokens of its longest row; of a tree that is packed, all of them.
         targets: ``(n,)`` tokens with a label.
+        media: ``(n,)`` media tokens, which stand for the towers' work.
     """
 
     rows: np.ndarray
-    longest: np.ndarray
+    tokens: np.ndarray
     targets: np.ndarray
+    media: np.ndarray
 
 
 def order(seed: int, epoch: int, n: int) -> np.ndarray:
@@ -53,6 +55,7 @@ class Plan:
         micro_batches: Micro batches per step, over all processes.
         epochs: Passes over the data.
         max_steps: Steps, in place of ``epochs``.
+        batch_media_tokens: Most media tokens of a micro batch, or None.
         packed: Epoch to micro batches of packed trees; None when the rows of trees train apart.
     """
 
@@ -63,6 +66,7 @@ class Plan:
     micro_batches: int
     epochs: float
     max_steps: int | None = None
+    batch_media_tokens: int | None = None
     packed: Callable[[int], list[np.ndarray]] | None = None
 
     def epoch_batches(self, epoch: int) -> list[np.ndarray]:
@@ -73,16 +77,18 @@ class Plan:
             return self.packed(epoch)
         batches: list[np.ndarray] = []
         current: list[int] = []
-        rows = longest = 0
+        rows = longest = media = 0
         for tree in order(self.seed, epoch, self.sizes.rows.size):
-            more, length = int(self.sizes.rows[tree]), int(self.sizes.longest[tree])
+            more, length = int(self.sizes.rows[tree]), int(self.sizes.tokens[tree])
+            shown = int(self.sizes.media[tree])
             full = (rows + more) * max(longest, length) > self.batch_tokens
             full |= self.batch_rows is not None and rows + more > self.batch_rows
+            full |= self.batch_media_tokens is not None and media + shown > self.batch_media_tokens
             if current and full:
                 batches.append(np.asarray(current))
-                current, rows, longest = [], 0, 0
+                current, rows, longest, media = [], 0, 0, 0
             current.append(tree)
-            rows, longest = rows + more, max(longest, length)
+            rows, longest, media = rows + more, max(longest, length), media + shown
         batches.append(np.asarray(current))
         return batches
 
@@ -115,14 +121,18 @@ class Plan:
             epoch += 1
 
     def cost(self, batch: np.ndarray) -> int:
-        """Returns the tokens of a micro batch: padded rows, or the longest paths of packed trees."""
-        longest = self.sizes.longest[batch]
-        return int(longest.sum() if self.packed is not None else self.sizes.rows[batch].sum() * longest.max())
+        """Returns the tokens of a micro batch: of padded rows, or of packed trees."""
+        tokens = self.sizes.tokens[batch]
+        return int(tokens.sum() if self.packed is not None else self.sizes.rows[batch].sum() * tokens.max())
+
+    def media(self, batch: np.ndarray) -> int:
+        """Returns the media tokens of a micro batch."""
+        return int(self.sizes.media[batch].sum())
 
     def padding(self) -> float:
         """Returns the share of padding among the tokens of the first epoch."""
         padded = sum(self.cost(batch) for batch in self.epoch_batches(0))
-        return 1.0 - float((self.sizes.rows * self.sizes.longest).sum()) / padded
+        return 1.0 - float((self.sizes.rows * self.sizes.tokens).sum()) / padded
 
     def targets(self, batches: Sequence[np.ndarray]) -> int:
         """Returns the number of tokens with a label in some micro batches."""

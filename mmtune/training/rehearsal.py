@@ -1,4 +1,4 @@
-"""The largest micro batch, run once before step 1: what does not fit fails at once, and time can be foretold."""
+"""The largest micro batches, run before step 1: what does not fit fails at once, and time can be foretold."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What the largest micro batch took.
+    """What the micro batch with the most tokens took.
 
     Attributes:
         rows: Its rows.
@@ -36,33 +36,56 @@ class Rehearsal:
 
 
 def rehearse(model: Any, batching: Batching, accelerator: Any) -> Rehearsal:
-    """Runs forward and backward over the largest micro batch of the first epoch; leaves the model as it was.
+    """Runs forward and backward over the first epoch's micro batches with the most media tokens and the most tokens.
+
+    The model is left as it was.
 
     Raises:
-        ResourceError: Memory ran out, with the ids of its examples.
+        ResourceError: Memory ran out, with the ids of the examples.
     """
-    batches = batching.plan.epoch_batches(0)
-    costs = np.asarray([batching.plan.cost(own) for own in batches], dtype=np.float64)
-    units = batches[int(costs.argmax())]
-    device = accelerator.device
-    batch = {name: value.to(device) for name, value in batching.batches.batch(units, 0).items()}
+    plan, device = batching.plan, accelerator.device
+    batches = plan.epoch_batches(0)
+    costs = np.asarray([plan.cost(own) for own in batches], dtype=np.float64)
     training = model.training
     model.train()
-    began = time.perf_counter()
     try:
-        with memory_errors(units, batching.batches.ids):
-            with accelerator.autocast():
-                loss, count = batching.loss(model, batch)
-            if loss.requires_grad:
-                accelerator.backward(loss / max(count, 1))
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+        for number in heaviest(costs, np.asarray([plan.media(own) for own in batches]), again=device.type != "cpu"):
+            units = batches[number]
+            tokens, seconds = _run(model, batching, units, accelerator)
     finally:
         model.zero_grad(set_to_none=True)
         model.train(training)
-    seconds = time.perf_counter() - began
-    rows = int(batching.plan.sizes.rows[units].sum())
-    return Rehearsal(rows, batch["input_ids"].numel(), seconds, _peak_bytes(device), float(costs.mean() / costs.max()))
+    rows = int(plan.sizes.rows[units].sum())
+    return Rehearsal(rows, tokens, seconds, _peak_bytes(device), float(costs.mean() / costs.max()))
+
+
+def heaviest(tokens: np.ndarray, media: np.ndarray, *, again: bool) -> list[int]:
+    """Returns the numbers of the micro batches to rehearse; the one with the most tokens comes last.
+
+    Args:
+        tokens: ``(n,)`` of the micro batches.
+        media: ``(n,)`` media tokens of them.
+        again: Run the last one twice, as kernels are compiled the first time.
+    """
+    most = int(tokens.argmax())
+    by_media = [int(media.argmax())] if media.max() > media[most] else []
+    return [*by_media, most, *([most] if again else [])]
+
+
+def _run(model: Any, batching: Batching, units: np.ndarray, accelerator: Any) -> tuple[int, float]:
+    """Runs one micro batch; returns its tokens, padding included, and the seconds."""
+    device = accelerator.device
+    batch = {name: value.to(device) for name, value in batching.batches.batch(units, 0).items()}
+    began = time.perf_counter()
+    with memory_errors(units, batching.batches.ids):
+        with accelerator.autocast():
+            loss, count = batching.loss(model, batch)
+        if loss.requires_grad:
+            accelerator.backward(loss / max(count, 1))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    model.zero_grad(set_to_none=True)
+    return batch["input_ids"].numel(), time.perf_counter() - began
 
 
 def _peak_bytes(device: torch.device) -> int:

@@ -15,6 +15,7 @@ from mmtune.encoding.collate import Collator
 from mmtune.encoding.render import IGNORED, EncodedRow
 from mmtune.encoding.tree import Tree, tree_rows
 from mmtune.training.rope_index import RopeIndex
+from mmtune.training.tree_blocks import flex_parts
 
 LAYOUT = ("tree", "branch", "place", "block")
 """What the rows of a batch's ``layout`` hold; see ``tree_mask.sees``."""
@@ -27,18 +28,21 @@ class TreeCollator:
     Attributes:
         collate: Makes the family's tensors of plain rows.
         rope: The family's 3-D positions, or None.
-        multiple_of: T is rounded up to a multiple of this (128 for FlexAttention).
+        multiple_of: T is rounded up to a multiple of this; ``tree_blocks.BLOCK`` for FlexAttention.
+        flex_windows: For FlexAttention the sliding window of every kind of layer; else empty.
     """
 
     collate: Collator
     rope: RopeIndex | None = None
     multiple_of: int = 1
+    flex_windows: tuple[int | None, ...] = ()
 
     def __call__(self, bins: Sequence[Sequence[Tree]], step: int | None = None) -> dict[str, torch.Tensor]:
         """Returns what the rows' batch has, with ``position_ids``, ``layout``, and ``next_labels`` for ``labels``.
 
-        ``layout`` is ``(4, B, T)`` int32 (see ``LAYOUT``); ``next_labels`` ``(B, T)`` is what each token
-        predicts; ``step`` is the training step, for images that change while training.
+        ``layout`` is ``(4, B, T)`` int32 (see ``LAYOUT``), for FlexAttention with what ``flex_parts`` makes
+        of it; ``next_labels`` ``(B, T)`` is what each token predicts; ``step`` is the training step, for
+        images that change while training.
 
         Raises:
             IntegrityError: A medium now takes another number of tokens than at tokenize time.
@@ -55,6 +59,8 @@ class TreeCollator:
             batch["prompt_mask"] = _prompt_mask(bins, batch["input_ids"].shape[1])
         batch |= {"layout": torch.from_numpy(layout), **media}
         batch["position_ids"] = self._positions(bins, layout[2], batch)
+        if self.flex_windows:
+            batch |= flex_parts(layout, self.flex_windows)
         return batch
 
     def _positions(

@@ -12,6 +12,7 @@ import torch
 
 from mmtune.encoding.tree import Tree, tree_rows
 from mmtune.errors import CapabilityError
+from mmtune.models.attention import attention_by, text_attention
 from mmtune.training.loss import answer_loss
 from mmtune.training.packing import TreeLengths
 from mmtune.training.sharding import gradient_norm
@@ -67,6 +68,7 @@ def check_trees(
     *,
     device: torch.device | str = "cpu",
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    rows_by: str | None = None,
 ) -> TreeCheck:
     """Compares one packed row of trees with their separate rows; leaves the model as it was.
 
@@ -76,13 +78,14 @@ def check_trees(
         collate: As in training.
         device: Where the model is.
         autocast: As in training.
+        rows_by: The attention kernel that runs the separate rows; None is the model's own.
     """
 
     def moved(batch: Batch) -> Batch:
         return {name: value.to(device) for name, value in batch.items()}
 
     try:
-        rules = mask_rules(model)
+        way = _Way(mask_rules(model), rows_by or text_attention(model), autocast)
         packed = [moved(collate([trees]))]
         rows = [row for tree in trees for row in tree_rows(tree)]
         together = [moved(collate.collate(rows))]
@@ -91,7 +94,7 @@ def check_trees(
         # Without dropout, both must agree.
         model.eval()
         try:
-            return _compare(model, together, packed, alone, rules, autocast)
+            return _compare(model, together, packed, alone, way)
         finally:
             model.zero_grad(set_to_none=True)
             model.train(training)
@@ -105,54 +108,46 @@ def check_trees(
         return TreeCheck(False, float("nan"), float("nan"), 0.0, f"the model refuses packed trees ({first})")
 
 
+@dataclass(frozen=True)
+class _Way:
+    """How a batch runs: the rules of trees, the kernel of rows, and the type."""
+
+    rules: MaskRules
+    rows_by: str
+    autocast: Callable[[], AbstractContextManager[Any]]
+
+
 def _compare(
-    model: Any,
-    together: Iterable[Batch],
-    packed: Iterable[Batch],
-    alone: Iterable[Batch],
-    rules: MaskRules,
-    autocast: Callable[[], AbstractContextManager[Any]],
+    model: Any, together: Sequence[Batch], packed: Iterable[Batch], alone: Iterable[Batch], way: _Way
 ) -> TreeCheck:
-    together = list(together)
-    loss_error, gradient_error = _difference(model, together, packed, rules, autocast)
+    loss_error, gradient_error = _difference(model, together, packed, way)
     tolerance = _TOLERANCE
     if not max(loss_error, gradient_error) <= tolerance:
-        noise = _difference(model, together, alone, rules, autocast)
+        noise = _difference(model, together, alone, way)
         tolerance = max(tolerance, _TIMES_NOISE * max(noise))
     exact = max(loss_error, gradient_error) <= tolerance
     reason = "" if exact else f"loss differs by {loss_error:.1e}, gradients by {gradient_error:.1e}, of 1"
     return TreeCheck(exact, loss_error, gradient_error, tolerance, reason)
 
 
-def _difference(
-    model: Any,
-    one: Iterable[Batch],
-    other: Iterable[Batch],
-    rules: MaskRules,
-    autocast: Callable[[], AbstractContextManager[Any]],
-) -> tuple[float, float]:
+def _difference(model: Any, one: Iterable[Batch], other: Iterable[Batch], way: _Way) -> tuple[float, float]:
     """Returns the relative differences of loss and gradient between two forms of the same rows.
 
     The second gradient is subtracted from the first where it stands, so one copy is enough.
     """
     model.zero_grad(set_to_none=True)
-    first = _backward(model, one, rules, autocast, 1.0)
+    first = _backward(model, one, way, 1.0)
     norm = gradient_norm(model.parameters(), None)
-    second = _backward(model, other, rules, autocast, -1.0)
+    second = _backward(model, other, way, -1.0)
     return abs(second - first) / max(abs(first), 1e-12), gradient_norm(model.parameters(), None) / max(norm, 1e-12)
 
 
-def _backward(
-    model: Any,
-    batches: Iterable[Batch],
-    rules: MaskRules,
-    autocast: Callable[[], AbstractContextManager[Any]],
-    sign: float,
-) -> float:
+def _backward(model: Any, batches: Iterable[Batch], way: _Way, sign: float) -> float:
     total = 0.0
     for batch in batches:
-        with autocast():
-            loss, _ = answer_loss(model, batch, rules)
-        (sign * loss).backward()
+        with attention_by(model, text_attention(model) if "layout" in batch else way.rows_by):
+            with way.autocast():
+                loss, _ = answer_loss(model, batch, way.rules)
+            (sign * loss).backward()
         total += float(loss.detach())
     return total

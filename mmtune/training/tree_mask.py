@@ -3,8 +3,8 @@
 A token sees its own path, which is its branch and its tree's prefix: never a sibling branch,
 never another tree. The family's own pattern stays and is measured in places along the path:
 a sliding window, and images whose tokens see each other both ways. Written as one function
-of index tensors, it makes the dense 4-D mask of SDPA and eager attention and the
-``BlockMask`` of FlexAttention alike; transformers takes both as they are.
+of index tensors, it makes the dense 4-D mask of SDPA and eager attention. The ``BlockMask``
+of FlexAttention says the same in spans (``tree_blocks``); transformers takes both as they are.
 
 Shapes: B rows, T tokens.
 """
@@ -13,16 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from mmtune.errors import CapabilityError
+from mmtune.models.attention import FLEX, text_attention
 from mmtune.models.soft_prompt import virtual_tokens
 from mmtune.models.spread import is_sharded
-
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
+from mmtune.training.tree_blocks import block_mask
 
 Index = torch.Tensor
 Sees = Callable[[Index, Index, Index, Index], torch.Tensor]
@@ -30,7 +29,8 @@ Mask = Any  # torch.Tensor | BlockMask, or a dict of them by layer type
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _VIRTUAL = -2
-_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
+_QUERIES = 1024
+_IMPLEMENTATIONS = ("sdpa", "eager", FLEX)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def mask_rules(model: Any) -> MaskRules:
             that runs through the row.
     """
     config = model.config.get_text_config()
-    implementation = config._attn_implementation or "sdpa"
+    implementation = text_attention(model)
     if implementation not in _IMPLEMENTATIONS:
         raise CapabilityError(
             f"the attention kernel {implementation} takes no mask of our own", "use model.attn: sdpa", "no_tree_mask"
@@ -70,8 +70,8 @@ def mask_rules(model: Any) -> MaskRules:
             "set tokenize.layout: rows",
             "no_tree_mask",
         )
-    if virtual_tokens(model) and (implementation == "flex_attention" or is_sharded(model)):
-        what = "FlexAttention" if implementation == "flex_attention" else "shards"
+    if virtual_tokens(model) and (implementation == FLEX or is_sharded(model)):
+        what = "FlexAttention" if implementation == FLEX else "shards"
         raise CapabilityError(
             f"virtual tokens before a tree do not go with {what}", "set tokenize.layout: rows", "no_tree_mask"
         )
@@ -106,18 +106,13 @@ def dense_mask(layout: torch.Tensor, window: int | None) -> torch.Tensor:
     _, rows, length = layout.shape
     at = torch.arange(length, device=layout.device)
     row = torch.arange(rows, device=layout.device).view(-1, 1, 1, 1)
-    return sees(layout, window)(row, row.new_zeros(()), at.view(1, 1, -1, 1), at.view(1, 1, 1, -1))
-
-
-def block_mask(layout: torch.Tensor, window: int | None) -> BlockMask:
-    """Returns FlexAttention's mask, compiled on an accelerator."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    _, rows, length = layout.shape
-    device = layout.device
-    return create_block_mask(
-        sees(layout, window), rows, None, length, length, device=str(device), _compile=device.type != "cpu"
-    )
+    rule, key = sees(layout, window), at.view(1, 1, 1, -1)
+    seen = torch.empty(rows, 1, length, length, dtype=torch.bool, device=layout.device)
+    # In pieces, as the rule takes several times the memory of what it says.
+    for first in range(0, length, _QUERIES):
+        query = at[first : first + _QUERIES].view(1, 1, -1, 1)
+        seen[:, :, first : first + _QUERIES] = rule(row, row.new_zeros(()), query, key)
+    return seen
 
 
 def behind_virtual_tokens(layout: torch.Tensor, count: int) -> torch.Tensor:
@@ -130,23 +125,25 @@ def behind_virtual_tokens(layout: torch.Tensor, count: int) -> torch.Tensor:
     return torch.cat((virtual, shifted), dim=2)
 
 
-def attention_mask(layout: torch.Tensor, rules: MaskRules, *, first: int = 0) -> Mask:
+def attention_mask(batch: Mapping[str, torch.Tensor], rules: MaskRules, *, first: int = 0) -> Mask:
     """Returns what the model takes as ``attention_mask``: one mask, or one per layer type.
 
     Args:
-        layout: ``(4, B, T)`` as for ``sees``, on the model's device.
+        batch: ``layout`` ``(4, B, T)`` as for ``sees``, on the model's device; for FlexAttention
+            ``spans`` and ``tiles`` as ``tree_blocks.flex_parts`` makes them for the rules' windows.
         rules: Of the model.
         first: The first token that asks; those before it are keys and values alone.
     """
-    masks = {kind: _mask(layout, window, rules) for kind, window in rules.windows.items()}
-    if first:
-        masks = {kind: mask[:, :, first:] for kind, mask in masks.items()}
+    masks: dict[str, Mask]
+    if rules.implementation == FLEX:
+        parts = zip(rules.windows, batch["spans"], batch["tiles"], strict=True)
+        masks = {kind: block_mask(spans, tiles) for kind, spans, tiles in parts}
+    else:
+        masks = {kind: _dense(batch["layout"], window, rules)[:, :, first:] for kind, window in rules.windows.items()}
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
-def _mask(layout: torch.Tensor, window: int | None, rules: MaskRules) -> Mask:
-    if rules.implementation == "flex_attention":
-        return block_mask(layout, window)
+def _dense(layout: torch.Tensor, window: int | None, rules: MaskRules) -> torch.Tensor:
     seen = dense_mask(layout, window)
     if rules.implementation == "sdpa" and seen.device.type != "cpu":
         return seen

@@ -25,11 +25,13 @@ from mmtune.encoding.collate import Collator
 from mmtune.encoding.render import EncodedRow, MediaSpan
 from mmtune.encoding.tree import Tree, build_trees, tree_rows
 from mmtune.models.adapter import add_lora
+from mmtune.models.attention import use_text_attention
 from mmtune.records import Medium
 from mmtune.training.loss import answer_loss
-from mmtune.training.packing import Packing
+from mmtune.training.packing import Packing, TreeLengths
 from mmtune.training.rope_index import rope_index
 from mmtune.training.tree_batch import TreeCollator
+from mmtune.training.tree_blocks import BLOCK
 from mmtune.training.tree_mask import mask_rules
 
 QUESTION_TOKENS, ANSWER_TOKENS = 12, 4
@@ -55,7 +57,7 @@ class Pixels:
     def create_mm_token_type_ids(self, ids: list[list[int]]) -> list[list[int]]:
         return (np.asarray(ids) == self.token).astype(int).tolist()
 
-    def media(self, rows: list[EncodedRow]) -> dict[str, torch.Tensor]:
+    def media(self, rows: list[EncodedRow], step: int | None = None) -> dict[str, torch.Tensor]:
         count = sum(len(row.media) for row in rows)
         return {name: value.repeat(count, *[1] * (value.dim() - 1)) for name, value in self.image.items()}
 
@@ -132,7 +134,8 @@ Form = tuple[str, Callable[[list[Tree]], dict[str, torch.Tensor]], Any]
 def forms(model: Any, pixels: Pixels, capacity: int, flex: bool) -> list[Form]:
     """Returns name, batch and loss of every way to train the same rows."""
     collate = pixels.collator()
-    tree_collate = TreeCollator(collate, rope_index(model), multiple_of=128 if flex else 1)
+    windows = tuple(mask_rules(model).windows.values()) if flex else ()
+    tree_collate = TreeCollator(collate, rope_index(model), BLOCK if flex else 1, windows)
 
     def apart(trees: list[Tree]) -> dict[str, torch.Tensor]:
         rows = [row for tree in trees for row in tree_rows(tree)]
@@ -140,7 +143,8 @@ def forms(model: Any, pixels: Pixels, capacity: int, flex: bool) -> list[Form]:
 
     def together(trees: list[Tree]) -> dict[str, torch.Tensor]:
         costs = np.array([tree.input_ids.size for tree in trees])
-        packing = Packing(costs, np.array([len(tree.example_ids) for tree in trees]), capacity, 0)
+        lengths = TreeLengths(costs, costs * 0, np.array([len(tree.example_ids) for tree in trees]))
+        packing = Packing(costs, lengths, capacity, 0)
         return tree_collate([[trees[k] for k in members] for members in packing.bins(0)])
 
     return [
@@ -178,7 +182,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.manual_seed(0)
     model, pixels, image = llava() if asked.device == "cpu" else qwen2_5_vl()
-    model.set_attn_implementation(asked.attention)
+    use_text_attention(model, asked.attention)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     model = add_lora(
         model, towers=("llm",), targets=None, r=8, alpha=16, dropout=0.0, rslora=False, dora=False,

@@ -22,6 +22,8 @@ from mmtune.stages.finetune import finetune
 from mmtune.stages.tokenize import tokenize
 from mmtune.storage import read_manifest
 from mmtune.talk import Talk
+from mmtune.training import tree_kernels
+from tests.training import flex_kernel
 
 
 def recipe_at(folder, repository, model, **settings):
@@ -143,6 +145,35 @@ def test_rows_of_many_lengths_are_packed_and_train_as_they_do_apart(tmp_path, re
         assert any("less padding" in line for line in console.lines) == said
         found[said] = numbers_of(recipe)
     assert found[True] == [pytest.approx(row, rel=1e-4) for row in found[False]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "near"), [({"checkpointing": True}, 1e-4), ({"method": "full", "precision": "bf16"}, 0.05)], ids=str
+)
+def test_flex_attention_trains_the_same_trees_in_one_row(fresh, monkeypatch, settings, near):
+    from mmtune.stages.finetune import preparation
+
+    monkeypatch.setattr(preparation, "_LEAST_PADDING", -1.0)
+    recipe = fresh(**settings, batch_rows=None, batch_tokens=65536, features={"use": "off"})
+    finetune(recipe, console=Talk(quiet=True))
+    expected = numbers_of(recipe)
+    flex_kernel.by_hand(monkeypatch)
+    monkeypatch.setattr(tree_kernels, "kernels_to_try", lambda model, asked, device_type: ("flex_attention", "sdpa"))
+    console = Talk(quiet=True)
+    AcceleratorState._reset_state()
+    finetune(recipe, force=True, console=console)
+    assert any("by flex_attention" in line for line in console.lines), console.lines
+    for found, wanted in zip(numbers_of(recipe), expected, strict=True):
+        assert found == pytest.approx(wanted, rel=near)
+
+
+def test_flex_attention_is_refused_on_a_cpu(fresh):
+    recipe = fresh()
+    asked = recipe.model_copy(update={"model": recipe.model.model_copy(update={"attn": "flex_attention"})})
+    if torch.cuda.is_available():
+        pytest.skip("it runs on this machine")
+    with pytest.raises(CapabilityError, match="no backward pass"):
+        finetune(asked, console=Talk(quiet=True))
 
 
 def test_full_tuning_on_features_saves_the_whole_model(fresh):

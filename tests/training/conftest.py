@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.training import flex_kernel
+
 TEXT = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -355,6 +357,11 @@ def served(monkeypatch: Any) -> dict[str, Any]:
     monkeypatch.setattr(load, "load_image", lambda root, medium: store[medium.path])
     monkeypatch.setattr(load, "load_audio", lambda root, medium, rate: store[medium.path])
     return store
+
+
+@pytest.fixture
+def flex_by_hand(monkeypatch: Any) -> None:
+    flex_kernel.by_hand(monkeypatch)
 
 
 @pytest.fixture

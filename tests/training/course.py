@@ -78,7 +78,7 @@ def run(model: Any, rows: Rows, **asked: Any) -> SimpleNamespace:
 
     options = {"rate": 0.01, "steps": 4, "batch_rows": 4, "accumulate": 1, "precision": "no", "clip": 1.0} | asked
     numbers = np.arange(rows.count)
-    sizes = TreeSizes(np.ones_like(numbers), np.full_like(numbers, LENGTH), 1 + numbers % 3)
+    sizes = TreeSizes(np.ones_like(numbers), np.full_like(numbers, LENGTH), 1 + numbers % 3, numbers * 0)
     # Accelerate keeps the precision of the first run of a process.
     AcceleratorState._reset_state()
     accelerator = Accelerator(cpu=True, mixed_precision=options["precision"])

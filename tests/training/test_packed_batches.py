@@ -14,7 +14,7 @@ from mmtune.encoding.collate import Collator
 from mmtune.encoding.tree import TREE_SCHEMA, build_trees, tree_rows, tree_to_row
 from mmtune.media.augment import Augmentation
 from mmtune.records import Message, TextPart
-from mmtune.training.batching import Split, rows_apart
+from mmtune.training.batching import Split, packed_trees, rows_apart
 from mmtune.training.data import PackedBatches, RowBatches, Trees, row_sizes, some_rows, tree_sizes
 from mmtune.training.loss import answer_loss
 from mmtune.training.packing import Packing, tree_costs, tree_lengths
@@ -54,7 +54,7 @@ def test_an_epoch(split: Any) -> None:
     collate = Collator(family.processor, media_root=Path())
     rows, lengths = RowBatches(Trees(table), row_sizes(table)[1], collate), tree_lengths(table)
     capacity = int(lengths.tokens.max()) + 20
-    packing = Packing(tree_costs(lengths, capacity), lengths.rows, capacity, seed=5)
+    packing = Packing(tree_costs(lengths, capacity), lengths, capacity, seed=5)
     packed = PackedBatches(rows.source, packing, TreeCollator(collate, rope_index(family.model)))
     batch_tokens = 2 * capacity
     whole = partial(packing.epoch_batches, batch_tokens=batch_tokens)
@@ -81,7 +81,7 @@ def test_an_image_changes_for_all_its_questions_alike(split: Any) -> None:
     collate = Collator(family.processor, media_root=Path(), augment=Augmentation(0, 0.3, ("vertical",)))
     source, lengths = Trees(table), tree_lengths(table)
     capacity = int(lengths.tokens.max())
-    packing = Packing(tree_costs(lengths, capacity), lengths.rows, capacity, seed=5)
+    packing = Packing(tree_costs(lengths, capacity), lengths, capacity, seed=5)
     rows = RowBatches(source, row_sizes(table)[1], collate)
     packed = PackedBatches(source, packing, TreeCollator(collate, rope_index(family.model)))
     rules = mask_rules(family.model)
@@ -117,7 +117,7 @@ def test_rows_apart_are_the_rows_of_the_trees(split: Any) -> None:
     assert all(np.array_equal(a.input_ids, expected[n].input_ids) for a, n in zip(found, numbers, strict=True))
     assert [expected[n].media for n in numbers] == [row.media for row in found]
     assert sizes.rows.tolist() == [1] * len(expected)
-    assert sizes.longest.tolist() == [row.input_ids.size for row in expected]
+    assert sizes.tokens.tolist() == [row.input_ids.size for row in expected]
     assert sizes.targets.tolist() == [int((row.labels != -100).sum()) for row in expected]
     ids = [name for tree in range(table.num_rows) for name in trees.ids(tree)]
     assert rows.ids(numbers) == [ids[n] for n in numbers]
@@ -148,3 +148,34 @@ def test_a_limit_counts_rows_and_cuts_trees(split: Any, limit: int) -> None:
         assert np.array_equal(row.input_ids, rows[name].input_ids) and row.media == rows[name].media
         assert np.array_equal(row.labels, rows[name].labels)
     assert len(Trees(small).ids(0)) >= 1 and small.schema == table.schema
+
+
+def test_media_tokens_of_rows_and_trees(tree_table: pa.Table) -> None:
+    """A row has the media of its prefix and its own; a tree has each medium once."""
+    for table, trees, rows in ((tree_table, [3, 0, 0], [3, 2, 0, 0, 0]), (tree_table.slice(1), [0, 0], [0, 0, 0])):
+        sizes, _ = row_sizes(table)
+        assert tree_sizes(table).media.tolist() == tree_lengths(table).media.tolist() == trees
+        assert tree_sizes(table).tokens.tolist() == tree_lengths(table).tokens.tolist()
+        assert sizes.media.tolist() == rows
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_media_budget_is_kept_by_trees_and_by_rows(split: Any, packed: bool) -> None:
+    family, table = split
+    whole = Split(table, Collator(family.processor, media_root=Path()))
+    course = {"seed": 0, "batch_tokens": 10**6, "batch_rows": None, "micro_batches": 1, "epochs": 1.0}
+    most = int(tree_sizes(table).media.max()) + 3
+
+    def batches(budget: int | None) -> list[np.ndarray]:
+        own = course | {"batch_media_tokens": budget}
+        batching = packed_trees(family.model, whole, own) if packed else rows_apart(whole, own)
+        made = batching.plan.epoch_batches(0)
+        units = table.num_rows if packed else len(row_sizes(table)[1])
+        assert sorted(np.concatenate(made).tolist()) == list(range(units))
+        if budget is not None:
+            assert all(batching.plan.media(chosen) <= budget for chosen in made)
+            seen = [batching.batches.batch(chosen)["input_ids"] for chosen in made]
+            assert max(int((ids == family.processor.image_token_id).sum()) for ids in seen) <= budget
+        return made
+
+    assert len(batches(most)) > len(batches(None)) == 1

@@ -71,22 +71,33 @@ def test_every_budget_is_kept(data: Any, n: int, media: int, rows: int) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(costs=SIZES, capacity=st.integers(100, 250), seed=st.integers(0, 9), epoch=st.integers(0, 3))
-def test_batches_hold_whole_bins(costs: list[int], capacity: int, seed: int, epoch: int) -> None:
-    rows = np.array(costs) % 5 + 1
-    packing = Packing(np.array(costs), rows, capacity, seed)
+@given(
+    tokens=SIZES,
+    capacity=st.integers(100, 250),
+    media=st.none() | st.integers(10, 300),
+    seed=st.integers(0, 9),
+    epoch=st.integers(0, 3),
+)
+def test_batches_hold_whole_bins_and_keep_every_budget(
+    tokens: list[int], capacity: int, media: int | None, seed: int, epoch: int
+) -> None:
+    sizes = np.array(tokens)
+    rows, shown = sizes % 5 + 1, sizes * (sizes % 3) // 3
+    lengths = TreeLengths(sizes, shown, rows)
+    packing = Packing(tree_costs(lengths, capacity, media=media, rows=12), lengths, capacity, seed)
     bins = packing.bins(epoch)
-    batches = packing.epoch_batches(epoch, batch_tokens=3 * capacity, batch_rows=12)
+    batches = packing.epoch_batches(epoch, batch_tokens=3 * capacity, batch_rows=12, batch_media_tokens=media)
     found = [members.tolist() for batch in batches for members in packing.split(batch)]
     assert sorted(found) == sorted(members.tolist() for members in bins)
     for batch in batches:
         assert len(packing.split(batch)) <= 3
-        assert rows[batch].sum() <= 12 or len(packing.split(batch)) == 1
+        assert rows[batch].sum() <= 12 or len(batch) == 1
+        assert media is None or shown[batch].sum() <= media or len(batch) == 1
 
 
 def test_epochs_differ_and_repeat() -> None:
     costs = np.random.default_rng(1).integers(50, 60, 200)
-    packing = Packing(costs, np.ones_like(costs), 512, seed=3)
+    packing = Packing(costs, TreeLengths(costs, costs * 0, np.ones_like(costs)), 512, seed=3)
     first, second = (packing.epoch_batches(epoch, batch_tokens=1024) for epoch in (0, 1))
     assert [b.tolist() for b in first] == [b.tolist() for b in packing.epoch_batches(0, batch_tokens=1024)]
     assert {frozenset(b.tolist()) for b in first} != {frozenset(b.tolist()) for b in second}

@@ -9,14 +9,15 @@ from mmtune.errors import DataError
 from mmtune.training.plan import Plan, TreeSizes, order, split_ranks, step_seed
 
 
-def sizes(rows, longest):
+def sizes(rows, tokens):
     rows = np.asarray(rows)
-    return TreeSizes(rows, np.asarray(longest), rows * 2)
+    tokens = np.asarray(tokens, dtype=int)
+    return TreeSizes(rows, tokens, rows * 2, tokens * (tokens % 3) // 3)
 
 
 plans = st.builds(
-    lambda pairs, tokens, rows, micro, seed, epochs: Plan(
-        sizes([r for r, _ in pairs], [n for _, n in pairs]), seed, tokens, rows, micro, epochs
+    lambda pairs, tokens, rows, micro, seed, epochs, media: Plan(
+        sizes([r for r, _ in pairs], [n for _, n in pairs]), seed, tokens, rows, micro, epochs, batch_media_tokens=media
     ),
     st.lists(st.tuples(st.integers(1, 9), st.integers(1, 300)), min_size=1, max_size=40),
     st.integers(50, 2000),
@@ -24,6 +25,7 @@ plans = st.builds(
     st.integers(1, 5),
     st.integers(0, 2**32 - 1),
     st.sampled_from([0.5, 1.0, 2.0, 2.5]),
+    st.one_of(st.none(), st.integers(1, 500)),
 )
 
 
@@ -33,8 +35,9 @@ def test_every_tree_stands_once_in_an_epoch_and_batches_keep_their_limits(plan):
     batches = plan.epoch_batches(3)
     assert sorted(np.concatenate(batches)) == list(range(plan.sizes.rows.size))
     for batch in batches:
-        rows, longest = plan.sizes.rows[batch].sum(), plan.sizes.longest[batch].max()
+        rows, longest = plan.sizes.rows[batch].sum(), plan.sizes.tokens[batch].max()
         assert len(batch) == 1 or rows * longest <= plan.batch_tokens
+        assert len(batch) == 1 or plan.batch_media_tokens is None or plan.media(batch) <= plan.batch_media_tokens
         assert len(batch) == 1 or plan.batch_rows is None or rows <= plan.batch_rows
 
 

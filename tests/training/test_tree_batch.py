@@ -11,13 +11,18 @@ import torch
 from mmtune.encoding.collate import Collator
 from mmtune.encoding.render import EncodedRow
 from mmtune.encoding.tree import Tree, build_trees, tree_rows
+from mmtune.errors import CapabilityError
+from mmtune.models.attention import FLEX, use_text_attention
 from mmtune.records import Message, TextPart
 from mmtune.training.loss import answer_loss
 from mmtune.training.rope_index import rope_index
 from mmtune.training.tree_batch import TreeCollator
+from mmtune.training.tree_blocks import BLOCK
 from mmtune.training.tree_mask import mask_rules
 
 QUESTIONS = ["What colour is the cat?", "How many?", "Is it red, or is it blue, or white?", "Where is it?"]
+# Fusions that hide modalities, or ask what a token sees.
+READ_THE_MASK = ("composite_late", "composite_hybrid", "composite_cross", "composite_late_cross")
 ANSWERS = ["black and white", "three of them, hello world!", "it is red", "yes"]
 
 
@@ -143,10 +148,29 @@ def test_soft_prompts(name: str, method: str, tiny_family: Any, media: Any, serv
     assert loss < 1e-5 and gradient < 1e-5
 
 
+def test_flex_attention(family_name: str, tiny_family: Any, media: Any, served: Any, flex_by_hand: None) -> None:
+    """Loss and gradients through transformers' own interface; the kernel itself is stood in for, block by block."""
+    from copy import deepcopy
+
+    family = tiny_family(family_name)
+    model = deepcopy(family.model)
+    use_text_attention(model, FLEX)
+    rules = mask_rules(model)
+    trees, collate = trees_of(family, media, served), Collator(family.processor, media_root=Path())
+    expected, count = apart(family.model, collate, trees)
+    wanted = gradients(family.model, expected)
+    packed = TreeCollator(collate, rope_index(model), BLOCK, tuple(rules.windows.values()))([trees[1:], trees[:1]])
+    if family_name in READ_THE_MASK:
+        with pytest.raises(CapabilityError, match="cannot read FlexAttention's masks"):
+            answer_loss(model, packed, rules)
+        return
+    found, same_count = answer_loss(model, packed, rules)
+    assert same_count == count and float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert error(gradients(model, found), wanted) < 1e-5
+
+
 @pytest.mark.parametrize("name", ["text_llama3", "gemma3", "llava"])
-def test_flex_attention_takes_the_block_mask(
-    name: str, tiny_family: Any, media: Any, served: Any, monkeypatch: Any
-) -> None:
+def test_flex_attention_itself(name: str, tiny_family: Any, media: Any, served: Any, monkeypatch: Any) -> None:
     """The loss only, uncompiled: PyTorch has no backward pass of it on a CPU."""
     from copy import deepcopy
 
@@ -159,11 +183,11 @@ def test_flex_attention_takes_the_block_mask(
     monkeypatch.setattr(integration, "compile_friendly_flex_attention", plain)
     family = tiny_family(name)
     model = deepcopy(family.model)
-    model.set_attn_implementation({"text_config": "flex_attention"} if family.takes else "flex_attention")
-    assert mask_rules(model).implementation == "flex_attention"
-    trees = trees_of(family, media, served)
-    batch = TreeCollator(Collator(family.processor, media_root=Path()), multiple_of=128)([trees[1:], trees[:1]])
+    use_text_attention(model, FLEX)
+    rules, trees = mask_rules(model), trees_of(family, media, served)
+    collate = Collator(family.processor, media_root=Path())
+    batch = TreeCollator(collate, None, BLOCK, tuple(rules.windows.values()))([trees[1:], trees[:1]])
     with torch.no_grad():
-        found, _ = answer_loss(model, batch, mask_rules(model))
+        found, _ = answer_loss(model, batch, rules)
         expected, _ = answer_loss(family.model, batch, mask_rules(family.model))
     assert float(found) == pytest.approx(float(expected), rel=1e-5)

@@ -66,6 +66,7 @@ def prepare(
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     from mmtune.encoding.processor import load_processor, processor_fingerprint
+    from mmtune.models.attention import is_flex
     from mmtune.training.batching import packed_trees, rows_apart
     from mmtune.training.checkpoints import CheckpointFolder
     from mmtune.training.launch import is_launched
@@ -100,7 +101,8 @@ def prepare(
     val = _split(recipe, tokens, processor, "val", settings.eval_rows) if tokens.rows.get("val") else None
     _place(model, settings, accelerator, console)
     rows = _batching_of(rows_apart, recipe, settings, accelerator)
-    as_trees = _trains_trees(model, train, rows(train, "train").plan, accelerator, console)
+    attn = recipe.model.attn if recipe.model else "auto"
+    as_trees = _trains_trees(model, train, rows(train, "train").plan, attn, accelerator, console)
     make = _batching_of(partial(packed_trees, model), recipe, settings, accelerator) if as_trees else rows
     splits = {"train": train, **({"val": val} if val else {})}
     kept = use_features(
@@ -135,7 +137,8 @@ def prepare(
         "config": {**config, "finetune": own},
         "micro_batches": batching.plan.micro_batches,
         "precision": precision,
-        "batches": "trees" if as_trees else "rows",
+        # Bins are of another length under FlexAttention.
+        "batches": ("trees for FlexAttention" if is_flex(model) else "trees") if as_trees else "rows",
         "images": "pixels" if kept["train"] is train else "features",
     }
     return Run(
@@ -175,7 +178,7 @@ def _place(model: Any, settings: Finetune, accelerator: Any, console: Talk) -> N
 
 def _batching_of(make: Any, recipe: Recipe, settings: Finetune, accelerator: Any) -> Any:
     """Returns a function from a split and its name to its batching."""
-    budget = {"batch_tokens": settings.batch_tokens, "batch_rows": settings.batch_rows}
+    budget = {name: getattr(settings, name) for name in ("batch_tokens", "batch_rows", "batch_media_tokens")}
     train = {
         **budget,
         "seed": recipe.seed,
@@ -195,36 +198,46 @@ def _made_from(identity: dict[str, Any], tokens: Manifest, recipe: Recipe, rando
     return made | ({"random": recipe.seed} if random_weights else {})
 
 
-def _trains_trees(model: Any, split: Any, rows: Any, accelerator: Any, console: Talk) -> bool:
+def _trains_trees(model: Any, split: Any, rows: Any, attn: str, accelerator: Any, console: Talk) -> bool:
     """Says whether rows are packed: where they share a prefix or packing saves padding, and the model proves exact.
 
     Args:
         model: The model.
         split: The training split.
         rows: The plan of its rows, each apart.
+        attn: The attention kernel that the recipe asks for; the model is left with the one that proved exact.
         accelerator: The accelerator.
         console: Where the verdict goes.
     """
     import torch
 
+    from mmtune.models.attention import text_attention
     from mmtune.training.batching import check_sharing
     from mmtune.training.ranks import sum_tensor
+    from mmtune.training.tree_kernels import kernels_to_try, prove
 
+    def agree(exact: bool) -> bool:
+        refused = torch.tensor([float(not exact)], device=accelerator.device)
+        return float(sum_tensor(refused, "agreeing on trees")) == 0
+
+    kernels = kernels_to_try(model, attn, accelerator.device.type)
     padding = 0.0 if split.shares else rows.padding()
     if not split.shares and padding < _LEAST_PADDING:
         return False
-    check = check_sharing(model, split, accelerator)
-    refused = sum_tensor(torch.tensor([float(not check.exact)], device=accelerator.device), "agreeing on trees")
-    if not check.exact:
+    own = text_attention(model)
+    proof = prove(model, kernels, lambda: check_sharing(model, split, accelerator, own), agree)
+    for line in proof.refused:
+        console.note(f"trees do not train by {line}")
+    if not proof.exact:
         cost = "its media computed again" if split.shares else f"with {padding:.0%} padding"
-        console.note(f"each row trains apart, {cost}: {check.reason}")
-    elif not refused:
-        what = "rows that share media train as one tree" if split.shares else f"packed, for {padding:.0%} less padding"
-        console.say(
-            f"finetune: {what}; a few compared with separate rows:"
-            f" loss differs by {check.loss_error:.0e}, gradients by {check.gradient_error:.0e} of 1"
-        )
-    return not refused
+        console.note(f"each row trains apart, {cost}: {proof.check.reason or 'another process refused trees'}")
+        return False
+    what = "rows that share media train as one tree" if split.shares else f"packed, for {padding:.0%} less padding"
+    console.say(
+        f"finetune: {what}, by {proof.kernel}; a few compared with separate rows:"
+        f" loss differs by {proof.check.loss_error:.0e}, gradients by {proof.check.gradient_error:.0e} of 1"
+    )
+    return True
 
 
 def _trackers_are_here(names: Sequence[str]) -> None:
