@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -223,8 +224,13 @@ def without_video(cls: Any, values: dict[str, Any], **parts: Any) -> Any:
     def check(self: Any, name: str, part: Any) -> Any:
         return None if part is None else cls.check_argument_for_proper_class(self, name, part)
 
-    # transformers checks every part's class; a missing video part is the one exception made here.
-    lenient = type(cls.__name__, (cls,), {"check_argument_for_proper_class": check})
+    def save(self: Any, folder: str, **options: Any) -> Any:
+        whole = copy(self)
+        whole.__class__ = type(cls.__name__, (cls,), {"get_attributes": classmethod(lambda _: list(parts))})
+        return cls.save_pretrained(whole, folder, **options)
+
+    # transformers checks and saves every part; a missing video part is the one exception made here.
+    lenient = type(cls.__name__, (cls,), {"check_argument_for_proper_class": check, "save_pretrained": save})
     known = {key: value for key, value in values.items() if key in _init_names(cls)}
     known.setdefault("chat_template", getattr(parts["tokenizer"], "chat_template", None))
     return lenient(video_processor=None, **parts, **known)
