@@ -181,6 +181,9 @@ class Features:
         """Returns the image tokens that an item's features stand for."""
         return self._places[item_name(item)][1].tokens
 
+    def __contains__(self, item: Item) -> bool:
+        return item_name(item) in self._places
+
     def __getitem__(self, item: Item) -> dict[str, torch.Tensor]:
         """Returns the item's tensors ``(N, H)`` by name, and its ``image_grid_thw`` ``(1, 3)`` where it has one."""
         number, member = self._places[item_name(item)]
