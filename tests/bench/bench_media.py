@@ -1,4 +1,4 @@
-"""How long a training step waits for its media: photos, 12-megapixel photos, videos and sounds.
+"""How long a training step waits for its media: photos, 12-megapixel photos, videos.
 
     python tests/bench/bench_media.py --data DIR                      # every workload
     python tests/bench/bench_media.py large --set finetune.workers=1
@@ -140,14 +140,19 @@ def main() -> None:
             recipe, talk = load_recipe(path, asked.overrides, {}), Talk(quiet=True)
             build_data(recipe, console=talk)
             tokenize(recipe, console=talk)
+            began = os.times()
             result = finetune(recipe, console=talk)
+            processor = sum(os.times()[:4]) - sum(began[:4])
             timings = read_manifest(folder / "run" / "adapter").timings
             lines = [
                 json.loads(line) for line in (folder / "run" / "adapter" / "metrics.jsonl").read_text().splitlines()
             ]
         speeds = ", ".join(f"{line['rows_per_second']:.1f}" for line in lines if "rows_per_second" in line)
         print(f"{workload} ({WORKLOADS[workload]}), {' '.join(asked.overrides) or 'defaults'}")
-        print(f"  rows/s by epoch {speeds}; waiting {result['wait_share']:.1%} of {timings['total_seconds']:.1f} s")
+        print(
+            f"  rows/s by epoch {speeds}; waiting {result['wait_share']:.1%} of the steps;"
+            f" the stage took {timings['total_seconds']:.1f} s, {processor:.1f} s of processor time"
+        )
     print(
         f"Python {platform.python_version()}, torch {torch.__version__} with {torch.get_num_threads()} threads,"
         f" transformers {transformers.__version__}; {platform.machine()}, {os.cpu_count()} cores,"

@@ -142,12 +142,12 @@ def test_processed_images_on_disk_train_as_the_files_do(fresh, monkeypatch):
     assert finetune(kept, console=Talk(quiet=True))["cached"]
     finetune(kept, force=True, console=console)
     said = "\n".join(console.lines)
-    assert f"{images} of {images} images, processed, take" in said and f"{images} files are decoded" in said
+    assert f"{images} of {images} images, processed, take" in said and f"{images} of them are made now" in said
     assert numbers_of(kept) == expected and weights_of(kept) == weights
     opened.clear()
     finetune(kept, force=True, console=(console := Talk(quiet=True)))
     # One, to know what an image takes.
-    assert len(opened) == 1 and any("0 files are decoded" in line for line in console.lines)
+    assert len(opened) == 1 and any(" 0 of them are made now" in line for line in console.lines)
     assert weights_of(kept) == weights
     size = sum(file.stat().st_size for file in (kept.run_dir / "features" / "pixels").iterdir())
     for _ in range(2):

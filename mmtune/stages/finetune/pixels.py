@@ -115,7 +115,7 @@ def _fill(shelf: Any, wanted: int, maker: Any, workers: int, accelerator: Any, c
     kept, new = len(shelf.pictures.items), sum(map(len, missing.values()))
     console.say(
         f"finetune: {kept:,} of {wanted:,} images, processed, take {size_text(shelf.size_bytes())} on disk;"
-        f" {new:,} files are decoded for it now, then none of them again"
+        f" {new:,} of them are made now"
     )
     mine = {number: own for number, own in missing.items() if number % world == rank}
     problem = ""
