@@ -184,6 +184,9 @@ class Finetune(Section):
     """Change training images a little at every step; for few images and a tower that trains."""
     features: Features = Features()
     """Run a frozen vision tower once per image, not at every step."""
+    pixels_gib: Annotated[float, Field(gt=0)] | None = None
+    """Keep processed images in features/pixels/, up to so many GiB: no large photo is decoded twice, for any run of
+    this run_dir. Exact; unused where features stand for pixels or augment changes them."""
     from_scratch: bool = False
     """Ignore the pretrained weights and start from random ones (a baseline, not a way to work)."""
     epochs: Annotated[float, Field(gt=0)] = 1.0

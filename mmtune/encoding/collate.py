@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmtune.encoding.cache import Cache
 from mmtune.encoding.media_tokens import family, process_audio, process_images
 from mmtune.encoding.processor import pad_token_id
 from mmtune.encoding.render import IGNORED, EncodedRow, MediaSpan
@@ -42,7 +42,7 @@ class Collator:
         processor: The family's processor, or a tokenizer.
         media_root: Folder that media paths are relative to.
         left: Pad on the left, for generation.
-        cache_bytes: Most bytes of processed images kept between batches.
+        cache_bytes: Most bytes of processed or decoded media kept between batches.
         augment: ``(image, its name, step)`` to the image that is shown at a training step.
     """
 
@@ -61,15 +61,21 @@ class Collator:
         self._joined = bool(family(processor, _JOINED))
         self._per_row = bool(family(processor, {"Idefics3Processor": True, "SmolVLMProcessor": True}))
         self._gemma = bool(family(processor, {"Gemma3Processor": True}))
-        self._cache: OrderedDict[Any, dict[str, torch.Tensor]] = OrderedDict()
-        self._room = cache_bytes
+        self._cache = Cache(cache_bytes)
         self._features: Features | None = None
+        self._pixels: Features | None = None
         self._types = getattr(processor, "return_mm_token_type_ids", False) or self._gemma
 
     def with_features(self, features: Features) -> Collator:
         """Returns a collator that takes the features of images in place of their pixels."""
         other = copy(self)
         other._features = features
+        return other
+
+    def with_pixels(self, pixels: Features) -> Collator:
+        """Returns a collator that takes processed images from disk where they stand there."""
+        other = copy(self)
+        other._pixels = pixels
         return other
 
     def __call__(self, rows: Sequence[EncodedRow], step: int | None = None) -> dict[str, torch.Tensor]:
@@ -129,6 +135,11 @@ class Collator:
         """Whether the family lays its images out by row of the batch, not one after the other."""
         return self._per_row
 
+    @property
+    def joins_images(self) -> bool:
+        """Whether an image's tensors are the same whatever stands beside it in the batch."""
+        return self._joined
+
     def media(self, rows: Sequence[EncodedRow], step: int | None = None) -> dict[str, torch.Tensor]:
         """Returns the media tensors of some conversations, in order; ``step`` as in ``__call__``.
 
@@ -150,21 +161,19 @@ class Collator:
         if self._features is not None:
             found = [self._feature(row, span) for row, spans in zip(rows, per_row, strict=True) for span in spans]
             return {name: torch.cat([part[name] for part in found]) for name in found[0]}
+        spans = [(row, span) for row, own in zip(rows, per_row, strict=True) for span in own]
+        distinct: dict[Any, tuple[EncodedRow, MediaSpan]] = {}
+        for row, span in spans:
+            distinct.setdefault(_key(span), (row, span))
         if self._joined:
-            shown: dict[Any, dict[str, torch.Tensor]] = {}
-            for row, span in ((row, span) for row, spans in zip(rows, per_row, strict=True) for span in spans):
-                if _key(span) not in shown:
-                    shown[_key(span)] = self._one_image(row, span, step)
-            parts = [shown[_key(span)] for spans in per_row for span in spans]
+            shown = self._each(distinct, step)
+            parts = [shown[_key(span)] for _, span in spans]
             return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        pictures: dict[Any, Any] = {}
-        for span in (span for spans in per_row for span in spans):
-            if _key(span) not in pictures:
-                pictures[_key(span)] = self._picture(span, step)
+        pictures = dict(zip(distinct, self._pictures([span for _, span in distinct.values()], step), strict=True))
         # Idefics3 and SmolVLM make one padded row of images per conversation, empty ones included.
-        nested = [[pictures[_key(span)] for span in spans] for spans in per_row if spans or self._per_row]
+        nested = [[pictures[_key(span)] for span in own] for own in per_row if own or self._per_row]
         made, texts = process_images(self._processor, nested)
-        self._check([(row, span) for row, spans in zip(rows, per_row, strict=True) for span in spans], texts)
+        self._check(spans, texts)
         return self._kept(made)
 
     def _feature(self, row: EncodedRow, span: MediaSpan) -> dict[str, torch.Tensor]:
@@ -175,25 +184,45 @@ class Collator:
 
     def processed(self, items: Sequence[Item]) -> tuple[dict[str, torch.Tensor], list[int]]:
         """Returns the tensors of images, each as in a conversation of its own, and the tokens each takes."""
-        spans = [MediaSpan(item.medium, 0, 0, item.frame, item.frames) for item in items]
-        made, texts = process_images(self._processor, [[self._picture(span, None)] for span in spans])
+        spans = _spans(items)
+        made, texts = process_images(self._processor, [[picture] for picture in self._pictures(spans, None)])
         return {**self._kept(made), **self._times(spans)}, [text.count(self._processor.image_token) for text in texts]
 
-    def _one_image(self, row: EncodedRow, span: MediaSpan, step: int | None) -> dict[str, torch.Tensor]:
-        key = _key(span)
-        if step is None and key in self._cache:
-            self._cache.move_to_end(key)
-            return self._cache[key]
-        made, texts = process_images(self._processor, [[self._picture(span, step)]])
-        self._check([(row, span)], texts)
-        kept = {**self._kept(made), **self._times([span])}
-        if step is not None:
-            return kept
-        self._cache[key] = kept
-        self._room -= _bytes(kept)
-        while self._room < 0 and self._cache:
-            self._room += _bytes(self._cache.popitem(last=False)[1])
-        return kept
+    def processed_apart(self, items: Sequence[Item]) -> Iterator[tuple[dict[str, torch.Tensor], int]]:
+        """Yields the tensors of each image alone, and the tokens it takes."""
+        for picture in self._pictures(_spans(items), None):
+            made, texts = process_images(self._processor, [[picture]])
+            yield self._kept(made), texts[0].count(self._processor.image_token)
+
+    def _each(
+        self, distinct: Mapping[Any, tuple[EncodedRow, MediaSpan]], step: int | None
+    ) -> dict[Any, dict[str, torch.Tensor]]:
+        """Returns the tensors of every image: from memory, from disk, or decoded and processed."""
+        shown, missing = {}, {}
+        for key, (row, span) in distinct.items():
+            known = self._known(row, span) if step is None else None
+            if known is None:
+                missing[key] = row, span
+            else:
+                shown[key] = known
+        pictures = self._pictures([span for _, span in missing.values()], step)
+        for (key, (row, span)), picture in zip(missing.items(), pictures, strict=True):
+            made, texts = process_images(self._processor, [[picture]])
+            self._check([(row, span)], texts)
+            shown[key] = {**self._kept(made), **self._times([span])}
+            if step is None:
+                self._cache.put(key, shown[key], _bytes(shown[key]))
+        return shown
+
+    def _known(self, row: EncodedRow, span: MediaSpan) -> dict[str, torch.Tensor] | None:
+        found: dict[str, torch.Tensor] | None = self._cache.get(_key(span))
+        if found is None and self._pixels is not None:
+            item = Item(span.medium, span.frame, span.frames)
+            if item in self._pixels:
+                self._compare(row, span, self._pixels.tokens(item))
+                found = {**self._pixels[item], **self._times([span])}
+                self._cache.put(_key(span), found, _bytes(found))
+        return found
 
     def _times(self, spans: Sequence[MediaSpan]) -> dict[str, torch.Tensor]:
         """Returns when the frames of videos were taken, -1 for other images, for a family that is told."""
@@ -201,17 +230,28 @@ class Collator:
             return {}
         return {"frame_milliseconds": torch.tensor([_milliseconds(span) for span in spans])}
 
-    def _picture(self, span: MediaSpan, step: int | None) -> Any:
+    def _pictures(self, spans: Sequence[MediaSpan], step: int | None) -> Iterator[Any]:
+        """Yields the picture of every span; a video is decoded once for its frames, which follow each other."""
         from mmtune.media.load import load_image, load_video_frames
 
-        if span.medium.modality == "video":
-            picture = load_video_frames(self.media_root, span.medium, span.frames)[span.frame]
-        else:
-            picture = load_image(self.media_root, span.medium)
-        if step is None or self._augment is None:
-            return picture
-        # All frames of a video move together.
-        return self._augment(picture, span.medium.path or span.medium.sha256, step)
+        frames: list[Any] = []
+        of: Any = None
+        for span in spans:
+            key = ("picture", *_key(span))
+            picture = self._cache.get(key)
+            if picture is None and span.medium.modality == "video":
+                if of != _file(span):
+                    of, frames = _file(span), load_video_frames(self.media_root, span.medium, span.frames)
+                picture = frames[span.frame]
+            elif picture is None:
+                picture = load_image(self.media_root, span.medium)
+            if step is not None or not self._joined:
+                # Elsewhere it is the processed image that is kept.
+                self._cache.put(key, picture, 3 * picture.width * picture.height)
+            if step is not None and self._augment is not None:
+                # All frames of a video move together.
+                picture = self._augment(picture, span.medium.path or span.medium.sha256, step)
+            yield picture
 
     def _audios(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
         from mmtune.media.load import load_audio
@@ -222,8 +262,12 @@ class Collator:
         rate = self._processor._audio_processor.sampling_rate
         sounds: dict[Any, np.ndarray] = {}
         for _, span in spans:
-            if _key(span) not in sounds:
-                sounds[_key(span)] = load_audio(self.media_root, span.medium, rate)
+            key = _key(span)
+            if key not in sounds:
+                # Kept as it is at the model's rate: reading and resampling take most of the time.
+                sound = self._cache.get(key)
+                sounds[key] = load_audio(self.media_root, span.medium, rate) if sound is None else sound
+                self._cache.put(key, sounds[key], sounds[key].nbytes)
         made, texts = process_audio(self._processor, [sounds[_key(span)] for _, span in spans])
         self._check(spans, texts)
         return self._kept(made)
@@ -262,7 +306,15 @@ def _milliseconds(span: MediaSpan) -> int:
 
 
 def _key(span: MediaSpan) -> Any:
-    return (span.medium.path, span.medium.data, span.frame, span.frames)
+    return (span.medium.modality, span.medium.path, span.medium.data, span.frame, span.frames)
+
+
+def _file(span: MediaSpan) -> Any:
+    return (span.medium.path, span.medium.data, span.frames)
+
+
+def _spans(items: Sequence[Item]) -> list[MediaSpan]:
+    return [MediaSpan(item.medium, 0, 0, item.frame, item.frames) for item in items]
 
 
 def _bytes(tensors: dict[str, torch.Tensor]) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,11 +86,12 @@ def stand_of(item: Item, root: Path) -> tuple[int, int, str]:
     return stat.st_size, stat.st_mtime_ns, file_digest(file)
 
 
-def cut(lengths: Sequence[int], row_bytes: int) -> list[range]:
-    """Returns which items, given their rows, stand in which shard."""
+def cut(lengths: Sequence[int], row_bytes: float, shard_bytes: int | None = None) -> list[range]:
+    """Returns which items, given their rows, stand in which shard of at most ``shard_bytes``."""
+    most = shard_bytes or SHARD_BYTES
     shards, first, held = [], 0, 0
     for index, length in enumerate(lengths):
-        if held and (held + length) * row_bytes > SHARD_BYTES:
+        if held and (held + length) * row_bytes > most:
             shards.append(range(first, index))
             first, held = index, 0
         held += length
@@ -155,20 +156,31 @@ def _unchanged(member: Member, item: Item, root: Path) -> bool:
         return False
 
 
+def read_rows(file: Any, rows: slice) -> dict[str, torch.Tensor]:
+    """Returns some rows of every tensor of an opened shard."""
+    return {name: file.get_slice(name)[rows] for name in file.keys()}  # noqa: SIM118
+
+
 class Features:
     """The features of a folder's shards, by item; loader processes may share it.
 
     Args:
         paths: The shards.
         source: What made them.
+        read: An opened shard and some rows to the tensors they stand for.
 
     Raises:
         IntegrityError: A shard cannot be read.
         KeyError: On ``[item]``, when no shard holds it.
     """
 
-    def __init__(self, paths: Sequence[Path], source: str) -> None:
-        self._paths = list(paths)
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        source: str,
+        read: Callable[[Any, slice], dict[str, torch.Tensor]] = read_rows,
+    ) -> None:
+        self._paths, self._read = list(paths), read
         self._handles: dict[tuple[int, int], Any] = {}
         self._places: dict[str, tuple[int, Member]] = {}
         for number, path in enumerate(self._paths):
@@ -181,12 +193,13 @@ class Features:
         """Returns the image tokens that an item's features stand for."""
         return self._places[item_name(item)][1].tokens
 
+    def __contains__(self, item: Item) -> bool:
+        return item_name(item) in self._places
+
     def __getitem__(self, item: Item) -> dict[str, torch.Tensor]:
-        """Returns the item's tensors ``(N, H)`` by name, and its ``image_grid_thw`` ``(1, 3)`` where it has one."""
+        """Returns the item's tensors ``(N, ...)`` by name, and its ``image_grid_thw`` ``(1, 3)`` where it has one."""
         number, member = self._places[item_name(item)]
-        file = self._file(number)
-        own = slice(member.start, member.start + member.length)
-        found = {name: file.get_slice(name)[own] for name in file.keys()}  # noqa: SIM118
+        found = self._read(self._file(number), slice(member.start, member.start + member.length))
         return {**found, **({"image_grid_thw": torch.tensor([member.grid])} if member.grid else {})}
 
     def _file(self, number: int) -> Any:

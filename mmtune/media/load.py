@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from mmtune.media.audio import decode_audio
 from mmtune.media.image import decode_image
 from mmtune.media.paths import open_medium
-from mmtune.media.video import decode_frames
+from mmtune.media.video_process import decode_frames_apart
 from mmtune.records import Medium
 
 if TYPE_CHECKING:
@@ -51,4 +51,4 @@ def load_video_frames(root: Path | str, medium: Medium, count: int) -> list[Imag
     """
     handle, _ = open_medium(root, medium)
     with handle:
-        return decode_frames(handle, medium, count, max(MAX_IMAGE_PIXELS, medium.width * medium.height))
+        return decode_frames_apart(handle, medium, count, max(MAX_IMAGE_PIXELS, medium.width * medium.height))

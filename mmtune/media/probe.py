@@ -9,7 +9,7 @@ from pathlib import Path
 from mmtune.media.audio import probe_audio
 from mmtune.media.image import probe_image
 from mmtune.media.paths import open_medium
-from mmtune.media.video import probe_video
+from mmtune.media.video_process import probe_apart
 from mmtune.records import Medium
 
 
@@ -45,7 +45,7 @@ def probe_medium(root: Path | str, medium: Medium, limits: ProbeLimits) -> Mediu
         elif medium.modality == "audio":
             probed = probe_audio(handle, medium, max_seconds=limits.max_audio_seconds, decode=limits.decode)
         else:
-            probed = probe_video(
+            probed = probe_apart(
                 handle,
                 medium,
                 max_pixels=limits.max_image_pixels,

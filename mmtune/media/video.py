@@ -1,9 +1,14 @@
-"""Video files through PyAV (the extra ``video``): the header, and evenly spaced frames."""
+"""Video files through PyAV (the extra ``video``): the header, and evenly spaced frames.
+
+Called in a process of its own, see ``video_process``.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import IO, TYPE_CHECKING, Any
@@ -17,15 +22,42 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-def probe_video(handle: IO[bytes], medium: Medium, *, max_pixels: int, max_seconds: float, decode: bool) -> Medium:
+_SEEK_BEYOND_FRAMES = 300
+"""In a shorter video all frames are decoded up to the last one wanted."""
+
+
+def check_pyav(medium: Medium) -> None:
+    """Raises CapabilityError where PyAV is not installed."""
+    if importlib.util.find_spec("av") is None:
+        raise CapabilityError(
+            f"{medium.path!r} is a video and PyAV is not installed", 'pip install "mmtune[video]"', "missing_extra"
+        )
+
+
+def probe_video(
+    handle: IO[bytes],
+    medium: Medium,
+    *,
+    max_pixels: int,
+    max_seconds: float,
+    decode: bool,
+    begin: Callable[[float], None] = lambda seconds: None,
+) -> Medium:
     """Returns the medium with its size (after rotation), frames, frames per second and seconds.
 
     The first frame is always decoded, with ``decode`` all of them: ``frames`` is then the number
     really in the file and not what the header says.
 
+    Args:
+        handle: The open file.
+        medium: What to fill in.
+        max_pixels: Refuse larger frames.
+        max_seconds: Refuse longer videos, from their header.
+        decode: Decode every frame.
+        begin: Called with the length that the header names, before frames are decoded.
+
     Raises:
         MediaRefused: ``decode_error``, ``too_long`` or ``too_many_pixels``.
-        CapabilityError: PyAV is not installed.
     """
     with _container(handle, medium) as (container, stream):
         _check_size(stream, medium, max_pixels)
@@ -33,6 +65,7 @@ def probe_video(handle: IO[bytes], medium: Medium, *, max_pixels: int, max_secon
         duration = _seconds(container, stream)
         if duration > max_seconds:
             raise MediaRefused("too_long", f"{medium.path!r} is {duration:.1f} s long; the cap is {max_seconds:g} s")
+        begin(duration)
         first = next(container.decode(stream), None)
         if first is None:
             raise MediaRefused("decode_error", f"{medium.path!r} has no frames")
@@ -60,24 +93,65 @@ def decode_frames(handle: IO[bytes], medium: Medium, count: int, max_pixels: int
 
     Raises:
         MediaRefused: ``decode_error`` or ``too_many_pixels``.
-        CapabilityError: PyAV is not installed.
     """
     wanted = frame_places(medium.frames, count)
-    kept: dict[int, Image.Image] = {}
-    last: Any = None
     with _container(handle, medium) as (container, stream):
         _check_size(stream, medium, max_pixels)
         stream.thread_type = "AUTO"
-        for at, frame in enumerate(container.decode(stream)):
-            last = frame
-            if at in wanted:
-                kept[at] = _upright(frame)
-            if at >= wanted[-1]:
-                break
-        if last is None:
-            raise MediaRefused("decode_error", f"{medium.path!r} has no frames")
-        end = _upright(last) if any(place not in kept for place in wanted) else None
+        if wanted[-1] >= _SEEK_BEYOND_FRAMES:
+            found = _by_seeking(container, stream, medium.frames, wanted)
+            if found is not None:
+                return found
+            container.seek(0)
+        return _from_the_start(container, stream, medium, wanted)
+
+
+def _from_the_start(container: Any, stream: Any, medium: Medium, wanted: Sequence[int]) -> list[Image.Image]:
+    kept: dict[int, Image.Image] = {}
+    last: Any = None
+    for at, frame in enumerate(container.decode(stream)):
+        last = frame
+        if at in wanted:
+            kept[at] = _upright(frame)
+        if at >= wanted[-1]:
+            break
+    if last is None:
+        raise MediaRefused("decode_error", f"{medium.path!r} has no frames")
+    end = _upright(last) if any(place not in kept for place in wanted) else None
     return [kept.get(place, end) for place in wanted]  # type: ignore[misc]
+
+
+def _by_seeking(container: Any, stream: Any, frames: int, wanted: Sequence[int]) -> list[Image.Image] | None:
+    """Returns frames by their times, decoded from the key frame before each; None where that is unsafe or slower.
+
+    A frame is the one at its place among the sorted times of all packets, as in a decode from the
+    start: the packets are counted, and each frame's time is compared.
+    """
+    packets = [(packet.pts, packet.is_keyframe) for packet in container.demux(stream) if packet.size]
+    if len(packets) != frames or any(time is None for time, _ in packets):
+        return None
+    times = sorted({time for time, _ in packets})
+    keys = sorted({time for time, is_key in packets if is_key})
+    if len(times) != frames or not keys or keys[0] != times[0]:
+        return None
+    places: dict[int, list[int]] = defaultdict(list)
+    for place in wanted:
+        places[keys[bisect_right(keys, times[place]) - 1]].append(place)
+    number = {time: at for at, time in enumerate(times)}
+    if 2 * sum(own[-1] - number[key] + 1 for key, own in places.items()) > wanted[-1]:
+        return None
+    kept: dict[int, Image.Image] = {}
+    for key, own in places.items():
+        container.seek(key, stream=stream)
+        for frame in container.decode(stream):
+            at = number.get(frame.pts)
+            if at is None:
+                return None
+            if at in own:
+                kept[at] = _upright(frame)
+            if at >= own[-1]:
+                break
+    return [kept[place] for place in wanted] if all(place in kept for place in wanted) else None
 
 
 def frame_places(frames: int, count: int) -> list[int]:
@@ -106,10 +180,6 @@ def _seconds(container: Any, stream: Any) -> float:
 
 @contextmanager
 def _container(handle: IO[bytes], medium: Medium) -> Iterator[tuple[Any, Any]]:
-    if importlib.util.find_spec("av") is None:
-        raise CapabilityError(
-            f"{medium.path!r} is a video and PyAV is not installed", 'pip install "mmtune[video]"', "missing_extra"
-        )
     import av
 
     # Its messages go straight to stderr and would break the one-message rule.

@@ -71,6 +71,7 @@ def library_versions() -> dict[str, str]:
         "accelerate",
         "datasets",
         "pillow",
+        "av",
         "torchvision",
         "tokenizers",
         "numpy",

@@ -45,6 +45,10 @@ class Split:
         """Returns the split with features in place of pixels."""
         return Split(self.table, self.collate.with_features(features))
 
+    def with_pixels(self, pixels: Features) -> Split:
+        """Returns the split with processed images from disk, where they stand there."""
+        return Split(self.table, self.collate.with_pixels(pixels))
+
     @cached_property
     def trees(self) -> Trees:
         """Its trees."""

@@ -21,6 +21,7 @@ from mmtune.features.shards import (
     is_fresh,
     item_name,
     read_members,
+    read_rows,
     shard_path,
     stand_of,
     write_shard,
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 # Image tokens that the tower takes at once; a part of what the features are to the last bit.
 _TOKENS_AT_ONCE = 4096
+Make = Callable[[Sequence[Item], Sequence[int]], tuple[list[Member], dict[str, torch.Tensor]]]
+"""Items and the tokens expected of each, to the members and tensors of a shard."""
 
 
 @dataclass(frozen=True)
@@ -153,25 +156,27 @@ class Shelf:
         source: What makes the features.
         row_bytes: Bytes of one image token's features.
         root: Folder of the media.
+        shard_bytes: Most bytes of a shard; None for the usual size.
     """
 
     pictures: Pictures
     folder: Path
     source: str
-    row_bytes: int
+    row_bytes: float
     root: Path
+    shard_bytes: int | None = None
 
     def size_bytes(self, numbers: Iterable[int] | None = None) -> int:
         """Returns what some shards, or all of them, take on the disk, their headers apart."""
-        shards = cut(self.pictures.tokens, self.row_bytes)
+        shards = self._shards
         wanted = range(len(shards)) if numbers is None else numbers
-        return sum(self.pictures.tokens[index] for number in wanted for index in shards[number]) * self.row_bytes
+        return round(sum(self.pictures.tokens[at] for number in wanted for at in shards[number]) * self.row_bytes)
 
     def missing(self) -> dict[int, range]:
         """Returns the numbers and items of the shards that are absent or no longer true."""
         return {
             number: own
-            for number, own in enumerate(cut(self.pictures.tokens, self.row_bytes))
+            for number, own in enumerate(self._shards)
             if not is_fresh(
                 read_members(shard_path(self.folder, number), self.source),
                 [self.pictures.items[index] for index in own],
@@ -186,14 +191,18 @@ class Shelf:
             ValueError: As ``Maker.make``.
         """
         for number, own in missing.items():
-            items = [self.pictures.items[index] for index in own]
-            members, tensors = maker.make(items, [self.pictures.tokens[index] for index in own])
-            write_shard(shard_path(self.folder, number), self.source, members, tensors)
-            advance(len(items))
+            self.write(maker.make, number, own)
+            advance(len(own))
 
-    def features(self) -> Features:
-        """Returns the features of all pictures."""
-        return Features([shard_path(self.folder, number) for number in range(self._count)], self.source)
+    def write(self, make: Make, number: int, own: range) -> None:
+        """Computes and writes one shard."""
+        items, tokens = self.pictures.items, self.pictures.tokens
+        members, tensors = make([items[at] for at in own], [tokens[at] for at in own])
+        write_shard(shard_path(self.folder, number), self.source, members, tensors)
+
+    def features(self, read: Callable[[Any, slice], dict[str, torch.Tensor]] = read_rows) -> Features:
+        """Returns the features of all pictures; ``read`` as in ``Features``."""
+        return Features([shard_path(self.folder, number) for number in range(self._count)], self.source, read)
 
     def remove_others(self) -> None:
         """Deletes shards beyond those of the pictures, and what a killed run left half-written."""
@@ -203,7 +212,11 @@ class Shelf:
 
     @property
     def _count(self) -> int:
-        return len(cut(self.pictures.tokens, self.row_bytes))
+        return len(self._shards)
+
+    @property
+    def _shards(self) -> list[range]:
+        return cut(self.pictures.tokens, self.row_bytes, self.shard_bytes)
 
 
 def batch_loss(model: Any, batching: Batching, accelerator: Any) -> float:

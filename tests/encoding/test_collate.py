@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from mmtune.encoding.cache import Cache
 from mmtune.encoding.collate import Collator
 from mmtune.errors import IntegrityError
 from mmtune.media.augment import Augmentation
-from mmtune.records import Message, TextPart
+from mmtune.records import Medium, Message, TextPart
 
 # Sizes of the images of each conversation; one has none, one has two.
 BATCHES = {
@@ -135,3 +137,71 @@ def test_images_change_by_step_and_only_while_training(family_of: Any, media: An
     again = collate(rows[:1], 3)["pixel_values"]
     assert torch.equal(again.flatten(), third["pixel_values"].flatten()[: again.numel()])
     same(collate(rows), {name: value for name, value in plain.items() if name != "labels"})
+
+
+def video_rows(family: Any, names: list[str]) -> list[Any]:
+    clips = {name: Medium("video", name, width=60, height=40, frames=30, fps=10, seconds=3) for name in names}
+    asked = (Message("user", (clips[name], TextPart("What?"))) for name in names)
+    return [family.renderer.encode([one, Message("assistant", (TextPart("a cat"),))]) for one in asked]
+
+
+@pytest.fixture
+def opened(monkeypatch: Any) -> list[str]:
+    """The videos and sounds that were decoded, in order."""
+    import mmtune.media.load as load
+
+    found: list[str] = []
+
+    def frames(root: Any, medium: Any, count: int) -> list[Any]:
+        found.append(medium.path)
+        noise = np.random.default_rng(len(medium.path)).integers(0, 255, (count, 40, 60, 3), dtype=np.uint8)
+        return [Image.fromarray(one) for one in noise]
+
+    def sound(root: Any, medium: Any, rate: int) -> np.ndarray:
+        found.append(medium.path)
+        return np.random.default_rng(medium.frames).standard_normal(medium.frames).astype(np.float32)
+
+    monkeypatch.setattr(load, "load_video_frames", frames)
+    monkeypatch.setattr(load, "load_audio", sound)
+    return found
+
+
+@pytest.mark.parametrize("augment", [None, Augmentation(0, 0.2, ("horizontal",))], ids=["plain", "augment"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "idefics3", "llava_onevision"])
+def test_a_video_is_decoded_once_while_it_fits(family_of: Any, opened: list[str], name: str, augment: Any) -> None:
+    family = family_of(name)
+    rows = video_rows(family, ["a.mp4", "bb.mp4", "a.mp4"])
+    assert len(rows[0].media) == 8
+    for room, decodes in ((0, 2), (1 << 24, 1)):
+        opened.clear()
+        collate = Collator(family.processor, media_root=Path(), cache_bytes=room, augment=augment)
+        first = collate(rows, 1)
+        assert opened == ["a.mp4", "bb.mp4"]
+        same(collate(rows, 1), {key: value for key, value in first.items() if key != "labels"})
+        assert len(opened) == 2 * decodes
+
+
+def test_a_sound_is_decoded_and_resampled_once_while_it_fits(
+    family_of: Any, media: Any, served: Any, opened: list[str]
+) -> None:
+    family = family_of("qwen2_audio")
+    rows, _ = batch_of(family, media, served, [[(2, 2)], [(2, 2), (3, 3)]], sound=True)
+    for room, decodes in ((0, 2), (1 << 24, 1)):
+        opened.clear()
+        collate = Collator(family.processor, media_root=Path(), cache_bytes=room)
+        first = collate(rows)
+        assert len(opened) == 2
+        same(collate(rows), {key: value for key, value in first.items() if key != "labels"})
+        assert len(opened) == 2 * decodes
+
+
+def test_what_is_kept_never_takes_more_than_its_room() -> None:
+    kept = Cache(10)
+    for key, size in (("a", 4), ("b", 4), ("a", 5), ("huge", 11)):
+        kept.put(key, key + "!", size)
+    assert (kept.get("a"), kept.get("b"), kept.get("huge")) == ("a!", "b!", None)
+    assert kept.get("a") == "a!"
+    kept.put("c", "c!", 3)
+    assert (kept.get("a"), kept.get("b"), kept.get("c")) == ("a!", None, "c!")
+    kept.put("a", "new", 10)
+    assert (kept.get("a"), kept.get("c")) == ("new", None)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -121,6 +122,57 @@ def test_features_train_as_pixels_do_and_are_made_once(fresh):
     assert shard.stat().st_mtime_ns == made and weights_of(kept) == again
     found, other = load(again), load(weights)
     assert all(torch.allclose(found[name], other[name], rtol=1e-3, atol=1e-5) for name in other)
+
+
+def files_opened(monkeypatch):
+    import mmtune.media.load as load
+
+    opened, real = [], load.load_image
+    monkeypatch.setattr(load, "load_image", lambda root, medium: opened.append(medium.path) or real(root, medium))
+    return opened
+
+
+def test_processed_images_on_disk_train_as_the_files_do(fresh, monkeypatch):
+    opened = files_opened(monkeypatch)
+    both = {"train": ["llm", "vision"], "max_steps": 8}
+    live = fresh(**both)
+    finetune(live, console=Talk(quiet=True))
+    expected, weights, images = numbers_of(live), weights_of(live), len(set(opened))
+    assert not (live.run_dir / "features").exists()
+    console, kept = Talk(quiet=True), fresh(**both, pixels_gib=1)
+    # Another room is no other run.
+    assert finetune(kept, console=Talk(quiet=True))["cached"]
+    finetune(kept, force=True, console=console)
+    said = "\n".join(console.lines)
+    assert f"{images} of {images} images, processed, take" in said and f"{images} of them are made now" in said
+    assert numbers_of(kept) == expected and weights_of(kept) == weights
+    opened.clear()
+    finetune(kept, force=True, console=(console := Talk(quiet=True)))
+    # One, to know what an image takes.
+    assert len(opened) == 1 and any(" 0 of them are made now" in line for line in console.lines)
+    assert weights_of(kept) == weights
+    size = sum(file.stat().st_size for file in (kept.run_dir / "features" / "pixels").iterdir())
+    for _ in range(2):
+        opened.clear()
+        finetune(fresh(**both, pixels_gib=size / 2 / (1 << 30)), force=True, console=(console := Talk(quiet=True)))
+    assert any(re.search(rf"[1-9]\d* of {images} images, processed", line) for line in console.lines)
+    assert 1 < len(set(opened)) < images and weights_of(kept) == weights
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"augment": {"shift": 0.1}}, "finetune.augment changes the pixels"),
+        ({"pixels_gib": 1e-9}, "there is no room for one"),
+    ],
+    ids=["augment", "no room"],
+)
+def test_processed_images_stay_away_with_a_note(fresh, settings, reason):
+    console = Talk(quiet=True)
+    recipe = fresh(**{"pixels_gib": 1, "train": ["llm", "vision"], **settings})
+    finetune(recipe, console=console)
+    assert any(f"no processed images are kept: {reason}" in line for line in console.lines)
+    assert not (recipe.run_dir / "features").exists()
 
 
 def test_rows_of_many_lengths_are_packed_and_train_as_they_do_apart(tmp_path, repository, tiny_vlm, monkeypatch):

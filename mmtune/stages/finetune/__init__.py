@@ -22,7 +22,10 @@ from mmtune.training.launch import is_launched, is_main
 __all__ = ["finetune", "is_launched", "is_main", "launch"]
 
 # Settings that change how a run is watched, not what it computes.
-_FREE = ("save_every", "keep", "log_every", "trackers", "workers", "rank_timeout_seconds", "shard", "offload", "liger")
+_FREE = (
+    *("save_every", "keep", "log_every", "trackers", "workers", "rank_timeout_seconds", "shard", "offload", "liger"),
+    "pixels_gib",
+)
 
 
 def finetune(

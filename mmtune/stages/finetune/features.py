@@ -19,9 +19,9 @@ _GIB = 1 << 30
 _TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3}
 _BYTES = {"fp32": 4, "bf16": 2}
 # What a feature depends on beside the weights.
-_MAKERS = ("torch", "transformers", "pillow", "torchvision")
+MAKERS = ("torch", "transformers", "pillow", "torchvision")
 # A family may refuse features in any of these ways; its tower then runs at every step.
-_REFUSALS = (ValueError, RuntimeError, TypeError, LookupError, AttributeError)
+REFUSALS = (ValueError, RuntimeError, TypeError, LookupError, AttributeError)
 # A tower that runs less often than this per image is not worth a file.
 _LEAST_RUNS = 1.5
 
@@ -74,7 +74,7 @@ def use_features(
         return dict(splits)
     source = {
         **made_from,
-        **{name: version for name, version in library_versions().items() if name in _MAKERS},
+        **{name: version for name, version in library_versions().items() if name in MAKERS},
         "mmtune": __version__,
         "tower": tower_types(model),
         "dtype": dtype,
@@ -116,16 +116,16 @@ def _difference(
         error = abs(found - expected) / max(abs(expected), 1e-12)
         if not error <= _TOLERANCE[dtype]:
             problem = f"the loss of a batch with features differs by {error:.0e} of 1"
-    except _REFUSALS as refusal:
-        problem = _in_short(refusal)
-    problem = _agreed(problem, "comparing features", accelerator)
+    except REFUSALS as refusal:
+        problem = in_short(refusal)
+    problem = agreed(problem, "comparing features", accelerator)
     # A whole model is saved after full tuning, with the towers that did not train.
     if problem or settings.method == "full":
         put_back(released)
     return problem, error
 
 
-def _agreed(problem: str, what: str, accelerator: Any) -> str:
+def agreed(problem: str, what: str, accelerator: Any) -> str:
     """Returns the problem of this process, or of another one."""
     import torch
 
@@ -135,7 +135,8 @@ def _agreed(problem: str, what: str, accelerator: Any) -> str:
     return problem or ("another process of the run refused" if failed else "")
 
 
-def _in_short(error: Exception) -> str:
+def in_short(error: Exception) -> str:
+    """Returns the first line of an error."""
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
@@ -164,13 +165,13 @@ def _worth_it(
     epochs = plan.total_steps * plan.micro_batches / len(plan.epoch_batches(0))
     runs = max(round(shelf.pictures.runs * epochs), 1)
     console.say(
-        f"finetune: features of {distinct:,} images take {_size(size)}; with them the frozen vision tower runs"
+        f"finetune: features of {distinct:,} images take {size_text(size)}; with them the frozen vision tower runs"
         f" {distinct:,} times, without about {runs:,}"
     )
     place = next(path for path in (shelf.folder, *shelf.folder.parents) if path.is_dir())
     need, free = shelf.size_bytes(missing), shutil.disk_usage(place).free
-    problem = f"{place} has {_size(free)} free, {_size(need)} are needed" if need > free * 0.9 else ""
-    problem = _agreed(problem, "looking for room", accelerator)
+    problem = f"{place} has {size_text(free)} free, {size_text(need)} are needed" if need > free * 0.9 else ""
+    problem = agreed(problem, "looking for room", accelerator)
     if problem and wish.use == "on":
         raise ResourceError(f"no room for features: {problem}", "free some space")
     if not problem and size > wish.most_gib * _GIB and wish.use == "auto":
@@ -204,15 +205,16 @@ def _fill(
         with console.progress(sum(map(len, mine.values())), "features") as bar:
             try:
                 shelf.fill(maker, mine, bar.advance)
-            except _REFUSALS as refusal:
-                problem = _in_short(refusal)
-    problem = _agreed(problem, "making features", accelerator)
+            except REFUSALS as refusal:
+                problem = in_short(refusal)
+    problem = agreed(problem, "making features", accelerator)
     if rank == 0 and not problem:
         shelf.remove_others()
     return problem
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
+    """Returns a number of bytes as a person reads it."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -11,6 +11,7 @@ from typing import Any
 from mmtune.errors import CapabilityError, DataError, IntegrityError
 from mmtune.recipe import Augment, Finetune, Recipe
 from mmtune.stages.finetune.features import use_features
+from mmtune.stages.finetune.pixels import use_pixels
 from mmtune.storage import Manifest, open_split
 from mmtune.talk import Talk
 
@@ -117,6 +118,10 @@ def prepare(
         accelerator=accelerator,
         console=console,
     )
+    images = "pixels" if kept["train"] is train else "features"
+    if images == "pixels":
+        shelves = recipe.run_dir / "features" / "pixels"
+        kept = use_pixels(settings, shelves, str(tokens.facts["processor"]), splits, accelerator, console)
     batching = make(kept["train"], "train")
     held_out = make(kept["val"], "val") if val else None
     optimizer = make_optimizer(
@@ -139,7 +144,7 @@ def prepare(
         "precision": precision,
         # Bins are of another length under FlexAttention.
         "batches": ("trees for FlexAttention" if is_flex(model) else "trees") if as_trees else "rows",
-        "images": "pixels" if kept["train"] is train else "features",
+        "images": images,
     }
     return Run(
         recipe,
