@@ -243,7 +243,7 @@ def test_stopped_on_two_processes_it_goes_on_with_one(recipe):
                 process.kill()
             child.wait()
     done = mmtune("finetune", recipe, *common, "--set", f"run_dir={folder}", check=7)
-    assert "micro_batches" in done.stderr
+    assert "step_size.micro_batches" in done.stderr
     more = ["--set", f"run_dir={folder}", "--set", "finetune.accumulate=2"]
     done = mmtune("finetune", recipe, *common, *more, check=0)
     assert re.search(r"resuming after step [67]", done.stderr)

@@ -15,7 +15,7 @@ from mmtune.models.attention import FLEX
 from mmtune.training.data import PackedBatches, RowBatches, Trees, row_sizes, tree_sizes
 from mmtune.training.loss import answer_loss
 from mmtune.training.packing import Packing, TreeLengths, tree_costs, tree_lengths, tree_modalities
-from mmtune.training.plan import Plan
+from mmtune.training.plan import Plan, row_batches
 from mmtune.training.rope_index import rope_index
 from mmtune.training.tree_batch import TreeCollator
 from mmtune.training.tree_blocks import BLOCK
@@ -122,9 +122,10 @@ def rows_apart(split: Split, course: Mapping[str, Any]) -> Batching:
 
     Args:
         split: The split.
-        course: The arguments of ``Plan`` but ``sizes`` and ``packed``.
+        course: The arguments of ``Plan`` but ``sizes`` and ``packed``; ``cut`` as limits of a micro batch, or None.
     """
     sizes, at = row_sizes(split.table)
+    course = {**course, "cut": course.get("cut") and partial(row_batches, sizes=sizes, **course["cut"])}
     tokens = int(sizes.tokens.sum())
     batches = RowBatches(split.trees, at, split.collate)
     return Batching(Plan(sizes=sizes, **course), batches, answer_loss, (tokens, tokens))
@@ -154,6 +155,7 @@ def packed_trees(model: Any, split: Split, course: Mapping[str, Any]) -> Batchin
         packing.epoch_batches, batch_tokens=course["batch_tokens"], batch_rows=rows, batch_media_tokens=media
     )
     batches = PackedBatches(split.trees, packing, _tree_collator(model, split, rules))
+    course = {**course, "cut": course.get("cut") and partial(packing.cut, **course["cut"])}
     plan = Plan(sizes=tree_sizes(split.table), packed=packed, **course)
     tokens = int(split.lengths.tokens.sum()), int(row_sizes(split.table)[0].tokens.sum())
     return Batching(plan, batches, partial(answer_loss, rules=rules), tokens)

@@ -110,6 +110,15 @@ class CheckpointFolder:
             return False
         return True
 
+    def newest_identity(self) -> dict[str, Any] | None:
+        """Returns the identity in the newest checkpoint, unverified; None where there is none to read."""
+        folders = self._folders()
+        try:
+            found: dict[str, Any] = json.loads((folders[-1] / STATE).read_text("utf-8"))["identity"]
+        except (IndexError, OSError, ValueError, KeyError, TypeError):
+            return None
+        return found
+
     def newest_name(self) -> str:
         """Returns the path of the newest checkpoint for a message, unverified."""
         folders = self._folders()

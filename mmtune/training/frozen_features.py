@@ -221,7 +221,7 @@ class Shelf:
 
 def batch_loss(model: Any, batching: Batching, accelerator: Any) -> float:
     """Returns the loss of the first micro batch with images, the model in evaluation mode."""
-    batches = batching.plan.epoch_batches(0)
+    batches = batching.plan.run_batches(0)
     units = next((own for own in batches if {"image", "video"} & batching.batches.modalities(own)), batches[0])
     training = model.training
     model.eval()

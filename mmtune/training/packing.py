@@ -143,24 +143,42 @@ class Packing:
             batch_media_tokens: Most media tokens, in the same way.
         """
         bins = self.bins(epoch)
-        # A bin counts as one, beside its rows and its media tokens.
-        most = [
-            max(batch_tokens // self.capacity, 1),
-            np.inf if batch_rows is None else batch_rows,
-            np.inf if batch_media_tokens is None else batch_media_tokens,
+        shuffled = np.random.default_rng([self.seed, epoch]).permutation(len(bins))
+        # A bin counts as one, whatever its tokens: it is padded.
+        weights = [np.array([1, *self._heft(bins[number])[1:]]) for number in shuffled]
+        most = _most(max(batch_tokens // self.capacity, 1), batch_rows, batch_media_tokens)
+        return [
+            np.concatenate([bins[number] for number in sorted(shuffled[own])]) for own in _consecutive(weights, most)
         ]
-        batches: list[np.ndarray] = []
-        current: list[int] = []
-        held = np.zeros(3)
-        for number in np.random.default_rng([self.seed, epoch]).permutation(len(bins)):
-            members = bins[number]
-            more = np.array([1, self.lengths.rows[members].sum(), self.lengths.media[members].sum()])
-            if current and (held + more > most).any():
-                batches.append(_joined(bins, current))
-                current, held = [], np.zeros(3)
-            current.append(int(number))
-            held = held + more
-        return [*batches, _joined(bins, current)] if current else batches
+
+    def cut(
+        self,
+        trees: np.ndarray,
+        *,
+        batch_tokens: int,
+        batch_rows: int | None = None,
+        batch_media_tokens: int | None = None,
+    ) -> list[np.ndarray]:
+        """Returns a micro batch of ``epoch_batches`` as smaller ones, bin by bin and, where a bin is too much, tree
+        by tree; limits as there.
+        """
+        parts = []
+        most = _most(batch_tokens, batch_rows, batch_media_tokens)
+        bins = self.split(trees)
+        padded = max(int(self.lengths.tokens[members].sum()) for members in bins)
+        weights = [np.array([padded, *self._heft(members)[1:]]) for members in bins]
+        for own in _consecutive(weights, most):
+            members = np.concatenate(bins[own])
+            if len(bins[own]) == 1 and (weights[own.start] > most).any():
+                parts += [members[few] for few in _consecutive([self._heft(tree) for tree in members], most)]
+            else:
+                parts.append(members)
+        return parts
+
+    def _heft(self, trees: np.ndarray) -> np.ndarray:
+        """Returns tokens, rows and media tokens of some trees."""
+        lengths = self.lengths
+        return np.array([lengths.tokens[trees].sum(), lengths.rows[trees].sum(), lengths.media[trees].sum()])
 
     def split(self, trees: np.ndarray) -> list[np.ndarray]:
         """Returns the bins of a micro batch of ``epoch_batches``.
@@ -177,5 +195,17 @@ class Packing:
         return [trees[first:last] for first, last in pairwise([*starts, trees.size])]
 
 
-def _joined(bins: Sequence[np.ndarray], numbers: list[int]) -> np.ndarray:
-    return np.concatenate([bins[number] for number in sorted(numbers)])
+def _most(first: int, batch_rows: int | None, batch_media_tokens: int | None) -> np.ndarray:
+    return np.array([first, *(np.inf if one is None else one for one in (batch_rows, batch_media_tokens))])
+
+
+def _consecutive(weights: Sequence[np.ndarray], most: np.ndarray) -> list[slice]:
+    """Returns runs of items, each as long as the sum of its weights is within ``most``; one over it stands alone."""
+    runs, start = [], 0
+    held = np.zeros_like(most)
+    for at, weight in enumerate(weights):
+        if at > start and (held + weight > most).any():
+            runs.append(slice(start, at))
+            start, held = at, np.zeros_like(most)
+        held = held + weight
+    return [*runs, slice(start, len(weights))] if weights else runs

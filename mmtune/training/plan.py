@@ -2,7 +2,8 @@
 
 Nothing about the order is ever stored but one integer, the number of finished steps. The
 order does not depend on processes or workers; a step is ``world x accumulate`` consecutive
-micro batches, so a run keeps its sequence as long as that product stays the same.
+micro batches, so a run keeps its sequence as long as that product stays the same, or as
+smaller micro batches are cut from those of the plan.
 """
 
 from __future__ import annotations
@@ -43,6 +44,32 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+def row_batches(
+    units: np.ndarray,
+    sizes: TreeSizes,
+    *,
+    batch_tokens: int,
+    batch_rows: int | None = None,
+    batch_media_tokens: int | None = None,
+) -> list[np.ndarray]:
+    """Returns units cut, in their order, into micro batches of padded rows; what is over a limit stands alone."""
+    batches: list[np.ndarray] = []
+    current: list[int] = []
+    rows = longest = media = 0
+    for unit in units:
+        more, length, shown = int(sizes.rows[unit]), int(sizes.tokens[unit]), int(sizes.media[unit])
+        full = (rows + more) * max(longest, length) > batch_tokens
+        full |= batch_rows is not None and rows + more > batch_rows
+        full |= batch_media_tokens is not None and media + shown > batch_media_tokens
+        if current and full:
+            batches.append(np.asarray(current))
+            current, rows, longest, media = [], 0, 0, 0
+        current.append(unit)
+        rows, longest, media = rows + more, max(longest, length), media + shown
+    batches.append(np.asarray(current))
+    return batches
+
+
 @dataclass(frozen=True)
 class Plan:
     """The whole course of a run.
@@ -57,6 +84,7 @@ class Plan:
         max_steps: Steps, in place of ``epochs``.
         batch_media_tokens: Most media tokens of a micro batch, or None.
         packed: Epoch to micro batches of packed trees; None when the rows of trees train apart.
+        cut: Micro batch to smaller ones that run in its place, or None.
     """
 
     sizes: TreeSizes
@@ -68,6 +96,7 @@ class Plan:
     max_steps: int | None = None
     batch_media_tokens: int | None = None
     packed: Callable[[int], list[np.ndarray]] | None = None
+    cut: Callable[[np.ndarray], list[np.ndarray]] | None = None
 
     def epoch_batches(self, epoch: int) -> list[np.ndarray]:
         """Returns the micro batches of an epoch; every tree stands in exactly one."""
@@ -75,22 +104,20 @@ class Plan:
             raise DataError("there is no training row", "look at the rejects of build-data and tokenize", "no_rows")
         if self.packed is not None:
             return self.packed(epoch)
-        batches: list[np.ndarray] = []
-        current: list[int] = []
-        rows = longest = media = 0
-        for tree in order(self.seed, epoch, self.sizes.rows.size):
-            more, length = int(self.sizes.rows[tree]), int(self.sizes.tokens[tree])
-            shown = int(self.sizes.media[tree])
-            full = (rows + more) * max(longest, length) > self.batch_tokens
-            full |= self.batch_rows is not None and rows + more > self.batch_rows
-            full |= self.batch_media_tokens is not None and media + shown > self.batch_media_tokens
-            if current and full:
-                batches.append(np.asarray(current))
-                current, rows, longest, media = [], 0, 0, 0
-            current.append(tree)
-            rows, longest, media = rows + more, max(longest, length), media + shown
-        batches.append(np.asarray(current))
-        return batches
+        return row_batches(
+            order(self.seed, epoch, self.sizes.rows.size),
+            self.sizes,
+            batch_tokens=self.batch_tokens,
+            batch_rows=self.batch_rows,
+            batch_media_tokens=self.batch_media_tokens,
+        )
+
+    def run_batches(self, epoch: int) -> list[np.ndarray]:
+        """Returns the micro batches of an epoch as they run, cut where the plan cuts them."""
+        return self._cut(self.epoch_batches(epoch))
+
+    def _cut(self, batches: list[np.ndarray]) -> list[np.ndarray]:
+        return batches if self.cut is None else [part for batch in batches for part in self.cut(batch)]
 
     def _steps_of(self, batches: int) -> int:
         return -(-batches // self.micro_batches)
@@ -108,7 +135,10 @@ class Plan:
         return max(steps, 1)
 
     def steps(self, start: int = 0) -> Iterator[list[np.ndarray]]:
-        """Yields the micro batches of every step from ``start`` on; the last step of an epoch may have fewer."""
+        """Yields the micro batches of every step from ``start`` on; the last step of an epoch may have fewer.
+
+        Where the plan cuts them, a step has more.
+        """
         done = epoch = 0
         while done < self.total_steps:
             batches = self.epoch_batches(epoch)
@@ -116,7 +146,7 @@ class Plan:
                 if done >= self.total_steps:
                     return
                 if done >= start:
-                    yield batches[index * self.micro_batches : (index + 1) * self.micro_batches]
+                    yield self._cut(batches[index * self.micro_batches : (index + 1) * self.micro_batches])
                 done += 1
             epoch += 1
 

@@ -44,7 +44,7 @@ def rehearse(model: Any, batching: Batching, accelerator: Any) -> Rehearsal:
         ResourceError: Memory ran out, with the ids of the examples.
     """
     plan, device = batching.plan, accelerator.device
-    batches = plan.epoch_batches(0)
+    batches = plan.run_batches(0)
     costs = np.asarray([plan.cost(own) for own in batches], dtype=np.float64)
     training = model.training
     model.train()

@@ -110,3 +110,31 @@ def test_lengths_of_a_table_in_slices(tree_table: pa.Table) -> None:
         assert found.tokens.tolist() == [len(row["input_ids"]) for row in rows]
         assert found.media.tolist() == [sum(span["length"] for span in row["media"]) for row in rows]
         assert found.rows.tolist() == [len(row["example_ids"]) for row in rows]
+
+
+@given(
+    costs=st.lists(st.integers(1, 40), min_size=1, max_size=40),
+    capacity=st.integers(40, 90),
+    tokens=st.integers(20, 200),
+    smaller=st.integers(5, 200),
+    rows=st.none() | st.integers(1, 9),
+)
+def test_a_micro_batch_is_cut_in_its_order(
+    costs: list[int], capacity: int, tokens: int, smaller: int, rows: int | None
+) -> None:
+    """No tree is lost or moved, a part keeps the limits or is one tree, and its bins are found again in it."""
+    lengths = TreeLengths(np.array(costs), np.zeros(len(costs), np.int64), np.array(costs) % 3 + 1)
+    packing = Packing(lengths.tokens, lengths, capacity, seed=1)
+    for batch in packing.epoch_batches(0, batch_tokens=tokens):
+        parts = packing.cut(batch, batch_tokens=smaller, batch_rows=rows)
+        assert np.concatenate(parts).tolist() == batch.tolist()
+        for part in parts:
+            bins = packing.split(part)
+            padded = len(bins) * max(int(lengths.tokens[own].sum()) for own in bins)
+            if part.size > 1:
+                assert padded <= smaller and (rows is None or lengths.rows[part].sum() <= rows)
+    assert all(
+        len(packing.cut(batch, batch_tokens=tokens)) == 1
+        for batch in packing.epoch_batches(0, batch_tokens=tokens)
+        if tokens >= capacity
+    )

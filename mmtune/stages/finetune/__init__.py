@@ -81,7 +81,7 @@ def finetune(
 
     with staging or nullcontext():
         run = prepare(
-            recipe, settings, tokens, path, {"config": config, "tokens": tokens.hash}, limit, offline, console
+            recipe, settings, tokens, path, {"config": config, "tokens": tokens.hash}, limit, resume, offline, console
         )
         outcome = follow(run, resume, console)
         state = whole_state(run.model)

@@ -30,7 +30,8 @@ def _resume_from(run: Run, resume: str, console: Talk) -> tuple[int, str, dict[s
     if different:
         raise IntegrityError(
             "the checkpoint on disk belongs to another run: " + "; ".join(different),
-            "go back to those settings, or start again: mmtune finetune --resume never",
+            "go back to those settings (micro batches may change where batch_tokens and batch_rows times accumulate"
+            " times processes stay), or start again: mmtune finetune --resume never",
             "other_run",
         )
     load_trainable_state(run.model, run.checkpoints.load(checkpoint, "trainable"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ def prepare(
     path: str,
     identity: dict[str, Any],
     limit: int | None,
+    resume: str,
     offline: bool,
     console: Talk,
 ) -> Run:
@@ -55,6 +56,7 @@ def prepare(
         path: Folder or hub id of the model.
         identity: What a checkpoint must share with this run, as far as the stage knows it.
         limit: At most this many training rows.
+        resume: ``auto`` or ``never``.
         offline: Never reach for the network.
         console: Where the table of towers and notes go.
 
@@ -73,6 +75,7 @@ def prepare(
     from mmtune.training.launch import is_launched
     from mmtune.training.optimizer import make_optimizer
     from mmtune.training.sharding import meet_for_offload
+    from mmtune.training.step_size import StepSize, planned_size
 
     _trackers_are_here(settings.trackers)
     precision = _precision(settings.precision)
@@ -101,10 +104,18 @@ def prepare(
     train = _split(recipe, tokens, processor, "train", limit, settings.augment)
     val = _split(recipe, tokens, processor, "val", settings.eval_rows) if tokens.rows.get("val") else None
     _place(model, settings, accelerator, console)
-    rows = _batching_of(rows_apart, recipe, settings, accelerator)
+    checkpoints = CheckpointFolder(recipe.run_dir / "checkpoints" / "finetune", settings.keep)
+    own_size = StepSize(
+        accelerator.num_processes * settings.accumulate,
+        settings.batch_tokens,
+        settings.batch_rows,
+        settings.batch_media_tokens,
+    )
+    size = planned_size(own_size, checkpoints.newest_identity() if resume == "auto" else None)
+    rows = _batching_of(rows_apart, recipe, settings, size, own_size)
     attn = recipe.model.attn if recipe.model else "auto"
     as_trees = _trains_trees(model, train, rows(train, "train").plan, attn, accelerator, console)
-    make = _batching_of(partial(packed_trees, model), recipe, settings, accelerator) if as_trees else rows
+    make = _batching_of(partial(packed_trees, model), recipe, settings, size, own_size) if as_trees else rows
     splits = {"train": train, **({"val": val} if val else {})}
     kept = use_features(
         settings,
@@ -133,14 +144,13 @@ def prepare(
         tower_rates=settings.tower_rates,
         plus_ratio=settings.lora.plus_ratio,
     )
-    checkpoints = CheckpointFolder(recipe.run_dir / "checkpoints" / "finetune", settings.keep)
-    # What counts of the accumulation is its product with the processes.
+    # Micro batches may change as long as as much makes a step; see ``planned_size``.
     config = identity["config"]
-    own = {name: value for name, value in config["finetune"].items() if name != "accumulate"}
+    own = {name: value for name, value in config["finetune"].items() if name not in ("accumulate", *size.limits())}
     identity = {
         **identity,
         "config": {**config, "finetune": own},
-        "micro_batches": batching.plan.micro_batches,
+        "step_size": asdict(size),
         "precision": precision,
         # Bins are of another length under FlexAttention.
         "batches": ("trees for FlexAttention" if is_flex(model) else "trees") if as_trees else "rows",
@@ -181,17 +191,24 @@ def _place(model: Any, settings: Finetune, accelerator: Any, console: Talk) -> N
     share_weights(model)
 
 
-def _batching_of(make: Any, recipe: Recipe, settings: Finetune, accelerator: Any) -> Any:
-    """Returns a function from a split and its name to its batching."""
-    budget = {name: getattr(settings, name) for name in ("batch_tokens", "batch_rows", "batch_media_tokens")}
+def _batching_of(make: Any, recipe: Recipe, settings: Finetune, size: Any, own_size: Any) -> Any:
+    """Returns a function from a split and its name to its batching.
+
+    Args:
+        make: Makes the batching of a split for a course.
+        recipe: The recipe.
+        settings: Its finetune part.
+        size: The size of a step by which the run is planned.
+        own_size: That of this process's settings.
+    """
     train = {
-        **budget,
+        **asdict(size),
+        "cut": None if size == own_size else own_size.limits(),
         "seed": recipe.seed,
-        "micro_batches": accelerator.num_processes * settings.accumulate,
         "epochs": settings.epochs,
         "max_steps": settings.max_steps,
     }
-    held_out = {**budget, "seed": 0, "micro_batches": 1, "epochs": 1.0}
+    held_out = {**own_size.limits(), "cut": None, "seed": 0, "micro_batches": 1, "epochs": 1.0}
     return lambda split, name: make(split, train if name == "train" else held_out)
 
 

@@ -1,0 +1,50 @@
+"""How much makes a step, and who may change what of it while a run is stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class StepSize:
+    """A step is so many micro batches, each of at most so much.
+
+    Attributes:
+        micro_batches: Over all processes.
+        batch_tokens: Most tokens of a micro batch, padding included.
+        batch_rows: Most rows of a micro batch, or None.
+        batch_media_tokens: Most media tokens of a micro batch, or None.
+    """
+
+    micro_batches: int
+    batch_tokens: int
+    batch_rows: int | None = None
+    batch_media_tokens: int | None = None
+
+    def limits(self) -> dict[str, int | None]:
+        """Returns the limits of a micro batch by name."""
+        return {name: value for name, value in asdict(self).items() if name != "micro_batches"}
+
+    def _whole(self) -> tuple[int, int | None]:
+        rows = None if self.batch_rows is None else self.micro_batches * self.batch_rows
+        return self.micro_batches * self.batch_tokens, rows
+
+    def is_as_large_as(self, other: StepSize) -> bool:
+        """Says whether as many tokens and rows make a step, in whatever micro batches."""
+        return self._whole() == other._whole()
+
+
+def planned_size(own: StepSize, identity: Mapping[str, Any] | None) -> StepSize:
+    """Returns the size by which a run plans its steps.
+
+    A run that goes on from a checkpoint plans as the run that wrote it did, as long as its steps are as large: so
+    the examples come in the same order. What does not fit its own micro batches it cuts into smaller ones.
+
+    Args:
+        own: What the recipe and the processes give.
+        identity: Of the checkpoint to go on from, or None.
+    """
+    before = StepSize(**identity["step_size"]) if identity and "step_size" in identity else own
+    return before if before.is_as_large_as(own) else own
