@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from contextlib import nullcontext
@@ -43,6 +44,8 @@ def finetune(
         DivergedError: Loss or gradient is not finite.
         Interrupted: A signal came; the state is saved.
     """
+    if is_launched():
+        launching.end_with(os.getppid())
     settings = recipe.finetune or Finetune()
     tokens = read_manifest(recipe.run_dir / "tokens", made_by="tokenize")
     path = model_path(recipe, tokens)
