@@ -23,7 +23,7 @@ from mmtune.training.loss import answer_loss
 from mmtune.training.meter import Clock, Window, meter_note
 from mmtune.training.moved import TowerWatch
 from mmtune.training.optimizer import Optimizer, learning_rate, set_rate
-from mmtune.training.plan import Plan, split_ranks, step_seed
+from mmtune.training.plan import Plan, step_seed
 from mmtune.training.ranks import sum_gradients, sum_tensor
 from mmtune.training.sharding import gradient_norm
 from mmtune.training.signals import StopFlag, Stopped
@@ -92,6 +92,7 @@ class Outcome:
         metrics: The metrics file's text.
         seconds: Time by part, see ``meter.Clock``.
         unseen: Trained towers that no step could judge, for want of their media.
+        teamwork: Of several processes, see ``meter.Teamwork.facts``.
     """
 
     step: int
@@ -100,6 +101,7 @@ class Outcome:
     metrics: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     unseen: set[str] = field(default_factory=set)
+    teamwork: dict[str, float] = field(default_factory=dict)
 
 
 def train(
@@ -124,7 +126,9 @@ def train(
     world, rank = accelerator.num_processes, accelerator.process_index
     steps, early = itertools.tee(plan.steps(start))
     mine = (
-        (trees, step) for step, chosen in enumerate(early, start=start) for trees, _ in split_ranks(chosen, rank, world)
+        (chosen[position], step)
+        for step, chosen in enumerate(early, start=start)
+        for position, _ in plan.shares(chosen, rank, world)
     )
     outcome, clock, window, spikes = Outcome(start, metrics=metrics), Clock(), Window(), Spikes()
     watch = TowerWatch(model)
@@ -167,7 +171,7 @@ def train(
                 clock.skip()
                 hooks.save(outcome.step, outcome.metrics, window.state())
                 clock.lap("save")
-    outcome.seconds = clock.stop()
+    outcome.seconds, outcome.teamwork = clock.stop(), clock.teamwork.facts()
     outcome.unseen = watch.waiting if outcome.step > start else set()
     return outcome
 
@@ -191,9 +195,10 @@ def _accumulate(
     """Forward and backward over one step's micro batches; returns the global loss sum of each."""
     world, rank = accelerator.num_processes, accelerator.process_index
     targets, together = max(plan.targets(chosen), 1), is_sharded(model)
-    losses = torch.zeros(len(chosen), device=accelerator.device)
-    for index, (trees, counts) in enumerate(split_ranks(chosen, rank, world)):
-        made = next(batches)
+    # The losses of the step, then each process's own seconds: one exchange for both.
+    shared = torch.zeros(len(chosen) + world, device=accelerator.device)
+    for position, counts in plan.shares(chosen, rank, world):
+        made, trees = next(batches), chosen[position]
         window.rows += int(plan.sizes.rows[trees].sum()) * counts
         window.tokens += int(made["attention_mask"].sum()) * counts
         batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in made.items()}
@@ -208,10 +213,18 @@ def _accumulate(
                 accelerator.backward(nll / targets * float(counts))
         clock.lap("backward")
         if counts:
-            losses[index * world + rank] = nll.detach()
+            shared[position] = nll.detach()
+    if world > 1 and accelerator.device.type == "cuda":
+        # What is still queued is own work, not the exchange.
+        torch.cuda.synchronize(accelerator.device)
+        clock.lap("backward")
+    shared[len(chosen) + rank] = clock.own()
     sum_gradients(model.parameters())
-    clock.lap("sync")
-    return [float(loss) for loss in sum_tensor(losses, "summing the loss").tolist()]
+    shared_by_all = sum_tensor(shared, "summing the loss").tolist()
+    exchange = clock.lap("sync")
+    if world > 1:
+        clock.teamwork.add(shared_by_all[len(chosen) :], rank, exchange)
+    return shared_by_all[: len(chosen)]
 
 
 def _warn_of_spike(

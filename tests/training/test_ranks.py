@@ -1,5 +1,6 @@
 """Two gloo processes take the steps of one, also where only one of them sees a picture."""
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -62,6 +63,28 @@ def test_two_processes_are_one_with_twice_the_rows(tmp_path):
         assert found[name][0] == pytest.approx(losses, rel=1e-6)
         for key, value in weights.items():
             assert torch.allclose(found[name][1][key], value, rtol=1e-5, atol=1e-6), (name, key)
+
+
+class SlowRows(Rows):
+    def batch(self, rows, step=None):
+        time.sleep(0.3)
+        return super().batch(rows, step)
+
+
+def slow_rank(rank, folder):
+    init(rank, folder)
+    kind = SlowRows if rank else Rows
+    result = run(tiny_model(), kind(count=8), batch_rows=1, steps=4)
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(result.outcome.teamwork))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_process_that_waits_for_a_slow_one_shows(tmp_path):
+    multiprocessing.spawn(slow_rank, args=(str(tmp_path),), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["rank_balance"] == second["rank_balance"]
+    # One works 0.3 s and a little, the other a little.
+    assert 0.5 < first["rank_balance"] < 0.8 and 0.4 < first["scaling_efficiency"] < 0.8
 
 
 def stuck_rank(rank, folder):

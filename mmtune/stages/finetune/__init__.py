@@ -132,6 +132,7 @@ def _publish(run: Run, outcome: Any, state: Any, console: Talk, staging: Staging
         "loss": next((row["loss"] for row in reversed(rows) if "loss" in row), None),
         "val_loss": next((row["val_loss"] for row in reversed(rows) if "val_loss" in row), None),
         **shares(outcome.seconds),
+        **outcome.teamwork,
         "media_root": run.tokens.facts.get("media_root"),
         "eos_token_ids": stop_ids(run.model, tokenizer_of(run.processor)),
     }

@@ -108,6 +108,12 @@ def _say_speed(outcome: Any, processes: int, console: Talk) -> None:
         sync = shares(spent)["sync_share"]
         each = f", {rate / processes:.1f} per process, {sync:.0%} of the time spent on exchanging gradients"
         console.say(f"finetune: {rate:.1f} rows/s{each if processes > 1 else ''}")
+    if outcome.teamwork:
+        efficiency, balance = outcome.teamwork["scaling_efficiency"], outcome.teamwork["rank_balance"]
+        console.say(
+            f"finetune: scaling efficiency {efficiency:.0%}: {processes} processes do the work of"
+            f" {processes * efficiency:.1f}; their loads are even to {balance:.0%}"
+        )
 
 
 def _show_course(run: Run, largest: Any, start: int, console: Talk) -> None:
