@@ -333,11 +333,14 @@ def test_processes_of_a_killed_launcher_save_and_leave(two, fresh, killed):
 
 
 @pytest.mark.slow
-def test_a_dead_process_ends_the_run_and_the_checkpoint_stays(two, fresh):
-    child = two(max_steps=100_000, save_every=2, rank_timeout_seconds=5)
+@pytest.mark.parametrize(
+    ("shard", "sent"), [("none", signal.SIGKILL), ("zero3", signal.SIGKILL), ("zero3", signal.SIGSTOP)]
+)
+def test_a_lost_process_ends_the_run_and_the_checkpoint_stays(two, fresh, shard, sent):
+    child = two(max_steps=100_000, save_every=2, rank_timeout_seconds=5, shard=shard)
     folder = fresh().run_dir / "checkpoints" / "finetune"
     wait_for(folder / "step-00000002" / "state.json", child)
-    os.kill(rank_process(child, 1), signal.SIGKILL)
+    os.kill(rank_process(child, 1), sent)
     began = time.monotonic()
     _, talk = child.communicate(timeout=120)
     assert time.monotonic() - began < 60

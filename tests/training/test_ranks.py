@@ -14,7 +14,7 @@ from course import Rows, run, tiny_model
 
 from mmtune.errors import ResourceError
 from mmtune.models.adapter import train_fully
-from mmtune.training.ranks import share_weights, sum_tensor
+from mmtune.training.ranks import meeting, share_weights, sum_tensor
 
 # Pictures in some rows only: at times on both ranks, on one, on none.
 MIXED = frozenset({0, 3, 4})
@@ -97,6 +97,14 @@ def stuck_rank(rank, folder):
         sum_tensor(torch.ones(3), "summing gradients")
     except ResourceError as error:
         (Path(folder) / "said").write_text(f"{error.exit_code} {time.monotonic() - began:.0f} {error.message}")
+
+
+@pytest.mark.parametrize("said", ["[gloo/transport/tcp/pair.cc:553] Connection closed by peer", "NCCL error: timeout"])
+def test_an_exchange_that_failed_is_known_among_other_errors(said):
+    with pytest.raises(ResourceError, match="while training"), meeting("training"):
+        raise RuntimeError(said)
+    with pytest.raises(RuntimeError, match="shapes"), meeting("training"):
+        raise RuntimeError("shapes do not fit")
 
 
 def test_a_stuck_process_ends_the_others_within_the_limit(tmp_path):

@@ -78,8 +78,9 @@ def finetune(
         console.say(f"finetune: {target} is up to date (same settings, same tokens); nothing to do")
         return {"stage": "finetune", "cached": True, "target": str(target), **read_manifest(target).facts}
     from mmtune.models.adapter import whole_state
+    from mmtune.training.ranks import meeting
 
-    with staging or nullcontext():
+    with staging or nullcontext(), meeting("training"):
         run = prepare(
             recipe, settings, tokens, path, {"config": config, "tokens": tokens.hash}, limit, offline, console
         )
