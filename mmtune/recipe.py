@@ -222,7 +222,8 @@ class Finetune(Section):
     """With several processes, by PyTorch's FSDP2: zero3 spreads weights, gradients and optimizer state of the language
     model over them; zero2 keeps the weights gathered between forward and backward pass, faster and larger."""
     offload: bool = False
-    """With shard: the parts rest in the CPU's memory, where the optimizer steps too."""
+    """The language model's weights, gradients and optimizer state rest in the CPU's memory, where the optimizer
+    steps: its parts with shard, the whole with one process."""
     liger: Literal["auto", "off"] = "auto"
     """auto takes Liger's kernels on a GPU, where they are installed (mmtune[fast]) and know the family."""
     save_every: Annotated[int, Field(ge=1)] = 200
@@ -273,14 +274,12 @@ class Finetune(Section):
 
     def _shards(self) -> None:
         """Says what does not go with spread weights."""
-        if self.offload and self.shard == "none":
-            raise ValueError("offload goes with shard: set zero2 or zero3, or leave it out")
-        if self.shard == "none":
+        if self.shard == "none" and not self.offload:
             return
         if self.quantize != "none" or self.optimizer != "adamw":
-            raise ValueError("shard does not go with quantize, nor with another optimizer than adamw")
+            raise ValueError("shard and offload do not go with quantize, nor with another optimizer than adamw")
         if self.lora.init == "pissa":
-            raise ValueError("shard does not go with lora.init pissa")
+            raise ValueError("shard and offload do not go with lora.init pissa")
 
 
 class Eval(Section):

@@ -199,6 +199,42 @@ def test_stopped_and_resumed_it_ends_with_the_same_bytes(fresh, settings, monkey
     assert numbers_of(recipe) == losses
 
 
+@pytest.mark.parametrize("settings", [{}, {"method": "full", "train": ["llm", "vision"]}], ids=["lora", "full"])
+def test_resting_in_the_memory_of_the_cpu_changes_nothing(fresh, settings, monkeypatch):
+    from torch.distributed.tensor import DTensor
+
+    from mmtune.training import loop
+
+    name = "model.safetensors" if settings else "adapter_model.safetensors"
+    recipe = fresh(**settings, max_steps=4)
+    finetune(recipe, console=Talk(quiet=True))
+    expected, numbers = load_file(recipe.run_dir / "adapter" / name), numbers_of(recipe)
+    accumulate, seen, asked = loop._accumulate, [], loop._stop_wanted
+
+    def watch(model, *rest):
+        seen.append(sum(isinstance(parameter, DTensor) for parameter in model.parameters()))
+        return accumulate(model, *rest)
+
+    # Stopped after two steps while it rests there, ended without.
+    monkeypatch.setattr(loop, "_accumulate", watch)
+    polls = iter([False, True])
+    monkeypatch.setattr(loop, "_stop_wanted", lambda stop, accelerator: next(polls))
+    resting = fresh(**settings, max_steps=4, offload=True)
+    try:
+        with pytest.raises(Interrupted):
+            finetune(resting, force=True, console=Talk(quiet=True))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert seen[0] > 10
+    monkeypatch.setattr(loop, "_stop_wanted", asked)
+    finetune(recipe, force=True, console=Talk(quiet=True))
+    assert seen[-1] == 0
+    found = load_file(recipe.run_dir / "adapter" / name)
+    assert numbers_of(recipe) == [pytest.approx(row, rel=1e-5) for row in numbers]
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[key], value, rtol=1e-5, atol=1e-6) for key, value in expected.items())
+
+
 def test_a_resumed_run_needs_no_room_for_features_that_are_there(fresh, monkeypatch):
     recipe = fresh(max_steps=8)
     finetune(recipe, console=Talk(quiet=True))

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmtune.errors import CapabilityError, DataError, IntegrityError
+from mmtune.errors import CapabilityError, DataError, IntegrityError, RecipeError
 from mmtune.recipe import Augment, Finetune, Recipe
 from mmtune.stages.finetune.features import use_features
 from mmtune.storage import Manifest, open_split
@@ -75,8 +75,10 @@ def prepare(
     _trackers_are_here(settings.trackers)
     precision = _precision(settings.precision)
     timeout = timedelta(seconds=settings.rank_timeout_seconds)
-    if settings.offload and is_launched():
-        meet_for_offload(timeout)
+    if settings.offload:
+        if is_launched() and settings.shard == "none":
+            raise RecipeError("finetune.offload on several processes goes with shard", "set finetune.shard: zero3")
+        meet_for_offload(timeout, alone=not is_launched())
     accelerator = Accelerator(
         mixed_precision="bf16" if precision == "bf16" else "no",
         log_with=list(settings.trackers) or None,
@@ -157,7 +159,7 @@ def _place(model: Any, settings: Finetune, accelerator: Any, console: Talk) -> N
     """Moves the model to this process's device, whole or its part, the same weights everywhere."""
     from mmtune.training.ranks import share_weights, world_size
 
-    if settings.shard != "none" and world_size() > 1:
+    if settings.offload or (settings.shard != "none" and world_size() > 1):
         from mmtune.training.sharding import shard_language_model
 
         if "llm" not in settings.train:
