@@ -219,8 +219,10 @@ class Finetune(Section):
     checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     shard: Literal["none", "zero2", "zero3"] = "none"
-    """With several processes, by PyTorch's FSDP2: zero3 spreads weights, gradients and optimizer state of the language
-    model over them; zero2 keeps the weights gathered between forward and backward pass, faster and larger."""
+    """With several processes: zero3 spreads weights, gradients and optimizer state of the language model over them;
+    zero2 keeps the weights gathered between forward and backward pass, or whole (deepspeed); faster and larger."""
+    engine: Literal["fsdp2", "deepspeed"] = "fsdp2"
+    """Who spreads them: PyTorch's FSDP2, or DeepSpeed (needs mmtune[deepspeed] and llm in train)."""
     offload: bool = False
     """The language model's weights, gradients and optimizer state rest in the CPU's memory, where the optimizer
     steps: its parts with shard, the whole with one process."""
@@ -274,6 +276,10 @@ class Finetune(Section):
 
     def _shards(self) -> None:
         """Says what does not go with spread weights."""
+        if self.engine == "deepspeed" and (self.shard == "none" or "llm" not in self.train):
+            raise ValueError("engine deepspeed goes with shard zero2 or zero3, and with llm in train")
+        if self.engine == "deepspeed" and self.method not in ("lora", "full", "ia3"):
+            raise ValueError(f"engine deepspeed does not go with method {self.method}: take fsdp2")
         if self.shard == "none" and not self.offload:
             return
         if self.quantize != "none" or self.optimizer != "adamw":

@@ -14,6 +14,8 @@ from mmtune.training.guards import memory_errors
 
 if TYPE_CHECKING:
     from mmtune.training.batching import Batching
+    from mmtune.training.engine import Plain
+    from mmtune.training.zero import Zero
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Rehearsal:
     mean_share: float
 
 
-def rehearse(model: Any, batching: Batching, accelerator: Any) -> Rehearsal:
+def rehearse(model: Any, engine: Plain | Zero, batching: Batching, accelerator: Any) -> Rehearsal:
     """Runs forward and backward over the largest micro batch of the first epoch; leaves the model as it was.
 
     Raises:
@@ -46,19 +48,23 @@ def rehearse(model: Any, batching: Batching, accelerator: Any) -> Rehearsal:
     units = batches[int(costs.argmax())]
     device = accelerator.device
     batch = {name: value.to(device) for name, value in batching.batches.batch(units, 0).items()}
+
+    def forward() -> tuple[torch.Tensor, int]:
+        with accelerator.autocast():
+            return batching.loss(model, batch)
+
     training = model.training
     model.train()
     began = time.perf_counter()
     try:
         with memory_errors(units, batching.batches.ids):
-            with accelerator.autocast():
-                loss, count = batching.loss(model, batch)
+            loss, count = engine.run(forward)
             if loss.requires_grad:
-                accelerator.backward(loss / max(count, 1))
+                engine.backward(loss / max(count, 1), last=True)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
     finally:
-        model.zero_grad(set_to_none=True)
+        engine.forget()
         model.train(training)
     seconds = time.perf_counter() - began
     rows = int(batching.plan.sizes.rows[units].sum())

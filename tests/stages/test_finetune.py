@@ -349,6 +349,38 @@ def test_a_diverged_run_ends_with_6_and_a_finished_one_is_not_redone(two):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shard", ["zero2", "zero3"])
+def test_deepspeed_goes_from_recipe_to_adapter_and_its_checkpoint_goes_on_without(two, fresh, shard):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (pip install 'mmtune[deepspeed]')")
+    spread = {"shard": shard, "engine": "deepspeed"}
+    bad = two(**spread, method="full", learning_rate=10, max_steps=60, warmup=0, clip=None, beta2=0.01)
+    _, talk = bad.communicate(timeout=300)
+    assert bad.returncode == 6, talk[-3000:]
+    shutil.rmtree(fresh().run_dir / "checkpoints", ignore_errors=True)
+    child = two(**spread, max_steps=200, save_every=2, batch_rows=2)
+    wait_for(fresh().run_dir / "checkpoints" / "finetune" / "step-00000002" / "state.json", child)
+    child.send_signal(signal.SIGTERM)
+    _, talk = child.communicate(timeout=300)
+    assert child.returncode == 75, talk[-3000:]
+    done = two(max_steps=200, batch_rows=2)
+    _, talk = done.communicate(timeout=300)
+    assert done.returncode == 0 and "resuming after step" in talk, talk[-3000:]
+    assert "scaling efficiency" in talk
+    recipe = fresh()
+    assert 0 < read_manifest(recipe.run_dir / "adapter").facts["scaling_efficiency"] <= 1
+    load_tuned(recipe.model.path, recipe.run_dir / "adapter")
+
+
+def test_deepspeed_that_is_missing_is_named(fresh, monkeypatch):
+    from mmtune.training import zero
+
+    monkeypatch.setattr(zero.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(CapabilityError, match="DeepSpeed") as said:
+        finetune(fresh(engine="deepspeed", shard="zero2"), console=Talk(quiet=True))
+    assert "mmtune[deepspeed]" in said.value.hint
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells a process of its parent's end on Linux only")
 @pytest.mark.parametrize("killed", ["the command", "its launcher"])
 def test_processes_of_a_killed_launcher_save_and_leave(two, fresh, killed):

@@ -23,7 +23,8 @@ from mmtune.training.launch import is_launched, is_main
 __all__ = ["finetune", "is_launched", "is_main", "launch"]
 
 # Settings that change how a run is watched, not what it computes.
-_FREE = ("save_every", "keep", "log_every", "trackers", "workers", "rank_timeout_seconds", "shard", "offload", "liger")
+_WATCHED = ("save_every", "keep", "log_every", "trackers", "workers", "rank_timeout_seconds")
+_FREE = (*_WATCHED, "shard", "offload", "engine", "liger")
 
 
 def finetune(
