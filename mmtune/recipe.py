@@ -225,10 +225,13 @@ class Finetune(Section):
     checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     shard: Literal["none", "zero2", "zero3"] = "none"
-    """With several processes, by PyTorch's FSDP2: zero3 spreads weights, gradients and optimizer state of the language
-    model over them; zero2 keeps the weights gathered between forward and backward pass, faster and larger."""
+    """With several processes: zero3 spreads weights, gradients and optimizer state of the language model over them;
+    zero2 keeps the weights gathered between forward and backward pass, or whole (deepspeed); faster and larger."""
+    engine: Literal["fsdp2", "deepspeed"] = "fsdp2"
+    """Who spreads them: PyTorch's FSDP2, or DeepSpeed (needs mmtune[deepspeed] and llm in train)."""
     offload: bool = False
-    """With shard: the parts rest in the CPU's memory, where the optimizer steps too."""
+    """The language model's weights, gradients and optimizer state rest in the CPU's memory, where the optimizer
+    steps: its parts with shard, the whole with one process."""
     liger: Literal["auto", "off"] = "auto"
     """auto takes Liger's kernels on a GPU, where they are installed (mmtune[fast]) and know the family."""
     save_every: Annotated[int, Field(ge=1)] = 200
@@ -279,14 +282,16 @@ class Finetune(Section):
 
     def _shards(self) -> None:
         """Says what does not go with spread weights."""
-        if self.offload and self.shard == "none":
-            raise ValueError("offload goes with shard: set zero2 or zero3, or leave it out")
-        if self.shard == "none":
+        if self.engine == "deepspeed" and (self.shard == "none" or "llm" not in self.train):
+            raise ValueError("engine deepspeed goes with shard zero2 or zero3, and with llm in train")
+        if self.engine == "deepspeed" and self.method not in ("lora", "full", "ia3"):
+            raise ValueError(f"engine deepspeed does not go with method {self.method}: take fsdp2")
+        if self.shard == "none" and not self.offload:
             return
         if self.quantize != "none" or self.optimizer != "adamw":
-            raise ValueError("shard does not go with quantize, nor with another optimizer than adamw")
+            raise ValueError("shard and offload do not go with quantize, nor with another optimizer than adamw")
         if self.lora.init == "pissa":
-            raise ValueError("shard does not go with lora.init pissa")
+            raise ValueError("shard and offload do not go with lora.init pissa")
 
 
 class Eval(Section):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmtune.models.spread import is_sharded, spread_like, whole
+from mmtune.models.spread import is_sharded, own_part, spread_like, whole
 from mmtune.models.towers import check_towers, linear_names, tower_of
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def train_fully(model: PreTrainedModel, towers: Sequence[str]) -> PreTrainedMode
 def trainable_state(model: Any) -> dict[str, torch.Tensor]:
     """Returns the trainable parameters by name, detached, whole, on the CPU; all processes must ask."""
     return {
-        name: whole(parameter.detach()).cpu().contiguous()
+        name: whole(parameter).detach().cpu().contiguous()
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
@@ -118,14 +118,15 @@ def load_trainable_state(model: Any, state: dict[str, torch.Tensor]) -> None:
         raise KeyError(sorted(own.keys() ^ state.keys())[0])
     with torch.no_grad():
         for name, parameter in own.items():
-            parameter.copy_(spread_like(state[name], parameter))
+            own_part(parameter).copy_(own_part(spread_like(state[name], parameter)))
 
 
 def whole_state(model: Any) -> dict[str, torch.Tensor] | None:
     """Returns what ``save_tuned`` needs of a model that is spread over processes, all of which must ask; else None."""
     if not is_sharded(model):
         return None
-    return {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in model.state_dict().items()}
+    found = model.state_dict(keep_vars=True)
+    return {name: whole(tensor).detach().cpu().contiguous() for name, tensor in found.items()}
 
 
 def save_tuned(model: Any, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:

@@ -69,14 +69,16 @@ def check_towers(model: nn.Module, train: Iterable[str]) -> None:
 
 def tower_table(model: nn.Module) -> list[TowerRow]:
     """Returns parameters and trainable parameters per tower, adapters counted to their tower."""
+    from mmtune.models.spread import numel
+
     total = dict.fromkeys(TOWERS, 0)
     trainable = dict.fromkeys(TOWERS, 0)
     states = dict.fromkeys(TOWERS, "full")
     for name, parameter in model.named_parameters():
         tower = tower_of(name)
-        total[tower] += parameter.numel()
+        total[tower] += numel(parameter)
         if parameter.requires_grad:
-            trainable[tower] += parameter.numel()
+            trainable[tower] += numel(parameter)
             states[tower] = next((state for part, state in _ADAPTERS if part in name), states[tower])
     rows = []
     for tower in TOWERS:
@@ -139,7 +141,7 @@ def _digest(parameter: torch.Tensor) -> bytes:
 
     from mmtune.models.spread import own_part
 
-    flat = own_part(parameter.detach()).reshape(-1)
+    flat = own_part(parameter).detach().reshape(-1)
     if flat.is_meta:
         return b"released"
     if flat.device.type == "cpu":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -10,11 +11,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from mmtune.errors import EXIT_FILE, CapabilityError, MmtuneError, ResourceError
 
 LAUNCHED = "MMTUNE_LAUNCHED"
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +101,9 @@ def launch(
         left = Path(folder) / "exit"
         environment = {**launch_environment(processes, cpu=cpu), EXIT_FILE: str(left)}
         # A session of its own: Ctrl-C then reaches the processes once, through this one.
-        child = subprocess.Popen(command, env=environment, start_new_session=True)
+        child = subprocess.Popen(
+            command, env=environment, start_new_session=True, preexec_fn=partial(end_with, os.getpid())
+        )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda received, _: child.send_signal(received))
         code = child.wait()
@@ -117,6 +122,22 @@ def _error_in(file: Path) -> MmtuneError:
     error = MmtuneError(said["message"], said["hint"], said["code"])
     error.exit_code = said["exit_code"]
     return error
+
+
+def end_with(parent: int) -> None:
+    """Lets this process get a SIGTERM when its parent ends, however that ends; on Linux, elsewhere nothing.
+
+    A launcher that is killed cannot tell its processes. They are told by the kernel, save their state and leave.
+
+    Args:
+        parent: Process id of the parent, as it was known while it lived.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    # It may have ended before the kernel was asked.
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def is_launched() -> bool:

@@ -11,22 +11,23 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from mmtune.models.spread import is_sharded
+from mmtune.training.engine import Plain, engine_of
 from mmtune.training.feed import feed
 from mmtune.training.guards import Spikes, memory_errors, refuse_non_finite
 from mmtune.training.loss import answer_loss
 from mmtune.training.meter import Clock, Window, meter_note
 from mmtune.training.moved import TowerWatch
 from mmtune.training.optimizer import Optimizer, learning_rate, set_rate
-from mmtune.training.plan import Plan, split_ranks, step_seed
-from mmtune.training.ranks import sum_gradients, sum_tensor
-from mmtune.training.sharding import gradient_norm
+from mmtune.training.plan import Plan, step_seed
+from mmtune.training.ranks import sum_tensor
 from mmtune.training.signals import StopFlag, Stopped
+from mmtune.training.zero import Zero
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -92,6 +93,7 @@ class Outcome:
         metrics: The metrics file's text.
         seconds: Time by part, see ``meter.Clock``.
         unseen: Trained towers that no step could judge, for want of their media.
+        teamwork: Of several processes, see ``meter.Teamwork.facts``.
     """
 
     step: int
@@ -100,11 +102,12 @@ class Outcome:
     metrics: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     unseen: set[str] = field(default_factory=set)
+    teamwork: dict[str, float] = field(default_factory=dict)
 
 
 def train(
     model: Any,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Zero,
     accelerator: Accelerator,
     plan: Plan,
     settings: LoopSettings,
@@ -124,10 +127,12 @@ def train(
     world, rank = accelerator.num_processes, accelerator.process_index
     steps, early = itertools.tee(plan.steps(start))
     mine = (
-        (trees, step) for step, chosen in enumerate(early, start=start) for trees, _ in split_ranks(chosen, rank, world)
+        (chosen[position], step)
+        for step, chosen in enumerate(early, start=start)
+        for position, _ in plan.shares(chosen, rank, world)
     )
     outcome, clock, window, spikes = Outcome(start, metrics=metrics), Clock(), Window(), Spikes()
-    watch = TowerWatch(model)
+    watch, engine = TowerWatch(model), engine_of(model, optimizer)
     if sums:
         window.restore(sums)
     model.train()
@@ -145,11 +150,10 @@ def train(
             set_rate(optimizer, rate)
             torch.manual_seed(step_seed(settings.seed, step, rank))
             clock.skip()
-            losses = _accumulate(model, accelerator, plan, chosen, batches, hooks, clock, window)
-            norm = gradient_norm(model.parameters(), settings.clip)
+            losses = _accumulate(model, engine, accelerator, plan, chosen, batches, hooks, clock, window)
+            norm = engine.norm(settings.clip)
             refuse_non_finite(losses, norm, chosen, step=step, ids=hooks.ids, last_good=hooks.last_good())
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            engine.step()
             clock.lap("optimizer")
             outcome.step = step + 1
             outcome.rows += int(sum(plan.sizes.rows[own].sum() for own in chosen))
@@ -167,7 +171,7 @@ def train(
                 clock.skip()
                 hooks.save(outcome.step, outcome.metrics, window.state())
                 clock.lap("save")
-    outcome.seconds = clock.stop()
+    outcome.seconds, outcome.teamwork = clock.stop(), clock.teamwork.facts()
     outcome.unseen = watch.waiting if outcome.step > start else set()
     return outcome
 
@@ -180,6 +184,7 @@ def _stopped(outcome: Outcome, hooks: Hooks, clock: Clock, window: Window, stop:
 
 def _accumulate(
     model: Any,
+    engine: Plain | Zero,
     accelerator: Accelerator,
     plan: Plan,
     chosen: Sequence[np.ndarray],
@@ -190,28 +195,41 @@ def _accumulate(
 ) -> list[float]:
     """Forward and backward over one step's micro batches; returns the global loss sum of each."""
     world, rank = accelerator.num_processes, accelerator.process_index
-    targets, together = max(plan.targets(chosen), 1), is_sharded(model)
-    losses = torch.zeros(len(chosen), device=accelerator.device)
-    for index, (trees, counts) in enumerate(split_ranks(chosen, rank, world)):
-        made = next(batches)
+    targets, own = max(plan.targets(chosen), 1), plan.shares(chosen, rank, world)
+    # The losses of the step, then each process's own seconds: one exchange for both.
+    shared = torch.zeros(len(chosen) + world, device=accelerator.device)
+
+    def loss_of(batch: Batch) -> torch.Tensor:
+        with accelerator.autocast():
+            return hooks.loss(model, batch)[0]
+
+    for index, (position, counts) in enumerate(own, start=1):
+        made, trees = next(batches), chosen[position]
         window.rows += int(plan.sizes.rows[trees].sum()) * counts
         window.tokens += int(made["attention_mask"].sum()) * counts
         batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in made.items()}
         clock.lap("wait")
         with memory_errors(trees, hooks.ids):
-            with accelerator.autocast():
-                nll, _ = hooks.loss(model, batch)
+            nll = engine.run(partial(loss_of, batch))
             clock.lap("forward")
             # Rows without media do not reach a tower that trains alone. Where the processes gather weights
             # from each other, one with nothing to add takes part too.
-            if nll.requires_grad and (counts or together):
-                accelerator.backward(nll / targets * float(counts))
+            if nll.requires_grad and (counts or engine.together):
+                engine.backward(nll / targets * float(counts), last=index == len(own))
         clock.lap("backward")
         if counts:
-            losses[index * world + rank] = nll.detach()
-    sum_gradients(model.parameters())
-    clock.lap("sync")
-    return [float(loss) for loss in sum_tensor(losses, "summing the loss").tolist()]
+            shared[position] = nll.detach()
+    if world > 1 and accelerator.device.type == "cuda":
+        # What is still queued is own work, not the exchange.
+        torch.cuda.synchronize(accelerator.device)
+        clock.lap("backward")
+    shared[len(chosen) + rank] = clock.own()
+    engine.exchange()
+    shared_by_all = sum_tensor(shared, "summing the loss").tolist()
+    exchange = clock.lap("sync")
+    if world > 1:
+        clock.teamwork.add(shared_by_all[len(chosen) :], rank, exchange)
+    return shared_by_all[: len(chosen)]
 
 
 def _warn_of_spike(

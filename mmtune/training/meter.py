@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 PARTS = ("wait", "forward", "backward", "sync", "optimizer", "save", "validate", "total")
 _WORK = ("forward", "backward", "sync", "optimizer")
+_OWN = ("wait", "forward", "backward", "optimizer")
 
 
 class Clock:
-    """Seconds by part of the run; what no part claims is only in ``total``."""
+    """Seconds by part of the run; what no part claims is only in ``total``.
+
+    Attributes:
+        spent: Seconds of every part so far.
+        teamwork: How the processes shared the steps.
+    """
 
     def __init__(self) -> None:
         self.spent = dict.fromkeys(PARTS, 0.0)
+        self._own = 0.0
+        self.teamwork = Teamwork()
         self._began = self._since = time.perf_counter()
 
-    def lap(self, part: str) -> None:
-        """Counts the time since the last lap to a part."""
+    def lap(self, part: str) -> float:
+        """Counts the time since the last lap to a part; returns it in seconds."""
         now = time.perf_counter()
-        self.spent[part] += now - self._since
-        self._since = now
+        seconds, self._since = now - self._since, now
+        self.spent[part] += seconds
+        return seconds
 
     def skip(self) -> None:
         """Counts the time since the last lap to no part."""
         self._since = time.perf_counter()
+
+    def own(self) -> float:
+        """Returns the seconds of a process's own work since it was last asked, see ``Teamwork``."""
+        own = sum(self.spent[part] for part in _OWN)
+        since, self._own = own - self._own, own
+        return since
 
     def stop(self) -> dict[str, float]:
         """Returns the seconds of every part and of the whole."""
@@ -44,6 +60,46 @@ def shares(seconds: dict[str, float]) -> dict[str, float]:
         "wait_share": round(seconds["wait"] / steps, 4),
         "sync_share": round(seconds["sync"] / steps, 4),
     }
+
+
+class Teamwork:
+    """How evenly the processes of a run are loaded, and what their exchange costs.
+
+    A process's own time of a step is what it spends on waiting for data, on forward and backward pass and on the
+    optimizer. Then it waits for the others and exchanges gradients and losses. Where the model is spread over the
+    processes, these also meet inside the passes; that counts as own time, and the efficiency is an upper bound.
+    """
+
+    def __init__(self) -> None:
+        self._mean = self._longest = self._whole = 0.0
+        self._warm = False
+
+    def add(self, own: Sequence[float], rank: int, exchange: float) -> None:
+        """Adds one step: every process's own seconds, and those that the process ``rank`` spent on the exchange.
+
+        The first step, in which everything warms up, is left out.
+        """
+        if not self._warm:
+            self._warm = True
+            return
+        self._mean += sum(own) / len(own)
+        self._longest += max(own)
+        self._whole += own[rank] + exchange
+
+    def facts(self) -> dict[str, float]:
+        """Returns ``scaling_efficiency`` and ``rank_balance``; 1 is the best of both. Nothing without a second step.
+
+        The efficiency is own time, as the mean over processes, by the whole time of the steps: times the number of
+        processes it is the speedup over one process that does the same work. The balance is the mean own time by
+        that of each step's slowest process. What it lacks goes into waiting for the slowest, what the efficiency
+        lacks beyond that into moving gradients.
+        """
+        if not self._longest:
+            return {}
+        return {
+            "scaling_efficiency": round(self._mean / self._whole, 4),
+            "rank_balance": round(self._mean / self._longest, 4),
+        }
 
 
 class Window:

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from mmtune.errors import CapabilityError
 from mmtune.models.spread import own_part, spread_like, whole
 from mmtune.models.towers import tower_of
+from mmtune.training.zero import Zero
 
 
 def learning_rate(step: int, *, peak: float, total: int, warmup: float, schedule: str) -> float:
@@ -154,13 +155,13 @@ def _hidden_matrices(model: Any) -> set[torch.Tensor]:
     return {weight for weight in linear - apart if weight.requires_grad and weight.ndim == 2}
 
 
-def set_rate(optimizer: Optimizer, rate: float) -> None:
+def set_rate(optimizer: Optimizer | Zero, rate: float) -> None:
     """Sets the learning rate of a step; each group takes its own multiple of it."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("scale", 1.0)
 
 
-def optimizer_state(optimizer: Optimizer, model: Any) -> dict[str, torch.Tensor]:
+def optimizer_state(optimizer: Optimizer | Zero, model: Any) -> dict[str, torch.Tensor]:
     """Returns the optimizer's tensors by ``parameter name|slot``, whole, on the CPU; all processes must ask."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     state = {}
@@ -172,9 +173,16 @@ def optimizer_state(optimizer: Optimizer, model: Any) -> dict[str, torch.Tensor]
     return state
 
 
-def load_optimizer_state(optimizer: Optimizer, model: Any, state: dict[str, torch.Tensor]) -> None:
+def load_optimizer_state(optimizer: Optimizer | Zero, model: Any, state: dict[str, torch.Tensor]) -> None:
     """Puts saved tensors back, in place, on each parameter's device and in its part."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if isinstance(optimizer, Zero):
+        found: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {}
+        for key, tensor in state.items():
+            name, slot = key.rsplit("|", 1)
+            found.setdefault(parameters[name], {})[slot] = tensor
+        optimizer.put_back(found)
+        return
     slots = optimizer.state
     for key, tensor in state.items():
         name, slot = key.rsplit("|", 1)

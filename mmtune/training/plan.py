@@ -159,6 +159,10 @@ class Plan:
         """Returns the media tokens of a micro batch."""
         return int(self.sizes.media[batch].sum())
 
+    def shares(self, batches: Sequence[np.ndarray], rank: int, world: int) -> list[tuple[int, bool]]:
+        """Returns what one rank does of a step, see ``split_ranks``."""
+        return split_ranks([self.cost(batch) for batch in batches], rank, world)
+
     def padding(self) -> float:
         """Returns the share of padding among the tokens of the first epoch."""
         padded = sum(self.cost(batch) for batch in self.epoch_batches(0))
@@ -169,16 +173,25 @@ class Plan:
         return int(sum(self.sizes.targets[batch].sum() for batch in batches))
 
 
-def split_ranks(batches: Sequence[np.ndarray], rank: int, world: int) -> list[tuple[np.ndarray, bool]]:
-    """Returns one rank's micro batches of a step, with whether each counts.
+def split_ranks(costs: Sequence[int], rank: int, world: int) -> list[tuple[int, bool]]:
+    """Returns one rank's micro batches of a step, as positions in it, with whether each counts.
 
-    Where a step has fewer micro batches than the ranks need, a rank repeats the first one
-    with weight zero, so that every rank makes the same number of passes.
+    Every rank makes the same number of passes. What the ranks do at the same time costs nearly the same, and what
+    they do in the whole step too: batches are dealt by falling cost, in turns forward and backward. Where a step has
+    too few of them, some ranks repeat the cheapest one with weight zero. Which rank gets which depends on the costs
+    alone, so a resumed run deals as the unbroken one did.
+
+    Args:
+        costs: Cost of every micro batch of the step, see ``Plan.cost``.
+        rank: Whose.
+        world: Ranks.
     """
-    per_rank = -(-len(batches) // world)
+    if world == 1:
+        return [(position, True) for position in range(len(costs))]
+    falling = sorted(range(len(costs)), key=lambda position: (-costs[position], position))
     mine = []
-    for index in range(per_rank):
-        position = index * world + rank
-        counts = position < len(batches)
-        mine.append((batches[position] if counts else batches[0], counts))
+    for turn in range(-(-len(costs) // world)):
+        place = turn * world + (rank if turn % 2 == 0 else world - 1 - rank)
+        counts = place < len(costs)
+        mine.append((falling[place if counts else -1], counts))
     return mine

@@ -36,11 +36,34 @@ def together(what: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise ResourceError(
-            f"another process of this run died or is stuck while {what}: {str(error).splitlines()[0]}",
-            "look for its error above; run the same command again to go on from the last checkpoint",
-            "lost_process",
-        ) from error
+        raise _lost_process(what, error) from error
+
+
+@contextmanager
+def meeting(what: str) -> Iterator[None]:
+    """Says as ``together`` does which action failed, of code in which processes meet among much else.
+
+    PyTorch gives an exchange that failed no type of its own; it is known by the library that it names. Any
+    other error passes.
+
+    Raises:
+        ResourceError: An exchange failed or took longer than the time limit.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error).lower()
+        if isinstance(error, distributed.DistError) or any(library in said for library in ("gloo", "nccl")):
+            raise _lost_process(what, error) from error
+        raise
+
+
+def _lost_process(what: str, error: RuntimeError) -> ResourceError:
+    return ResourceError(
+        f"another process of this run died or is stuck while {what}: {str(error).splitlines()[0]}",
+        "look for its error above; run the same command again to go on from the last checkpoint",
+        "lost_process",
+    )
 
 
 def share_weights(model: torch.nn.Module) -> None:

@@ -14,6 +14,8 @@ from mmtune.training.guards import memory_errors
 
 if TYPE_CHECKING:
     from mmtune.training.batching import Batching
+    from mmtune.training.engine import Plain
+    from mmtune.training.zero import Zero
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Rehearsal:
     mean_share: float
 
 
-def rehearse(model: Any, batching: Batching, accelerator: Any) -> Rehearsal:
+def rehearse(model: Any, engine: Plain | Zero, batching: Batching, accelerator: Any) -> Rehearsal:
     """Runs forward and backward over the first epoch's micro batches with the most media tokens and the most tokens.
 
     The model is left as it was.
@@ -51,9 +53,9 @@ def rehearse(model: Any, batching: Batching, accelerator: Any) -> Rehearsal:
     try:
         for number in heaviest(costs, np.asarray([plan.media(own) for own in batches]), again=device.type != "cpu"):
             units = batches[number]
-            tokens, seconds = _run(model, batching, units, accelerator)
+            tokens, seconds = _run(model, engine, batching, units, accelerator)
     finally:
-        model.zero_grad(set_to_none=True)
+        engine.forget()
         model.train(training)
     rows = int(plan.sizes.rows[units].sum())
     return Rehearsal(rows, tokens, seconds, _peak_bytes(device), float(costs.mean() / costs.max()))
@@ -72,19 +74,25 @@ def heaviest(tokens: np.ndarray, media: np.ndarray, *, again: bool) -> list[int]
     return [*by_media, most, *([most] if again else [])]
 
 
-def _run(model: Any, batching: Batching, units: np.ndarray, accelerator: Any) -> tuple[int, float]:
+def _run(
+    model: Any, engine: Plain | Zero, batching: Batching, units: np.ndarray, accelerator: Any
+) -> tuple[int, float]:
     """Runs one micro batch; returns its tokens, padding included, and the seconds."""
     device = accelerator.device
     batch = {name: value.to(device) for name, value in batching.batches.batch(units, 0).items()}
+
+    def forward() -> tuple[torch.Tensor, int]:
+        with accelerator.autocast():
+            return batching.loss(model, batch)
+
     began = time.perf_counter()
     with memory_errors(units, batching.batches.ids):
-        with accelerator.autocast():
-            loss, count = batching.loss(model, batch)
+        loss, count = engine.run(forward)
         if loss.requires_grad:
-            accelerator.backward(loss / max(count, 1))
+            engine.backward(loss / max(count, 1), last=True)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    model.zero_grad(set_to_none=True)
+    engine.forget()
     return batch["input_ids"].numel(), time.perf_counter() - began
 
 

@@ -26,11 +26,21 @@ from mmtune.models.towers import tower_of
 from mmtune.training.ranks import together, world_size
 
 
-def meet_for_offload(timeout: timedelta) -> None:
-    """Lets the processes exchange tensors of either memory; called before Accelerate, which takes NCCL alone."""
-    if torch.cuda.is_available() and not distributed.is_initialized():
+def meet_for_offload(timeout: timedelta, *, alone: bool = False) -> None:
+    """Lets the processes exchange tensors of either memory; called before Accelerate, which takes NCCL alone.
+
+    Args:
+        timeout: Longest wait for the others.
+        alone: There is one process; FSDP2 wants a group of it.
+    """
+    if distributed.is_initialized():
+        return
+    place: dict[str, Any] = {"store": distributed.HashStore(), "rank": 0, "world_size": 1} if alone else {}
+    if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout)
+        distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, **place)
+    elif alone:
+        distributed.init_process_group("gloo", timeout=timeout, **place)
 
 
 def shard_language_model(model: Any, device: torch.device, *, keep_gathered: bool, offload: bool = False) -> None:

@@ -11,7 +11,7 @@ import torch
 from mmtune.models.spread import is_sharded
 from mmtune.training.feed import Batch
 from mmtune.training.loss import answer_loss
-from mmtune.training.plan import Plan, split_ranks
+from mmtune.training.plan import Plan
 from mmtune.training.ranks import sum_tensor
 from mmtune.training.signals import Stopped
 
@@ -42,11 +42,12 @@ def validation_loss(
     # Processes that gather weights from each other run the same number of batches.
     together = is_sharded(model)
     with torch.no_grad(), accelerator.autocast():
-        for chosen, counts in split_ranks(plan.epoch_batches(0), rank, world):
+        batches = plan.epoch_batches(0)
+        for position, counts in plan.shares(batches, rank, world):
             if stopping():
                 raise Stopped
             if counts or together:
-                batch = {name: value.to(accelerator.device) for name, value in make(chosen).items()}
+                batch = {name: value.to(accelerator.device) for name, value in make(batches[position]).items()}
                 nll, count = loss(model, batch)
                 total += torch.tensor([float(nll), count], dtype=torch.float64) * float(counts)
     nll_sum, count_sum = sum_tensor(total.to(accelerator.device), "summing the validation loss").tolist()

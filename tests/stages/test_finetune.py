@@ -282,6 +282,42 @@ def test_stopped_and_resumed_it_ends_with_the_same_bytes(fresh, settings, monkey
     assert numbers_of(recipe) == losses
 
 
+@pytest.mark.parametrize("settings", [{}, {"method": "full", "train": ["llm", "vision"]}], ids=["lora", "full"])
+def test_resting_in_the_memory_of_the_cpu_changes_nothing(fresh, settings, monkeypatch):
+    from torch.distributed.tensor import DTensor
+
+    from mmtune.training import loop
+
+    name = "model.safetensors" if settings else "adapter_model.safetensors"
+    recipe = fresh(**settings, max_steps=4)
+    finetune(recipe, console=Talk(quiet=True))
+    expected, numbers = load_file(recipe.run_dir / "adapter" / name), numbers_of(recipe)
+    accumulate, seen, asked = loop._accumulate, [], loop._stop_wanted
+
+    def watch(model, *rest):
+        seen.append(sum(isinstance(parameter, DTensor) for parameter in model.parameters()))
+        return accumulate(model, *rest)
+
+    # Stopped after two steps while it rests there, ended without.
+    monkeypatch.setattr(loop, "_accumulate", watch)
+    polls = iter([False, True])
+    monkeypatch.setattr(loop, "_stop_wanted", lambda stop, accelerator: next(polls))
+    resting = fresh(**settings, max_steps=4, offload=True)
+    try:
+        with pytest.raises(Interrupted):
+            finetune(resting, force=True, console=Talk(quiet=True))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert seen[0] > 10
+    monkeypatch.setattr(loop, "_stop_wanted", asked)
+    finetune(recipe, force=True, console=Talk(quiet=True))
+    assert seen[-1] == 0
+    found = load_file(recipe.run_dir / "adapter" / name)
+    assert numbers_of(recipe) == [pytest.approx(row, rel=1e-5) for row in numbers]
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[key], value, rtol=1e-5, atol=1e-6) for key, value in expected.items())
+
+
 def test_a_resumed_run_needs_no_room_for_features_that_are_there(fresh, monkeypatch):
     recipe = fresh(max_steps=8)
     finetune(recipe, console=Talk(quiet=True))
@@ -396,11 +432,66 @@ def test_a_diverged_run_ends_with_6_and_a_finished_one_is_not_redone(two):
 
 
 @pytest.mark.slow
-def test_a_dead_process_ends_the_run_and_the_checkpoint_stays(two, fresh):
-    child = two(max_steps=100_000, save_every=2, rank_timeout_seconds=5)
+@pytest.mark.parametrize("shard", ["zero2", "zero3"])
+def test_deepspeed_goes_from_recipe_to_adapter_and_its_checkpoint_goes_on_without(two, fresh, shard):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (pip install 'mmtune[deepspeed]')")
+    spread = {"shard": shard, "engine": "deepspeed"}
+    bad = two(**spread, method="full", learning_rate=10, max_steps=60, warmup=0, clip=None, beta2=0.01)
+    _, talk = bad.communicate(timeout=300)
+    assert bad.returncode == 6, talk[-3000:]
+    shutil.rmtree(fresh().run_dir / "checkpoints", ignore_errors=True)
+    child = two(**spread, max_steps=200, save_every=2, batch_rows=2)
+    wait_for(fresh().run_dir / "checkpoints" / "finetune" / "step-00000002" / "state.json", child)
+    child.send_signal(signal.SIGTERM)
+    _, talk = child.communicate(timeout=300)
+    assert child.returncode == 75, talk[-3000:]
+    done = two(max_steps=200, batch_rows=2)
+    _, talk = done.communicate(timeout=300)
+    assert done.returncode == 0 and "resuming after step" in talk, talk[-3000:]
+    assert "scaling efficiency" in talk
+    recipe = fresh()
+    assert 0 < read_manifest(recipe.run_dir / "adapter").facts["scaling_efficiency"] <= 1
+    load_tuned(recipe.model.path, recipe.run_dir / "adapter")
+
+
+def test_deepspeed_that_is_missing_is_named(fresh, monkeypatch):
+    from mmtune.training import zero
+
+    monkeypatch.setattr(zero.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(CapabilityError, match="DeepSpeed") as said:
+        finetune(fresh(engine="deepspeed", shard="zero2"), console=Talk(quiet=True))
+    assert "mmtune[deepspeed]" in said.value.hint
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells a process of its parent's end on Linux only")
+@pytest.mark.parametrize("killed", ["the command", "its launcher"])
+def test_processes_of_a_killed_launcher_save_and_leave(two, fresh, killed):
+    child = two(max_steps=100_000, save_every=2)
     folder = fresh().run_dir / "checkpoints" / "finetune"
     wait_for(folder / "step-00000002" / "state.json", child)
-    os.kill(rank_process(child, 1), signal.SIGKILL)
+    below = psutil.Process(child.pid).children(recursive=True)
+    (launcher,) = psutil.Process(child.pid).children()
+    os.kill(child.pid if killed == "the command" else launcher.pid, signal.SIGKILL)
+    child.communicate(timeout=60)
+    gone, alive = psutil.wait_procs(below, timeout=60)
+    for process in alive:
+        process.kill()
+    assert not alive and len(gone) >= 3
+    # They ended by themselves at a step's end: what they saved is between two checkpoints of the schedule or on one.
+    assert any((step / "state.json").is_file() for step in folder.glob("step-*"))
+    assert not (fresh().run_dir / "adapter").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shard", "sent"), [("none", signal.SIGKILL), ("zero3", signal.SIGKILL), ("zero3", signal.SIGSTOP)]
+)
+def test_a_lost_process_ends_the_run_and_the_checkpoint_stays(two, fresh, shard, sent):
+    child = two(max_steps=100_000, save_every=2, rank_timeout_seconds=5, shard=shard)
+    folder = fresh().run_dir / "checkpoints" / "finetune"
+    wait_for(folder / "step-00000002" / "state.json", child)
+    os.kill(rank_process(child, 1), sent)
     began = time.monotonic()
     _, talk = child.communicate(timeout=120)
     assert time.monotonic() - began < 60

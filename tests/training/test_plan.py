@@ -1,5 +1,7 @@
 """The order is a pure function of seed, epoch and position; every tree once per epoch."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -53,10 +55,26 @@ def test_a_resumed_run_sees_the_rest_of_the_unbroken_one(plan, start):
 @given(plans, st.integers(1, 4))
 def test_ranks_share_a_step_without_loss(plan, world):
     for step in plan.steps():
-        parts = [split_ranks(step, rank, world) for rank in range(world)]
+        parts = [plan.shares(step, rank, world) for rank in range(world)]
         assert len({len(part) for part in parts}) == 1
-        counted = sorted(tuple(batch) for part in parts for batch, counts in part if counts)
-        assert counted == sorted(tuple(batch) for batch in step)
+        assert sorted(position for part in parts for position, counts in part if counts) == list(range(len(step)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=24), st.integers(2, 4))
+def test_ranks_do_things_of_like_cost_at_the_same_time(costs, world):
+    parts = [split_ranks(costs, rank, world) for rank in range(world)]
+    totals = [sum(costs[position] for position, counts in part if counts) for part in parts]
+    # Dealt in turns, two ranks are never further apart than the dearest batch.
+    assert max(totals) - min(totals) <= max(costs)
+    turns = [[costs[part[turn][0]] for part in parts] for turn in range(len(parts[0]))]
+    assert all(min(early) >= max(late) for early, late in itertools.pairwise(turns))
+    assert all(costs[position] == min(costs) for part in parts for position, counts in part if not counts)
+
+
+def test_one_rank_keeps_the_order():
+    assert split_ranks([3, 9, 1], 0, 1) == [(0, True), (1, True), (2, True)]
+    assert [[position for position, _ in split_ranks([3, 9, 1, 8], rank, 2)] for rank in range(2)] == [[1, 2], [3, 0]]
 
 
 def test_orders_differ_by_seed_and_epoch():

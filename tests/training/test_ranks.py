@@ -1,5 +1,6 @@
 """Two gloo processes take the steps of one, also where only one of them sees a picture."""
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ from course import Rows, run, tiny_model
 
 from mmtune.errors import ResourceError
 from mmtune.models.adapter import train_fully
-from mmtune.training.ranks import share_weights, sum_tensor
+from mmtune.training.ranks import meeting, share_weights, sum_tensor
 
 # Pictures in some rows only: at times on both ranks, on one, on none.
 MIXED = frozenset({0, 3, 4})
@@ -64,6 +65,28 @@ def test_two_processes_are_one_with_twice_the_rows(tmp_path):
             assert torch.allclose(found[name][1][key], value, rtol=1e-5, atol=1e-6), (name, key)
 
 
+class SlowRows(Rows):
+    def batch(self, rows, step=None):
+        time.sleep(0.3)
+        return super().batch(rows, step)
+
+
+def slow_rank(rank, folder):
+    init(rank, folder)
+    kind = SlowRows if rank else Rows
+    result = run(tiny_model(), kind(count=8), batch_rows=1, steps=4)
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(result.outcome.teamwork))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_process_that_waits_for_a_slow_one_shows(tmp_path):
+    multiprocessing.spawn(slow_rank, args=(str(tmp_path),), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["rank_balance"] == second["rank_balance"]
+    # One works 0.3 s and a little, the other a little.
+    assert 0.5 < first["rank_balance"] < 0.8 and 0.4 < first["scaling_efficiency"] < 0.8
+
+
 def stuck_rank(rank, folder):
     init(rank, folder, seconds=2)
     if rank == 1:
@@ -74,6 +97,14 @@ def stuck_rank(rank, folder):
         sum_tensor(torch.ones(3), "summing gradients")
     except ResourceError as error:
         (Path(folder) / "said").write_text(f"{error.exit_code} {time.monotonic() - began:.0f} {error.message}")
+
+
+@pytest.mark.parametrize("said", ["[gloo/transport/tcp/pair.cc:553] Connection closed by peer", "NCCL error: timeout"])
+def test_an_exchange_that_failed_is_known_among_other_errors(said):
+    with pytest.raises(ResourceError, match="while training"), meeting("training"):
+        raise RuntimeError(said)
+    with pytest.raises(RuntimeError, match="shapes"), meeting("training"):
+        raise RuntimeError("shapes do not fit")
 
 
 def test_a_stuck_process_ends_the_others_within_the_limit(tmp_path):

@@ -4,23 +4,34 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import multiprocessing
 from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parent))
-from course import Rows, run, tiny_model
+from course import LENGTH, Rows, run, tiny_model
 from test_ranks import MIXED, init
 
 from mmtune.models.adapter import add_lora, load_trainable_state, save_tuned, train_fully, trainable_state, whole_state
 from mmtune.models.method import with_method
 from mmtune.models.spread import spread_like, whole
 from mmtune.training.optimizer import load_optimizer_state, make_optimizer, optimizer_state
+from mmtune.training.plan import Plan, TreeSizes
 from mmtune.training.sharding import gradient_norm, shard_language_model
 
 # What trains; pictures come on both processes, on one, on none.
-CASES = ("full", "vision alone", "lora", "lora, computed again", "lora in bf16", "prompt", "ia3")
+CASES = (
+    "full",
+    "full, pictures on one process alone",
+    "vision alone",
+    "lora",
+    "lora, computed again",
+    "lora in bf16",
+    "prompt",
+    "ia3",
+)
 
 
 def model_of(case):
@@ -29,7 +40,7 @@ def model_of(case):
         model = train_fully(model, ["vision"])
         model.enable_input_require_grads()
         return model
-    if case == "full":
+    if case.startswith("full"):
         return train_fully(model, ["llm", "projector", "vision"])
     if case in ("prompt", "ia3"):
         return with_method(model, case, towers=["llm"], lora={}, virtual_tokens=3, base_path="")
@@ -39,6 +50,16 @@ def model_of(case):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     return add_lora(model, towers=["llm", "vision"], targets=None, r=4, alpha=8)
+
+
+def rows_of(case):
+    """Pictures here and there; or in those rows alone that fall to the first of two processes."""
+    if case != "full, pictures on one process alone":
+        return Rows(count=8, pictures=MIXED)
+    plan = Plan(TreeSizes(np.ones(8, int), np.full(8, LENGTH), 1 + np.arange(8) % 3), 0, 10**6, 1, 2, 1.0)
+    own = [step[position] for step in plan.steps() for position, _ in plan.shares(step, 0, 2)]
+    assert len(own) == 4
+    return Rows(count=8, pictures=frozenset(np.concatenate(own).tolist()))
 
 
 def course(case, **split):
@@ -73,7 +94,7 @@ def two_ranks(rank, folder):
             spread = [p for p in model.parameters() if isinstance(p, DTensor)]
             assert len(spread) > 10
             assert sum(p.to_local().numel() for p in spread) < 0.6 * sum(p.numel() for p in spread)
-            result = run(model, Rows(count=8, pictures=MIXED), **course(case, batch_rows=1))
+            result = run(model, rows_of(case), **course(case, batch_rows=1))
             state = trainable_state(model)
             found[case, keep_gathered] = (numbers(result), {name: value.clone() for name, value in state.items()})
     # Stopped after two steps and resumed, here and, by the test, in one process.
@@ -118,7 +139,7 @@ def ranks(tmp_path_factory):
 @pytest.mark.parametrize("case", CASES)
 def test_as_one_process_with_twice_the_rows(ranks, case):
     model = model_of(case)
-    alone = run(model, Rows(count=8, pictures=MIXED), **course(case, batch_rows=1, accumulate=2))
+    alone = run(model, rows_of(case), **course(case, batch_rows=1, accumulate=2))
     expected = trainable_state(model)
     tight = {"rtol": 2e-2, "atol": 4e-3} if case == "lora in bf16" else {"rtol": 1e-4, "atol": 1e-5}
     for keep_gathered in ways(case):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from contextlib import nullcontext
@@ -22,10 +23,8 @@ from mmtune.training.launch import is_launched, is_main
 __all__ = ["finetune", "is_launched", "is_main", "launch"]
 
 # Settings that change how a run is watched, not what it computes.
-_FREE = (
-    *("save_every", "keep", "log_every", "trackers", "workers", "rank_timeout_seconds", "shard", "offload", "liger"),
-    "pixels_gib",
-)
+_WATCHED = ("save_every", "keep", "log_every", "trackers", "workers", "rank_timeout_seconds", "pixels_gib")
+_FREE = (*_WATCHED, "shard", "offload", "engine", "liger")
 
 
 def finetune(
@@ -46,6 +45,8 @@ def finetune(
         DivergedError: Loss or gradient is not finite.
         Interrupted: A signal came; the state is saved.
     """
+    if is_launched():
+        launching.end_with(os.getppid())
     settings = recipe.finetune or Finetune()
     tokens = read_manifest(recipe.run_dir / "tokens", made_by="tokenize")
     path = model_path(recipe, tokens)
@@ -78,8 +79,9 @@ def finetune(
         console.say(f"finetune: {target} is up to date (same settings, same tokens); nothing to do")
         return {"stage": "finetune", "cached": True, "target": str(target), **read_manifest(target).facts}
     from mmtune.models.adapter import whole_state
+    from mmtune.training.ranks import meeting
 
-    with staging or nullcontext():
+    with staging or nullcontext(), meeting("training"):
         run = prepare(
             recipe, settings, tokens, path, {"config": config, "tokens": tokens.hash}, limit, resume, offline, console
         )
@@ -132,6 +134,7 @@ def _publish(run: Run, outcome: Any, state: Any, console: Talk, staging: Staging
         "loss": next((row["loss"] for row in reversed(rows) if "loss" in row), None),
         "val_loss": next((row["val_loss"] for row in reversed(rows) if "val_loss" in row), None),
         **shares(outcome.seconds),
+        **outcome.teamwork,
         "media_root": run.tokens.facts.get("media_root"),
         "eos_token_ids": stop_ids(run.model, tokenizer_of(run.processor)),
     }

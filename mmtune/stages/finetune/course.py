@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from mmtune.errors import IntegrityError, Interrupted
@@ -48,6 +49,8 @@ def follow(run: Run, resume: str, console: Talk) -> Any:
         IntegrityError: The checkpoint belongs to another run.
         Interrupted: A signal came; the state is saved.
     """
+    from mmtune.models.spread import is_sharded
+    from mmtune.training.engine import engine_of
     from mmtune.training.flops import utilisation_per_token
     from mmtune.training.loop import LoopSettings, train
     from mmtune.training.ranks import wait_for_all
@@ -55,7 +58,9 @@ def follow(run: Run, resume: str, console: Talk) -> Any:
 
     start, metrics, sums = _resume_from(run, resume, console)
     settings, plan = run.settings, run.train.plan
-    _show_course(run, rehearse(run.model, run.train, run.accelerator), start, console)
+    _show_course(
+        run, rehearse(run.model, engine_of(run.model, run.optimizer), run.train, run.accelerator), start, console
+    )
     if settings.trackers:
         run.accelerator.init_trackers("mmtune", config={"seed": run.recipe.seed})
     loop_settings = LoopSettings(
@@ -95,11 +100,11 @@ def follow(run: Run, resume: str, console: Talk) -> Any:
         )
         error.exit_code = 130 if outcome.stopped_by == 2 else 75
         raise error
-    _say_speed(outcome, run.accelerator.num_processes, console)
+    _say_speed(outcome, run.accelerator.num_processes, is_sharded(run.model), console)
     return outcome
 
 
-def _say_speed(outcome: Any, processes: int, console: Talk) -> None:
+def _say_speed(outcome: Any, processes: int, sharded: bool, console: Talk) -> None:
     from mmtune.training.meter import shares
 
     spent = outcome.seconds
@@ -109,6 +114,13 @@ def _say_speed(outcome: Any, processes: int, console: Talk) -> None:
         sync = shares(spent)["sync_share"]
         each = f", {rate / processes:.1f} per process, {sync:.0%} of the time spent on exchanging gradients"
         console.say(f"finetune: {rate:.1f} rows/s{each if processes > 1 else ''}")
+    if outcome.teamwork:
+        efficiency, balance = outcome.teamwork["scaling_efficiency"], outcome.teamwork["rank_balance"]
+        most = "at most " if sharded else ""
+        console.say(
+            f"finetune: scaling efficiency {most}{efficiency:.0%}: {processes} processes do the work of"
+            f" {processes * efficiency:.1f}; their loads are even to {balance:.0%}"
+        )
 
 
 def _show_course(run: Run, largest: Any, start: int, console: Talk) -> None:
@@ -167,9 +179,20 @@ def _validation_loss(run: Run, stopping: Callable[[], bool]) -> float | None:
     """Returns the mean loss per label token on the validation split, or None without one."""
     if run.validate is None:
         return None
+    from mmtune.training.engine import engine_of
     from mmtune.training.validation import validation_loss
 
-    held_out = run.validate
+    held_out, engine = run.validate, engine_of(run.model, run.optimizer)
+
+    def loss(model: Any, batch: Any) -> Any:
+        with run.accelerator.autocast():
+            return held_out.loss(model, batch)
+
     return validation_loss(
-        run.model, run.accelerator, held_out.plan, held_out.batches.batch, held_out.loss, stopping=stopping
+        run.model,
+        run.accelerator,
+        held_out.plan,
+        held_out.batches.batch,
+        lambda model, batch: engine.run(partial(loss, model, batch)),
+        stopping=stopping,
     )

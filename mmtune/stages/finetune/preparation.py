@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmtune.errors import CapabilityError, DataError, IntegrityError
+from mmtune.errors import CapabilityError, DataError, IntegrityError, RecipeError
 from mmtune.recipe import Augment, Finetune, Recipe
 from mmtune.stages.finetune.features import use_features
 from mmtune.stages.finetune.pixels import use_pixels
@@ -64,30 +64,16 @@ def prepare(
         DataError: A split is empty.
         IntegrityError: The processor is not the one of tokens/.
     """
-    from datetime import timedelta
-
-    from accelerate import Accelerator, InitProcessGroupKwargs
-
     from mmtune.encoding.processor import load_processor, processor_fingerprint
     from mmtune.models.attention import is_flex
     from mmtune.training.batching import packed_trees, rows_apart
     from mmtune.training.checkpoints import CheckpointFolder
-    from mmtune.training.launch import is_launched
     from mmtune.training.optimizer import make_optimizer
-    from mmtune.training.sharding import meet_for_offload
     from mmtune.training.step_size import StepSize, planned_size
 
     _trackers_are_here(settings.trackers)
     precision = _precision(settings.precision)
-    timeout = timedelta(seconds=settings.rank_timeout_seconds)
-    if settings.offload and is_launched():
-        meet_for_offload(timeout)
-    accelerator = Accelerator(
-        mixed_precision="bf16" if precision == "bf16" else "no",
-        log_with=list(settings.trackers) or None,
-        project_dir=str(recipe.run_dir / "trackers"),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
-    )
+    accelerator = _accelerator(recipe, settings, precision)
     processor = load_processor(
         path,
         revision=recipe.model.revision if recipe.model else None,
@@ -135,8 +121,8 @@ def prepare(
         kept = use_pixels(settings, shelves, str(tokens.facts["processor"]), splits, accelerator, console)
     batching = make(kept["train"], "train")
     held_out = make(kept["val"], "val") if val else None
-    optimizer = make_optimizer(
-        model,
+    make_own = partial(
+        make_optimizer,
         name=settings.optimizer,
         rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
@@ -144,6 +130,7 @@ def prepare(
         tower_rates=settings.tower_rates,
         plus_ratio=settings.lora.plus_ratio,
     )
+    optimizer = _by_deepspeed(model, make_own, settings, accelerator) if _goes_deep(settings) else make_own(model)
     # Micro batches may change as long as as much makes a step; see ``planned_size``.
     config = identity["config"]
     own = {name: value for name, value in config["finetune"].items() if name not in ("accumulate", *size.limits())}
@@ -171,11 +158,38 @@ def prepare(
     )
 
 
+def _accelerator(recipe: Recipe, settings: Finetune, precision: str) -> Any:
+    """Returns the accelerator, the processes met."""
+    from datetime import timedelta
+
+    import torch
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    from mmtune.training.launch import is_launched
+    from mmtune.training.sharding import meet_for_offload
+    from mmtune.training.zero import deepspeed_is_here
+
+    timeout = timedelta(seconds=settings.rank_timeout_seconds)
+    if settings.engine == "deepspeed":
+        deepspeed_is_here("cuda" if torch.cuda.is_available() else "cpu")
+    if settings.offload and settings.engine == "fsdp2":
+        if is_launched() and settings.shard == "none":
+            raise RecipeError("finetune.offload on several processes goes with shard", "set finetune.shard: zero3")
+        meet_for_offload(timeout, alone=not is_launched())
+    return Accelerator(
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        log_with=list(settings.trackers) or None,
+        project_dir=str(recipe.run_dir / "trackers"),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
+    )
+
+
 def _place(model: Any, settings: Finetune, accelerator: Any, console: Talk) -> None:
     """Moves the model to this process's device, whole or its part, the same weights everywhere."""
     from mmtune.training.ranks import share_weights, world_size
 
-    if settings.shard != "none" and world_size() > 1:
+    by_fsdp = settings.engine == "fsdp2" and (settings.offload or (settings.shard != "none" and world_size() > 1))
+    if by_fsdp:
         from mmtune.training.sharding import shard_language_model
 
         if "llm" not in settings.train:
@@ -185,10 +199,24 @@ def _place(model: Any, settings: Finetune, accelerator: Any, console: Talk) -> N
             model, accelerator.device, keep_gathered=settings.shard == "zero2", offload=settings.offload
         )
         return
-    if settings.shard != "none":
+    if settings.shard != "none" and world_size() == 1:
         console.note("finetune.shard does nothing with one process")
     model.to(accelerator.device)
     share_weights(model)
+
+
+def _goes_deep(settings: Finetune) -> bool:
+    """Says whether DeepSpeed takes the steps."""
+    from mmtune.training.ranks import world_size
+
+    return settings.engine == "deepspeed" and world_size() > 1
+
+
+def _by_deepspeed(model: Any, make: Any, settings: Finetune, accelerator: Any) -> Any:
+    from mmtune.training.zero import Zero
+
+    stage = 2 if settings.shard == "zero2" else 3
+    return Zero(model, make, stage=stage, device=accelerator.device, offload=settings.offload)
 
 
 def _batching_of(make: Any, recipe: Recipe, settings: Finetune, size: Any, own_size: Any) -> Any:
@@ -292,7 +320,13 @@ def _model(recipe: Recipe, settings: Finetune, path: str, precision: str, offlin
 
     torch.manual_seed(recipe.seed)
     # A frozen base may rest in bf16; weights that train themselves stay in fp32.
-    dtype = torch.bfloat16 if precision == "bf16" and settings.method != "full" else torch.float32
+    small = precision == "bf16" and settings.method != "full"
+    # DeepSpeed's ZeRO-3 keeps what trains in the precision of what does not.
+    dtype = (
+        torch.bfloat16
+        if small and not (settings.engine == "deepspeed" and settings.shard == "zero3")
+        else torch.float32
+    )
     model: Any = load_model(
         path,
         revision=recipe.model.revision if recipe.model else None,
