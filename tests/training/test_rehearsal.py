@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from mmtune.errors import ResourceError
+from mmtune.training.engine import Plain
 from mmtune.training.loss import answer_loss
 from mmtune.training.plan import Plan, TreeSizes
 from mmtune.training.rehearsal import heaviest, rehearse
@@ -35,7 +36,7 @@ def batching() -> Any:
 
 def test_both_are_run_and_the_model_is_as_before(batching: Any) -> None:
     model = tiny_model().eval()
-    found = rehearse(model, batching, Accelerator(cpu=True))
+    found = rehearse(model, Plain(model, None), batching, Accelerator(cpu=True))
     assert batching.batches.seen == [4, 2]
     assert (found.rows, found.tokens) == (1, 12) and found.mean_share == pytest.approx(47 / 72)
     assert not model.training and all(parameter.grad is None for parameter in model.parameters())
@@ -48,5 +49,6 @@ def test_memory_that_runs_out_over_media_names_the_rows(batching: Any, monkeypat
         return answer_loss(model, batch)
 
     batching.loss = loss
+    model = tiny_model()
     with pytest.raises(ResourceError, match="row-4"):
-        rehearse(tiny_model(), batching, Accelerator(cpu=True))
+        rehearse(model, Plain(model, None), batching, Accelerator(cpu=True))
