@@ -5,7 +5,7 @@
     python tests/bench/bench_media.py large --memory-mib 1 --set finetune.pixels_gib=5
 
 DIR holds `coco_captions_mini/` and `video_clips/`. Each run trains a LLaVA for 224-px images whose
-step is as short as a GPU's (two layers of width 64), LoRA on all towers, so pixels are needed at
+step is very short (two layers of width 64), LoRA on all towers, so pixels are needed at
 every step; three epochs, two questions per medium. `--memory-mib` bounds what is kept in memory,
 as a larger data set would.
 """
