@@ -90,7 +90,8 @@ class Teamwork:
         """Returns ``scaling_efficiency`` and ``rank_balance``; 1 is the best of both. Nothing without a second step.
 
         The efficiency is own time, as the mean over processes, by the whole time of the steps: times the number of
-        processes it is the speedup over one process that does the same work. The balance is the mean own time by
+        processes it estimates the speedup over one process that does the same work; what processes lose by sharing
+        cores, memory or a disk counts as own time. The balance is the mean own time by
         that of each step's slowest process. What it lacks goes into waiting for the slowest, what the efficiency
         lacks beyond that into moving gradients.
         """
