@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from mmtune.prompts.overlap import SplitOverlap, example_keys
-from mmtune.prompts.template import POOLS, choose_template, group_key, make_example, template_names
+from mmtune.prompts.template import POOLS, Style, Wordings, choose_templates, group_key, make_example, template_names
 from mmtune.records import Example, Medium, Message, Record, Reject, TextPart
 
 VQA = Record(
@@ -13,8 +13,11 @@ VQA = Record(
 )  # fmt: skip
 
 
-def example(record: Record, **options) -> Example:
-    made = make_example(record, **options)
+OWN_OPTIONS = ("sentiment_analysis", "recommendation")
+
+
+def example(record: Record, *, templates="pool", template=None, **options) -> Example:
+    made = make_example(record, wordings=Wordings(templates, template), **options)
     assert isinstance(made, Example)
     return made
 
@@ -40,15 +43,23 @@ def test_nothing_to_teach():
     assert [m.role for m in asked.messages] == ["user"] and asked.metric == "none"
 
 
+def choose_template(record: Record, *, seed: int, templates="pool"):
+    return choose_templates(record, seed=seed, wordings=Wordings(templates), style=Style())[0]
+
+
 @pytest.mark.parametrize("task", sorted(set(POOLS) - {"label_options", "choice"}))
 def test_every_template_is_drawn_and_the_draw_is_by_id_and_seed(task: str):
-    records = [replace(VQA, id=f"s/{at}", task=task, media=(Medium("image", f"{at}.jpg"),)) for at in range(400)]
+    whole = {"context": "c", "fields": {"types": "person"}, "options": ("log", "tree") if task in OWN_OPTIONS else ()}
+    records = [
+        replace(VQA, id=f"s/{at}", task=task, media=(Medium("image", f"{at}.jpg"),), **whole) for at in range(400)
+    ]
     if task == "label":
         records = [replace(record, text="") for record in records]
     drawn = [choose_template(record, seed=3) for record in records]
     counts = Counter(template.id for template in drawn)
-    assert set(counts) == {template.id for template in POOLS[task]}
-    assert min(counts.values()) > 400 / len(POOLS[task]) / 2
+    pool = [template for template in POOLS[task] if not template.inverted]
+    assert set(counts) == {template.id for template in pool}
+    assert min(counts.values()) > 400 / len(pool) / 2
     assert [choose_template(record, seed=3) for record in reversed(records)] == drawn[::-1]
     if len(counts) > 1:
         assert [choose_template(record, seed=4) for record in records] != drawn
@@ -77,7 +88,7 @@ def test_options_and_context():
     choice = replace(VQA, options=("oak", "fir"))
     assert "Options: oak, fir" in example(choice, templates="first").messages[0].text
     told = Record("s/1", "s", "instruction", "train", text="Sum up.", context="Long.", references=("S.",))
-    assert example(told).messages[0].text == "Sum up.\n\nLong."
+    assert example(told, templates="first").messages[0].text == "Sum up.\n\nLong."
     text = Record("s/1", "s", "text", "train", references=("Once upon a time.",))
     assert [m.role for m in example(text).messages] == ["assistant"]
 
