@@ -75,12 +75,22 @@ class Source(Section):
     """The split to read of a hub dataset (its own name for it)."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """At most this many rows, chosen by a hash of the id so that a smaller limit is a subset of a larger one."""
+    part: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
+    """Rows of this part of 0 to 1 by a hash, such as [0, 0.9] and [0.9, 1]: splits of data that have none. Rows of the
+    same media or context stay together."""
     template: str | None = None
     """Name of one template, of the pool or of the file in templates, instead of a draw per row."""
     templates: str | None = None
     """pool, first or a template file for this source; default: build.templates."""
     verbalizer: dict[str, str | tuple[str, ...]] = {}
     """Label to its word or words: the first is taught, all count when eval.answer is rank."""
+
+    @field_validator("part")
+    @classmethod
+    def _some_part(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] >= value[1]:
+            raise ValueError("part is [low, high] with low below high")
+        return value
 
 
 class Build(Section):

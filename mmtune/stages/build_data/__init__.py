@@ -25,7 +25,7 @@ from mmtune.prompts.chunk import Asked, Chunk, ChunkBuilder
 from mmtune.prompts.overlap import SplitOverlap
 from mmtune.prompts.schema import instructions_schema
 from mmtune.readers import find_reader, modalities_of
-from mmtune.readers.limit import cut, take
+from mmtune.readers.limit import cut, part, take
 from mmtune.readers.repeated import SeenIds, drop_repeated
 from mmtune.readers.source import SourceFiles
 from mmtune.recipe import Build, Recipe, Source
@@ -70,7 +70,7 @@ class _Sources:
         source, given = self.recipe.sources[at], self.files[at]
         read = find_reader(source.reader)
         caps = [cap for cap in (source.limit, self.limit) if cap is not None]
-        items = take(lambda: iter(read(given)), min(caps) if caps else None)
+        items = take(lambda: part(read(given), *source.part), min(caps) if caps else None)
         return items if source.task is None else (named(item, source.task) for item in items)
 
 
@@ -313,9 +313,9 @@ def _chunks(sources: _Sources, mixed: Mixed | None, tallies: list[Tally]) -> Ite
     seen = SeenIds()
     for at, source in enumerate(sources.recipe.sources):
         items = sources.items(at)
-        for part in cut(items if mixed is None else mixed.take(source, items), CHUNK_ROWS):
-            tallies[at].read += len(part)
-            checked = drop_repeated(part, seen, sources.recipe.build.dedup)
+        for piece in cut(items if mixed is None else mixed.take(source, items), CHUNK_ROWS):
+            tallies[at].read += len(piece)
+            checked = drop_repeated(piece, seen, sources.recipe.build.dedup)
             yield Chunk(at, source.split, sources.places[at], checked)
 
 
