@@ -105,8 +105,8 @@ def _ranked(name: str, model: Any, processor: Any, rows: EvalRows, asking: Askin
             )
         return -nll
 
-    examples = {row: rows.example(row) for row in range(len(rows.kept))}
-    return rank({row: example for row, example in examples.items() if example.options}, asking.words, score)
+    examples = {row: example for row in range(len(rows.kept)) if (example := rows.example(row)).options}
+    return rank(examples, asking.words, score)
 
 
 def _generated(

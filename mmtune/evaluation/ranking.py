@@ -106,15 +106,17 @@ def rank(
     keys: list[tuple[object, ...] | None] = []
     for question in asked:
         prompt = examples[question.row].metadata.get("content_free")
-        key = None if prompt is None else (prompt, question.words, question.turns[:-1])
-        if key is not None and prompt is not None:
-            free.setdefault(key, content_free(question, prompt))
+        if prompt is None:
+            keys.append(None)
+            continue
+        key = (prompt, question.words, question.turns[:-1])
+        free.setdefault(key, content_free(question, prompt))
         keys.append(key)
     scores = _scored([*asked, *free.values()], score)
     empty = dict(zip(free, scores[len(asked) :], strict=True))
     out = {}
-    for question, key, score_L in zip(asked, keys, scores, strict=False):
-        final_L = score_L if key is None else calibrated(score_L, empty[key])
+    for question, asked_key, score_L in zip(asked, keys, scores, strict=False):
+        final_L = score_L if asked_key is None else calibrated(score_L, empty[asked_key])
         out[question.row] = examples[question.row].options[int(final_L.argmax())]
     return out
 

@@ -29,6 +29,7 @@ from mmtune.errors import DataError
 from mmtune.prompts.forms import Template
 
 _MOST_BYTES = 4 << 20
+_ANSWER = {"answer", "target"}
 
 
 class _Loader(yaml.SafeLoader):
@@ -98,13 +99,15 @@ def _flan(path: Path, tasks: Mapping[str, Any]) -> Iterator[Template]:
                 raise _bad(path, f"has no pair of input and target at {task}[{at}]")
             prompt, answer = pair
             asked, answered = _names(path, prompt), _names(path, answer)
+            if _ANSWER & asked & answered:
+                raise _bad(path, f"says the answer in the question of {task}[{at}]")
             yield Template(
                 id=f"{task}_{at}",
                 prompt=prompt,
                 answer=answer,
                 answer_kind="label" if {"options", "options_"} & asked else "text",
                 # FLAN turns a task around by giving its answer and asking for one of its inputs.
-                inverted=bool({"answer", "target"} & asked) and not {"answer", "target"} & answered,
+                inverted=bool(_ANSWER & asked),
                 raw=True,
             )
 
