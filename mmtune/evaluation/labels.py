@@ -48,7 +48,7 @@ def entities_of(text: str) -> list[tuple[str, str]]:
 
     A part without a colon is a name without a type, which matches nothing that has one.
     """
-    bare = text.strip().rstrip(".")
+    bare = text.strip()
     if not bare or label_normalise(bare) == "none":
         return []
     found = []

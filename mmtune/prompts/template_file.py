@@ -33,7 +33,12 @@ _ANSWER = {"answer", "target"}
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain YAML in which PromptSource's two tags are mappings."""
+    """Plain YAML without aliases, in which PromptSource's two tags are mappings."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not allowed in a template file")
+        return super().compose_node(parent, index)
 
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:

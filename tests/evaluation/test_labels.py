@@ -77,6 +77,7 @@ def test_entity_f1_of_one_row(prediction: str, reference: str, score: float):
 
 def test_what_an_answer_names():
     assert entities_of("a: b c; d: e") == [("a", "b c"), ("d", "e")]
+    assert entities_of("a: b; c: .") == [("a", "b"), ("c", ".")]
     assert entities_of("a: b:c") == [("a", "b:c")] and entities_of(" ; ") == []
 
 

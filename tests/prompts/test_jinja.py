@@ -185,6 +185,7 @@ def test_no_process_is_left_behind():
         ("rte: [['{answer}?', '{answer}']]", "answer in the question"),
         ("{}", "no template"),
         ("a: [\n", "no YAML"),
+        ("a: &x [['{q}', '{answer}']]\nb: *x", "aliases"),
         ("templates: {a: {name: x, jinja: a}, b: {name: x, jinja: b}}", "twice"),
     ],
 )
