@@ -8,7 +8,7 @@ second is rendered in a process of its own (``jinja_process``).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -132,9 +132,9 @@ def options_list(options: tuple[str, ...]) -> str:
     return "\n".join(("OPTIONS:", *(f"- {option}" for option in options))) if options else ""
 
 
-def missing_slots(template: Template, values: Mapping[str, Any]) -> tuple[str, ...]:
+def missing_slots(template: Template, names: Iterable[str]) -> tuple[str, ...]:
     """Returns the names in braces that there is no value for; an answer may be unknown."""
-    return tuple(sorted(template.slots - set(values) - {"media", "answer", "target"}))
+    return tuple(sorted(template.slots.difference(names, ("media", "answer", "target"))))
 
 
 def fill_slots(template: Template, record: Record, values: Mapping[str, Any]) -> Filled:

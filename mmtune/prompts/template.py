@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 from mmtune.errors import RecipeError
@@ -129,7 +130,7 @@ def make_example(
     turns += _turns(record, filled, style)
     metric = "accuracy" if template.raw and filled.options else _metric(record)
     made = _example(record, _with_system(tuple(turns), system), filled.references, filled.options, metric, template.id)
-    return replace(made, exemplar_ids=tuple(shown))
+    return replace(made, exemplar_ids=tuple(shown)) if shown else made
 
 
 def _example(
@@ -170,12 +171,8 @@ def choose_templates(record: Record, *, seed: int, wordings: Wordings, style: St
     """
     if wordings.name is not None:
         return [template_names(wordings.file)[wordings.name]]
-    pool = wordings.file or POOLS[_pool_name(record, style)]
     values = _values(record, raw=bool(wordings.file))
-    fit = [one for one in pool if one.inverted == style.inverted and not missing_slots(one, values)]
-    fit = [one for one in fit if record.media or "media" not in one.slots]
-    if style.options is not None:
-        fit = [one for one in fit if one.shows_options == style.options] or fit
+    fit = _fitting(_pool_name(record, style), wordings.file, frozenset(values), bool(record.media), style)
     if wordings.draw == "first" or len(fit) < 2:
         return fit
     basis = record.id
@@ -185,6 +182,16 @@ def choose_templates(record: Record, *, seed: int, wordings: Wordings, style: St
     digest = hashlib.blake2b(f"{seed}\0{basis}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
     at = int.from_bytes(digest, "big") % len(fit)
     return fit[at:] + fit[:at]
+
+
+@lru_cache(maxsize=256)
+def _fitting(pool: str, file: tuple[Template, ...], names: frozenset[str], media: bool, style: Style) -> list[Template]:
+    """Returns the templates of a file, or of a shipped pool, for rows that have values of some names."""
+    fit = [one for one in file or POOLS[pool] if one.inverted == style.inverted and not missing_slots(one, names)]
+    fit = [one for one in fit if media or "media" not in one.slots]
+    if style.options is not None:
+        fit = [one for one in fit if one.shows_options == style.options] or fit
+    return fit
 
 
 def template_names(file: Sequence[Template] = ()) -> dict[str, Template]:
