@@ -12,10 +12,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mmtune.errors import RecipeError
+from mmtune.recipe_mixture import Mixture
 
 SplitName = Literal["train", "val", "test"]
 Tower = Literal["llm", "projector", "vision", "audio"]
 Workers = Literal["auto"] | Annotated[int, Field(ge=1, le=256)]
+
+
+TEMPLATE_DRAWS = ("pool", "first")
+"""Values of ``templates`` that name no file."""
 
 
 class Section(BaseModel):
@@ -42,8 +47,8 @@ class Source(Section):
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,80}$")]
     """Short name, the first part of every example id."""
     reader: str
-    """vqa_v2, coco_captions, coco_instances, flickr30k, chartqa, llava, sharegpt, messages, alpaca, table, folder
-    or hf."""
+    """vqa_v2, coco_captions, coco_instances, flickr30k, chartqa, llava, sharegpt, messages, alpaca, squad, conll,
+    rt_polarity, tweeteval, t0, table, folder or hf."""
     split: SplitName = "train"
     """Where its rows go."""
     path: str | None = None
@@ -62,21 +67,44 @@ class Source(Section):
     """Column map of table, folder and hf: our name to the file's column name or index."""
     tasks: tuple[str, ...] = ()
     """Keep only these tasks of a reader that makes several."""
+    task: str | None = None
+    """What its rows are, such as sentiment_analysis, named_entity_recognition, question_answering or dialogue;
+    default: what the reader makes."""
     name: str | None = None
     """Configuration name of a hub dataset."""
     subset: str | None = None
     """The split to read of a hub dataset (its own name for it)."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """At most this many rows, chosen by a hash of the id so that a smaller limit is a subset of a larger one."""
+    part: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
+    """Rows of this part of 0 to 1 by a hash, such as [0, 0.9] and [0.9, 1]: splits of data that have none. Rows of the
+    same media or context stay together."""
     template: str | None = None
-    """Name of one template of the pool, instead of a draw per row."""
+    """Name of one template, of the pool or of the file in templates, instead of a draw per row."""
+    templates: str | None = None
+    """pool, first or a template file for this source; default: build.templates."""
+    verbalizer: dict[str, str | tuple[str, ...]] = {}
+    """Label to its word or words: the first is taught, all count when eval.answer is rank."""
+
+    @field_validator("part")
+    @classmethod
+    def _some_part(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] >= value[1]:
+            raise ValueError("part is [low, high] with low below high")
+        return value
 
 
 class Build(Section):
     """build-data: raw sources to instructions/."""
 
-    templates: Literal["pool", "first"] = "pool"
-    """pool draws a template per row from the task's pool; first always takes the first."""
+    templates: str = "pool"
+    """pool draws a template per row from the task's pool; first always takes the first; or a file of templates
+    (PromptSource's YAML, or FLAN's pairs in YAML or JSON)."""
+    mixture: Mixture | None = None
+    """How sources are mixed; absent: every training row once, zero-shot."""
+    content_free: str = ""
+    """Stands for a text without content, such as N/A: rows with options keep what it gives, and eval.answer: rank
+    divides by its scores (contextual calibration, arXiv:2102.09690)."""
     system: str = ""
     """System turn put before every question; empty for none."""
     media: Literal["pointer", "embed"] = "pointer"
@@ -311,6 +339,8 @@ class Eval(Section):
     """Rows generated at once."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """At most this many rows."""
+    answer: Literal["generate", "rank"] = "generate"
+    """rank: a row with options is answered by the option that the model finds likeliest, not in its own words."""
     loss: bool = True
     """Also report the perplexity of the reference answers."""
     fail_under: dict[str, float] = {}
@@ -361,7 +391,8 @@ class Recipe(Section):
 PATH_KEYS: dict[str, tuple[str, ...]] = {
     "": ("run_dir",),
     "model": ("path",),
-    "sources": ("path", "questions", "annotations", "images", "audios", "videos"),
+    "sources": ("path", "questions", "annotations", "images", "audios", "videos", "templates"),
+    "build": ("templates",),
 }
 """Keys whose relative paths are relative to the recipe's folder. A ``model.path`` or an ``hf``
 ``path`` that is no existing folder there stays as it is: a hub id."""
@@ -375,6 +406,9 @@ def resolve_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     model = out.get("model")
     if isinstance(model, dict) and isinstance(model.get("path"), str):
         out["model"] = {**model, "path": _local_or_hub(model["path"], folder)}
+    build = out.get("build")
+    if isinstance(build, dict) and isinstance(build.get("templates"), str):
+        out["build"] = {**build, "templates": _template_file(build["templates"], folder)}
     sources = out.get("sources")
     if isinstance(sources, list):
         out["sources"] = [_resolve_source(source, folder) if isinstance(source, dict) else source for source in sources]
@@ -385,10 +419,16 @@ def _resolve_source(source: dict[str, Any], folder: Path) -> dict[str, Any]:
     resolved = dict(source)
     for key in PATH_KEYS["sources"]:
         value = resolved.get(key)
-        if isinstance(value, str):
+        if key == "templates" and isinstance(value, str):
+            resolved[key] = _template_file(value, folder)
+        elif isinstance(value, str):
             hub = key == "path" and source.get("reader") == "hf"
             resolved[key] = _local_or_hub(value, folder) if hub else str(_absolute(value, folder))
     return resolved
+
+
+def _template_file(value: str, folder: Path) -> str:
+    return value if value in TEMPLATE_DRAWS else str(_absolute(value, folder))
 
 
 def _absolute(value: str, folder: Path) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Modality = Literal["image", "audio", "video"]
 MODALITIES: tuple[Modality, ...] = ("image", "audio", "video")
@@ -108,7 +108,7 @@ class Record:
         id: Unique over the whole build, such as ``vqa/262148000``.
         source: The source's id in the recipe.
         task: ``vqa``, ``caption``, ``count``, ``presence``, ``chart``, ``label``,
-            ``instruction`` or ``conversation``.
+            ``instruction``, ``conversation`` or another name that ``prompts`` has wordings for.
         split: ``train``, ``val`` or ``test``.
         text: The question or instruction; empty for captions.
         context: Further input text of an instruction, else empty.
@@ -119,6 +119,8 @@ class Record:
         messages: The conversation, for conversation readers.
         tools: JSON list of tool schemas as text, or empty.
         metadata: Facts for grouping scores (``answer_type``, ``question_type``, ...).
+        rationale: How the answer is reached, where the data say so (chain of thought).
+        fields: The raw row's columns, for templates from files that name them; else empty.
         where: ``file:line`` or ``file#id`` for rejects and lineage.
     """
 
@@ -135,6 +137,8 @@ class Record:
     messages: tuple[Message, ...] = ()
     tools: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
+    rationale: str = ""
+    fields: Mapping[str, Any] = field(default_factory=dict)
     where: str = ""
 
 

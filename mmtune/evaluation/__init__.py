@@ -10,6 +10,7 @@ import numpy as np
 
 from mmtune.errors import RecipeError
 from mmtune.evaluation.caption import cider, corpus_bleu, rouge_l
+from mmtune.evaluation.labels import entity_matches, macro_f1
 from mmtune.evaluation.text import (
     accuracy,
     character_errors,
@@ -36,7 +37,13 @@ ERROR_RATES: dict[str, Callable[[str, Sequence[str]], tuple[int, int]]] = {
 }
 """Name to ``(prediction, references) -> (errors, length)``; lower is better, summed over the rows."""
 
-CORPUS_METRICS: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], list[float]]] = {"cider": cider}
+RATIOS: dict[str, Callable[[str, Sequence[str]], tuple[float, float]]] = {"entity_f1": entity_matches}
+"""Name to ``(prediction, references) -> (part, whole)``; higher is better, summed over the rows."""
+
+CORPUS_METRICS: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], list[float]]] = {
+    "cider": cider,
+    "macro_f1": macro_f1,
+}
 """Name to ``(predictions, references) -> one value per row`` where a row's value depends on all references."""
 
 NORMALISERS: dict[str, str] = {
@@ -46,6 +53,8 @@ NORMALISERS: dict[str, str] = {
     "relaxed_accuracy": "ChartQA 5 %",
     "token_f1": "SQuAD v2",
     "rouge_l": "lower-case words",
+    "macro_f1": "case and outer punctuation",
+    "entity_f1": "case and spaces",
     "cider": "lower-case words",
     "bleu": "lower-case words",
     "wer": "case-folded words",
@@ -57,10 +66,15 @@ TASK_METRICS: dict[str, tuple[str, ...]] = {
     "caption": ("cider", "rouge_l"),
     "instruction": ("token_f1",),
     "conversation": ("token_f1",),
+    "dialogue": ("token_f1",),
+    "question_answering": ("exact_match", "token_f1"),
+    "sentiment_analysis": ("accuracy", "macro_f1"),
+    "named_entity_recognition": ("entity_f1",),
+    "recommendation": ("accuracy",),
 }
 """Metrics of tasks whose examples name none."""
 
-NAMES = (*METRICS, *ERROR_RATES, *CORPUS_METRICS)
+NAMES = (*METRICS, *ERROR_RATES, *RATIOS, *CORPUS_METRICS)
 """Every metric that gives one value per row."""
 
 
@@ -105,10 +119,11 @@ def measure(
         RecipeError: There is no such metric.
     """
     check_metric(name)
-    if name in ERROR_RATES:
-        pairs = [ERROR_RATES[name](text, wanted) for text, wanted in zip(predictions, references, strict=True)]
+    if name in ERROR_RATES or name in RATIOS:
+        count = ERROR_RATES.get(name) or RATIOS[name]
+        pairs = [count(text, wanted) for text, wanted in zip(predictions, references, strict=True)]
         counts = np.asarray(pairs, dtype=np.float64).reshape(-1, 2)
-        return Measured(name, 100.0 * counts[:, 0], counts[:, 1], False)
+        return Measured(name, 100.0 * counts[:, 0], counts[:, 1], name in RATIOS)
     if name in CORPUS_METRICS:
         values = CORPUS_METRICS[name](predictions, references)
     else:
@@ -137,6 +152,7 @@ __all__ = [
     "METRICS",
     "NAMES",
     "NORMALISERS",
+    "RATIOS",
     "TASK_METRICS",
     "Measured",
     "check_metric",

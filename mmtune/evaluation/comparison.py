@@ -13,7 +13,7 @@ from mmtune.evaluation import NORMALISERS, Measured, measure
 from mmtune.evaluation.intervals import Interval, bootstrap, paired_difference
 from mmtune.records import Prediction
 
-FACETS = ("source", "task", "answer_type", "question_type")
+FACETS = ("source", "task", "template", "answer_type", "question_type")
 """What scores are grouped by; the last two are metadata that some data carry."""
 
 
@@ -24,6 +24,7 @@ class ScoredRow:
     Attributes:
         metrics: Names of the metrics that apply, the leading one first.
         group: Equal for rows that show the same media.
+        template: Name of its wording, or empty.
     """
 
     id: str
@@ -34,10 +35,12 @@ class ScoredRow:
     references: tuple[str, ...]
     options: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    template: str = ""
 
     def facet(self, name: str) -> str:
         """Returns the row's value of a facet, or an empty string."""
-        return {"source": self.source, "task": self.task}.get(name) or self.metadata.get(name, "")
+        own = {"source": self.source, "task": self.task, "template": self.template}
+        return own.get(name) or self.metadata.get(name, "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,7 @@ def scored_row(example: Example, chosen: Sequence[str] | None) -> ScoredRow:
         references=example.references or ((target,) if target else ()),
         options=example.options,
         metadata=dict(example.metadata),
+        template=example.template_id,
     )
 
 
@@ -124,6 +125,10 @@ class EvalRows:
     def example(self, row: int) -> Example:
         """Returns the example of a kept row."""
         return self._example(self.kept[row])
+
+    def encode(self, messages: Sequence[Message], tools: str) -> EncodedRow:
+        """Returns a conversation of one's own making, with labels."""
+        return self._renderer.encode(messages, tools)
 
     def _fit(self, example: Example) -> tuple[Sequence[Message], EncodedRow]:
         return fit(self._renderer, example.messages, example.tools, self._max_length, drop_turns=self._drop_turns)

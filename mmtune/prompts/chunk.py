@@ -5,17 +5,21 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
 
 from mmtune.media.known import MediaPlace, MediumKey, Probe, Prober
 from mmtune.media.probe import ProbeLimits
+from mmtune.prompts.exemplars import Choose
+from mmtune.prompts.forms import MEDIA
+from mmtune.prompts.jinja_process import JinjaProcess
+from mmtune.prompts.mixture import Shares
 from mmtune.prompts.overlap import example_keys
 from mmtune.prompts.schema import example_to_row, instructions_schema
-from mmtune.prompts.template import make_example
+from mmtune.prompts.template import Style, Wordings, has_inverted, make_example, template_names
+from mmtune.prompts.verbalizer import Verbalizer, verbalized
 from mmtune.records import Example, Medium, Record, Reject
 
 _ODD = re.compile("[\0\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
@@ -27,14 +31,12 @@ class Chunk:
 
     Attributes:
         source: Number of the source.
-        template: The one template to use, or None to choose by row.
         place: Where its media lie.
         items: Records, and what the reader refused.
     """
 
     source: int
     split: str
-    template: str | None
     place: MediaPlace
     items: tuple[Record | Reject, ...]
 
@@ -53,6 +55,7 @@ class Built:
         keys: ``(rows, 2)`` what ``SplitOverlap`` compares.
         probes: Media that were probed here.
         odd: Rows with invisible or direction-changing characters.
+        asked: Rows by how they are asked: ``shots_2``, ``rationale``, ``options``, ``no_options``, ``inverted``.
     """
 
     source: int
@@ -63,6 +66,22 @@ class Built:
     probes: Mapping[MediumKey, Probe]
     odd: int
     tasks: Counter[str]
+    asked: Counter[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """How the rows of one source are asked.
+
+    Attributes:
+        wordings: Its templates.
+        verbalizer: Its labels in words, or None.
+        content_free: Stands for a text without content, or empty; see ``build.content_free``.
+    """
+
+    wordings: Wordings
+    verbalizer: Verbalizer | None = None
+    content_free: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,25 +89,31 @@ class ChunkBuilder:
     """Builds chunks; every process has one.
 
     Attributes:
-        seed: Chooses templates.
-        templates: ``auto``, or the templates of each task.
+        seed: Chooses templates and styles.
+        sources: How the rows of each source are asked, by its number.
         system: System turn before every conversation, or empty.
         limits: What a medium may be.
+        shares: Styles of training rows, or None.
+        choose: Finds the exemplars of training rows, or None.
+        render: Renders templates in Jinja.
     """
 
     seed: int
-    templates: Any
+    sources: tuple[Asked, ...]
     system: str
     limits: ProbeLimits
+    shares: Shares | None = None
+    choose: Choose | None = None
+    render: JinjaProcess = field(default_factory=JinjaProcess)
 
     def __call__(self, work: tuple[Chunk, Mapping[MediumKey, Probe]]) -> Built:
         """Returns the rows of a chunk, given the probes that are known of its media."""
         chunk, known = work
         prober = Prober(chunk.place, self.limits, known)
         rows, rejects, keys = [], [], []
-        odd, tasks = 0, Counter[str]()
+        odd, tasks, asked = 0, Counter[str](), Counter[str]()
         for item in chunk.items:
-            example = item if isinstance(item, Reject) else self._example(item, chunk.template, prober)
+            example = item if isinstance(item, Reject) else self._example(item, chunk, prober, asked)
             if isinstance(example, Reject):
                 rejects.append(example)
                 continue
@@ -105,18 +130,84 @@ class ChunkBuilder:
             probes=prober.fresh,
             odd=odd,
             tasks=tasks,
+            asked=asked,
         )
 
-    def _example(self, record: Record, template: str | None, prober: Prober) -> Example | Reject:
-        found: dict[Medium, Medium] = {}
-        for medium in _media(record):
-            probe = prober.probe(medium)
-            if isinstance(probe, tuple):
-                return Reject(record.where, record.id, *probe)
-            found[medium] = probe
-        if found:
-            record = _with_media(record, found)
-        return make_example(record, seed=self.seed, templates=self.templates, template=template, system=self.system)
+    def _example(self, record: Record, chunk: Chunk, prober: Prober, asked: Counter[str]) -> Example | Reject:
+        how = self.sources[chunk.source]
+        probed = _probed(record, how, prober)
+        if isinstance(probed, Reject):
+            return probed
+        style, number = Style(), 0
+        if self.shares is not None and chunk.split == "train" and not record.messages:
+            style, number = self.shares.draw(record.id, self.seed)
+            style = _possible(probed, how.wordings, style)
+        chosen = self.choose(record, number) if self.choose is not None and number else ()
+        solved = [_probed(one, how, prober) for one in chosen]
+        made = make_example(
+            probed,
+            seed=self.seed,
+            wordings=how.wordings,
+            system=self.system,
+            style=style,
+            exemplars=[one for one in solved if isinstance(one, Record)],
+            render=self.render,
+        )
+        if isinstance(made, Reject):
+            return made
+        asked.update(_said_of(made, probed, how, style))
+        if how.content_free and chunk.split != "train" and made.options:
+            return self._with_content_free(made, probed, how)
+        return made
+
+    def _with_content_free(self, made: Example, record: Record, how: Asked) -> Example:
+        """Returns an example that also keeps what its template says of a text without content."""
+        empty = replace(
+            record,
+            text=how.content_free if record.text else "",
+            context=how.content_free if record.context else "",
+            media=(),
+            fields={key: how.content_free if isinstance(value, str) else value for key, value in record.fields.items()},
+        )
+        wordings = replace(how.wordings, name=made.template_id)
+        asked = make_example(empty, seed=self.seed, wordings=wordings, system="", render=self.render)
+        if isinstance(asked, Reject):
+            return made
+        prompt = next((message.text for message in asked.messages if message.role == "user"), "")
+        return replace(made, metadata={**made.metadata, "content_free": prompt.replace(MEDIA, "")})
+
+
+def _probed(record: Record, how: Asked, prober: Prober) -> Record | Reject:
+    """Returns a record with header facts of its media and its labels in words, or its refusal."""
+    found: dict[Medium, Medium] = {}
+    for medium in _media(record):
+        probe = prober.probe(medium)
+        if isinstance(probe, tuple):
+            return Reject(record.where, record.id, *probe)
+        found[medium] = probe
+    if found:
+        record = _with_media(record, found)
+    return record if how.verbalizer is None else verbalized(record, how.verbalizer)
+
+
+def _possible(record: Record, wordings: Wordings, style: Style) -> Style:
+    """Returns a style without what the row or its templates cannot do."""
+    return Style(
+        options=style.options if record.options else None,
+        inverted=style.inverted and wordings.name is None and has_inverted(record, wordings),
+        rationale=style.rationale and bool(record.rationale),
+    )
+
+
+def _said_of(made: Example, record: Record, how: Asked, style: Style) -> list[str]:
+    names = [f"shots_{len(made.exemplar_ids)}"]
+    names += ["inverted"] if style.inverted else []
+    names += ["rationale"] if style.rationale else []
+    if record.options and not record.messages and not style.inverted:
+        # What is counted is what the template does, whatever was drawn.
+        listed = template_names(how.wordings.file)[made.template_id].shows_options
+        names.append("options" if listed else "no_options")
+    return names
 
 
 def _media(record: Record) -> tuple[Medium, ...]:

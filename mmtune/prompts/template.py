@@ -1,4 +1,4 @@
-"""A Record becomes an Example: a small pool of prompts per task, drawn per row by its id.
+"""A Record becomes an Example: a wording of its task, drawn per row by its id.
 
 The draw depends on the seed and the row's own id (for captions on the image), never on the
 order of rows or the number of processes.
@@ -6,73 +6,34 @@ order of rows or the number of processes.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal
 
+from mmtune.errors import RecipeError
+from mmtune.prompts.forms import (
+    MEDIA,
+    Filled,
+    Render,
+    Template,
+    fill_slots,
+    missing_slots,
+    raw_values,
+    slot_values,
+)
+from mmtune.prompts.pool_media import MEDIA_POOLS
+from mmtune.prompts.pool_text import TEXT_POOLS
 from mmtune.records import Example, Medium, Message, Part, Record, Reject, TextPart
 
+POOLS: dict[str, tuple[Template, ...]] = {**MEDIA_POOLS, **TEXT_POOLS}
+"""Pool to its wordings; the first is the one of ``templates: first``."""
 
-@dataclass(frozen=True, slots=True)
-class Template:
-    """One wording of a task.
-
-    Attributes:
-        id: Short name, unique over all tasks.
-        prompt: The user's turn; ``{question}``, ``{context}`` and ``{options}`` are filled in.
-    """
-
-    id: str
-    prompt: str
-
-
-POOLS: dict[str, tuple[Template, ...]] = {
-    "vqa": (
-        Template("vqa_short", "{question}\nAnswer the question using a single word or phrase."),
-        Template("vqa_plain", "{question}"),
-        Template("vqa_question", "Question: {question}\nShort answer:"),
-        Template("vqa_look", "Look at the picture and answer briefly: {question}"),
-    ),
-    "caption": (
-        Template("caption_sentence", "Describe the image in one sentence."),
-        Template("caption_short", "Write a short caption for this image."),
-        Template("caption_what", "What does this picture show?"),
-        Template("caption_provide", "Provide a one-sentence caption for the image."),
-    ),
-    "count": (
-        Template("count_number", "{question}\nAnswer with a number."),
-        Template("count_plain", "{question}"),
-        Template("count_digits", "Count carefully: {question} Reply with digits only."),
-    ),
-    "presence": (
-        Template("presence_yes_no", "{question}\nAnswer yes or no."),
-        Template("presence_plain", "{question}"),
-        Template("presence_look", "Look at the image. {question} Reply with yes or no."),
-    ),
-    "chart": (
-        Template("chart_short", "{question}\nAnswer the question using a single word, number or phrase."),
-        Template("chart_plain", "{question}"),
-        Template("chart_read", "Read the chart and answer: {question}"),
-    ),
-    "label": (
-        Template("label_category", "Which category does this belong to? Answer with its name only."),
-        Template("label_what", "What is this? Answer with one label."),
-        Template("label_classify", "Classify this input. Reply with the label."),
-    ),
-    "label_options": (
-        Template("label_choose", "Choose the label that fits: {options}."),
-        Template("label_which", "Which of these is it: {options}? Answer with its name only."),
-        Template("label_options_classify", "Classify this input as one of: {options}."),
-    ),
-    "choice": (
-        Template("choice_list", "{question}\nOptions: {options}\nAnswer with one of the options."),
-        Template("choice_among", "{question} Choose among: {options}."),
-    ),
-    "instruction": (Template("instruction_plain", "{question}"),),
-}
-"""Task to its wordings; the first is the one of ``templates: first``."""
+TASKS = (*(name for name in POOLS if name not in ("label_options", "choice")), "conversation")
+"""Every task that a source may name."""
 
 METRICS = {
     "vqa": "vqa_accuracy",
@@ -81,47 +42,105 @@ METRICS = {
     "presence": "accuracy",
     "label": "accuracy",
 }
-"""Task to the metric its examples are scored with; other tasks have ``none``."""
+"""Task to the metric its examples are scored with; the metrics of other tasks stand in ``evaluation``."""
 
 _MANY_OPTIONS = 20
-_SLOT = re.compile(r"\{(question|context|options)\}")
+_LEAST_LEAK = 4
+_NAMES_MEDIA = re.compile(r"\{\{\s*media\s*\}\}")
+_THINK = "Think step by step, then give the answer."
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How one row is asked, beyond its wording.
+
+    Attributes:
+        options: Whether its options are listed; None leaves it to the drawn template.
+        inverted: Ask for another part of the row than its answer.
+        rationale: Teach the row's rationale before its answer.
+    """
+
+    options: bool | None = None
+    inverted: bool = False
+    rationale: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Wordings:
+    """The templates of a source.
+
+    Attributes:
+        draw: ``pool`` draws, ``first`` always takes the first that fits.
+        name: One template for every row, by its id.
+        file: Templates of a file, instead of the shipped ones.
+    """
+
+    draw: Literal["pool", "first"] = "pool"
+    name: str | None = None
+    file: tuple[Template, ...] = ()
+
+
+def check_task(name: str) -> None:
+    """Raises RecipeError with the nearest name unless a task is known."""
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, 1)
+        guess = f"did you mean {near[0]!r}? " if near else ""
+        raise RecipeError(f"there is no task {name!r}", f"{guess}tasks: {', '.join(sorted(TASKS))}", "unknown_task")
 
 
 def make_example(
     record: Record,
     *,
     seed: int = 0,
-    templates: Literal["pool", "first"] = "pool",
-    template: str | None = None,
+    wordings: Wordings = Wordings(),
     system: str = "",
+    style: Style = Style(),
+    exemplars: Sequence[Record] = (),
+    render: Render | None = None,
 ) -> Example | Reject:
     """Returns the Example of a Record, or why there is nothing to teach.
 
     Args:
         record: What the reader found.
         seed: Of the template draw.
-        templates: ``pool`` draws, ``first`` always takes the task's first wording.
-        template: Name of one template to use for every row.
+        wordings: Where its template comes from.
         system: System turn put first; a conversation's own system turn wins.
+        style: How it is asked.
+        exemplars: Solved rows shown before it, in the same wording; a row that the wording does not fit is left out.
+        render: Renders ``jinja`` templates.
     """
     if record.messages:
-        messages, template_id = _with_system(record.messages, system), ""
-        references: tuple[str, ...] = tuple(text for text in (_last_answer(record.messages),) if text)
-    else:
-        target = (record.target or next(iter(record.references), "")).strip()
-        if not target and record.split == "train":
-            return Reject(record.where, record.id, "no_target", "a training row needs an answer")
-        chosen = choose_template(record, seed=seed, templates=templates, template=template)
-        template_id = chosen.id
-        prompt = _fill(chosen.prompt, record)
-        if record.context:
-            prompt = f"{prompt}\n\n{record.context}"
-        user: list[Part] = [*record.media, *([TextPart(prompt)] if prompt else [])]
-        turns = [Message("user", tuple(user))] if user else []
-        if target:
-            turns.append(Message("assistant", (TextPart(target),)))
-        messages = _with_system(tuple(turns), system)
-        references = record.references or ((target,) if target else ())
+        references = tuple(text for text in (_last_answer(record.messages),) if text)
+        return _example(record, _with_system(record.messages, system), references, record.options, "none", "")
+    if not (record.target or next(iter(record.references), "")).strip() and record.split == "train":
+        return Reject(record.where, record.id, "no_target", "a training row needs an answer")
+    if any(not option.strip() for option in record.options):
+        return Reject(record.where, record.id, "empty_option", f"one of its {len(record.options)} options is empty")
+    asked = _ask(record, seed, wordings, style, render)
+    if isinstance(asked, Reject):
+        return asked
+    template, filled = asked
+    turns: list[Message] = []
+    shown = []
+    for exemplar in exemplars:
+        solved = _fill(template, exemplar, seed, render)
+        if isinstance(solved, Filled) and solved.taught:
+            turns += _turns(exemplar, solved, style, train=False)
+            shown.append(exemplar.id)
+    turns += _turns(record, filled, style)
+    metric = "accuracy" if template.raw and filled.options else _metric(record)
+    made = _example(record, _with_system(tuple(turns), system), filled.references, filled.options, metric, template.id)
+    return replace(made, exemplar_ids=tuple(shown)) if shown else made
+
+
+def _example(
+    record: Record,
+    messages: tuple[Message, ...],
+    references: tuple[str, ...],
+    options: tuple[str, ...],
+    metric: str,
+    template_id: str,
+) -> Example:
     media = tuple(medium for message in messages for medium in message.media)
     opening = messages[0].text if messages and messages[0].role == "system" else ""
     return Example(
@@ -131,8 +150,8 @@ def make_example(
         split=record.split,
         messages=messages,
         references=references,
-        metric=_metric(record),
-        options=record.options,
+        metric=metric,
+        options=options,
         template_id=template_id,
         group=group_key(media, opening + record.tools) if media else record.id,
         tools=record.tools,
@@ -140,30 +159,49 @@ def make_example(
     )
 
 
-def choose_template(
-    record: Record, *, seed: int, templates: Literal["pool", "first"] = "pool", template: str | None = None
-) -> Template:
-    """Returns the wording for a record; captions of one image share theirs.
+def choose_templates(record: Record, *, seed: int, wordings: Wordings, style: Style) -> list[Template]:
+    """Returns the wordings that fit a record, the drawn one first; captions of one image share theirs.
+
+    The others follow in the pool's order: they take over where the drawn one says nothing of the
+    row, as PromptSource's conditional templates do. An option style that no template has is left
+    to the draw.
 
     Raises:
         KeyError: There is no template of that name.
     """
-    pool = POOLS[_pool_name(record)]
-    if template is not None:
-        return template_names()[template]
-    if templates == "first" or len(pool) == 1:
-        return pool[0]
+    if wordings.name is not None:
+        return [template_names(wordings.file)[wordings.name]]
+    values = _values(record, raw=bool(wordings.file))
+    fit = _fitting(_pool_name(record, style), wordings.file, frozenset(values), bool(record.media), style)
+    if wordings.draw == "first" or len(fit) < 2:
+        return fit
     basis = record.id
     if record.task == "caption" and all(medium.path for medium in record.media):
         # The bare file names: the draw must not change when the media root does.
         basis = "\0".join((record.source, *(medium.path.rpartition("/")[2] for medium in record.media)))
     digest = hashlib.blake2b(f"{seed}\0{basis}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return pool[int.from_bytes(digest, "big") % len(pool)]
+    at = int.from_bytes(digest, "big") % len(fit)
+    return fit[at:] + fit[:at]
 
 
-def template_names() -> dict[str, Template]:
-    """Returns every template by its id."""
-    return {template.id: template for pool in POOLS.values() for template in pool}
+@lru_cache(maxsize=256)
+def _fitting(pool: str, file: tuple[Template, ...], names: frozenset[str], media: bool, style: Style) -> list[Template]:
+    """Returns the templates of a file, or of a shipped pool, for rows that have values of some names."""
+    fit = [one for one in file or POOLS[pool] if one.inverted == style.inverted and not missing_slots(one, names)]
+    fit = [one for one in fit if media or "media" not in one.slots]
+    if style.options is not None:
+        fit = [one for one in fit if one.shows_options == style.options] or fit
+    return fit
+
+
+def template_names(file: Sequence[Template] = ()) -> dict[str, Template]:
+    """Returns every template by its id: those of a file, or the shipped ones."""
+    return {template.id: template for pool in ((file,) if file else POOLS.values()) for template in pool}
+
+
+def has_inverted(record: Record, wordings: Wordings) -> bool:
+    """Says whether a record can be asked the other way round."""
+    return bool(choose_templates(record, seed=0, wordings=replace(wordings, draw="first"), style=Style(inverted=True)))
 
 
 def group_key(media: Sequence[Medium], context: str = "") -> str:
@@ -177,19 +215,90 @@ def group_key(media: Sequence[Medium], context: str = "") -> str:
     return digest.hexdigest()
 
 
-def _pool_name(record: Record) -> str:
+def _pool_name(record: Record, style: Style) -> str:
     few = 0 < len(record.options) <= _MANY_OPTIONS
     if record.task == "label" and not record.text:
-        return "label_options" if few else "label"
-    if few and record.text and record.task not in ("count", "presence"):
-        return "choice"
-    return record.task if record.task in POOLS and record.task != "label" else "instruction"
+        return "label_options" if few and style.options is not False else "label"
+    own = record.task if record.task in POOLS and record.task != "label" else "instruction"
+    # These have wordings of their own with options and without; an inverted wording lists none.
+    listed = own not in ("count", "presence", "sentiment_analysis", "recommendation", "dialogue", "text")
+    return "choice" if few and record.text and listed and style.options is not False and not style.inverted else own
 
 
-def _fill(prompt: str, record: Record) -> str:
-    # One pass, so that braces inside a question are never filled again.
-    values = {"question": record.text, "context": record.context, "options": ", ".join(record.options)}
-    return _SLOT.sub(lambda match: values[match.group(1)], prompt)
+def _values(record: Record, *, raw: bool) -> dict[str, Any]:
+    return raw_values(record) if raw else slot_values(record)
+
+
+def _ask(
+    record: Record, seed: int, wordings: Wordings, style: Style, render: Render | None
+) -> tuple[Template, Filled] | Reject:
+    """Returns the first wording that says something of a record, and what it says."""
+    templates = choose_templates(record, seed=seed, wordings=wordings, style=style)
+    for template in templates:
+        filled = _fill(template, record, seed, render)
+        if isinstance(filled, Reject):
+            return filled
+        says = filled.prompt.strip() or record.media or template.id == "text_plain"
+        if says and (filled.taught or record.split != "train"):
+            return template, filled
+    names = ", ".join(template.id for template in templates[:3]) or "there is none that has its fields"
+    return Reject(record.where, record.id, "template_empty", f"no template says anything of this row: {names}")
+
+
+def _fill(template: Template, record: Record, seed: int, render: Render | None) -> Filled | Reject:
+    values = _values(record, raw=template.raw)
+    if template.form == "slots":
+        missing = missing_slots(template, values)
+        if missing:
+            detail = f"template {template.id!r} names {', '.join(missing)}; the row has {', '.join(sorted(values))}"
+            return Reject(record.where, record.id, "missing_field", detail)
+        filled = fill_slots(template, record, values)
+        if record.context and not {"context", "dialogue"} & template.slots and not template.inverted:
+            filled = replace(filled, prompt=f"{filled.prompt}\n\n{record.context}")
+    else:
+        assert render is not None, "a caller with Jinja templates gives what renders them"
+        made = render(template, values, f"{seed}\0{record.id}\0{template.id}")
+        if isinstance(made, Reject):
+            return replace(made, where=record.where, id=record.id)
+        filled = made
+    places = filled.prompt.count(MEDIA)
+    named = "media" in template.slots or _NAMES_MEDIA.search(template.prompt) is not None
+    if record.media and places != 1 and (named or places):
+        detail = f"template {template.id!r} shows the media {places} times, not once"
+        return Reject(record.where, record.id, "media_dropped", detail)
+    if not template.inverted and _leaks(filled, template, values):
+        detail = f"template {template.id!r} says the answer in its question"
+        return Reject(record.where, record.id, "answer_in_prompt", detail)
+    return filled
+
+
+def _leaks(filled: Filled, template: Template, values: Mapping[str, Any]) -> bool:
+    """Says whether a prompt holds the answer although neither the template's words nor another field do."""
+    answer = filled.taught
+    if len(answer) < _LEAST_LEAK or filled.options or answer not in filled.prompt or answer in template.prompt:
+        return False
+    own = {answer, *filled.references}
+    return not any(answer in text for text in _texts(values) if text.strip() not in own)
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return [text for one in inner for text in _texts(one)]
+
+
+def _turns(record: Record, filled: Filled, style: Style, *, train: bool = True) -> list[Message]:
+    prompt, taught = filled.prompt, filled.taught
+    if style.rationale and record.rationale:
+        prompt = f"{prompt}\n{_THINK}"
+        taught = f"{record.rationale.strip()}\nThe answer is {taught}"
+    before, marked, after = prompt.partition(MEDIA)
+    texts = (before, after) if marked else ("", before)
+    parts: list[Part] = [TextPart(texts[0])] if texts[0] else []
+    parts += [*record.media, *([TextPart(texts[1])] if texts[1] else [])]
+    turns = [Message("user", tuple(parts))] if parts else []
+    return [*turns, *([Message("assistant", (TextPart(taught),), train=train)] if taught else [])]
 
 
 def _metric(record: Record) -> str:

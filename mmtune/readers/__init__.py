@@ -17,13 +17,18 @@ READERS: dict[str, str] = {
     "chartqa": "chartqa:read_chartqa",
     "coco_captions": "coco_captions:read_coco_captions",
     "coco_instances": "coco_instances:read_coco_instances",
+    "conll": "conll:read_conll",
     "flickr30k": "flickr30k:read_flickr30k",
     "folder": "folder:read_folder",
     "hf": "hf:read_hf",
     "llava": "llava:read_llava",
     "messages": "messages:read_messages",
+    "rt_polarity": "rt_polarity:read_rt_polarity",
     "sharegpt": "sharegpt:read_sharegpt",
+    "squad": "squad:read_squad",
+    "t0": "t0:read_t0",
     "table": "table:read_table",
+    "tweeteval": "tweeteval:read_tweeteval",
     "vqa_v2": "vqa_v2:read_vqa_v2",
 }
 """Reader name to ``module:function``; a module is imported when a recipe uses it."""

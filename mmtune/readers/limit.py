@@ -37,6 +37,25 @@ def take(read: Callable[[], Iterator[Record | Reject]], limit: int | None) -> It
             yield item
 
 
+def part(items: Iterable[Record | Reject], low: float, high: float) -> Iterator[Record | Reject]:
+    """Yields the items whose hash lies in a part of 0 to 1, ``high`` itself outside.
+
+    Records of the same media, or else of the same context, stay together; others go by where they
+    stand, so that a file that is read for two splits falls into the same parts.
+    """
+    for item in items:
+        if low <= _unit(item) < high:
+            yield item
+
+
+def _unit(item: Record | Reject) -> float:
+    if isinstance(item, Reject):
+        return (id_hash(item.where) >> 11) / 2**53
+    shown = item.media or tuple(medium for message in item.messages for medium in message.media)
+    paths = "\0".join(medium.path for medium in shown)
+    return (id_hash(paths or item.context or item.where) >> 11) / 2**53
+
+
 def cut(items: Iterable[Record | Reject], size: int) -> Iterator[list[Record | Reject]]:
     """Yields the items in parts of one size, the last one shorter."""
     part: list[Record | Reject] = []

@@ -31,6 +31,7 @@ class SourceFiles:
         name: Configuration of a hub dataset.
         subset: The split to read of a hub dataset.
         seed: For readers that draw (the negatives of ``coco_instances``).
+        keep_fields: Keep the columns of a raw row for templates that name them.
     """
 
     id: str
@@ -46,6 +47,7 @@ class SourceFiles:
     name: str | None = None
     subset: str | None = None
     seed: int = 0
+    keep_fields: bool = False
 
     def file(self, key: str) -> Path:
         """Returns an input that the reader cannot do without.

@@ -13,6 +13,7 @@
 ``columns`` maps our names to the file's:
 
 * ``question`` (or ``text``, ``instruction``), ``context``; ``answer`` (or ``output``) is taught;
+* ``rationale``: how the answer is reached, for ``build.mixture.chain_of_thought``;
 * ``image``, ``audio``, ``video``: one column or a list of them;
 * ``references``, ``options``: a column that holds a list, or a list of columns;
 * ``id``; ``metadata``: columns for grouping scores;
@@ -44,7 +45,18 @@ from mmtune.records import MODALITIES, Medium, Record, Reject
 
 _SLOT = re.compile(r"\{([^{}]+)\}")
 _TAUGHT = ("answer", "output", "target", "references")
-_KNOWN = {*_TAUGHT} | {"question", "text", "instruction", "context", "options", "id", "metadata", "rows", "delimiter"}
+_KNOWN = {*_TAUGHT} | {
+    "question",
+    "text",
+    "instruction",
+    "context",
+    "options",
+    "id",
+    "metadata",
+    "rows",
+    "delimiter",
+    "rationale",
+}
 _KNOWN |= {"strip", "image", "audio", "video", "images", "audios", "videos"}
 _MAX_FIELD = 64 << 20
 _BINARY = re.compile("[\0-\x08\x0e-\x1f\ud800-\udfff]")
@@ -112,8 +124,17 @@ def table_record(source: SourceFiles, row: Row) -> Record:
         target=answer if references and answer != references[0] else "",
         options=options,
         metadata=metadata,
+        rationale=_first_text(columns, ("rationale",), row.value),
+        fields=_fields(row.value) if source.keep_fields else {},
         where=row.where,
     )
+
+
+def _fields(row: Any) -> dict[str, Any]:
+    """Returns the columns of a row without its bytes."""
+    if not isinstance(row, Mapping):
+        return {}
+    return {str(key): value for key, value in row.items() if not isinstance(value, bytes)}
 
 
 def _task(source: SourceFiles, question: str, media: Sequence[Medium]) -> str:

@@ -14,10 +14,18 @@ LABELS = {
     "token_f1": "Token F1",
     "rouge_l": "ROUGE-L",
     "cider": "CIDEr",
+    "macro_f1": "Macro F1",
+    "entity_f1": "Entity F1",
     "wer": "Word error rate",
     "cer": "Character error rate",
 }
-FACET_LABELS = {"source": "source", "task": "task", "answer_type": "answer type", "question_type": "question type"}
+FACET_LABELS = {
+    "source": "source",
+    "task": "task",
+    "template": "template",
+    "answer_type": "answer type",
+    "question_type": "question type",
+}
 _LEVEL = 0.05
 
 

@@ -200,6 +200,8 @@ def _answers(
             batch_rows=settings.batch_rows,
             max_new_tokens=settings.max_new_tokens,
             loss=settings.loss,
+            rank=settings.answer == "rank",
+            words=_label_words(plan.instructions),
             should_stop=lambda: bool(stop),
             progress=console.progress,
         )
@@ -209,6 +211,15 @@ def _answers(
             error = Interrupted("eval was stopped by a signal; report/ was not touched", "run the same command again")
             error.exit_code = 130 if stop.wanted == 2 else 75
             raise error from stopped
+
+
+def _label_words(instructions: Manifest) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Returns each source's label words by the one that is listed, from the recipe that built the rows."""
+    found: dict[str, dict[str, tuple[str, ...]]] = {}
+    for source in instructions.config["sources"]:
+        words = [(own,) if isinstance(own, str) else tuple(own) for own in source.get("verbalizer", {}).values()]
+        found.setdefault(source["id"], {}).update({own[0]: own for own in words})
+    return found
 
 
 def _load(plan: _Plan, name: str) -> Any:

@@ -21,16 +21,17 @@ from mmtune.files import disk_errors, file_digest
 from mmtune.media.known import KnownMedia, MediaPlace, MediumKey, Probe, media_places
 from mmtune.media.paths import listing
 from mmtune.media.probe import ProbeLimits
-from mmtune.prompts.chunk import Chunk, ChunkBuilder
+from mmtune.prompts.chunk import Asked, Chunk, ChunkBuilder
 from mmtune.prompts.overlap import SplitOverlap
 from mmtune.prompts.schema import instructions_schema
-from mmtune.prompts.template import template_names
 from mmtune.readers import find_reader, modalities_of
-from mmtune.readers.limit import cut, take
+from mmtune.readers.limit import cut, part, take
 from mmtune.readers.repeated import SeenIds, drop_repeated
 from mmtune.readers.source import SourceFiles
 from mmtune.recipe import Build, Recipe, Source
-from mmtune.records import Modality, Reject
+from mmtune.records import Modality, Record, Reject
+from mmtune.stages.build_data.asking import asked_of, named, template_file
+from mmtune.stages.build_data.mixing import Mixed, plan_mixture
 from mmtune.storage import RejectLog, SplitWriter, Staging, finish_split, foresee, open_stage, read_manifest, stage_hash
 from mmtune.talk import Talk
 from mmtune.workers import in_order, process_count
@@ -51,6 +52,26 @@ class Tally:
     read: int = 0
     rows: int = 0
     tasks: Counter[str] = field(default_factory=Counter)
+    asked: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sources:
+    """The sources of a recipe with everything that reading them takes."""
+
+    recipe: Recipe
+    files: list[SourceFiles]
+    asked: tuple[Asked, ...]
+    places: list[MediaPlace]
+    limit: int | None
+
+    def items(self, at: int) -> Iterator[Record | Reject]:
+        """Yields the items of one source, from the start."""
+        source, given = self.recipe.sources[at], self.files[at]
+        read = find_reader(source.reader)
+        caps = [cap for cap in (source.limit, self.limit) if cap is not None]
+        items = take(lambda: part(read(given), *source.part), min(caps) if caps else None)
+        return items if source.task is None else (named(item, source.task) for item in items)
 
 
 def build_data(
@@ -72,7 +93,8 @@ def build_data(
     """
     if not recipe.sources:
         raise RecipeError("the recipe has no sources", "add `sources:` with at least one dataset", "no_sources")
-    files = [_check_source(source, recipe.seed) for source in recipe.sources]
+    asked = tuple(asked_of(source, recipe.build) for source in recipe.sources)
+    files = [_check_source(source, recipe) for source in recipe.sources]
     roots = [_media_roots(source, given, recipe.run_dir) for source, given in zip(recipe.sources, files, strict=True)]
     media_root, places = media_places(roots)
     target = recipe.run_dir / "instructions"
@@ -82,7 +104,7 @@ def build_data(
         "seed": recipe.seed,
         "limit": limit,
     }
-    inputs = _inputs(recipe.sources, recipe.run_dir)
+    inputs = _inputs(recipe)
     if dry_run:
         plan = foresee(target, stage="build-data", config=config, inputs=inputs, force=force)
         return _dry_run(recipe, files, media_root, target, plan, console)
@@ -91,21 +113,15 @@ def build_data(
         manifest = read_manifest(target)
         return _result(target, manifest.rows, manifest.drops, manifest.facts, skipped=True)
     with staging, disk_errors(f"writing {target}"):
-        rows, drops, facts = _fill(staging, recipe, files, places, limit, console)
+        rows, drops, facts = _fill(staging, recipe, _Sources(recipe, files, asked, places, limit), console)
         facts = {"media_root": media_root, **facts}
         staging.publish(rows=rows, drops=drops, facts=facts)
     _say_result(recipe, rows, drops, facts, target, console)
     return _result(target, rows, drops, facts, skipped=False)
 
 
-def _check_source(source: Source, seed: int) -> SourceFiles:
+def _check_source(source: Source, recipe: Recipe) -> SourceFiles:
     find_reader(source.reader)
-    if source.template is not None and source.template not in template_names():
-        raise RecipeError(
-            f"source {source.id!r} names the unknown template {source.template!r}",
-            f"templates: {', '.join(sorted(template_names()))}",
-            "unknown_template",
-        )
     given = {key: getattr(source, key) for key in _PATHS}
     paths = {key: Path(value) for key, value in given.items() if value is not None}
     for key in ("images", "audios", "videos"):
@@ -123,7 +139,8 @@ def _check_source(source: Source, seed: int) -> SourceFiles:
         tasks=source.tasks,
         name=source.name,
         subset=source.subset,
-        seed=seed,
+        seed=recipe.seed,
+        keep_fields=template_file(source, recipe.build) is not None,
         **paths,
     )
 
@@ -134,19 +151,19 @@ def _media_roots(source: Source, given: SourceFiles, run_dir: Path) -> dict[Moda
     return {kind: os.path.realpath(run_dir if hub else given.root(kind)) for kind in modalities_of(source.reader)}
 
 
-def _inputs(sources: tuple[Source, ...], run_dir: Path) -> dict[str, str]:
-    """Returns digests of annotation files, and of the names and sizes below media folders."""
+def _inputs(recipe: Recipe) -> dict[str, str]:
+    """Returns digests of annotation and template files, and of the names and sizes below media folders."""
     found: dict[str, str] = {}
-    for source in sources:
-        for key in _PATHS:
-            value = getattr(source, key)
+    for source in recipe.sources:
+        given = [getattr(source, key) for key in _PATHS]
+        for value in (*given, template_file(source, recipe.build)):
             if value is None or str(value) in found:
                 continue
             path = Path(value)
             if path.is_file():
                 found[str(path)] = file_digest(path)
             elif path.is_dir():
-                found[str(path)] = stage_hash({"files": list(listing(path, run_dir))})
+                found[str(path)] = stage_hash({"files": list(listing(path, recipe.run_dir))})
     return found
 
 
@@ -166,22 +183,26 @@ def _dry_run(
 
 
 def _fill(
-    staging: Staging,
-    recipe: Recipe,
-    files: list[SourceFiles],
-    places: list[MediaPlace],
-    limit: int | None,
-    console: Talk,
+    staging: Staging, recipe: Recipe, sources: _Sources, console: Talk
 ) -> tuple[dict[str, int], dict[str, int], dict[str, Any]]:
     """Writes every split and the rejects; returns rows, drops and facts."""
     build, schema = recipe.build, instructions_schema()
-    tallies = [Tally() for _ in files]
+    tallies = [Tally() for _ in sources.files]
+    mixed = _mix(recipe, sources, console)
     writers: dict[str, SplitWriter] = {}
     overlap, known, odd = SplitOverlap(), KnownMedia(), 0
     processes = process_count(build.workers)
     done = in_order(
-        partial(ChunkBuilder, recipe.seed, build.templates, build.system, _limits(build)),
-        _work(_chunks(recipe, files, places, limit, tallies), known),
+        partial(
+            ChunkBuilder,
+            recipe.seed,
+            sources.asked,
+            build.system,
+            _limits(build),
+            mixed.shares if mixed else None,
+            mixed.choose if mixed else None,
+        ),
+        _work(_chunks(sources, mixed, tallies), known),
         processes=min(processes, _MOST_PROCESSES) if build.workers == "auto" else processes,
         inline=_INLINE_CHUNKS,
         setting="build.workers",
@@ -200,6 +221,7 @@ def _fill(
             tally = tallies[built.source]
             tally.rows += built.batch.num_rows
             tally.tasks.update(built.tasks)
+            tally.asked.update(built.asked)
             odd += built.odd
             bar.advance(built.batch.num_rows + len(built.rejects))
         drops = dict(sorted(rejects.counts.items()))
@@ -214,7 +236,26 @@ def _fill(
         "leakage": overlap.counts(),
         "odd_characters": odd,
     }
+    if mixed is not None:
+        facts["mixture"] = _mixture_facts(recipe, mixed, tallies)
     return rows, drops, facts
+
+
+def _mix(recipe: Recipe, sources: _Sources, console: Talk) -> Mixed | None:
+    if recipe.build.mixture is None:
+        return None
+    console.say("build-data: counting the sources' rows for the mixture")
+    return plan_mixture(recipe.build.mixture, recipe.sources, sources.items, recipe.seed)
+
+
+def _mixture_facts(recipe: Recipe, mixed: Mixed, tallies: list[Tally]) -> dict[str, Any]:
+    train = [
+        (source.id, tally) for source, tally in zip(recipe.sources, tallies, strict=True) if source.split == "train"
+    ]
+    asked: Counter[str] = Counter()
+    for _, tally in train:
+        asked.update(tally.asked)
+    return mixed.facts({name: tally.rows for name, tally in train if name in mixed.quotas}, asked)
 
 
 def _limits(build: Build) -> ProbeLimits:
@@ -268,18 +309,14 @@ def _first_reject(log: Path) -> str:
     return f"; the first at {first['where'] or first['id']}: {first['detail'][:300]}"
 
 
-def _chunks(
-    recipe: Recipe, files: list[SourceFiles], places: list[MediaPlace], limit: int | None, tallies: list[Tally]
-) -> Iterator[Chunk]:
+def _chunks(sources: _Sources, mixed: Mixed | None, tallies: list[Tally]) -> Iterator[Chunk]:
     seen = SeenIds()
-    for at, (source, given) in enumerate(zip(recipe.sources, files, strict=True)):
-        read = find_reader(source.reader)
-        caps = [cap for cap in (source.limit, limit) if cap is not None]
-        items = take(lambda read=read, given=given: iter(read(given)), min(caps) if caps else None)  # type: ignore[misc]
-        for part in cut(items, CHUNK_ROWS):
-            tallies[at].read += len(part)
-            checked = drop_repeated(part, seen, recipe.build.dedup)
-            yield Chunk(at, source.split, source.template, places[at], checked)
+    for at, source in enumerate(sources.recipe.sources):
+        items = sources.items(at)
+        for piece in cut(items if mixed is None else mixed.take(source, items), CHUNK_ROWS):
+            tallies[at].read += len(piece)
+            checked = drop_repeated(piece, seen, sources.recipe.build.dedup)
+            yield Chunk(at, source.split, sources.places[at], checked)
 
 
 def _work(chunks: Iterator[Chunk], known: KnownMedia) -> Iterator[tuple[Chunk, Mapping[MediumKey, Probe]]]:
@@ -301,6 +338,7 @@ def _result(
         "drops": drops,
         "leakage": facts["leakage"],
         "sources": facts["sources"],
+        **({"mixture": facts["mixture"]} if "mixture" in facts else {}),
     }
 
 
@@ -315,9 +353,12 @@ def _say_result(
             for fact in facts["sources"]
         ],
     )
+    held = {name for names in facts.get("mixture", {}).get("held_out", {}).values() for name in names}
     for fact in facts["sources"]:
-        if not fact["rows"]:
+        if not fact["rows"] and not (fact["split"] == "train" and fact["id"] in held):
             console.note(f"source {fact['id']!r} ({fact['split']}) gave no row; see rejects.jsonl")
+    if "mixture" in facts:
+        _say_mixture(facts["mixture"], console)
     if drops:
         listed = ", ".join(f"{reason} {count:,}" for reason, count in drops.items())
         refused = f"{sum(drops.values()):,} of {facts['read']:,} rows were refused: {listed}"
@@ -326,3 +367,19 @@ def _say_result(
         console.note(f"{pair} share {shared['media']:,} media and {shared['questions']:,} questions on the same media")
     counts = ", ".join(f"{split} {count:,}" for split, count in rows.items())
     console.say(f"build-data: {counts} rows in {target}")
+
+
+def _say_mixture(mixture: dict[str, Any], console: Talk) -> None:
+    console.table(
+        "mixture",
+        ("source", "cluster", "has", "rate", "rows", "repeated"),
+        [
+            (one["source"], one["cluster"], one["found"], f"{one['rate']:.4f}", one["built"], one["repeated"])
+            for one in mixture["sources"]
+        ],
+    )
+    shots = ", ".join(f"{count} exemplars {rows:,}" for count, rows in mixture["shots"].items())
+    counts = ", ".join(f"{name} {mixture[name]:,}" for name in ("rationale", "options", "no_options", "inverted"))
+    console.say(f"mixture: {mixture['rows']:,} rows; {shots}; {counts}")
+    for cluster, sources in mixture["held_out"].items():
+        console.say(f"mixture: {cluster} is held out ({', '.join(sources)}): no training row, no exemplar")
