@@ -9,19 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mmtune.errors import RecipeError
+from mmtune.recipe_extract import Extract, encoder_paths
+from mmtune.recipe_section import Section, Workers
 
 SplitName = Literal["train", "val", "test"]
 Tower = Literal["llm", "projector", "vision", "audio"]
-Workers = Literal["auto"] | Annotated[int, Field(ge=1, le=256)]
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are errors, values do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Model(Section):
@@ -330,6 +325,8 @@ class Recipe(Section):
     """Raw datasets."""
     build: Build = Build()
     """Settings of build-data."""
+    extract: Extract | None = None
+    """Settings of extract; absent: `run` does not extract."""
     tokenize: Tokenize = Tokenize()
     """Settings of tokenize."""
     finetune: Finetune | None = None
@@ -350,6 +347,7 @@ class Recipe(Section):
 PATH_KEYS: dict[str, tuple[str, ...]] = {
     "": ("run_dir",),
     "model": ("path",),
+    "extract.encoders": ("image", "audio", "text", "behaviour"),
     "sources": ("path", "questions", "annotations", "images", "audios", "videos"),
 }
 """Keys whose relative paths are relative to the recipe's folder. A ``model.path`` or an ``hf``
@@ -364,6 +362,8 @@ def resolve_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     model = out.get("model")
     if isinstance(model, dict) and isinstance(model.get("path"), str):
         out["model"] = {**model, "path": _local_or_hub(model["path"], folder)}
+    if "extract" in out:
+        out["extract"] = encoder_paths(out["extract"], lambda value: _local_or_hub(value, folder))
     sources = out.get("sources")
     if isinstance(sources, list):
         out["sources"] = [_resolve_source(source, folder) if isinstance(source, dict) else source for source in sources]

@@ -119,6 +119,7 @@ class Record:
         messages: The conversation, for conversation readers.
         tools: JSON list of tool schemas as text, or empty.
         metadata: Facts for grouping scores (``answer_type``, ``question_type``, ...).
+        history: Ids of the items that a user chose before, oldest first; None where the data are of no user.
         where: ``file:line`` or ``file#id`` for rejects and lineage.
     """
 
@@ -135,6 +136,7 @@ class Record:
     messages: tuple[Message, ...] = ()
     tools: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
+    history: tuple[str, ...] | None = None
     where: str = ""
 
 

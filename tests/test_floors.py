@@ -16,7 +16,7 @@ ROOMS = {
     "reports": {"media"},
 }
 GROUND: dict[str, set[str]] = {"records": set(), "errors": set(), "files": {"errors"}, "choice": set()}
-MIDDLE = {"recipe", "recipe_text", "storage", "talk", "workers"}
+MIDDLE = {"recipe", "recipe_section", "recipe_extract", "recipe_text", "storage", "talk", "workers"}
 
 
 def imports(file: Path) -> set[str]:

@@ -8,7 +8,6 @@ the output does not depend on the number of workers.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,18 +24,18 @@ from mmtune.prompts.chunk import Chunk, ChunkBuilder
 from mmtune.prompts.overlap import SplitOverlap
 from mmtune.prompts.schema import instructions_schema
 from mmtune.prompts.template import template_names
-from mmtune.readers import find_reader, modalities_of
+from mmtune.readers import find_reader
 from mmtune.readers.limit import cut, take
 from mmtune.readers.repeated import SeenIds, drop_repeated
+from mmtune.readers.roots import PATHS, media_roots, source_files
 from mmtune.readers.source import SourceFiles
 from mmtune.recipe import Build, Recipe, Source
-from mmtune.records import Modality, Reject
+from mmtune.records import Reject
 from mmtune.storage import RejectLog, SplitWriter, Staging, finish_split, foresee, open_stage, read_manifest, stage_hash
 from mmtune.talk import Talk
 from mmtune.workers import in_order, process_count
 
 SPLITS = ("train", "val", "test")
-_PATHS = ("path", "questions", "annotations", "images", "audios", "videos")
 CHUNK_ROWS = 256
 _LOOKED_FOR = "check `images`, `audios` and `videos` of the sources: media paths are relative to them"
 _INLINE_CHUNKS = 4
@@ -73,7 +72,9 @@ def build_data(
     if not recipe.sources:
         raise RecipeError("the recipe has no sources", "add `sources:` with at least one dataset", "no_sources")
     files = [_check_source(source, recipe.seed) for source in recipe.sources]
-    roots = [_media_roots(source, given, recipe.run_dir) for source, given in zip(recipe.sources, files, strict=True)]
+    roots = [
+        media_roots(source.reader, given, recipe.run_dir) for source, given in zip(recipe.sources, files, strict=True)
+    ]
     media_root, places = media_places(roots)
     target = recipe.run_dir / "instructions"
     config = {
@@ -99,46 +100,20 @@ def build_data(
 
 
 def _check_source(source: Source, seed: int) -> SourceFiles:
-    find_reader(source.reader)
     if source.template is not None and source.template not in template_names():
         raise RecipeError(
             f"source {source.id!r} names the unknown template {source.template!r}",
             f"templates: {', '.join(sorted(template_names()))}",
             "unknown_template",
         )
-    given = {key: getattr(source, key) for key in _PATHS}
-    paths = {key: Path(value) for key, value in given.items() if value is not None}
-    for key in ("images", "audios", "videos"):
-        folder = paths.get(key)
-        if folder is not None and not folder.is_dir():
-            raise DataError(
-                f"{folder} is no folder (`{key}` of source {source.id!r})",
-                "check the path; a relative one is relative to the recipe's folder",
-                "file_missing",
-            )
-    return SourceFiles(
-        id=source.id,
-        split=source.split,
-        columns=source.columns,
-        tasks=source.tasks,
-        name=source.name,
-        subset=source.subset,
-        seed=seed,
-        **paths,
-    )
-
-
-def _media_roots(source: Source, given: SourceFiles, run_dir: Path) -> dict[Modality, str]:
-    """Returns the real folder of each kind of media that a source may show."""
-    hub = source.reader == "hf" and not (given.path and given.path.exists()) and given.images is None
-    return {kind: os.path.realpath(run_dir if hub else given.root(kind)) for kind in modalities_of(source.reader)}
+    return source_files(source.model_dump(), seed)
 
 
 def _inputs(sources: tuple[Source, ...], run_dir: Path) -> dict[str, str]:
     """Returns digests of annotation files, and of the names and sizes below media folders."""
     found: dict[str, str] = {}
     for source in sources:
-        for key in _PATHS:
+        for key in PATHS:
             value = getattr(source, key)
             if value is None or str(value) in found:
                 continue
