@@ -156,6 +156,8 @@ def _stand(unit: Unit, media_root: str) -> Unit | Reject:
         stat = Path(resolve(media_root, unit.medium.path)).stat()
     except MediaRefused as refused:
         return Reject(unit.where, unit.id, refused.code, refused.message)
+    except FileNotFoundError:
+        return Reject(unit.where, unit.id, "media_missing", f"{unit.id!r} is not below {Path(media_root).name!r}")
     return replace(unit, size=stat.st_size, mtime_ns=stat.st_mtime_ns)
 
 
