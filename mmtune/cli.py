@@ -108,7 +108,7 @@ def extract(
 ) -> None:
     """Media, texts and histories to features/ by frozen encoders, with a search index.
 
-    Example: mmtune extract recipes/speech_features.yaml --set extract.modalities=[audio]
+    Example: mmtune extract recipes/features.yaml --limit 100
     """
     from mmtune.stages.extract import extract as stage
 

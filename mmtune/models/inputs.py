@@ -61,8 +61,9 @@ def load_preparation(path: str, kind: Kind, *, revision: str | None = None, offl
 def _load(path: str, kind: Kind, options: dict[str, Any]) -> Any:
     from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 
-    # The small encoders become known to the Auto classes.
-    import mmtune.models.encoders  # noqa: F401
+    if kind == "audio":
+        # The feature extractor of the small encoder becomes known; its module is slow to import.
+        import mmtune.models.encoders  # noqa: F401
 
     auto: Any = {"image": AutoImageProcessor, "audio": AutoFeatureExtractor, "text": AutoTokenizer}[kind]
     try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -153,9 +154,8 @@ class Filler:
 
     def _make(self, parts: Mapping[str, list[list[Unit]]], splits: Mapping[str, Sequence[str]], filled: Filled) -> None:
         batches = [batch for own in parts.values() for batch in own]
-        self._encoder = self._load()
         started = time.monotonic()
-        prepared = self._prepared(batches)
+        prepared = self._started(batches)
         with self._console.progress(sum(map(len, batches)), f"extract {self._kind}") as bar:
             for name, own in parts.items():
                 rows: list[Row] = []
@@ -169,8 +169,25 @@ class Filler:
                     rejects += refused
                     bar.advance(len(batch))
                 write_part(self._part(name), record_batch(rows, splits, self._dtype) if rows else None, rejects)
-        prepared.close()
         filled.seconds = time.monotonic() - started
+
+    def _started(self, batches: list[list[Unit]]) -> Iterator[list[Prepared]]:
+        """Yields prepared batches, the encoder loaded; processes start while it is."""
+        prepared = self._prepared(batches)
+        if self._processes(batches) == 1:
+            self._encoder = self._load()
+            yield from prepared
+            return
+        with ThreadPoolExecutor(1) as beside:
+            loading = beside.submit(self._load)
+            first = next(prepared)
+            self._encoder = loading.result()
+        yield first
+        yield from prepared
+
+    def _processes(self, batches: list[list[Unit]]) -> int:
+        plain = self._kind in ("text", "behaviour") or len(batches) <= _INLINE_BATCHES
+        return 1 if plain else process_count(self._settings.workers)
 
     def _load(self) -> Unimodal:
         import torch
@@ -185,15 +202,14 @@ class Filler:
             encoder.model.to("cuda")
         return encoder
 
-    def _prepared(self, batches: list[list[Unit]]) -> Any:
+    def _prepared(self, batches: list[list[Unit]]) -> Iterator[list[Prepared]]:
         limits = {name: self._chosen.identity.get(name) for name in ("max_pixels", "max_seconds", "frames")}
         job = Job(self._chosen.encodes, self._path, self._chosen.revision, self._offline, self._root, limits)
-        plain = self._kind in ("text", "behaviour")
         return in_order(
             partial(Preparer, job),
             batches,
-            processes=1 if plain else process_count(self._settings.workers),
-            inline=_INLINE_BATCHES if len(batches) <= _INLINE_BATCHES else 0,
+            processes=self._processes(batches),
+            inline=0,
             setting="extract.workers",
             preload=_SLOW_IMPORTS,
         )
