@@ -23,6 +23,7 @@ ITEMS = "items.json"
 """File of a history encoder's folder: the known items as a JSON list; the id of the first is 3."""
 _PAD, _UNKNOWN, _NONE = 0, 1, 2
 FIRST_ITEM = 3
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 # What a processor reads besides weights and config.
 _PROCESSOR_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 
@@ -65,6 +66,10 @@ def _load(path: str, kind: Kind, options: dict[str, Any]) -> Any:
         # The feature extractor of the small encoder becomes known; its module is slow to import.
         import mmtune.models.encoders  # noqa: F401
 
+    folder = Path(path)
+    if kind == "text" and folder.is_dir() and not any(next(folder.glob(name), None) for name in _TOKENIZER_FILES):
+        # transformers would make an empty tokenizer from the config alone.
+        raise _no_processor(path, kind, "there is no tokenizer.json")
     auto: Any = {"image": AutoImageProcessor, "audio": AutoFeatureExtractor, "text": AutoTokenizer}[kind]
     try:
         return auto.from_pretrained(path, **options)
@@ -82,11 +87,15 @@ def _load(path: str, kind: Kind, options: dict[str, Any]) -> Any:
                 "check the name and the network, or name a folder on this machine",
                 "model_unavailable",
             ) from error
-        raise RecipeError(
-            f"{path} holds no {kind} processor: {_first_line(error)}",
-            f"name an encoder for {kind}: --set extract.encoders.{kind}=FOLDER_OR_HUB_ID",
-            "processor_unavailable",
-        ) from error
+        raise _no_processor(path, kind, _first_line(error)) from error
+
+
+def _no_processor(path: str, kind: str, why: str) -> RecipeError:
+    return RecipeError(
+        f"{path} holds no {kind} processor: {why}",
+        f"name an encoder for {kind}: --set extract.encoders.{kind}=FOLDER_OR_HUB_ID",
+        "processor_unavailable",
+    )
 
 
 def _first_line(error: Exception) -> str:

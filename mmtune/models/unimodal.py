@@ -112,8 +112,8 @@ class Unimodal:
         return tokens, self._mask(model, tensors, tokens.shape[1]), own
 
     def _inner(self) -> Any:
-        if self.kind == "text" and hasattr(self.model, "language_model"):
-            return self.model.language_model
+        if self.kind == "text" and _generates(self.model):
+            return _language_model(self.model)
         if getattr(self.model.config, "is_encoder_decoder", False):
             return self.model.get_encoder()
         return self.model
@@ -131,8 +131,7 @@ class Unimodal:
 
     def _base_way(self) -> Callable[[Sequence[Inputs], Any], list[Encoded]] | None:
         """Returns how a generating model's towers are asked: what they give the language model are the tokens."""
-        generating = hasattr(self.model, "language_model") and self.kind in ("image", "audio")
-        return self._towers if generating else None
+        return self._towers if _generates(self.model) and self.kind in ("image", "audio") else None
 
     def _towers(self, batch: Sequence[Inputs], device: Any) -> list[Encoded]:
         getter = getattr(self.model, f"get_{self.kind}_features")
@@ -144,6 +143,15 @@ class Unimodal:
         rows = [part.float().reshape(-1, part.shape[-1]).cpu() for part in parts]
         vectors = [pooled(part[None], None, None, self.pool)[0].numpy() for part in rows]
         return [Encoded(part.numpy(), vector) for part, vector in zip(rows, vectors, strict=True)]
+
+
+def _generates(model: Any) -> bool:
+    """Says whether a model has towers whose outputs a language model reads."""
+    return hasattr(model, "language_model") or hasattr(model, "connector")
+
+
+def _language_model(model: Any) -> Any:
+    return model.language_model if hasattr(model, "language_model") else model.text_model
 
 
 def _joins(one: Inputs) -> bool:
@@ -226,7 +234,7 @@ def load_unimodal(
     """
     config = load_config(path, revision=revision, offline=offline)
     model = _load(path, config, revision, offline)
-    generating = hasattr(model, "language_model")
+    generating = _generates(model)
     if kind in ("image", "audio") and generating and not hasattr(model, f"get_{kind}_features"):
         raise CapabilityError(
             f"{path} (model type {config.model_type}) gives no {kind} features",
