@@ -94,6 +94,29 @@ def build_data(
 app.command("build-instructions", hidden=True)(build_data)
 
 
+@app.command("extract", epilog=EPILOG)
+def extract(
+    recipe: RecipePath = None,
+    overrides: Set = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    limit: Limit = None,
+    seed: Seed = None,
+    offline: Offline = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Media, texts and histories to features/ by frozen encoders, with a search index.
+
+    Example: mmtune extract recipes/features.yaml --limit 100
+    """
+    from mmtune.stages.extract import extract as stage
+
+    loaded = _load(recipe, overrides, seed)
+    result = stage(loaded, force=force, dry_run=dry_run, limit=limit, offline=offline, console=Talk(quiet))
+    _finish("extract", result, as_json)
+
+
 @app.command("tokenize", epilog=EPILOG)
 def tokenize(
     recipe: RecipePath = None,
@@ -246,6 +269,7 @@ def run(
 
 # The folders that a stage of a run reads.
 _NEEDS = {
+    "extract": (),
     "build-data": (),
     "tokenize": ("instructions",),
     "finetune": ("tokens",),
@@ -257,6 +281,10 @@ def _stages(
     recipe: Recipe, limit: int | None, offline: bool
 ) -> Iterator[tuple[str, Callable[..., dict[str, Any]], dict[str, Any]]]:
     """Yields name, function and own options of every stage of a run; one is imported when its turn comes."""
+    if recipe.extract is not None:
+        from mmtune.stages.extract import extract as extract_stage
+
+        yield "extract", extract_stage, {"limit": limit, "offline": offline}
     from mmtune.stages.build_data import build_data as build_stage
 
     yield "build-data", build_stage, {"limit": limit}

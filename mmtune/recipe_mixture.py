@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from mmtune.recipe_section import Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class Mixture(BaseModel):
+class Mixture(Section):
     """build.mixture: how many training rows of each source, and how they are asked (FLAN, arXiv:2109.01652)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     clusters: dict[str, tuple[str, ...]] = {}
     """Name to the sources of one kind; a source that none names is a cluster of its own."""

@@ -121,6 +121,7 @@ class Record:
         metadata: Facts for grouping scores (``answer_type``, ``question_type``, ...).
         rationale: How the answer is reached, where the data say so (chain of thought).
         fields: The raw row's columns, for templates from files that name them; else empty.
+        history: Ids of the items that a user chose before, oldest first; None where the data are of no user.
         where: ``file:line`` or ``file#id`` for rejects and lineage.
     """
 
@@ -139,6 +140,7 @@ class Record:
     metadata: Mapping[str, str] = field(default_factory=dict)
     rationale: str = ""
     fields: Mapping[str, Any] = field(default_factory=dict)
+    history: tuple[str, ...] | None = None
     where: str = ""
 
 

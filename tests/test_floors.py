@@ -16,7 +16,8 @@ ROOMS = {
     "reports": {"media"},
 }
 GROUND: dict[str, set[str]] = {"records": set(), "errors": set(), "files": {"errors"}, "choice": set()}
-MIDDLE = {"recipe", "recipe_mixture", "recipe_text", "storage", "talk", "workers"}
+RECIPE = {"recipe", "recipe_section", "recipe_extract", "recipe_mixture", "recipe_paths", "recipe_text"}
+MIDDLE = RECIPE | {"storage", "talk", "workers"}
 
 
 def imports(file: Path) -> set[str]:

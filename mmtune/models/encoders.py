@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmtune.models.log_mel import LogMelFeatureExtractor, frame_count
@@ -114,6 +115,13 @@ class _Encoder(PreTrainedModel):
     """The layers behind the embeddings, the same for every modality."""
 
     _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draws the weights; convolutions keep the scale of what they are shown, so that places do not drown it."""
+        super()._init_weights(module)
+        if isinstance(module, nn.Conv1d | nn.Conv2d):
+            init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)

@@ -16,6 +16,7 @@
 * ``rationale``: how the answer is reached, for ``build.mixture.chain_of_thought``;
 * ``image``, ``audio``, ``video``: one column or a list of them;
 * ``references``, ``options``: a column that holds a list, or a list of columns;
+* ``history``: ids of items, oldest first, as a list or separated by spaces, commas or bars;
 * ``id``; ``metadata``: columns for grouping scores;
 * ``rows``: the name of the array in a JSON object; without it an object is a table whose keys are
   the column ``key``; ``delimiter`` of a CSV file; ``strip``: removed from the front of media paths.
@@ -45,19 +46,9 @@ from mmtune.records import MODALITIES, Medium, Record, Reject
 
 _SLOT = re.compile(r"\{([^{}]+)\}")
 _TAUGHT = ("answer", "output", "target", "references")
-_KNOWN = {*_TAUGHT} | {
-    "question",
-    "text",
-    "instruction",
-    "context",
-    "options",
-    "id",
-    "metadata",
-    "rows",
-    "delimiter",
-    "rationale",
-}
-_KNOWN |= {"strip", "image", "audio", "video", "images", "audios", "videos"}
+_KNOWN = {*_TAUGHT} | {"question", "text", "instruction", "context", "options", "id", "metadata", "rows", "delimiter"}
+_KNOWN |= {"strip", "rationale", "history", "image", "audio", "video", "images", "audios", "videos"}
+_BETWEEN = re.compile(r"[\s,;|]+")
 _MAX_FIELD = 64 << 20
 _BINARY = re.compile("[\0-\x08\x0e-\x1f\ud800-\udfff]")
 
@@ -126,6 +117,7 @@ def table_record(source: SourceFiles, row: Row) -> Record:
         metadata=metadata,
         rationale=_first_text(columns, ("rationale",), row.value),
         fields=_fields(row.value) if source.keep_fields else {},
+        history=_history(columns, row.value),
         where=row.where,
     )
 
@@ -197,6 +189,13 @@ def _texts(columns: Mapping[str, Any], name: str, row: Any) -> tuple[str, ...]:
             return ()
         values = as_list(found, f"/{spec}") if isinstance(found, list | tuple) else [found]
     return tuple(scalar_text(value, f"/{spec}/{at}") for at, value in enumerate(values) if value is not None)
+
+
+def _history(columns: Mapping[str, Any], row: Any) -> tuple[str, ...] | None:
+    if "history" not in columns:
+        return None
+    found = _texts(columns, "history", row)
+    return tuple(item for text in found for item in (_BETWEEN.split(text) if len(found) == 1 else [text]) if item)
 
 
 def _media(source: SourceFiles, row: Any) -> tuple[Medium, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 from mmtune.errors import DataError
 from mmtune.storage import is_finished, open_split, read_manifest
 
-_STAGES = ("instructions", "tokens", "adapter", "report")
+_STAGES = ("features", "instructions", "tokens", "adapter", "report")
 
 
 def describe(path: Path, *, row: int = 0, split: str | None = None) -> dict[str, Any]:
@@ -68,6 +68,10 @@ def _stage(path: Path, row: int, split: str | None) -> dict[str, Any]:
 def _row(value: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     if "input_ids" in value:
         return _tree(value, facts)
+    if "pooled" in value:
+        tokens = value.pop("tokens", None)
+        shape = [] if tokens is None else [len(tokens), len(tokens[0]) if tokens else 0]
+        return {**value, "pooled": [round(number, 4) for number in value["pooled"]], "tokens_shape": shape}
     for name in ("images", "audios", "videos"):
         value[name] = [{**item, "bytes": None} for item in value.get(name) or ()]
     return value
@@ -125,6 +129,8 @@ def render(result: dict[str, Any]) -> str:
         for run in row["runs"]:
             mark = "LOSS" if run["loss"] else "    "
             lines.append(f"  {run['branch']:>3} {mark} {run['text']!r}")
+    elif "pooled" in row:
+        lines += [f"  {name:12} {_short(value)}" for name, value in row.items() if name not in ("split", "index")]
     else:
         for message in row["messages"]:
             text = "".join(part["text"] or f"<{part['type']}>" for part in message["content"])

@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -41,9 +41,12 @@ class Staging:
         reasons: Why an existing folder is being rebuilt; empty when there was none.
     """
 
-    def __init__(self, target: Path, identity: Mapping[str, Any], lock: IO[str], reasons: list[str]) -> None:
+    def __init__(
+        self, target: Path, identity: Mapping[str, Any], lock: IO[str], reasons: list[str], others: Sequence[str] = ()
+    ) -> None:
         self.target = target
         self.reasons = reasons
+        self._others = others
         self._identity = identity
         self._lock = lock
         self._started = time.monotonic()
@@ -87,6 +90,9 @@ class Staging:
         write_json(self.path / MANIFEST, asdict(manifest))
         for folder in [self.path, *(path for path in self.path.rglob("*") if path.is_dir())]:
             sync(folder)
+        for name in self._others:
+            if (self.target / name).exists():
+                (self.target / name).rename(self.path / name)
         replace_folder(self.path, self.target)
         return manifest
 
@@ -104,6 +110,7 @@ def open_stage(
     parents: Mapping[str, str] | None = None,
     force: bool = False,
     on_change: str = "rebuild",
+    others: Sequence[str] = (),
     say: Callable[[str], None] = _say_nothing,
 ) -> Staging | None:
     """Returns an aside folder to fill, or None when the target is finished with equal hashes.
@@ -116,6 +123,7 @@ def open_stage(
         parents: Stage name to manifest hash.
         force: Redo even if nothing changed.
         on_change: ``rebuild`` or ``refuse`` when the target is finished with other hashes.
+        others: Names inside the target that belong to another stage; they stay as they are.
         say: Told that the target is reused, or why it is made again.
 
     Raises:
@@ -126,7 +134,7 @@ def open_stage(
     identity = _identity(stage, config, inputs, parents)
     lock = _lock(target)
     try:
-        reasons = _check_target(target, identity, force, on_change)
+        reasons = _check_target(target, identity, force, on_change, others)
         if reasons is None:
             say(f"{stage}: {target} is up to date; nothing to do")
             lock.close()
@@ -135,7 +143,7 @@ def open_stage(
             say(f"{stage}: again, because of {reason}")
         for stale in target.parent.glob(f".{target.name}.tmp-*"):
             shutil.rmtree(stale, ignore_errors=True)
-        return Staging(target, identity, lock, reasons)
+        return Staging(target, identity, lock, reasons, others)
     except BaseException:
         lock.close()
         raise
@@ -150,6 +158,7 @@ def foresee(
     parents: Mapping[str, str] | None = None,
     force: bool = False,
     on_change: str = "rebuild",
+    others: Sequence[str] = (),
 ) -> str:
     """Returns what ``open_stage`` would do, in words; takes no lock and writes nothing.
 
@@ -157,7 +166,7 @@ def foresee(
         RecipeError: As ``open_stage``.
         IntegrityError: As ``open_stage``.
     """
-    reasons = _check_target(target, _identity(stage, config, inputs, parents), force, on_change)
+    reasons = _check_target(target, _identity(stage, config, inputs, parents), force, on_change, others)
     if reasons is None:
         return f"{stage}: {target} is up to date; nothing to do"
     return f"{stage}: would write {target}{' again, because of ' if reasons else ''}{'; '.join(reasons)}"
@@ -171,11 +180,13 @@ def _identity(
     return {**basis, "hash": stage_hash({**basis, "code": __version__})}
 
 
-def _check_target(target: Path, identity: dict[str, Any], force: bool, on_change: str) -> list[str] | None:
+def _check_target(
+    target: Path, identity: dict[str, Any], force: bool, on_change: str, others: Sequence[str]
+) -> list[str] | None:
     """Returns why the target must be rebuilt (empty: it is not there), or None to reuse it."""
     if target.exists() and not target.is_dir():
         raise RecipeError(f"{target} is a file, not a folder", "choose another run_dir", "foreign_folder")
-    if not target.exists() or not any(target.iterdir()):
+    if not target.exists() or all(path.name in others for path in target.iterdir()):
         return []
     if not is_finished(target):
         raise RecipeError(

@@ -8,7 +8,6 @@ the output does not depend on the number of workers.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,12 +23,13 @@ from mmtune.media.probe import ProbeLimits
 from mmtune.prompts.chunk import Asked, Chunk, ChunkBuilder
 from mmtune.prompts.overlap import SplitOverlap
 from mmtune.prompts.schema import instructions_schema
-from mmtune.readers import find_reader, modalities_of
+from mmtune.readers import find_reader
 from mmtune.readers.limit import cut, part, take
 from mmtune.readers.repeated import SeenIds, drop_repeated
+from mmtune.readers.roots import PATHS, media_roots, source_files
 from mmtune.readers.source import SourceFiles
 from mmtune.recipe import Build, Recipe, Source
-from mmtune.records import Modality, Record, Reject
+from mmtune.records import Record, Reject
 from mmtune.stages.build_data.asking import asked_of, named, template_file
 from mmtune.stages.build_data.mixing import Mixed, plan_mixture
 from mmtune.storage import RejectLog, SplitWriter, Staging, finish_split, foresee, open_stage, read_manifest, stage_hash
@@ -37,7 +37,6 @@ from mmtune.talk import Talk
 from mmtune.workers import in_order, process_count
 
 SPLITS = ("train", "val", "test")
-_PATHS = ("path", "questions", "annotations", "images", "audios", "videos")
 CHUNK_ROWS = 256
 _LOOKED_FOR = "check `images`, `audios` and `videos` of the sources: media paths are relative to them"
 _INLINE_CHUNKS = 4
@@ -95,7 +94,9 @@ def build_data(
         raise RecipeError("the recipe has no sources", "add `sources:` with at least one dataset", "no_sources")
     asked = tuple(asked_of(source, recipe.build) for source in recipe.sources)
     files = [_check_source(source, recipe) for source in recipe.sources]
-    roots = [_media_roots(source, given, recipe.run_dir) for source, given in zip(recipe.sources, files, strict=True)]
+    roots = [
+        media_roots(source.reader, given, recipe.run_dir) for source, given in zip(recipe.sources, files, strict=True)
+    ]
     media_root, places = media_places(roots)
     target = recipe.run_dir / "instructions"
     config = {
@@ -121,41 +122,14 @@ def build_data(
 
 
 def _check_source(source: Source, recipe: Recipe) -> SourceFiles:
-    find_reader(source.reader)
-    given = {key: getattr(source, key) for key in _PATHS}
-    paths = {key: Path(value) for key, value in given.items() if value is not None}
-    for key in ("images", "audios", "videos"):
-        folder = paths.get(key)
-        if folder is not None and not folder.is_dir():
-            raise DataError(
-                f"{folder} is no folder (`{key}` of source {source.id!r})",
-                "check the path; a relative one is relative to the recipe's folder",
-                "file_missing",
-            )
-    return SourceFiles(
-        id=source.id,
-        split=source.split,
-        columns=source.columns,
-        tasks=source.tasks,
-        name=source.name,
-        subset=source.subset,
-        seed=recipe.seed,
-        keep_fields=template_file(source, recipe.build) is not None,
-        **paths,
-    )
-
-
-def _media_roots(source: Source, given: SourceFiles, run_dir: Path) -> dict[Modality, str]:
-    """Returns the real folder of each kind of media that a source may show."""
-    hub = source.reader == "hf" and not (given.path and given.path.exists()) and given.images is None
-    return {kind: os.path.realpath(run_dir if hub else given.root(kind)) for kind in modalities_of(source.reader)}
+    return source_files(source.model_dump(), recipe.seed, keep_fields=template_file(source, recipe.build) is not None)
 
 
 def _inputs(recipe: Recipe) -> dict[str, str]:
     """Returns digests of annotation and template files, and of the names and sizes below media folders."""
     found: dict[str, str] = {}
     for source in recipe.sources:
-        given = [getattr(source, key) for key in _PATHS]
+        given = [getattr(source, key) for key in PATHS]
         for value in (*given, template_file(source, recipe.build)):
             if value is None or str(value) in found:
                 continue

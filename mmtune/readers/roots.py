@@ -1,0 +1,49 @@
+"""A source of a recipe, as plain values, to the files that its reader is given and the folders of its media."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmtune.errors import DataError
+from mmtune.readers import find_reader, modalities_of
+from mmtune.readers.source import SourceFiles
+from mmtune.records import Modality
+
+PATHS = ("path", "questions", "annotations", "images", "audios", "videos")
+"""What of a source may be a path."""
+_SAME = ("id", "split", "columns", "tasks", "name", "subset")
+
+
+def source_files(source: Mapping[str, Any], seed: int, *, keep_fields: bool = False) -> SourceFiles:
+    """Returns what the reader of a source is given.
+
+    Args:
+        source: The source's keys in the recipe.
+        seed: The recipe's.
+        keep_fields: Records keep the columns of their row.
+
+    Raises:
+        RecipeError: There is no such reader.
+        DataError: A media folder is not there.
+    """
+    find_reader(source["reader"])
+    paths: dict[str, Any] = {key: Path(source[key]) for key in PATHS if source[key] is not None}
+    for key in ("images", "audios", "videos"):
+        folder = paths.get(key)
+        if folder is not None and not folder.is_dir():
+            raise DataError(
+                f"{folder} is no folder (`{key}` of source {source['id']!r})",
+                "check the path; a relative one is relative to the recipe's folder",
+                "file_missing",
+            )
+    same: dict[str, Any] = {key: source[key] for key in _SAME}
+    return SourceFiles(**same, seed=seed, keep_fields=keep_fields, **paths)
+
+
+def media_roots(reader: str, given: SourceFiles, run_dir: Path) -> dict[Modality, str]:
+    """Returns the real folder of each kind of media that a source may show."""
+    hub = reader == "hf" and not (given.path and given.path.exists()) and given.images is None
+    return {kind: os.path.realpath(run_dir if hub else given.root(kind)) for kind in modalities_of(reader)}

@@ -1,0 +1,48 @@
+"""The sources of a recipe to the units that get features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from mmtune.errors import DataError, RecipeError
+from mmtune.features.units import KINDS, Gathered, gather
+from mmtune.media.known import MediaPlace, media_places
+from mmtune.readers import find_reader
+from mmtune.readers.limit import take
+from mmtune.readers.roots import media_roots, source_files
+from mmtune.recipe import Extract, Recipe
+from mmtune.records import Record, Reject
+
+
+def gather_units(recipe: Recipe, settings: Extract, limit: int | None) -> tuple[Gathered, str]:
+    """Returns the units of all sources, and the folder above their media.
+
+    Raises:
+        RecipeError: There are no sources, or one is incomplete.
+        DataError: A file is missing, or the sources hold nothing of what is wanted.
+    """
+    if not recipe.sources:
+        raise RecipeError("the recipe has no sources", "add `sources:` with at least one dataset", "no_sources")
+    files = [source_files(source.model_dump(), recipe.seed) for source in recipe.sources]
+    roots = [
+        media_roots(source.reader, given, Path(recipe.run_dir))
+        for source, given in zip(recipe.sources, files, strict=True)
+    ]
+    media_root, places = media_places(roots)
+
+    def items() -> Iterator[tuple[Record | Reject, MediaPlace]]:
+        for source, given, place in zip(recipe.sources, files, places, strict=True):
+            read = find_reader(source.reader)
+            caps = [cap for cap in (source.limit, limit) if cap is not None]
+            for item in take(lambda read=read, given=given: iter(read(given)), min(caps) if caps else None):  # type: ignore[misc]
+                yield item, place
+
+    kinds = settings.modalities or KINDS
+    gathered = gather(items(), media_root, kinds)
+    missing = [kind for kind in settings.modalities if kind not in gathered.units]
+    if missing or not gathered.units:
+        what = " and ".join(missing) or "anything that could have features"
+        first = f"; the first refused: {gathered.rejects[0].detail}" if gathered.rejects else ""
+        raise DataError(f"the sources hold no {what}{first}", "check sources and extract.modalities", "no_units")
+    return gathered, media_root

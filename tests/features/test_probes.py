@@ -1,0 +1,61 @@
+"""What features hold: linear probes on real digits, seen and spoken, against an encoder of random weights' worth."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from mmtune.features.table import FeatureTable, open_features
+from mmtune.recipe import Recipe
+from mmtune.stages.extract import extract
+from mmtune.talk import Talk
+
+SPEECH = {"hidden_size": 64, "sampling_rate": 8000, "n_fft": 200, "hop_length": 80, "num_mel_bins": 40}
+PIXELS = {"hidden_size": 64, "image_size": 8, "patch_size": 2, "num_hidden_layers": 1}
+
+
+def features(tmp_path: Path, folder: Path, kind: str, encoder: dict) -> FeatureTable:
+    source = {"id": "d", "reader": "folder", "path": str(folder), "columns": {"label": r"(\d)_[a-z]+_"}}
+    settings = {"encoders": {kind: encoder}, "modalities": [kind], "dtype": "fp32", "workers": 1}
+    extract(Recipe(run_dir=tmp_path / "run", sources=[source], extract=settings), console=Talk(quiet=True))
+    return open_features(tmp_path / "run" / "features", kind)
+
+
+def probe(vectors: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> float:
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    return model.fit(vectors[~held_out], labels[~held_out]).score(vectors[held_out], labels[held_out])
+
+
+@pytest.mark.slow
+def test_speech_features_tell_the_spoken_digit(tmp_path, shared_datasets):
+    folder = shared_datasets / "fsdd" / "recordings"
+    table = features(tmp_path, folder, "audio", {"config": SPEECH, "pool": "stats"})
+    parts = [Path(name).stem.split("_") for name in table.ids]
+    labels, speakers, takes = (np.array([part[at] for part in parts]) for at in range(3))
+    rows = probe(table.pooled(), labels, takes.astype(int) < 5)
+    unseen = [probe(table.pooled(), labels, speakers == one) for one in np.unique(speakers)]
+    print(f"held-out rows {rows:.3f}; held-out speakers {np.mean(unseen):.3f} ({np.round(unseen, 2).tolist()})")
+    assert rows >= 0.90
+    assert np.mean(unseen) > 0.2, "unseen speakers are told better than by chance"
+
+
+def test_image_features_tell_the_written_digit(tmp_path):
+    digits = load_digits()
+    folder = tmp_path / "media"
+    folder.mkdir()
+    some = slice(0, 900)
+    for number, (scan, label) in enumerate(zip(digits.images[some], digits.target[some], strict=True)):
+        Image.fromarray((scan * 15.9).astype(np.uint8)).save(folder / f"{label}_scan_{number:04}.png")
+    table = features(tmp_path, folder, "image", {"config": PIXELS})
+    labels = np.array([int(name[0]) for name in table.ids])
+    held_out = np.arange(len(labels)) % 5 == 0
+    tokens = np.stack([table.tokens(row).ravel() for row in range(len(labels))])
+    pixels = np.stack([np.asarray(Image.open(folder / name)).ravel() / 255 for name in table.ids])
+    assert probe(pixels, labels, held_out) >= 0.90
+    assert probe(tokens, labels, held_out) >= 0.90
+    assert probe(np.random.default_rng(0).permutation(tokens), labels, held_out) < 0.3
