@@ -1,7 +1,8 @@
 """Write data/clips: short silent videos of handwritten digits that move or follow each other, with questions.
 
-The digits are the scans of ``make_scenes.py``, of the same disjoint splits; how they move is made here. No single
-frame answers a question about the way or the order better than every second time. Run from anywhere::
+The digits are the scans of ``make_scenes.py``, of the same disjoint splits; how they move is made here. Where a
+digit is in one frame, its time unknown, tells the way it moves no better than every second time, and one frame
+shows the digit that comes after or before another no more often. Run from anywhere::
 
     python data/make_clips.py            # writes data/clips, under a minute
 
