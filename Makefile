@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test test-fast lint types format base clean
+.PHONY: quickstart test test-fast lint types format base omni clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -38,6 +38,13 @@ base: $(STAMP)         ## train the bundled base again (about a quarter of an ho
 	$(BIN)/mmtune run recipes/base.yaml
 	$(BIN)/python data/make_base.py
 	cp runs/base/adapter/model.safetensors data/base/model.safetensors
+
+omni: $(STAMP)         ## train the bundled omni base again
+	$(BIN)/python data/make_omni.py
+	$(BIN)/mmtune run recipes/omni.yaml
+	mkdir -p data/omni
+	cp runs/omni/start/* data/omni/
+	cp runs/omni/adapter/model.safetensors data/omni/model.safetensors
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache

@@ -65,7 +65,8 @@ def assemble(
     parts = {modality: _encoder(modality, source, offline) for modality, source in encoders.items()}
     given = {**{modality: _preprocessor(modality, encoders[modality], offline) for modality in encoders}}
     given |= preprocessors or {}
-    tokenizer.add_special_tokens({"additional_special_tokens": [TOKENS[name] for name in parts]})
+    added = {"additional_special_tokens": [TOKENS[name] for name in parts]}
+    tokenizer.add_special_tokens(added, replace_extra_special_tokens=False)
     _make_room(language, len(tokenizer))
     audio = parts.get("audio")
     config = CompositeConfig(
