@@ -9,19 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from mmtune.errors import RecipeError
+from mmtune.recipe_pretrain import Pretrain
+from mmtune.recipe_section import Section, Workers
 
 SplitName = Literal["train", "val", "test"]
 Tower = Literal["llm", "projector", "vision", "audio"]
-Workers = Literal["auto"] | Annotated[int, Field(ge=1, le=256)]
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are errors, values do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Model(Section):
@@ -325,17 +319,38 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """The only source of randomness."""
     model: Model | None = None
-    """The base model."""
+    """The base model; left out with pretrain, which makes it in base/."""
     sources: tuple[Source, ...] = ()
     """Raw datasets."""
     build: Build = Build()
     """Settings of build-data."""
     tokenize: Tokenize = Tokenize()
     """Settings of tokenize."""
+    pretrain: Pretrain | None = None
+    """Settings of pretrain; absent: `run` does not make a base model of its own."""
     finetune: Finetune | None = None
     """Settings of finetune; absent: `run` does not train."""
     eval: Eval | None = None
     """Settings of eval; absent: `run` does not evaluate."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _model_of_pretrain(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not values.get("pretrain") or not values.get("run_dir"):
+            return values
+        made = str(Path(values["run_dir"]) / "base")
+        model = values.get("model") or {"path": made}
+        path = model.get("path") if isinstance(model, dict) else getattr(model, "path", None)
+        if path is not None and str(path) != made:
+            raise ValueError(f"pretrain makes the model {made}: leave out model.path, or pretrain")
+        return {**values, "model": model}
+
+    @property
+    def processor_path(self) -> str:
+        """Where the processor is: with the model, or with its untrained parts, which are there before it."""
+        if self.pretrain is not None:
+            return str(self.run_dir / "start")
+        return self.model.path if self.model else ""
 
     @model_validator(mode="after")
     def _unique_sources(self) -> Recipe:
@@ -345,50 +360,3 @@ class Recipe(Section):
                 raise ValueError(f"two sources have the id {source.id!r} in split {source.split!r}")
             seen.add((source.id, source.split))
         return self
-
-
-PATH_KEYS: dict[str, tuple[str, ...]] = {
-    "": ("run_dir",),
-    "model": ("path",),
-    "sources": ("path", "questions", "annotations", "images", "audios", "videos"),
-}
-"""Keys whose relative paths are relative to the recipe's folder. A ``model.path`` or an ``hf``
-``path`` that is no existing folder there stays as it is: a hub id."""
-
-
-def resolve_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Returns recipe values with relative paths made absolute against the recipe's folder."""
-    out = dict(values)
-    if isinstance(out.get("run_dir"), str):
-        out["run_dir"] = str(_absolute(out["run_dir"], folder))
-    model = out.get("model")
-    if isinstance(model, dict) and isinstance(model.get("path"), str):
-        out["model"] = {**model, "path": _local_or_hub(model["path"], folder)}
-    sources = out.get("sources")
-    if isinstance(sources, list):
-        out["sources"] = [_resolve_source(source, folder) if isinstance(source, dict) else source for source in sources]
-    return out
-
-
-def _resolve_source(source: dict[str, Any], folder: Path) -> dict[str, Any]:
-    resolved = dict(source)
-    for key in PATH_KEYS["sources"]:
-        value = resolved.get(key)
-        if isinstance(value, str):
-            hub = key == "path" and source.get("reader") == "hf"
-            resolved[key] = _local_or_hub(value, folder) if hub else str(_absolute(value, folder))
-    return resolved
-
-
-def _absolute(value: str, folder: Path) -> Path:
-    try:
-        path = Path(value).expanduser()
-    except RuntimeError as error:
-        raise RecipeError(f"no home folder for {value!r}", "write the path out") from error
-    return path if path.is_absolute() else (folder / path).resolve()
-
-
-def _local_or_hub(value: str, folder: Path) -> str:
-    local = _absolute(value, folder)
-    looks_local = value.startswith((".", "/", "~")) or local.exists()
-    return str(local) if looks_local else value

@@ -13,7 +13,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mmtune.errors import RecipeError
-from mmtune.recipe import Recipe, resolve_paths
+from mmtune.recipe import Recipe
+from mmtune.recipe_paths import resolve_paths
 
 DEFAULT_NAME = "mmtune.yaml"
 ENV_PREFIX = "MMTUNE_"

@@ -1,0 +1,57 @@
+"""Paths in a recipe: relative ones are relative to the recipe's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mmtune.errors import RecipeError
+from mmtune.recipe_pretrain import part_paths
+
+PATH_KEYS: dict[str, tuple[str, ...]] = {
+    "": ("run_dir",),
+    "model": ("path",),
+    "sources": ("path", "questions", "annotations", "images", "audios", "videos"),
+}
+"""Keys whose relative paths are relative to the recipe's folder. A ``model.path`` or an ``hf``
+``path`` that is no existing folder there stays as it is: a hub id."""
+
+
+def resolve_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Returns recipe values with relative paths made absolute against the recipe's folder."""
+    out = dict(values)
+    if isinstance(out.get("run_dir"), str):
+        out["run_dir"] = str(_absolute(out["run_dir"], folder))
+    model = out.get("model")
+    if isinstance(model, dict) and isinstance(model.get("path"), str):
+        out["model"] = {**model, "path": _local_or_hub(model["path"], folder)}
+    if "pretrain" in out:
+        out["pretrain"] = part_paths(out["pretrain"], lambda value: _local_or_hub(value, folder))
+    sources = out.get("sources")
+    if isinstance(sources, list):
+        out["sources"] = [_resolve_source(source, folder) if isinstance(source, dict) else source for source in sources]
+    return out
+
+
+def _resolve_source(source: dict[str, Any], folder: Path) -> dict[str, Any]:
+    resolved = dict(source)
+    for key in PATH_KEYS["sources"]:
+        value = resolved.get(key)
+        if isinstance(value, str):
+            hub = key == "path" and source.get("reader") == "hf"
+            resolved[key] = _local_or_hub(value, folder) if hub else str(_absolute(value, folder))
+    return resolved
+
+
+def _absolute(value: str, folder: Path) -> Path:
+    try:
+        path = Path(value).expanduser()
+    except RuntimeError as error:
+        raise RecipeError(f"no home folder for {value!r}", "write the path out") from error
+    return path if path.is_absolute() else (folder / path).resolve()
+
+
+def _local_or_hub(value: str, folder: Path) -> str:
+    local = _absolute(value, folder)
+    looks_local = value.startswith((".", "/", "~")) or local.exists()
+    return str(local) if looks_local else value
