@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,6 +51,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say w
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="At most this many rows.")]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Override the recipe's seed.")]
 Offline = Annotated[bool, typer.Option("--offline", callback=_go_offline, help="Never reach for the network.")]
+Resume = Annotated[str, typer.Option("--resume", help="auto goes on from the newest checkpoint; never.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings on stderr.")]
 
 
@@ -61,6 +61,11 @@ def _load(recipe: Path | None, overrides: list[str] | None, seed: int | None) ->
 
     extra = [] if seed is None else [f"seed={seed}"]
     return load_recipe(recipe, [*(overrides or ()), *extra])
+
+
+def _check_resume(resume: str) -> None:
+    if resume not in ("auto", "never"):
+        raise RecipeError(f"--resume {resume!r}: expected auto or never", "leave it out to go on where a run stopped")
 
 
 def _finish(command: str, result: dict[str, Any], as_json: bool) -> None:
@@ -136,8 +141,43 @@ def tokenize(
     from mmtune.stages.tokenize import tokenize as stage
 
     loaded = _load(recipe, overrides, seed)
-    result = stage(loaded, force=force, dry_run=dry_run, limit=limit, offline=offline, console=Talk(quiet))
+    console = Talk(quiet)
+    if loaded.pretrain is not None:
+        from mmtune.order import pretrain_stages, run_stages
+
+        # The processor comes with the parts that pretrain joins.
+        parts = pretrain_stages(loaded, limit, "auto", offline, train=False)
+        run_stages(loaded, parts, force=False, dry_run=dry_run, console=console)
+    result = stage(loaded, force=force, dry_run=dry_run, limit=limit, offline=offline, console=console)
     _finish("tokenize", result, as_json)
+
+
+@app.command("pretrain", epilog=EPILOG)
+def pretrain(
+    recipe: RecipePath = None,
+    overrides: Set = None,
+    resume: Resume = "auto",
+    force: Force = False,
+    dry_run: DryRun = False,
+    limit: Limit = None,
+    seed: Seed = None,
+    offline: Offline = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Encoders and a language model, joined and trained on instructions/, to base/.
+
+    Example: mmtune pretrain recipes/represent.yaml
+    """
+    from mmtune.order import pretrain_stages, run_stages
+
+    _check_resume(resume)
+    loaded, console = _load(recipe, overrides, seed), Talk(quiet)
+    results: dict[str, Any] = {}
+    for stage in pretrain_stages(loaded, limit, resume, offline):
+        again = force and stage[0] == "pretrain"
+        results |= run_stages(loaded, iter([stage]), force=again, dry_run=dry_run, console=console)
+    _finish("pretrain", results.get("pretrain", {"stage": "pretrain", "dry_run": True}), as_json)
 
 
 @app.command("finetune", epilog=EPILOG)
@@ -154,7 +194,7 @@ def finetune(
     rendezvous: Annotated[
         str | None, typer.Option("--rendezvous", help="HOST:PORT where the machines meet, with --nodes.")
     ] = None,
-    resume: Annotated[str, typer.Option("--resume", help="auto goes on from the newest checkpoint; never.")] = "auto",
+    resume: Resume = "auto",
     force: Force = False,
     dry_run: DryRun = False,
     limit: Limit = None,
@@ -169,8 +209,7 @@ def finetune(
     """
     from mmtune.stages import finetune as stage
 
-    if resume not in ("auto", "never"):
-        raise RecipeError(f"--resume {resume!r}: expected auto or never", "leave it out to go on where a run stopped")
+    _check_resume(resume)
     loaded = _load(recipe, overrides, seed)
     processes = gpus or cpu_processes or 1
     console = Talk(quiet or not stage.is_main())
@@ -252,54 +291,12 @@ def run(
 
     Example: mmtune run recipes/quickstart.yaml
     """
-    from mmtune.storage import is_finished
+    from mmtune.order import run_stages, stages_of
 
     loaded = _load(recipe, overrides, seed)
-    console = Talk(quiet)
-    results: dict[str, Any] = {}
-    shared: dict[str, Any] = {"force": force, "dry_run": dry_run, "console": console}
-    for name, stage, options in _stages(loaded, limit, offline):
-        missing = [folder for folder in _NEEDS[name] if dry_run and not is_finished(loaded.run_dir / folder)]
-        if missing:
-            console.say(f"{name}: would run once {' and '.join(missing)} is there")
-            continue
-        results[name] = stage(loaded, **options, **shared)
+    stages = stages_of(loaded, limit, offline)
+    results = run_stages(loaded, stages, force=force, dry_run=dry_run, console=Talk(quiet))
     _finish("run", {"run_dir": str(loaded.run_dir), "stages": results}, as_json)
-
-
-# The folders that a stage of a run reads.
-_NEEDS = {
-    "extract": (),
-    "build-data": (),
-    "tokenize": ("instructions",),
-    "finetune": ("tokens",),
-    "eval": ("instructions", "adapter"),
-}
-
-
-def _stages(
-    recipe: Recipe, limit: int | None, offline: bool
-) -> Iterator[tuple[str, Callable[..., dict[str, Any]], dict[str, Any]]]:
-    """Yields name, function and own options of every stage of a run; one is imported when its turn comes."""
-    if recipe.extract is not None:
-        from mmtune.stages.extract import extract as extract_stage
-
-        yield "extract", extract_stage, {"limit": limit, "offline": offline}
-    from mmtune.stages.build_data import build_data as build_stage
-
-    yield "build-data", build_stage, {"limit": limit}
-    if recipe.model is not None:
-        from mmtune.stages.tokenize import tokenize as tokenize_stage
-
-        yield "tokenize", tokenize_stage, {"offline": offline}
-    if recipe.finetune is not None:
-        from mmtune.stages.finetune import finetune as finetune_stage
-
-        yield "finetune", finetune_stage, {"offline": offline}
-    if recipe.eval is not None:
-        from mmtune.stages.evaluate import evaluate as evaluate_stage
-
-        yield "eval", evaluate_stage, {"offline": offline}
 
 
 @app.command("init", epilog=EPILOG)

@@ -7,12 +7,13 @@ Order of precedence: defaults < ``extends`` < recipe < environment (``MMTUNE_A__
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from mmtune.recipe_extract import Extract
 from mmtune.recipe_mixture import Mixture
+from mmtune.recipe_pretrain import Pretrain
 from mmtune.recipe_section import Section, Workers
 
 SplitName = Literal["train", "val", "test"]
@@ -359,7 +360,7 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """The only source of randomness."""
     model: Model | None = None
-    """The base model."""
+    """The base model; left out with pretrain, which makes it in base/."""
     sources: tuple[Source, ...] = ()
     """Raw datasets."""
     build: Build = Build()
@@ -368,10 +369,31 @@ class Recipe(Section):
     """Settings of extract; absent: `run` does not extract."""
     tokenize: Tokenize = Tokenize()
     """Settings of tokenize."""
+    pretrain: Pretrain | None = None
+    """Settings of pretrain; absent: `run` does not make a base model of its own."""
     finetune: Finetune | None = None
     """Settings of finetune; absent: `run` does not train."""
     eval: Eval | None = None
     """Settings of eval; absent: `run` does not evaluate."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _model_of_pretrain(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not values.get("pretrain") or not values.get("run_dir"):
+            return values
+        made = str(Path(values["run_dir"]) / "base")
+        model = values.get("model") or {"path": made}
+        path = model.get("path") if isinstance(model, dict) else getattr(model, "path", None)
+        if path is not None and str(path) != made:
+            raise ValueError(f"pretrain makes the model {made}: leave out model.path, or pretrain")
+        return {**values, "model": model}
+
+    @property
+    def processor_path(self) -> str:
+        """Where the processor is: with the model, or with its untrained parts, which are there before it."""
+        if self.pretrain is not None:
+            return str(self.run_dir / "start")
+        return self.model.path if self.model else ""
 
     @model_validator(mode="after")
     def _unique_sources(self) -> Recipe:

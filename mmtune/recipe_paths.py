@@ -8,6 +8,7 @@ from typing import Any
 from mmtune.errors import RecipeError
 from mmtune.recipe import TEMPLATE_DRAWS
 from mmtune.recipe_extract import encoder_paths
+from mmtune.recipe_pretrain import part_paths
 
 PATH_KEYS: dict[str, tuple[str, ...]] = {
     "": ("run_dir",),
@@ -33,6 +34,8 @@ def resolve_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
         out["build"] = {**build, "templates": _template_file(build["templates"], folder)}
     if "extract" in out:
         out["extract"] = encoder_paths(out["extract"], lambda value: _local_or_hub(value, folder))
+    if "pretrain" in out:
+        out["pretrain"] = part_paths(out["pretrain"], lambda value: _local_or_hub(value, folder))
     sources = out.get("sources")
     if isinstance(sources, list):
         out["sources"] = [_resolve_source(source, folder) if isinstance(source, dict) else source for source in sources]

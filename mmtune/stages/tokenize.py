@@ -80,7 +80,7 @@ def tokenize(
         raise RecipeError("the recipe names no model", "add `model: {path: ...}`")
     parent = read_manifest(recipe.run_dir / "instructions", made_by="build-data")
     settings = recipe.tokenize
-    processor = _processor(_Job(recipe.model.path, recipe.model.revision, offline, settings, Path(), Path()))
+    processor = _processor(_Job(recipe.processor_path, recipe.model.revision, offline, settings, Path(), Path()))
     pad_token_id(processor)
     config = {
         "tokenize": settings.model_dump(mode="json", exclude={"workers"}),
@@ -129,7 +129,7 @@ def _write(
         for split in parent.rows:
             source = recipe.run_dir / "instructions" / split
             root = Path(parent.facts["media_root"])
-            job = _Job(recipe.model.path, recipe.model.revision, offline, recipe.tokenize, source, root)
+            job = _Job(recipe.processor_path, recipe.model.revision, offline, recipe.tokenize, source, root)
             writer = SplitWriter(staging.path / split / "shard-00000.arrow", TREE_SCHEMA)
             examples[split] = 0
             with console.progress(parent.rows[split], f"tokenize {split}") as bar:

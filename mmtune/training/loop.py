@@ -68,6 +68,7 @@ class Hooks:
         note: Receives a warning.
         advance: ``(steps, note)`` moves the progress.
         loss: ``(model, batch)`` to the summed loss and the number of labels.
+        parts: What else stands in a line of metrics, over the steps since the last one.
     """
 
     batch: Callable[[Trees, int], Batch]
@@ -80,6 +81,7 @@ class Hooks:
     note: Callable[[str], None]
     advance: Callable[[int, str], None]
     loss: Callable[[Any, Batch], tuple[torch.Tensor, int]] = answer_loss
+    parts: Callable[[], dict[str, float]] = dict
 
 
 @dataclass
@@ -268,6 +270,7 @@ def _log(
         counts = torch.tensor([window.rows, window.tokens], device=accelerator.device)
         window.rows, window.tokens = sum_tensor(counts, "counting rows").tolist()
         row = window.line(outcome.step, rate, clock.spent["wait"])
+        row |= hooks.parts()
         if settings.use_per_token is not None:
             row["mfu"] = round(row["tokens_per_second"] * settings.use_per_token, 4)
         outcome.metrics += json.dumps(row) + "\n"

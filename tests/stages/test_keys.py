@@ -15,6 +15,9 @@ def fields(model, prefix=""):
         inner = field.annotation
         parts = [inner, *getattr(inner, "__args__", ())]
         section = next((p for p in parts if isinstance(p, type) and hasattr(p, "model_fields")), None)
+        if getattr(inner, "__origin__", None) is dict:
+            # A mapping is one key, whatever it holds.
+            section = None
         many = "[]" if getattr(inner, "__origin__", None) is tuple else ""
         if section is None:
             yield f"{prefix}{name}", field

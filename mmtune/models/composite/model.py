@@ -161,7 +161,7 @@ class CompositeModel(CompositePreTrainedModel):
         found: dict[str, Any] = {name: made.pooler_output for name, made in (media.encoded or {}).items() if made}
         if media.pixel_values is not None and "image" in found:
             raise ValueError("both pixel_values and the image's mm_encoder_outputs were given; give one of them")
-        asked = {name: self._asked(row, where[name], name) for name in self.config.modalities}
+        asked = {name: self.asked(row, where[name], name) for name in self.config.modalities}
         if media.pixel_values is not None:
             made = self.get_image_features(media.pixel_values, media.frame_milliseconds, asked["image"])
             found["image"] = made.pooler_output
@@ -174,7 +174,8 @@ class CompositeModel(CompositePreTrainedModel):
                 raise ValueError(f"{int(where[name].sum())} {name} tokens and {len(own)} {name} features")
         return features
 
-    def _asked(self, row: Row | None, places_BT: torch.Tensor, modality: str) -> torch.Tensor | None:
+    def asked(self, row: Row | None, places_BT: torch.Tensor, modality: str) -> torch.Tensor | None:
+        """Returns ``(N, H)`` what each medium is asked about, where the resampler reads it."""
         if row is None or not self.config.resampler_reads(modality):
             return None
         return asked_of_media(row, places_BT, self.config.projectors[modality]["queries"])
@@ -229,7 +230,7 @@ class CompositeModel(CompositePreTrainedModel):
             raise ValueError("give input_ids or inputs_embeds, and not both")
         words = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         where = {name: self.placeholders(name, input_ids, words) for name in self.config.modalities}
-        row = Row(words, _kinds(where, words), attention_mask, _prompt(prompt_mask, words), fusion_state)
+        row = Row(words, kinds_at(where, words), attention_mask, prompt_at(prompt_mask, words), fusion_state)
         if self.training and self.config.fusion["modality_dropout"]:
             row = without_dropped(self.config, row, position_ids)
         media = Media(pixel_values, frame_milliseconds, input_features, feature_attention_mask, mm_encoder_outputs)
@@ -268,14 +269,15 @@ class CompositeModel(CompositePreTrainedModel):
         )
 
 
-def _kinds(where: dict[str, torch.Tensor], words: torch.Tensor) -> torch.Tensor:
+def kinds_at(where: dict[str, torch.Tensor], words: torch.Tensor) -> torch.Tensor:
+    """Returns ``(B, T)`` the kind of every token, see ``passes.kind_of``."""
     kinds = torch.zeros(words.shape[:2], dtype=torch.long, device=words.device)
     for modality, places_BT in where.items():
         kinds = kinds.masked_fill(places_BT, kind_of(modality))
     return kinds
 
 
-def _prompt(prompt_mask: torch.Tensor | None, words: torch.Tensor) -> torch.Tensor:
+def prompt_at(prompt_mask: torch.Tensor | None, words: torch.Tensor) -> torch.Tensor:
     """Returns ``(B, T)`` the tokens of the prompt; virtual tokens before it belong to it."""
     rows, length = words.shape[:2]
     if prompt_mask is None:

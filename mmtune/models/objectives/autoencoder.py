@@ -20,13 +20,20 @@ class Autoencoder(nn.Module):
     With ``inner_width`` None both are linear, and the best code is that of PCA over all features side by side.
     """
 
-    def __init__(self, widths: Mapping[str, int], code_width: int, inner_width: int | None = None) -> None:
+    def __init__(
+        self,
+        widths: Mapping[str, int],
+        code_width: int,
+        inner_width: int | None = None,
+        target_widths: Mapping[str, int] | None = None,
+    ) -> None:
         """Makes random encoders and decoders.
 
         Args:
             widths: Width of the pooled features by modality; its order is that of ``present``.
             code_width: C.
             inner_width: Width of one hidden layer each way, or None for the linear autoencoder.
+            target_widths: Width of what is decoded by modality, where that is not the features themselves.
 
         Raises:
             RecipeError: The code is wider than all features together.
@@ -39,7 +46,8 @@ class Autoencoder(nn.Module):
                 "choose a smaller code: a wide one copies instead of compressing",
             )
         self.encoders = nn.ModuleDict({name: _layers(width, inner_width, code_width) for name, width in widths.items()})
-        self.decoders = nn.ModuleDict({name: _layers(code_width, inner_width, width) for name, width in widths.items()})
+        made = widths if target_widths is None else target_widths
+        self.decoders = nn.ModuleDict({name: _layers(code_width, inner_width, width) for name, width in made.items()})
 
     def encode(self, features: Mapping[str, torch.Tensor], kept_BK: torch.Tensor | None = None) -> torch.Tensor:
         """Returns the joint code, ``(B, C)``: the mean over the modalities kept, zero where none is.
@@ -61,7 +69,7 @@ class Autoencoder(nn.Module):
         return total_BC / kept_KB1.sum(0).clamp(min=1)
 
     def decode(self, code_BC: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Returns every modality's features, ``(B, D)``, from the code."""
+        """Returns every modality's features, or what is decoded in their place, ``(B, D)``, from the code."""
         return {name: decoder(code_BC) for name, decoder in self.decoders.items()}
 
     def errors(
@@ -69,6 +77,7 @@ class Autoencoder(nn.Module):
         features: Mapping[str, torch.Tensor],
         present_BK: torch.Tensor | None = None,
         kept_BK: torch.Tensor | None = None,
+        targets: Mapping[str, torch.Tensor] | None = None,
     ) -> dict[str, torch.Tensor]:
         """Returns ``||x - x'||^2`` per row, ``(B,)``, by modality; zero where a row lacks it.
 
@@ -78,12 +87,13 @@ class Autoencoder(nn.Module):
             features: ``(B, D)`` by modality.
             present_BK: What each row has, and so what is scored; None for all of ``features``.
             kept_BK: What the code may read; None for what is present.
+            targets: ``(B, D)`` what is decoded by modality; None for the features.
         """
         made = self.decode(self.encode(features, present_BK if kept_BK is None else kept_BK))
-        found = {}
-        for index, name in enumerate(self.decoders):
-            if name in features:
-                error_B = (features[name] - made[name]).square().sum(-1)
+        found, wanted = {}, features if targets is None else targets
+        for index, name in enumerate(self.encoders):
+            if name in self.decoders and name in wanted:
+                error_B = (wanted[name] - made[name]).square().sum(-1)
                 found[name] = error_B if present_BK is None else error_B.masked_fill(~present_BK[:, index], 0.0)
         return found
 
@@ -92,6 +102,7 @@ class Autoencoder(nn.Module):
         features: Mapping[str, torch.Tensor],
         present_BK: torch.Tensor | None = None,
         kept_BK: torch.Tensor | None = None,
+        targets: Mapping[str, torch.Tensor] | None = None,
     ) -> dict[str, torch.Tensor]:
         """Returns the mean squared norm of the error by modality, over the rows that have it.
 
@@ -101,11 +112,12 @@ class Autoencoder(nn.Module):
             features: ``(B, D)`` by modality.
             present_BK: What each row has.
             kept_BK: What the code may read, from ``modality_dropout``.
+            targets: As in ``errors``.
         """
-        errors = self.errors(features, present_BK, kept_BK)
+        errors = self.errors(features, present_BK, kept_BK, targets)
         if present_BK is None:
             return {name: error_B.mean() for name, error_B in errors.items()}
-        rows = dict(zip(self.decoders, present_BK.sum(0).clamp(min=1).unbind(), strict=True))
+        rows = dict(zip(self.encoders, present_BK.sum(0).clamp(min=1).unbind(), strict=True))
         return {name: error_B.sum() / rows[name] for name, error_B in errors.items()}
 
     @torch.no_grad()

@@ -1,0 +1,129 @@
+"""The media of a batch once through towers and projectors, for every objective that reads them.
+
+Shapes: B rows, T tokens, N media of a modality, M their tokens, H model width, D numbers of a summary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from mmtune.models.composite.fuse import Row
+from mmtune.models.composite.model import kinds_at, prompt_at
+
+MEDIA_INPUTS = ("pixel_values", "frame_milliseconds", "input_features", "feature_attention_mask")
+"""What ``EncodedMedia.outputs`` stands in for."""
+_SIDE = 8
+"""A picture is summed up by so many by so many means, a sound by so many spans of time."""
+
+
+@dataclass(frozen=True)
+class EncodedMedia:
+    """The media of one modality.
+
+    Attributes:
+        features: ``(M, H)`` all tokens of all media, in order.
+        row_of_token: ``(M,)``.
+        row_of_medium: ``(N,)``.
+    """
+
+    features: torch.Tensor
+    row_of_token: torch.Tensor
+    row_of_medium: torch.Tensor
+
+    def pooled(self, rows: int) -> torch.Tensor:
+        """Returns ``(B, H)`` the mean feature of each row's media, in fp32; zero where it has none."""
+        return _mean_by_row(self.features.float(), self.row_of_token, rows)
+
+    def present(self, rows: int) -> torch.Tensor:
+        """Returns ``(B,)`` which rows have such media."""
+        return torch.bincount(self.row_of_token, minlength=rows) > 0
+
+
+def encode_media(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, EncodedMedia]:
+    """Returns what towers and projectors make of a batch's media, by modality; one that it lacks is left out.
+
+    Args:
+        model: A ``CompositeModel``.
+        batch: As for its forward pass.
+    """
+    ids = batch["input_ids"]
+    words = model.get_input_embeddings()(ids)
+    where = {name: model.placeholders(name, ids, words) for name in model.config.modalities}
+    row = Row(words, kinds_at(where, words), batch["attention_mask"], prompt_at(batch.get("prompt_mask"), words), None)
+    parts: dict[str, list[torch.Tensor]] = {}
+    if "pixel_values" in batch:
+        asked = model.asked(row, where["image"], "image")
+        made = model.get_image_features(batch["pixel_values"], batch.get("frame_milliseconds"), asked)
+        parts["image"] = list(made.pooler_output)
+    if "input_features" in batch:
+        asked = model.asked(row, where["audio"], "audio")
+        made = model.get_audio_features(batch["input_features"], batch.get("feature_attention_mask"), asked)
+        parts["audio"] = list(made.pooler_output)
+    found = {}
+    for name, own in parts.items():
+        row_of_token = where[name].nonzero()[:, 0]
+        starts = torch.tensor([0, *(len(part) for part in own[:-1])], device=ids.device).cumsum(0)
+        found[name] = EncodedMedia(torch.cat(own), row_of_token, row_of_token[starts])
+    return found
+
+
+def outputs(media: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Returns features ``(M, H)`` by modality as the model takes them in place of media: ``mm_encoder_outputs``."""
+    return {name: BaseModelOutputWithPooling(pooler_output=[own]) for name, own in media.items()}  # type: ignore[arg-type]
+
+
+def summaries(
+    batch: Mapping[str, torch.Tensor], media: Mapping[str, EncodedMedia], rows: int
+) -> dict[str, torch.Tensor]:
+    """Returns ``(B, D)`` what each row's media are in short, by modality, as their encoders are given them.
+
+    A picture is its means over 8 x 8 fields, a sound its bands' means over 8 spans of time (of samples: the mean
+    loudness of 64 spans).
+
+    Args:
+        batch: Pixels and sounds.
+        media: Of the same batch.
+        rows: B.
+    """
+    found = {}
+    if "image" in media:
+        fields = functional.adaptive_avg_pool2d(batch["pixel_values"].float(), _SIDE).flatten(1)
+        found["image"] = _mean_by_row(fields, media["image"].row_of_medium, rows)
+    if "audio" in media:
+        sounds, mask = batch["input_features"].float(), batch.get("feature_attention_mask")
+        lengths = [sounds.shape[-1]] * len(sounds) if mask is None else mask.sum(-1).tolist()
+        found["audio"] = _mean_by_row(
+            torch.stack([_sound(one[..., :length]) for one, length in zip(sounds, lengths, strict=True)]),
+            media["audio"].row_of_medium,
+            rows,
+        )
+    return found
+
+
+def summary_widths(config: Any) -> dict[str, int]:
+    """Returns D by modality of a composite model's config."""
+    found = {}
+    for name in config.modalities:
+        if name == "image":
+            found[name] = _SIDE**2 * int(getattr(config.vision_config, "num_channels", 3))
+        else:
+            bands = getattr(config.audio_config, "num_mel_bins", None)
+            found[name] = _SIDE * int(bands) if bands else _SIDE**2
+    return found
+
+
+def _sound(sound: torch.Tensor) -> torch.Tensor:
+    if sound.ndim == 1:
+        return functional.adaptive_avg_pool1d(sound.abs()[None], _SIDE**2)[0]
+    return functional.adaptive_avg_pool1d(sound, _SIDE).flatten()
+
+
+def _mean_by_row(values: torch.Tensor, row_of: torch.Tensor, rows: int) -> torch.Tensor:
+    total = values.new_zeros(rows, values.shape[-1]).index_add(0, row_of, values)
+    return total / torch.bincount(row_of, minlength=rows).clamp(min=1)[:, None]

@@ -1,0 +1,105 @@
+"""The order of the stages of a run, each imported when its turn comes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from mmtune.errors import RecipeError
+from mmtune.storage import is_finished
+from mmtune.talk import Talk
+
+if TYPE_CHECKING:
+    from mmtune.recipe import Recipe
+
+NEEDS = {
+    "extract": (),
+    "build-data": (),
+    "assemble": (),
+    "tokenize": ("instructions",),
+    "pretrain": ("tokens", "start"),
+    "finetune": ("tokens",),
+    "eval": ("instructions", "adapter"),
+}
+"""The folders that a stage of a run reads."""
+
+Stage = tuple[str, Callable[..., dict[str, Any]], dict[str, Any]]
+
+
+def stages_of(recipe: Recipe, limit: int | None, offline: bool) -> Iterator[Stage]:
+    """Yields name, function and own options of every stage of a run."""
+    if recipe.extract is not None:
+        from mmtune.stages.extract import extract as extract_stage
+
+        yield "extract", extract_stage, {"limit": limit, "offline": offline}
+    from mmtune.stages.build_data import build_data as build_stage
+
+    yield "build-data", build_stage, {"limit": limit}
+    if recipe.pretrain is not None:
+        from mmtune.stages.assemble import assemble_stage
+
+        yield "assemble", assemble_stage, {"offline": offline}
+    if recipe.model is not None:
+        from mmtune.stages.tokenize import tokenize as tokenize_stage
+
+        yield "tokenize", tokenize_stage, {"offline": offline}
+    if recipe.pretrain is not None:
+        from mmtune.stages.pretrain import pretrain as pretrain_stage
+
+        yield "pretrain", pretrain_stage, {"offline": offline}
+    if recipe.finetune is not None:
+        from mmtune.stages.finetune import finetune as finetune_stage
+
+        yield "finetune", finetune_stage, {"offline": offline}
+    if recipe.eval is not None:
+        from mmtune.stages.evaluate import evaluate as evaluate_stage
+
+        yield "eval", evaluate_stage, {"offline": offline}
+
+
+def run_stages(recipe: Recipe, stages: Iterator[Stage], *, force: bool, dry_run: bool, console: Talk) -> dict[str, Any]:
+    """Runs stages one after the other; returns their result documents by name.
+
+    A dry run says of a stage that reads what is not there yet only that it would run then.
+
+    Args:
+        recipe: The recipe.
+        stages: From ``stages_of``.
+        force: Redo them.
+        dry_run: Write nothing.
+        console: Where they speak.
+    """
+    results: dict[str, Any] = {}
+    for name, stage, options in stages:
+        missing = [folder for folder in NEEDS[name] if dry_run and not is_finished(recipe.run_dir / folder)]
+        if missing:
+            console.say(f"{name}: would run once {' and '.join(missing)} is there")
+            continue
+        results[name] = stage(recipe, **options, force=force, dry_run=dry_run, console=console)
+    return results
+
+
+def pretrain_stages(
+    recipe: Recipe, limit: int | None, resume: str, offline: bool, *, train: bool = True
+) -> Iterator[Stage]:
+    """Yields what stands between instructions/ and base/: the parts joined, their tokens, the training.
+
+    Args:
+        recipe: The recipe.
+        limit: At most this many training rows.
+        resume: ``auto`` or ``never``.
+        offline: Never reach for the network.
+        train: Not only what tokenize needs.
+
+    Raises:
+        RecipeError: The recipe has no ``pretrain``.
+    """
+    if recipe.pretrain is None:
+        raise RecipeError("the recipe has no `pretrain` section", "add one: mmtune keys pretrain")
+    wanted = ("assemble", "tokenize", "pretrain") if train else ("assemble",)
+    for name, stage, options in stages_of(recipe, None, offline):
+        if name in wanted:
+            more = {"limit": limit, "resume": resume} if name == "pretrain" else {}
+            yield name, stage, {**options, **more}
+        if name == wanted[-1]:
+            return

@@ -1,0 +1,187 @@
+"""The recipe's section for pretrain; its field docs are also the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from mmtune.recipe_section import Section
+
+Modality = Literal["image", "audio"]
+Part = Literal["text", "image", "audio"]
+Tower = Literal["llm", "projector", "vision", "audio"]
+Objective = Literal["caption", "reconstruction", "adversarial", "contrastive", "masked", "match"]
+Weight = Annotated[float, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, le=10)]
+
+
+class Projector(Section):
+    """pretrain.build.projectors: how the features of one encoder enter the language model."""
+
+    kind: Literal["linear", "mlp", "perceiver", "qformer"] = "mlp"
+    """linear and mlp keep the number of tokens; perceiver and qformer give one per query."""
+    queries: Annotated[int, Field(ge=1, le=1024)] = 32
+    """Tokens that a perceiver or qformer makes of a medium."""
+    layers: Annotated[int, Field(ge=1, le=64)] = 2
+    """Depth of a perceiver or qformer."""
+    heads: Annotated[int, Field(ge=1, le=128)] = 8
+    """Attention heads of a perceiver or qformer."""
+    instruction: bool = False
+    """Let a perceiver or qformer read the question."""
+
+
+class Fusion(Section):
+    """pretrain.build.fusion: how modalities meet."""
+
+    mode: Literal["early", "late", "hybrid"] = "early"
+    """early puts features into the sequence; late mixes one run per modality under a gate; hybrid adds a joint run."""
+    attention: Literal["none", "self", "cross", "co"] = "none"
+    """self: media and question see each other both ways (MMBT); cross: gated cross-attention (Flamingo); co: two
+    streams (ViLBERT)."""
+    layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Layers of the language model before which cross- or co-attention stands, from 0."""
+    modality_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Chance of each modality of a row to be hidden in a training step; its last one stays."""
+    instruction: bool = False
+    """The embedding of the question moves the gate of late and hybrid fusion."""
+
+
+class Parts(Section):
+    """pretrain.build: what the model is made of."""
+
+    text: str | dict[str, Any]
+    """The causal language model: folder or hub id, or a config such as {model_type: llama, hidden_size: 64}."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer, where text is a config; its size is the vocabulary."""
+    encoders: dict[Modality, str | dict[str, Any]] = Field(min_length=1)
+    """image and audio to a folder or hub id of an encoder, or to a config; without model_type it is that of a small
+    encoder: patches for images, log-mel convolutions for sounds."""
+    projectors: dict[Modality, Projector] = {}
+    """image and audio to their projectors; left out: mlp."""
+    fusion: Fusion = Fusion()
+    """How modalities meet."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Parts:
+        if isinstance(self.text, dict) and self.tokenizer is None:
+            raise ValueError("text is a config: give tokenizer, a folder or hub id")
+        if isinstance(self.text, str) and self.tokenizer is not None:
+            raise ValueError("text is a pretrained model, which has its own tokenizer: leave out tokenizer")
+        idle = sorted(set(self.projectors) - set(self.encoders))
+        if idle:
+            raise ValueError(f"projectors names {idle[0]}, which has no encoder")
+        return self
+
+
+class Codes(Section):
+    """pretrain.codes: one vector per modality of a row, for reconstruction, adversarial and contrastive."""
+
+    modalities: tuple[Part, ...] = ()
+    """Which; left out: all encoders, and text (the answer) where there is one encoder."""
+    width: Annotated[int, Field(ge=1)] = 32
+    """Numbers of a code."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    """Chance of each modality to be kept from the joint code that is decoded, so that others learn to fill it in."""
+
+
+class Pretrain(Section):
+    """pretrain: parts and tokens/ to base/."""
+
+    build: Parts
+    """The parts of the model."""
+    objectives: dict[Objective, Weight] = {"caption": 1.0}
+    """Weights of what is minimised: caption (the answers), reconstruction (all media out of one code), adversarial (a
+    discriminator may not know a code's modality), contrastive (codes of a row find each other), masked (hidden words
+    of row are found), match (do media and text belong together)."""
+    codes: Codes = Codes()
+    """One vector per modality, for the objectives that need them."""
+    train: Literal["all"] | tuple[Tower, ...] = "all"
+    """Towers that train: all, or some of llm, projector, vision, audio."""
+    unfreeze: dict[Part, Annotated[float, Field(gt=0)]] = {}
+    """Epochs for which a part stays frozen first, such as {image: 3, text: 5} (MMBT)."""
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the data; ignored when max_steps is given."""
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps."""
+    learning_rate: Rate = 1.0e-3
+    """Peak learning rate."""
+    tower_rates: dict[Tower, Rate] = {}
+    """Peak learning rates of single towers; the others take learning_rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after warm-up."""
+    warmup: Annotated[float, Field(ge=0)] = 0.03
+    """Below 1 a share of the steps, else a number of steps."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices of hidden layers, AdamW for the rest."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Weight decay on matrices."""
+    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.98
+    """AdamW second moment decay."""
+    batch_rows: Annotated[int, Field(ge=1)] = 32
+    """Rows per micro batch; contrastive, adversarial and match compare the rows of one."""
+    batch_tokens: Annotated[int, Field(ge=1)] = 65536
+    """Most padded tokens per micro batch."""
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    """Micro batches per optimizer step."""
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest norm of the gradient."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on a GPU that has it, else fp32."""
+    save_every: Annotated[int, Field(ge=1)] = 200
+    """Checkpoint every so many optimizer steps."""
+    keep: Annotated[int, Field(ge=1)] = 2
+    """Checkpoints kept."""
+    eval_every: Annotated[int, Field(ge=1)] | None = None
+    """Validation loss every so many optimizer steps; always at the end when there is a val split."""
+    eval_rows: Annotated[int, Field(ge=1)] = 512
+    """At most so many rows for the validation loss."""
+    log_every: Annotated[int, Field(ge=1)] = 10
+    """A line of metrics every so many optimizer steps."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Pretrain:
+        if not any(self.objectives.values()):
+            raise ValueError("the weights of the objectives sum to 0: give one of them a weight above 0")
+        known = {"text", *self.build.encoders}
+        for key, named in (("unfreeze", self.unfreeze), ("codes.modalities", self.codes.modalities)):
+            strange = sorted(set(named) - known)
+            if strange:
+                raise ValueError(f"{key} names {strange[0]}, which pretrain.build does not have")
+        if self.train != "all":
+            if not self.train:
+                raise ValueError("train: name at least one tower; freezing everything would train nothing")
+            idle = sorted(set(self.tower_rates) - set(self.train))
+            if idle:
+                raise ValueError(f"tower_rates names {idle[0]}, which does not train")
+        early = [name for name in ("masked", "match") if self.objectives.get(name)]
+        if early and self.build.fusion.mode != "early":
+            raise ValueError(f"objective {early[0]} goes with build.fusion.mode early")
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The objectives that count."""
+        return {str(name): weight for name, weight in self.objectives.items() if weight}
+
+
+def part_paths(pretrain: Any, resolve: Callable[[str], str]) -> Any:
+    """Returns the section's values with the paths of its parts resolved.
+
+    Args:
+        pretrain: What stands in the recipe, not checked yet.
+        resolve: A path as written to an absolute one, or to a hub id.
+    """
+    build = pretrain.get("build") if isinstance(pretrain, dict) else None
+    if not isinstance(build, dict):
+        return pretrain
+    found = dict(build)
+    for name in ("text", "tokenizer"):
+        if isinstance(found.get(name), str):
+            found[name] = resolve(found[name])
+    if isinstance(found.get("encoders"), dict):
+        found["encoders"] = {
+            name: resolve(value) if isinstance(value, str) else value for name, value in found["encoders"].items()
+        }
+    return {**pretrain, "build": found}

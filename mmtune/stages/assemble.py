@@ -1,0 +1,138 @@
+"""assemble: the parts that pretrain names to start/, an untrained composite model with its processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mmtune.errors import RecipeError
+from mmtune.models.digest import weights_digest
+from mmtune.recipe import Recipe
+from mmtune.recipe_pretrain import Parts
+from mmtune.storage import foresee, open_stage, read_manifest
+from mmtune.talk import Talk
+
+# What a small encoder of a modality is called by transformers' AutoConfig.
+_SMALL = {"image": "mmtune_patches", "audio": "mmtune_log_mel"}
+
+
+def assemble_stage(
+    recipe: Recipe, *, force: bool = False, dry_run: bool = False, offline: bool = False, console: Talk
+) -> dict[str, Any]:
+    """Joins the parts into one model and writes start/; returns the result document.
+
+    Raises:
+        RecipeError: The recipe has no ``pretrain``, or its parts do not fit each other.
+        CapabilityError: A part is not at hand.
+    """
+    if recipe.pretrain is None:
+        raise RecipeError("the recipe has no `pretrain` section", "add one: mmtune keys pretrain")
+    parts = recipe.pretrain.build
+    config = {"build": parts.model_dump(mode="json"), "seed": recipe.seed, "weights": _digests(parts, offline)}
+    target = recipe.run_dir / "start"
+    if dry_run:
+        console.say(foresee(target, stage="assemble", config=config, force=force))
+        return {"stage": "assemble", "dry_run": True, "target": str(target), "config": config}
+    staging = open_stage(target, stage="assemble", config=config, force=force, say=console.say)
+    if staging is None:
+        return {"stage": "assemble", "cached": True, "target": str(target), **read_manifest(target).facts}
+    with staging:
+        model, processor = join(parts, recipe.seed, offline)
+        model.save_pretrained(str(staging.path))
+        processor.save_pretrained(str(staging.path))
+        facts = {
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "modalities": list(model.config.modalities),
+            "branches": list(model.config.branches),
+        }
+        staging.publish(facts=facts)
+    fusion = parts.fusion
+    beside = "" if fusion.attention == "none" else f" with {fusion.attention}-attention"
+    what = f"text and {' and '.join(facts['modalities'])}, {fusion.mode} fusion{beside}"
+    console.say(f"assemble: wrote {target} ({facts['parameters']:,} parameters: {what})")
+    return {"stage": "assemble", "cached": False, "target": str(target), **facts}
+
+
+def _digests(parts: Parts, offline: bool) -> dict[str, str]:
+    """Returns what changes when a pretrained part does."""
+    named: dict[str, Any] = {"text": parts.text}
+    named.update({str(name): given for name, given in parts.encoders.items()})
+    return {name: weights_digest(path, offline=offline) for name, path in named.items() if isinstance(path, str)}
+
+
+def join(parts: Parts, seed: int, offline: bool) -> tuple[Any, Any]:
+    """Returns the composite model and its processor; fresh weights are drawn from the seed.
+
+    Raises:
+        RecipeError: Parts do not fit each other, or a config is none.
+        CapabilityError: A part is not at hand.
+    """
+    import torch
+
+    from mmtune.models.composite import register
+    from mmtune.models.composite.assemble import assemble
+
+    register()
+    tokenizer = None if parts.tokenizer is None else _tokenizer(parts.tokenizer, offline)
+    text = parts.text if isinstance(parts.text, str) else _language_config(parts.text, tokenizer)
+    encoders: dict[str, Any] = {
+        name: given if isinstance(given, str) else _config(f"encoders.{name}", {"model_type": _SMALL[name], **given})
+        for name, given in parts.encoders.items()
+    }
+    settings: dict[str, Any] = {}
+    if getattr(encoders.get("image"), "model_type", "") == _SMALL["image"]:
+        # It has no token before the patches, and its last layer is trained with the rest.
+        settings = {"vision_feature_layer": None, "vision_feature_select_strategy": "full"}
+    projectors: dict[str, dict[str, Any]] = {}
+    for name, own in parts.projectors.items():
+        resampler = own.kind in ("perceiver", "qformer")
+        projectors[name] = own.model_dump() if resampler else {"kind": own.kind, "instruction": own.instruction}
+    fusion = {**parts.fusion.model_dump(), "layers": list(parts.fusion.layers)}
+    torch.manual_seed(seed)
+    try:
+        return assemble(
+            text,
+            encoders=encoders,
+            projectors=projectors,
+            fusion=fusion,
+            tokenizer=tokenizer,
+            offline=offline,
+            **settings,
+        )
+    except ValueError as error:
+        raise RecipeError(
+            f"pretrain.build: {str(error).splitlines()[0]}", "see: mmtune keys pretrain.build", "parts_do_not_fit"
+        ) from error
+
+
+def _tokenizer(path: str, offline: bool) -> Any:
+    from mmtune.encoding.processor import load_processor, tokenizer_of
+
+    if path.startswith(("/", ".")) and not Path(path).is_dir():
+        raise RecipeError(f"pretrain.build.tokenizer: {path} is not there", "give a folder or hub id", "model_missing")
+    return tokenizer_of(load_processor(path, offline=offline))
+
+
+def _language_config(values: dict[str, Any], tokenizer: Any) -> Any:
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    return _config("text", {"model_type": "llama", "vocab_size": len(tokenizer), **ids, **values})
+
+
+def _config(key: str, values: dict[str, Any]) -> Any:
+    """Returns a transformers config, refusing a name that it does not have."""
+    from transformers import AutoConfig
+
+    kind = str(values["model_type"])
+    settings = {name: value for name, value in values.items() if name != "model_type"}
+    try:
+        plain = AutoConfig.for_model(kind)
+    except ValueError as error:
+        raise RecipeError(
+            f"pretrain.build.{key}: transformers knows no model type {kind!r}", "check model_type", "no_such_model"
+        ) from error
+    strange = sorted(name for name in settings if not hasattr(plain, name))
+    if strange:
+        raise RecipeError(
+            f"pretrain.build.{key}: a config of {kind} has no {strange[0]!r}", "check the spelling", "no_such_setting"
+        )
+    return AutoConfig.for_model(kind, **settings)

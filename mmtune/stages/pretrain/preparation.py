@@ -1,0 +1,221 @@
+"""Everything that pretrain needs before the first step: the learner, its batches, optimizer and checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mmtune.errors import DataError, IntegrityError, RecipeError
+from mmtune.recipe import Recipe
+from mmtune.recipe_pretrain import Pretrain
+from mmtune.storage import Manifest, open_split
+from mmtune.talk import Talk
+
+_TOWER_OF = {"text": "llm", "image": "vision", "audio": "audio"}
+# Media that a part's code is made of, by the number that ``tree_modalities`` gives them.
+_KINDS = {"image": 1 | 2, "audio": 4}
+
+
+@dataclass
+class Run:
+    """Everything that training needs."""
+
+    recipe: Recipe
+    settings: Pretrain
+    tokens: Manifest
+    learner: Any
+    optimizer: Any
+    accelerator: Any
+    train: Any
+    validate: Any
+    checkpoints: Any
+    identity: dict[str, Any]
+    processor: Any
+
+
+def prepare(
+    recipe: Recipe,
+    tokens: Manifest,
+    identity: dict[str, Any],
+    limit: int | None,
+    offline: bool,
+    console: Talk,
+) -> Run:
+    """Loads start/, its splits and its optimizer.
+
+    Args:
+        recipe: The recipe.
+        tokens: The manifest of tokens/.
+        identity: What a checkpoint must share with this run, as far as the stage knows it.
+        limit: At most this many training rows.
+        offline: Never reach for the network.
+        console: Where the table of towers and notes go.
+
+    Raises:
+        DataError: A split is empty, or an objective has no row to learn from.
+        IntegrityError: The processor is not the one of tokens/.
+        RecipeError: Nothing of the model would train.
+    """
+    from accelerate import Accelerator
+
+    from mmtune.encoding.processor import load_processor, processor_fingerprint
+    from mmtune.models.adapter import train_fully
+    from mmtune.models.load import load_model
+    from mmtune.models.towers import tower_table
+    from mmtune.training.checkpoints import CheckpointFolder
+    from mmtune.training.learner import Learner
+    from mmtune.training.optimizer import make_optimizer
+
+    settings, start = recipe.pretrain, str(recipe.run_dir / "start")
+    assert settings is not None
+    precision = _precision(settings.precision)
+    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
+    image_budget = {name: getattr(recipe.tokenize, name) for name in ("min_image_pixels", "max_image_pixels")}
+    processor = load_processor(start, offline=offline, **image_budget)
+    if processor_fingerprint(processor) != tokens.facts.get("processor"):
+        raise IntegrityError(
+            "the processor is not the one that tokens/ was made with", "run: mmtune tokenize", "other_processor"
+        )
+    model = load_model(start, attn=recipe.model.attn if recipe.model else "auto", offline=offline)
+    present = [row.tower for row in tower_table(model) if row.parameters]
+    train_fully(model, present if settings.train == "all" else settings.train)
+    rows = [(row.tower, row.state, row.parameters, row.trainable) for row in tower_table(model)]
+    console.table("what trains", ("tower", "state", "parameters", "trainable"), rows)
+    train = _batching(recipe, tokens, processor, "train", limit)
+    val = _batching(recipe, tokens, processor, "val", settings.eval_rows) if tokens.rows.get("val") else None
+    learner = Learner(model, _learner_settings(recipe, settings, processor, train.plan, console))
+    _check_parts(recipe, learner.settings)
+    learner.to(accelerator.device)
+    optimizer = make_optimizer(
+        learner,
+        name=settings.optimizer,
+        rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        beta2=settings.beta2,
+        tower_rates=settings.tower_rates,
+    )
+    identity = {**identity, "precision": precision}
+    checkpoints = CheckpointFolder(recipe.run_dir / "checkpoints" / "pretrain", settings.keep)
+    train = replace(train, loss=lambda learner, batch: learner.loss(batch))
+    held_out = None if val is None else replace(val, loss=lambda learner, batch: learner.held_out_loss(batch))
+    return Run(
+        recipe,
+        settings,
+        tokens,
+        learner,
+        optimizer,
+        accelerator,
+        train,
+        held_out,
+        checkpoints,
+        identity,
+        processor,
+    )
+
+
+def _precision(asked: str) -> str:
+    import torch
+
+    if asked != "auto":
+        return asked
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def _batching(recipe: Recipe, tokens: Manifest, processor: Any, split: str, limit: int | None) -> Any:
+    from mmtune.encoding.collate import Collator
+    from mmtune.training.batching import Split, rows_apart
+    from mmtune.training.data import some_rows
+    from mmtune.training.paired import PairedBatches
+
+    settings = recipe.pretrain
+    assert settings is not None
+    table = open_split(recipe.run_dir / "tokens" / split)
+    table = some_rows(table, limit) if limit else table
+    if table.num_rows == 0:
+        raise DataError(f"tokens/{split} has no rows", "look at tokens/rejects.jsonl", "no_rows")
+    course: dict[str, Any] = {"batch_tokens": settings.batch_tokens, "batch_rows": settings.batch_rows}
+    if split == "train":
+        own = {"epochs": settings.epochs, "max_steps": settings.max_steps, "micro_batches": settings.accumulate}
+        course |= {"seed": recipe.seed, **own}
+    else:
+        course |= {"seed": 0, "epochs": 1.0, "micro_batches": 1}
+    collate = Collator(processor, media_root=Path(tokens.facts["media_root"]))
+    made: Any = rows_apart(Split(table, collate), course)
+    return replace(made, batches=PairedBatches(made.batches))
+
+
+def _learner_settings(recipe: Recipe, settings: Pretrain, processor: Any, plan: Any, console: Talk) -> Any:
+    """Returns what is minimised, with the parts that have a code and the steps for which towers stay frozen.
+
+    Raises:
+        RecipeError: Nothing of the model would train at the beginning, or a code has no second part.
+    """
+    from mmtune.training.learner import CODED, LearnerSettings
+
+    parts = settings.codes.modalities or tuple(settings.build.encoders)
+    if not settings.codes.modalities and len(parts) == 1:
+        parts = (*parts, "text")
+    for name in ("adversarial", "contrastive"):
+        if name in settings.weights and len(parts) < 2:
+            raise RecipeError(
+                f"objective {name} needs codes of two parts, not of {', '.join(parts)} alone",
+                "name two in pretrain.codes.modalities, of text and the encoders",
+                "one_modality",
+            )
+    if "reconstruction" in settings.weights and not set(parts) & set(_KINDS):
+        raise RecipeError(
+            "objective reconstruction needs the code of a medium", "add one to pretrain.codes.modalities", "no_modality"
+        )
+    per_epoch = -(-len(plan.epoch_batches(0)) // plan.micro_batches)
+    frozen = {_TOWER_OF[part]: round(epochs * per_epoch) for part, epochs in settings.unfreeze.items()}
+    towers = {"llm", "projector", *(_TOWER_OF[name] for name in settings.build.encoders)}
+    trained = towers if settings.train == "all" else set(settings.train)
+    if not trained - set(frozen):
+        raise RecipeError(
+            f"every tower that trains ({', '.join(sorted(trained))}) stays frozen at the beginning",
+            "leave one out of pretrain.unfreeze, or add the projector to pretrain.train",
+            "all_frozen",
+        )
+    for tower, steps in sorted(frozen.items()):
+        when = f"trains from step {steps + 1} on" if steps < plan.total_steps else "never trains: the run is shorter"
+        console.say(f"pretrain: the {tower} tower {when}")
+    masking = _masking(processor) if "masked" in settings.weights else None
+    return LearnerSettings(
+        settings.weights,
+        parts if set(CODED) & set(settings.weights) else (),
+        settings.codes.width,
+        settings.codes.dropout,
+        masking,
+        recipe.seed,
+        frozen,
+    )
+
+
+def _masking(processor: Any) -> Any:
+    from mmtune.encoding.processor import pad_token_id
+    from mmtune.training.pair_losses import TextMasking
+
+    tokenizer = processor.tokenizer
+    mask = tokenizer.mask_token_id if tokenizer.mask_token_id is not None else pad_token_id(processor)
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return TextMasking(int(mask), len(tokenizer), tuple(sorted(special)))
+
+
+def _check_parts(recipe: Recipe, settings: Any) -> None:
+    """Refuses codes of media that no training row has.
+
+    Raises:
+        DataError: A part has no row.
+    """
+    from mmtune.training.packing import tree_modalities
+
+    kinds = tree_modalities(open_split(recipe.run_dir / "tokens" / "train"))
+    for part in settings.parts:
+        if part in _KINDS and not (kinds & _KINDS[part]).any():
+            wanted = ", ".join(name for name in settings.weights if name not in ("caption", "masked", "match"))
+            raise DataError(
+                f"no training row has {part}, which {wanted} needs",
+                "add such rows, or leave it out of pretrain.codes.modalities",
+                "no_such_media",
+            )

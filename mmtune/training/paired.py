@@ -1,0 +1,60 @@
+"""Batches of separate rows that say which rows share a medium or an answer, and which step they belong to.
+
+Shapes: B rows, K parts (image, audio, text).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mmtune.encoding.render import IGNORED, EncodedRow
+from mmtune.training.data import Numbers, RowBatches
+
+PARTS = ("image", "audio", "text")
+"""The columns of ``keys``."""
+
+
+@dataclass(frozen=True)
+class PairedBatches:
+    """Row numbers to batches with ``keys`` ``(B, K)`` and ``step``.
+
+    Two rows have the same key of a part where they share its medium, or the answer; a row that lacks it has a key
+    of its own.
+
+    Attributes:
+        rows: The rows.
+    """
+
+    rows: RowBatches
+
+    def batch(self, units: Numbers, step: int | None = None) -> dict[str, Any]:
+        """Returns the padded batch of some rows, as it is at a training step; ``step`` is -1 outside training."""
+        encoded = self.rows.encoded(units)
+        made = self.rows.collate(encoded, step)
+        keys = [[_key(row, part, number) for part in PARTS] for number, row in enumerate(encoded)]
+        return {**made, "keys": torch.tensor(keys), "step": torch.tensor(-1 if step is None else step)}
+
+    def ids(self, units: Numbers) -> list[str]:
+        """Returns the example ids of some rows."""
+        return self.rows.ids(units)
+
+    def modalities(self, units: Numbers) -> set[str]:
+        """Returns the kinds of media in some rows."""
+        return self.rows.modalities(units)
+
+
+def _key(row: EncodedRow, part: str, number: int) -> int:
+    if part == "text":
+        content = row.labels[row.labels != IGNORED].tobytes()
+    else:
+        own = [span for span in row.media if (span.medium.modality == "audio") == (part == "audio")]
+        if not own:
+            return -1 - number
+        named = [(span.medium.path, span.frame, span.frames, span.medium.data) for span in own]
+        content = repr(named).encode("utf-8", "surrogatepass")
+    digest = hashlib.blake2b(content, digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,115 @@
+"""Parts to a base model on bundled scenes: parts add up, a weight of 0 is no objective, resume is exact."""
+
+import json
+import shutil
+
+import pytest
+
+from mmtune.errors import DataError, Interrupted, RecipeError
+from mmtune.recipe_text import load_recipe
+from mmtune.stages.assemble import assemble_stage
+from mmtune.stages.build_data import build_data
+from mmtune.stages.pretrain import pretrain
+from mmtune.stages.tokenize import tokenize
+from mmtune.talk import Talk
+
+WEIGHTS = "{caption: 1, reconstruction: 0.1, adversarial: 0.05, contrastive: 0.1, masked: 0.5, match: 0.2}"
+TEXT = """
+run_dir: {folder}/run
+sources:
+  - id: t
+    reader: vqa_v2
+    questions: {data}/scenes/annotations/compare_train_questions.json
+    annotations: {data}/scenes/annotations/compare_train_annotations.json
+    images: {data}/scenes/train
+    limit: 16
+pretrain:
+  build:
+    text: {{hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1, num_attention_heads: 2}}
+    tokenizer: {data}/base
+    encoders: {encoders}
+  objectives: {weights}
+  codes: {{width: 8}}
+  max_steps: 6
+  batch_rows: 4
+  save_every: 2
+  log_every: 1
+"""
+IMAGE = "image: {hidden_size: 16, intermediate_size: 16, image_size: 24, patch_size: 12}"
+
+
+@pytest.fixture
+def recipe_at(tmp_path, repository):
+    def make(*overrides, weights=WEIGHTS, encoders="{" + IMAGE + "}"):
+        path = tmp_path / "recipe.yaml"
+        text = TEXT.format(folder=tmp_path, data=repository / "data", weights=weights, encoders=encoders)
+        path.write_text(text, "utf-8")
+        return load_recipe(path, list(overrides), environ={})
+
+    return make
+
+
+def made(recipe, **options):
+    build_data(recipe, console=Talk(quiet=True))
+    assemble_stage(recipe, console=Talk(quiet=True))
+    tokenize(recipe, console=Talk(quiet=True))
+    pretrain(recipe, console=Talk(quiet=True), **options)
+    return (recipe.run_dir / "base" / "model.safetensors").read_bytes()
+
+
+def lines(recipe):
+    return [json.loads(line) for line in (recipe.run_dir / "base" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_loss_is_the_weighted_sum_of_its_parts(recipe_at):
+    recipe = recipe_at()
+    made(recipe)
+    found = lines(recipe)
+    assert len(found) == 6
+    for line in found:
+        parts = {name: line[f"loss_{name}"] for name in recipe.pretrain.weights}
+        assert len(parts) == 6 and all(value >= 0 for value in parts.values())
+        total = sum(weight * parts[name] for name, weight in recipe.pretrain.weights.items())
+        assert line["loss"] == pytest.approx(total, rel=1e-6)
+        assert line["reconstruction_image"] == line["loss_reconstruction"]
+
+
+def test_weight_zero_is_bit_for_bit_no_objective(recipe_at):
+    without = made(recipe_at(weights="{caption: 1}"))
+    assert made(recipe_at(weights="{caption: 1, contrastive: 0.1}"), force=True) != without
+    assert made(recipe_at(weights="{caption: 1, contrastive: 0, adversarial: 0}"), force=True) == without
+
+
+def test_an_interrupted_run_ends_with_the_same_bytes(recipe_at, monkeypatch):
+    import mmtune.training.loop as loop
+
+    staged = recipe_at("pretrain.unfreeze={image: 1}", "pretrain.log_every=4")
+    whole = made(staged)
+    metrics = [{name: line[name] for name in line if name.startswith("loss")} for line in lines(staged)]
+    shutil.rmtree(staged.run_dir / "base")
+    asked = iter([False, False, True])
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_stop_wanted", lambda *_: next(asked))
+        with pytest.raises(Interrupted):
+            pretrain(staged, console=Talk(quiet=True))
+    pretrain(staged, console=Talk(quiet=True))
+    assert (staged.run_dir / "base" / "model.safetensors").read_bytes() == whole
+    again = [{name: line[name] for name in line if name.startswith("loss")} for line in lines(staged)]
+    assert again == metrics
+
+
+def test_bad_recipes_are_named(recipe_at):
+    for overrides, said in (
+        (["pretrain.objectives={caption: 0}"], "sum to 0"),
+        (["pretrain.build.encoders={smell: {}}"], "smell"),
+        (["model.path=elsewhere"], "leave out model.path"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            recipe_at(*overrides)
+    with pytest.raises(RecipeError, match="stays frozen"):
+        made(recipe_at("pretrain.train=[vision]", "pretrain.unfreeze={image: 1}"))
+
+
+def test_an_objective_without_its_media_is_refused(recipe_at):
+    with pytest.raises(DataError, match="no training row has audio"):
+        made(recipe_at(encoders="{" + IMAGE + ", audio: {hidden_size: 16, num_mel_bins: 16}}"))
