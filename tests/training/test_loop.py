@@ -73,8 +73,9 @@ def test_activation_checkpointing_changes_nothing():
         nll.backward()
         found.append((nll.item(), gradients(model)))
     assert inner.is_gradient_checkpointing
-    assert found[0][0] == found[1][0]
-    close(found[1][1], found[0][1], rel=1e-6)
+    # Without checkpointing the last block runs for label tokens alone.
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    close(found[1][1], found[0][1], rel=1e-5)
 
 
 def test_bf16_stays_near_fp32_and_weights_stay_in_fp32():
