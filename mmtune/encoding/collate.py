@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from mmtune.encoding.media_tokens import family, process_audio, process_images
 from mmtune.encoding.processor import pad_token_id
 from mmtune.encoding.render import IGNORED, EncodedRow, MediaSpan
 from mmtune.errors import IntegrityError
-from mmtune.features.shards import Features, Item
+from mmtune.features.shards import Features, Item, joined_features
 
 # Families whose image tensors are simply joined along the first dimension, one image after the
 # other; a processed image can then be kept and used again.
@@ -61,13 +61,13 @@ class Collator:
         self._gemma = bool(family(processor, {"Gemma3Processor": True}))
         self._cache: OrderedDict[Any, dict[str, torch.Tensor]] = OrderedDict()
         self._room = cache_bytes
-        self._features: Features | None = None
+        self._features: Mapping[str, Features] = {}
         self._types = getattr(processor, "return_mm_token_type_ids", False) or self._gemma
 
-    def with_features(self, features: Features) -> Collator:
-        """Returns a collator that takes the features of images in place of their pixels."""
+    def with_features(self, kind: str, features: Features) -> Collator:
+        """Returns a collator that takes features in place of every ``image`` (with video frames) or ``audio``."""
         other = copy(self)
-        other._features = features
+        other._features = {**self._features, kind: features}
         return other
 
     def __call__(self, rows: Sequence[EncodedRow], step: int | None = None) -> dict[str, torch.Tensor]:
@@ -105,16 +105,14 @@ class Collator:
         }
         return {**batch, **self._token_types(batch)}
 
-    @property
-    def image_token_id(self) -> int | None:
-        """The id that stands for a piece of an image; None where the family sees none."""
-        found: int | None = getattr(self._processor, "image_token_id", None)
+    def token_id(self, kind: str) -> int | None:
+        """Returns the id that stands for a piece of an ``image`` or ``audio``; None where the family takes none."""
+        found: int | None = getattr(self._processor, f"{kind}_token_id", None)
         return found
 
-    @property
-    def rows_per_image_token(self) -> int:
-        """Features that one recorded image token stands for: Gemma 3 records the token that opens an image."""
-        return int(self._processor.image_seq_length) if self._gemma else 1
+    def rows_per_token(self, kind: str) -> int:
+        """Returns the features that one recorded token stands for: Gemma 3 records the token that opens an image."""
+        return int(self._processor.image_seq_length) if self._gemma and kind == "image" else 1
 
     @property
     def media_by_row(self) -> bool:
@@ -139,9 +137,9 @@ class Collator:
         per_row = [[span for span in row.media if span.medium.modality != "audio"] for row in rows]
         if not any(per_row):
             return {}
-        if self._features is not None:
-            found = [self._feature(row, span) for row, spans in zip(rows, per_row, strict=True) for span in spans]
-            return {name: torch.cat([part[name] for part in found]) for name in found[0]}
+        if "image" in self._features:
+            spans = [(row, span) for row, own in zip(rows, per_row, strict=True) for span in own]
+            return self._from_features("image", spans)
         if self._joined:
             shown: dict[Any, dict[str, torch.Tensor]] = {}
             for row, span in ((row, span) for row, spans in zip(rows, per_row, strict=True) for span in spans):
@@ -159,15 +157,24 @@ class Collator:
         self._check([(row, span) for row, spans in zip(rows, per_row, strict=True) for span in spans], texts)
         return self._kept(made)
 
-    def _feature(self, row: EncodedRow, span: MediaSpan) -> dict[str, torch.Tensor]:
-        assert self._features is not None
-        item = Item(span.medium, span.frame, span.frames)
-        self._compare(row, span, self._features.tokens(item))
-        return self._features[item]
+    def _from_features(self, kind: str, spans: Sequence[tuple[EncodedRow, MediaSpan]]) -> dict[str, torch.Tensor]:
+        found = []
+        for row, span in spans:
+            item = Item(span.medium, span.frame, span.frames)
+            self._compare(row, span, self._features[kind].tokens(item))
+            found.append(self._features[kind][item])
+        joined = joined_features(found)
+        frames = joined.pop("audio_frames", None)
+        if frames is not None:
+            joined["feature_attention_mask"] = (torch.arange(int(frames.max())) < frames[:, None]).long()
+        return joined
 
     def processed(self, items: Sequence[Item]) -> tuple[dict[str, torch.Tensor], list[int]]:
-        """Returns the tensors of images, each as in a conversation of its own, and the tokens each takes."""
+        """Returns the tensors of images or of sounds, each as in a conversation of its own, and the tokens of each."""
         spans = [MediaSpan(item.medium, 0, 0, item.frame, item.frames) for item in items]
+        if items[0].medium.modality == "audio":
+            made, texts = process_audio(self._processor, [self._sound(span) for span in spans])
+            return self._kept(made), [text.count(self._processor.audio_token) for text in texts]
         made, texts = process_images(self._processor, [[self._picture(span, None)] for span in spans])
         return self._kept(made), [text.count(self._processor.image_token) for text in texts]
 
@@ -200,19 +207,23 @@ class Collator:
         return self._augment(picture, span.medium.path or span.medium.sha256, step)
 
     def _audios(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
-        from mmtune.media.load import load_audio
-
         spans = [(row, span) for row in rows for span in row.media if span.medium.modality == "audio"]
         if not spans:
             return {}
-        rate = self._processor._audio_processor.sampling_rate
+        if "audio" in self._features:
+            return self._from_features("audio", spans)
         sounds: dict[Any, np.ndarray] = {}
         for _, span in spans:
             if _key(span) not in sounds:
-                sounds[_key(span)] = load_audio(self.media_root, span.medium, rate)
+                sounds[_key(span)] = self._sound(span)
         made, texts = process_audio(self._processor, [sounds[_key(span)] for _, span in spans])
         self._check(spans, texts)
         return self._kept(made)
+
+    def _sound(self, span: MediaSpan) -> np.ndarray:
+        from mmtune.media.load import load_audio
+
+        return load_audio(self.media_root, span.medium, self._processor._audio_processor.sampling_rate)
 
     def _kept(self, made: Any) -> dict[str, torch.Tensor]:
         unused = set(getattr(self._processor, "unused_input_names", ())) | {"rows", "cols", "num_patches"}

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from mmtune.models.image_features import with_encoder_outputs
+from mmtune.models.encoder_outputs import encoder_outputs_in
 from mmtune.models.soft_prompt import is_prefix, run_behind_virtual_tokens, virtual_tokens
 from mmtune.training.label_tokens import only_label_tokens
 from mmtune.training.tree_mask import MaskRules, attention_mask, behind_virtual_tokens
@@ -28,15 +28,15 @@ def answer_loss(
     """Returns the summed cross-entropy in fp32 over the label tokens, and their number.
 
     Args:
-        model: Called with the batch less ``labels`` and ``layout``, features as ``mm_encoder_outputs``.
+        model: Called with the batch less ``labels`` and ``layout``, features in the place of media.
         batch: Padded rows, or packed trees as ``TreeCollator`` makes them; ``labels`` is
             ``(B, T)`` with -100 where there is no loss.
         rules: The model's attention; wanted for packed trees.
     """
     labels_BT = batch["labels"]
-    inputs = with_encoder_outputs({name: value for name, value in batch.items() if name not in ("labels", "layout")})
+    given = {name: value for name, value in batch.items() if name not in ("labels", "layout")}
     bears_BT = labels_BT[:, 1:] != IGNORED
-    with only_label_tokens(model, bears_BT):
+    with encoder_outputs_in(model, given) as inputs, only_label_tokens(model, bears_BT):
         if "layout" not in batch:
             made = model(**inputs, use_cache=False)
         else:

@@ -21,16 +21,19 @@ QUESTIONS = ["What colour is the cat?", "How many?", "Is it red, or is it blue, 
 ANSWERS = ["black and white", "three of them, hello world!", "it is red", "yes"]
 
 
-def trees_of(family: Any, media: Any, served: dict[str, Any], *, own_media: bool = True) -> list[Tree]:
+def trees_of(
+    family: Any, media: Any, served: dict[str, Any], *, own_media: bool = True, kinds: tuple[str, ...] | None = None
+) -> list[Tree]:
     """Two trees with shared media, one whose branches have media of their own, and a plain conversation."""
+    shown = kinds or tuple(sorted(family.takes)[-1:])
 
     def medium(number: int) -> list[Any]:
-        if not family.takes:
-            return []
-        kind = sorted(family.takes)[-1]
-        made, real = media.audio(9_000 + 1_600 * number) if kind == "audio" else media.image(60 + 40 * number, 44)
-        served[made.path] = real[kind]
-        return [made]
+        parts = []
+        for kind in shown:
+            made, real = media.audio(9_000 + 1_600 * number) if kind == "audio" else media.image(60 + 40 * number, 44)
+            served[made.path] = real[kind]
+            parts.append(made)
+        return parts
 
     def row(*parts: Any, answer: str) -> EncodedRow:
         return family.renderer.encode([Message("user", parts), Message("assistant", (TextPart(answer),))])

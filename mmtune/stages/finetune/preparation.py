@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,8 @@ from typing import Any
 
 from mmtune.errors import CapabilityError, DataError, IntegrityError
 from mmtune.recipe import Augment, Finetune, Recipe
-from mmtune.stages.finetune.features import use_features
+from mmtune.stages.finetune.features import Means, use_features
+from mmtune.stages.finetune.wanted import wanted_features, with_proved
 from mmtune.storage import Manifest, open_split
 from mmtune.talk import Talk
 
@@ -33,6 +34,7 @@ class Run:
     checkpoints: Any
     identity: dict[str, Any]
     processor: Any
+    load: Callable[..., Any]
 
 
 def prepare(
@@ -66,6 +68,7 @@ def prepare(
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     from mmtune.encoding.processor import load_processor, processor_fingerprint
+    from mmtune.models.left_out import set_aside
     from mmtune.training.batching import packed_trees, rows_apart
     from mmtune.training.checkpoints import CheckpointFolder
     from mmtune.training.launch import is_launched
@@ -94,29 +97,30 @@ def prepare(
         raise IntegrityError(
             "the processor is not the one that tokens/ was made with", "run: mmtune tokenize", "other_processor"
         )
-    model = _model(recipe, settings, path, precision, offline, console)
-    _show_towers(model, console)
-    train = _split(recipe, tokens, processor, "train", limit, settings.augment)
-    val = _split(recipe, tokens, processor, "val", settings.eval_rows) if tokens.rows.get("val") else None
-    _place(model, settings, accelerator, console)
-    rows = _batching_of(rows_apart, recipe, settings, accelerator)
-    as_trees = _trains_trees(model, train, rows(train, "train").plan, accelerator, console)
-    make = _batching_of(partial(packed_trees, model), recipe, settings, accelerator) if as_trees else rows
-    splits = {"train": train, **({"val": val} if val else {})}
-    kept = use_features(
+    splits = {"train": _split(recipe, tokens, processor, "train", limit, settings.augment)}
+    if tokens.rows.get("val"):
+        splits["val"] = _split(recipe, tokens, processor, "val", settings.eval_rows)
+    load = partial(_load, recipe, settings, path, precision, offline)
+    wanted = wanted_features(
         settings,
         recipe.run_dir / "features" / "towers",
-        _made_from(identity, tokens, recipe, settings.from_scratch),
-        model,
+        _made_from(identity, tokens, recipe, settings, precision),
         splits,
-        make,
-        as_trees=as_trees,
-        precision=precision,
-        accelerator=accelerator,
-        console=console,
+        precision,
+        accelerator,
     )
+    model = _model(recipe, settings, path, [one.kind for one in wanted if one.found], load, console)
+    _show_towers(model, console)
+    with set_aside(model):
+        _place(model, settings, accelerator, console)
+    rows = _batching_of(rows_apart, recipe, settings, accelerator)
+    train = with_proved(splits, wanted)["train"]
+    as_trees = _trains_trees(model, train, rows(train, "train").plan, accelerator, console)
+    make = _batching_of(partial(packed_trees, model), recipe, settings, accelerator) if as_trees else rows
+    means = Means(settings, precision, model, make, as_trees, partial(load, whole=True), accelerator, console)
+    kept, kinds = use_features(wanted, splits, means)
     batching = make(kept["train"], "train")
-    held_out = make(kept["val"], "val") if val else None
+    held_out = make(kept["val"], "val") if "val" in kept else None
     optimizer = make_optimizer(
         model,
         name=settings.optimizer,
@@ -136,7 +140,7 @@ def prepare(
         "micro_batches": batching.plan.micro_batches,
         "precision": precision,
         "batches": "trees" if as_trees else "rows",
-        "images": "pixels" if kept["train"] is train else "features",
+        "features": kinds,
     }
     return Run(
         recipe,
@@ -150,6 +154,7 @@ def prepare(
         checkpoints,
         identity,
         processor,
+        means.load,
     )
 
 
@@ -187,12 +192,14 @@ def _batching_of(make: Any, recipe: Recipe, settings: Finetune, accelerator: Any
     return lambda split, name: make(split, train if name == "train" else held_out)
 
 
-def _made_from(identity: dict[str, Any], tokens: Manifest, recipe: Recipe, random_weights: bool) -> dict[str, Any]:
-    """Returns what the features of images depend on."""
+def _made_from(
+    identity: dict[str, Any], tokens: Manifest, recipe: Recipe, settings: Finetune, precision: str
+) -> dict[str, Any]:
+    """Returns what the features of media depend on."""
     config = identity["config"]
     made = {"weights": config["weights"], "model": config["model"], "processor": tokens.facts.get("processor")}
-    made |= {"attn": recipe.model.attn if recipe.model else "auto"}
-    return made | ({"random": recipe.seed} if random_weights else {})
+    made |= {"attn": recipe.model.attn if recipe.model else "auto", "tower": str(_weights_dtype(settings, precision))}
+    return made | ({"random": recipe.seed} if settings.from_scratch else {})
 
 
 def _trains_trees(model: Any, split: Any, rows: Any, accelerator: Any, console: Talk) -> bool:
@@ -246,26 +253,57 @@ def _precision(asked: str) -> str:
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
 
 
-def _model(recipe: Recipe, settings: Finetune, path: str, precision: str, offline: bool, console: Talk) -> Any:
+def _weights_dtype(settings: Finetune, precision: str) -> Any:
+    """Returns the type of the base's weights: a frozen one may rest in bf16, one that trains itself stays in fp32."""
     import torch
 
-    from mmtune.models.adapter import add_noise_to_embeddings
-    from mmtune.models.liger import use_liger
-    from mmtune.models.load import load_model
-    from mmtune.models.method import with_method
+    return torch.bfloat16 if precision == "bf16" and settings.method != "full" else torch.float32
 
-    torch.manual_seed(recipe.seed)
-    # A frozen base may rest in bf16; weights that train themselves stay in fp32.
-    dtype = torch.bfloat16 if precision == "bf16" and settings.method != "full" else torch.float32
-    model: Any = load_model(
+
+def _load(
+    recipe: Recipe,
+    settings: Finetune,
+    path: str,
+    precision: str,
+    offline: bool,
+    leave_out: Any = None,
+    *,
+    whole: bool = False,
+) -> Any:
+    """Returns the base model, less the weights that ``leave_out`` names; ``whole`` quantizes nothing."""
+    from mmtune.models.load import load_model
+
+    return load_model(
         path,
         revision=recipe.model.revision if recipe.model else None,
-        dtype=dtype,
+        dtype=_weights_dtype(settings, precision),
         attn=recipe.model.attn if recipe.model else "auto",
         offline=offline,
         random_weights=settings.from_scratch,
-        nf4=settings.quantize == "nf4",
+        nf4=settings.quantize == "nf4" and not whole,
+        leave_out=leave_out,
     )
+
+
+def _model(
+    recipe: Recipe,
+    settings: Finetune,
+    path: str,
+    absent: Sequence[str],
+    load: Callable[..., Any],
+    console: Talk,
+) -> Any:
+    """Returns the model with what trains, without the towers of the media in ``absent``."""
+    import torch
+
+    from mmtune.models.adapter import add_noise_to_embeddings
+    from mmtune.models.left_out import tower_weights
+    from mmtune.models.liger import use_liger
+    from mmtune.models.method import with_method
+
+    torch.manual_seed(recipe.seed)
+    behind = "projector" not in settings.train
+    model: Any = load(partial(tower_weights, kinds=absent, with_projector=behind) if absent else None)
     if settings.liger == "auto" and use_liger(model):
         console.say("finetune: Liger's kernels are in use")
     if settings.neftune_alpha:
