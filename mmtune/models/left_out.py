@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,12 @@ def built_without(cls: Any, names_in: Callable[[nn.Module], Collection[str]]) ->
 
     def build(self: Any, config: Any, *more: Any, **named: Any) -> None:
         cls.__init__(self, config, *more, **named)
-        self.left_out = _take(self, names_in(self))
+        names = sorted(names_in(self))
+        self.left_out = _take(self, names)
+        tied = self.all_tied_weights_keys
+        self.all_tied_weights_keys = {one: other for one, other in tied.items() if not {one, other} & set(names)}
+        known = self._keys_to_ignore_on_load_unexpected or ()
+        self._keys_to_ignore_on_load_unexpected = {*known, *(f"^{re.escape(name)}$" for name in names)}
         for module, own, _ in self.left_out:
             setattr(module, own, None)
             # transformers gives first values to what no file had.
@@ -84,7 +90,7 @@ def built_without(cls: Any, names_in: Callable[[nn.Module], Collection[str]]) ->
 def finish(model: Any, cls: Any) -> None:
     """Makes what ``built_without`` built an ordinary model, its absent weights meta tensors, in place."""
     left_out = model.left_out
-    del model.left_out
+    del model.left_out, model._keys_to_ignore_on_load_unexpected
     model.__class__ = cls
     for module, own, parameter in left_out:
         meta = torch.empty_like(parameter, device="meta")
