@@ -79,12 +79,21 @@ def built_without(cls: Any, names_in: Callable[[nn.Module], Collection[str]]) ->
         self.all_tied_weights_keys = {one: other for one, other in tied.items() if not {one, other} & set(names)}
         known = self._keys_to_ignore_on_load_unexpected or ()
         self._keys_to_ignore_on_load_unexpected = {*known, *(f"^{re.escape(name)}$" for name in names)}
+        _spare_first_values(self, set(names))
         for module, own, _ in self.left_out:
             setattr(module, own, None)
-            # transformers gives first values to what no file had.
-            module._is_hf_initialized = True
 
     return type(cls.__name__, (cls,), {"__init__": build, "__module__": cls.__module__})
+
+
+def _spare_first_values(model: nn.Module, names: set[str]) -> None:
+    """Tells transformers that modules whose weights are left out need no first values, as if a file had had them."""
+    for prefix, module in model.named_modules():
+        inside = {f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters()}
+        direct = {f"{prefix}.{name}" for name, _ in module.named_parameters(recurse=False)}
+        whole = bool(inside) and inside <= names
+        for part in module.modules() if whole else [module] if direct & names else []:
+            part._is_hf_initialized = True
 
 
 def finish(model: Any, cls: Any) -> None:
@@ -118,6 +127,11 @@ def bring_back(
         owner, _, own = name.rpartition(".")
         weights = found.get_parameter(name).data.to(device)
         setattr(base.get_submodule(owner), own, nn.Parameter(weights, requires_grad=False))
+    # A tower that was built without its weights has buffers without values.
+    own_buffers = dict(base.named_buffers())
+    for name, buffer in found.named_buffers():
+        if tower_of(name) in {_TOWER[kind] for kind in kinds}:
+            own_buffers[name].copy_(buffer)
 
 
 @contextmanager

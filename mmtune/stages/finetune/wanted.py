@@ -14,7 +14,7 @@ from mmtune.recipe import Finetune
 from mmtune.storage import library_versions
 
 # What a feature depends on beside the weights.
-_MAKERS = ("torch", "transformers", "pillow", "torchvision", "soundfile", "soxr", "numpy")
+_MAKERS = ("torch", "transformers", "pillow", "torchvision", "numpy")
 TOWERS = {"image": "vision", "audio": "audio"}
 """The tower that sees or hears a kind of media."""
 
