@@ -160,6 +160,10 @@ def load_model(
         )
     if leave_out:
         finish(model, cls)
+    if nf4:
+        from mmtune.models.quantize import keep_layout
+
+        keep_layout(model)
     return model.eval()
 
 

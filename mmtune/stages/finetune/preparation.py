@@ -297,7 +297,7 @@ def _model(
     import torch
 
     from mmtune.models.adapter import add_noise_to_embeddings
-    from mmtune.models.left_out import tower_weights
+    from mmtune.models.left_out import set_aside, tower_weights
     from mmtune.models.liger import use_liger
     from mmtune.models.method import with_method
 
@@ -316,14 +316,15 @@ def _model(
         "targets": None if lora["targets"] == "all-linear" else lora["targets"],
         "pissa": settings.lora.init == "pissa",
     }
-    return with_method(
-        model,
-        settings.method,
-        towers=settings.train,
-        lora=lora,
-        virtual_tokens=settings.virtual_tokens,
-        base_path=path,
-    )
+    with set_aside(model):
+        return with_method(
+            model,
+            settings.method,
+            towers=settings.train,
+            lora=lora,
+            virtual_tokens=settings.virtual_tokens,
+            base_path=path,
+        )
 
 
 def _split(
