@@ -178,14 +178,14 @@ class Augment(Section):
 
 
 class Features(Section):
-    """finetune.features: the outputs of a frozen vision tower and projector, kept in features/towers/."""
+    """finetune.features: outputs of frozen towers, and of a projector that does not train, kept in features/towers/."""
 
     use: Literal["auto", "on", "off"] = "auto"
-    """auto keeps them when images are seen again, nothing changes them while training, and there is room."""
+    """auto keeps them when media are seen again, nothing changes them while training, and there is room."""
     most_gib: Annotated[float, Field(gt=0)] = 20.0
-    """auto keeps no more than this."""
+    """auto keeps no more than this of images, and no more of sounds."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto is the precision of the training, which loses nothing; bf16 halves the size of fp32."""
+    """auto is the precision of the training: exact in fp32, and bf16 under bf16; bf16 halves the size of fp32."""
 
 
 class Finetune(Section):
@@ -205,7 +205,7 @@ class Finetune(Section):
     augment: Augment | None = None
     """Change training images a little at every step; for few images and a tower that trains."""
     features: Features = Features()
-    """Run a frozen vision tower once per image, not at every step."""
+    """Run a frozen tower once per image or sound, not at every step; not at all once its features are proved."""
     pixels_gib: Annotated[float, Field(gt=0)] | None = None
     """Keep processed images in features/pixels/, up to so many GiB: no large photo is decoded twice, for any run of
     this run_dir. Exact; unused where features stand for pixels or augment changes them."""

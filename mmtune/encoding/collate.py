@@ -15,7 +15,7 @@ from mmtune.encoding.media_tokens import family, process_audio, process_images
 from mmtune.encoding.processor import pad_token_id
 from mmtune.encoding.render import IGNORED, EncodedRow, MediaSpan
 from mmtune.errors import IntegrityError
-from mmtune.features.shards import Features, Item
+from mmtune.features.shards import Features, Item, joined_features
 from mmtune.media.video import frame_places
 
 # Families whose image tensors are simply joined along the first dimension, one image after the
@@ -62,14 +62,14 @@ class Collator:
         self._per_row = bool(family(processor, {"Idefics3Processor": True, "SmolVLMProcessor": True}))
         self._gemma = bool(family(processor, {"Gemma3Processor": True}))
         self._cache = Cache(cache_bytes)
-        self._features: Features | None = None
+        self._features: Mapping[str, Features] = {}
         self._pixels: Features | None = None
         self._types = getattr(processor, "return_mm_token_type_ids", False) or self._gemma
 
-    def with_features(self, features: Features) -> Collator:
-        """Returns a collator that takes the features of images in place of their pixels."""
+    def with_features(self, kind: str, features: Features) -> Collator:
+        """Returns a collator that takes features in place of every ``image`` (with video frames) or ``audio``."""
         other = copy(self)
-        other._features = features
+        other._features = {**self._features, kind: features}
         return other
 
     def with_pixels(self, pixels: Features) -> Collator:
@@ -119,16 +119,14 @@ class Collator:
             return {}
         return {"prompt_mask": ((batch["labels"] != IGNORED).cumsum(1) == 0).long() * batch["attention_mask"]}
 
-    @property
-    def image_token_id(self) -> int | None:
-        """The id that stands for a piece of an image; None where the family sees none."""
-        found: int | None = getattr(self._processor, "image_token_id", None)
+    def token_id(self, kind: str) -> int | None:
+        """Returns the id that stands for a piece of an ``image`` or ``audio``; None where the family takes none."""
+        found: int | None = getattr(self._processor, f"{kind}_token_id", None)
         return found
 
-    @property
-    def rows_per_image_token(self) -> int:
-        """Features that one recorded image token stands for: Gemma 3 records the token that opens an image."""
-        return int(self._processor.image_seq_length) if self._gemma else 1
+    def rows_per_token(self, kind: str) -> int:
+        """Returns the features that one recorded token stands for: Gemma 3 records the token that opens an image."""
+        return int(self._processor.image_seq_length) if self._gemma and kind == "image" else 1
 
     @property
     def media_by_row(self) -> bool:
@@ -158,10 +156,9 @@ class Collator:
         per_row = [[span for span in row.media if span.medium.modality != "audio"] for row in rows]
         if not any(per_row):
             return {}
-        if self._features is not None:
-            found = [self._feature(row, span) for row, spans in zip(rows, per_row, strict=True) for span in spans]
-            return {name: torch.cat([part[name] for part in found]) for name in found[0]}
         spans = [(row, span) for row, own in zip(rows, per_row, strict=True) for span in own]
+        if "image" in self._features:
+            return self._from_features("image", spans)
         distinct: dict[Any, tuple[EncodedRow, MediaSpan]] = {}
         for row, span in spans:
             distinct.setdefault(_key(span), (row, span))
@@ -176,15 +173,24 @@ class Collator:
         self._check(spans, texts)
         return self._kept(made)
 
-    def _feature(self, row: EncodedRow, span: MediaSpan) -> dict[str, torch.Tensor]:
-        assert self._features is not None
-        item = Item(span.medium, span.frame, span.frames)
-        self._compare(row, span, self._features.tokens(item))
-        return self._features[item]
+    def _from_features(self, kind: str, spans: Sequence[tuple[EncodedRow, MediaSpan]]) -> dict[str, torch.Tensor]:
+        found = []
+        for row, span in spans:
+            item = Item(span.medium, span.frame, span.frames)
+            self._compare(row, span, self._features[kind].tokens(item))
+            found.append(self._features[kind][item])
+        joined = joined_features(found)
+        frames = joined.pop("audio_frames", None)
+        if frames is not None:
+            joined["feature_attention_mask"] = (torch.arange(int(frames.max())) < frames[:, None]).long()
+        return joined
 
     def processed(self, items: Sequence[Item]) -> tuple[dict[str, torch.Tensor], list[int]]:
-        """Returns the tensors of images, each as in a conversation of its own, and the tokens each takes."""
+        """Returns the tensors of images or of sounds, each as in a conversation of its own, and the tokens of each."""
         spans = _spans(items)
+        if items[0].medium.modality == "audio":
+            made, texts = process_audio(self._processor, [self._sound(span) for span in spans])
+            return self._kept(made), [text.count(self._processor.audio_token) for text in texts]
         made, texts = process_images(self._processor, [[picture] for picture in self._pictures(spans, None)])
         return {**self._kept(made), **self._times(spans)}, [text.count(self._processor.image_token) for text in texts]
 
@@ -254,23 +260,28 @@ class Collator:
             yield picture
 
     def _audios(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
-        from mmtune.media.load import load_audio
-
         spans = [(row, span) for row in rows for span in row.media if span.medium.modality == "audio"]
         if not spans:
             return {}
-        rate = self._processor._audio_processor.sampling_rate
+        if "audio" in self._features:
+            return self._from_features("audio", spans)
         sounds: dict[Any, np.ndarray] = {}
         for _, span in spans:
-            key = _key(span)
-            if key not in sounds:
-                # Kept as it is at the model's rate: reading and resampling take most of the time.
-                sound = self._cache.get(key)
-                sounds[key] = load_audio(self.media_root, span.medium, rate) if sound is None else sound
-                self._cache.put(key, sounds[key], sounds[key].nbytes)
+            if _key(span) not in sounds:
+                sounds[_key(span)] = self._sound(span)
         made, texts = process_audio(self._processor, [sounds[_key(span)] for _, span in spans])
         self._check(spans, texts)
         return self._kept(made)
+
+    def _sound(self, span: MediaSpan) -> np.ndarray:
+        from mmtune.media.load import load_audio
+
+        sound: np.ndarray | None = self._cache.get(_key(span))
+        if sound is None:
+            sound = load_audio(self.media_root, span.medium, self._processor._audio_processor.sampling_rate)
+        # Kept as it is at the model's rate: reading and resampling take most of the time.
+        self._cache.put(_key(span), sound, sound.nbytes)
+        return sound
 
     def _kept(self, made: Any) -> dict[str, torch.Tensor]:
         unused = set(getattr(self._processor, "unused_input_names", ())) | {"rows", "cols", "num_patches"}

@@ -4,7 +4,7 @@ A shard is one safetensors file. Its header says what made it (``source``) and l
 the medium, the file it was made from (size, time, sha256) and where its rows stand. What a shard
 holds depends on its members alone, so a shard that is made again has the same bytes.
 
-Shapes: N tokens of a medium, H model width.
+Shapes: N rows of a medium (tokens, or units of a projector), with any dimensions behind.
 """
 
 from __future__ import annotations
@@ -18,26 +18,25 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from mmtune.errors import IntegrityError
-from mmtune.files import file_digest, sync
+from mmtune.files import file_digest, sync, write_tensors
 from mmtune.media.paths import MediaRefused, resolve
 from mmtune.records import Medium
 
 SHARD_BYTES = 256 << 20
 # Raised when what a header says changes.
-_LAYOUT = "1"
+_LAYOUT = "2"
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A picture that has features: an image, or one sampled frame of a video.
+    """What has features: an image, a sound, or one sampled frame of a video.
 
     Attributes:
         medium: The pointer.
         frame: Index of the sampled frame.
-        frames: Number of sampled frames; 0 for an image.
+        frames: Number of sampled frames; 0 for an image or a sound.
     """
 
     medium: Medium
@@ -56,8 +55,9 @@ class Member:
         digest: sha256 of the file's bytes.
         start: Its first row.
         length: Its rows, N.
-        tokens: Image tokens it was made for, as tokens/ counts them.
+        tokens: Media tokens it was made for, as tokens/ counts them.
         grid: The family's grid of it (``image_grid_thw``), or empty.
+        audio_frames: Spectrogram frames of a sound, where the family places tokens by them, or 0.
     """
 
     item: str
@@ -68,6 +68,7 @@ class Member:
     length: int
     tokens: int
     grid: tuple[int, ...] = ()
+    audio_frames: int = 0
 
 
 def item_name(item: Item) -> str:
@@ -110,14 +111,13 @@ def write_shard(path: Path, source: str, members: Sequence[Member], tensors: Map
         path: Its file.
         source: What made the features.
         members: What it holds.
-        tensors: By name, ``(sum of N, H)``.
+        tensors: By name, ``(sum of N, ...)``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     header = {"layout": _LAYOUT, "source": source, "members": json.dumps([asdict(member) for member in members])}
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata=header)
-        sync(aside)
+        write_tensors(aside, {name: tensor.contiguous() for name, tensor in tensors.items()}, header)
         aside.replace(path)
         sync(path.parent)
     finally:
@@ -161,6 +161,20 @@ def read_rows(file: Any, rows: slice) -> dict[str, torch.Tensor]:
     return {name: file.get_slice(name)[rows] for name in file.keys()}  # noqa: SIM118
 
 
+def joined_features(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Returns the tensors of several items one after the other; a mask that an item lacks is false in all its rows."""
+    joined = {}
+    for name in sorted({name for part in parts for name in part}):
+        own = [part[name] if name in part else _no_mask(part) for part in parts]
+        joined[name] = torch.cat(own)
+    return joined
+
+
+def _no_mask(part: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    rows = max(len(tensor) for tensor in part.values())
+    return torch.zeros(rows, dtype=torch.bool)
+
+
 class Features:
     """The features of a folder's shards, by item; loader processes may share it.
 
@@ -190,17 +204,21 @@ class Features:
             self._places |= {member.item: (number, member) for member in members}
 
     def tokens(self, item: Item) -> int:
-        """Returns the image tokens that an item's features stand for."""
+        """Returns the media tokens that an item's features stand for."""
         return self._places[item_name(item)][1].tokens
 
     def __contains__(self, item: Item) -> bool:
         return item_name(item) in self._places
 
     def __getitem__(self, item: Item) -> dict[str, torch.Tensor]:
-        """Returns the item's tensors ``(N, ...)`` by name, and its ``image_grid_thw`` ``(1, 3)`` where it has one."""
+        """Returns the item's tensors ``(N, ...)`` by name.
+
+        Where it has them, its ``image_grid_thw`` ``(1, 3)`` and its ``audio_frames`` ``(1,)`` are with them.
+        """
         number, member = self._places[item_name(item)]
         found = self._read(self._file(number), slice(member.start, member.start + member.length))
-        return {**found, **({"image_grid_thw": torch.tensor([member.grid])} if member.grid else {})}
+        found = {**found, **({"image_grid_thw": torch.tensor([member.grid])} if member.grid else {})}
+        return found | ({"audio_frames": torch.tensor([member.audio_frames])} if member.audio_frames else {})
 
     def _file(self, number: int) -> Any:
         # One handle per process: a forked reader must not share its parent's.

@@ -125,8 +125,9 @@ def whole_state(model: Any) -> dict[str, torch.Tensor] | None:
     """Returns what ``save_tuned`` needs of a model that is spread over processes, all of which must ask; else None."""
     if not is_sharded(model):
         return None
-    found = model.state_dict(keep_vars=True)
-    return {name: whole(tensor).detach().cpu().contiguous() for name, tensor in found.items()}
+    # A tower that is not in memory is not saved either.
+    here = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if not tensor.is_meta}
+    return {name: whole(tensor).detach().cpu().contiguous() for name, tensor in here.items()}
 
 
 def save_tuned(model: Any, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:

@@ -10,7 +10,10 @@ from mmtune.errors import CapabilityError, DataError, IntegrityError, RecipeErro
 from mmtune.models.attention import FLEX
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
     import torch
+    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
 # A config.json that names any of these wants code of its own to run.
@@ -91,6 +94,7 @@ def load_model(
     offline: bool = False,
     random_weights: bool = False,
     nf4: bool = False,
+    leave_out: Callable[[nn.Module], Collection[str]] | None = None,
 ) -> PreTrainedModel:
     """Returns the model in evaluation mode, on the CPU.
 
@@ -102,6 +106,7 @@ def load_model(
         offline: Never reach for the network.
         random_weights: Build from the config alone (a baseline).
         nf4: Hold the language model's linear layers in 4 bits.
+        leave_out: A model to the names of the weights that are not read; they stand as meta tensors.
 
     Raises:
         DataError: Only pickled weights are there, or remote code is asked for.
@@ -110,6 +115,8 @@ def load_model(
     """
     import torch
     from transformers.utils import logging
+
+    from mmtune.models.left_out import built_without, finish
 
     # The stage shows its own progress.
     logging.disable_progress_bar()
@@ -132,8 +139,9 @@ def load_model(
         from mmtune.models.quantize import nf4_config
 
         more["quantization_config"] = nf4_config(cls, config, dtype or torch.float32)
+    built = built_without(cls, leave_out) if leave_out else cls
     try:
-        model, info = cls.from_pretrained(
+        model, info = built.from_pretrained(
             path,
             config=config,
             revision=revision,
@@ -155,6 +163,12 @@ def load_model(
         raise IntegrityError(
             f"{path} lacks {len(missing)} weights, such as {missing[0]}", "fetch the model again", "missing_weights"
         )
+    if leave_out:
+        finish(model, cls)
+    if nf4:
+        from mmtune.models.quantize import keep_layout
+
+        keep_layout(model)
     return model.eval()
 
 

@@ -50,3 +50,14 @@ def nf4_config(cls: Any, config: PretrainedConfig, dtype: torch.dtype) -> Any:
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=left_out,
     )
+
+
+def keep_layout(model: Any) -> None:
+    """Keeps the 4-bit weights as they are in a pass without gradients, in place.
+
+    bitsandbytes packs them anew for such a pass on a CPU with AVX-512 BF16, and computes later training steps,
+    after a validation loss say, through a kernel that has no backward pass.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

@@ -41,9 +41,9 @@ class Split:
     table: pa.Table
     collate: Collator
 
-    def with_features(self, features: Features) -> Split:
-        """Returns the split with features in place of pixels."""
-        return Split(self.table, self.collate.with_features(features))
+    def with_features(self, kind: str, features: Features) -> Split:
+        """Returns the split with features in place of every ``image`` or ``audio``."""
+        return Split(self.table, self.collate.with_features(kind, features))
 
     def with_pixels(self, pixels: Features) -> Split:
         """Returns the split with processed images from disk, where they stand there."""

@@ -73,16 +73,22 @@ def some_rows(table: pa.Table, limit: int) -> pa.Table:
     return pa.Table.from_pylist(kept, table.schema)
 
 
-def image_items(table: pa.Table, image_token_id: int) -> Iterator[tuple[Item, int, int]]:
-    """Yields every image of a split, as often as it stands there: item, image tokens, rows of its tree that see it."""
+def media_items(table: pa.Table, kind: str, token_id: int) -> Iterator[tuple[Item, int, int]]:
+    """Yields every medium of a kind, as often as it stands in a split: item, tokens, rows of its tree that see it.
+
+    Args:
+        table: The split.
+        kind: ``image``, video frames among them, or ``audio``.
+        token_id: What stands for a piece of it.
+    """
     for batch in table.select(["input_ids", "branch", "media", "example_ids"]).to_batches(max_chunksize=4096):
         ids, bounds = _flat(batch.column(0))
         branch, _ = _flat(batch.column(1))
         rows = np.diff(batch.column(3).offsets.to_numpy())
-        before = np.concatenate([[0], np.cumsum(ids == image_token_id)])
+        before = np.concatenate([[0], np.cumsum(ids == token_id)])
         for number, spans in enumerate(batch.column(2).to_pylist()):
             for span in map(row_to_span, spans):
-                if span.medium.modality != "audio":
+                if (span.medium.modality == "audio") == (kind == "audio"):
                     first = bounds[number] + span.start
                     tokens = int(before[first + span.length] - before[first])
                     seen = 1 if branch[first] else int(rows[number])

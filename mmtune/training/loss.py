@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from mmtune.models.image_features import with_encoder_outputs
+from mmtune.models.encoder_outputs import encoder_outputs_in
 from mmtune.models.soft_prompt import is_prefix, run_behind_virtual_tokens, virtual_tokens
 from mmtune.training.label_tokens import only_label_tokens
 from mmtune.training.tree_mask import MaskRules, attention_mask, behind_virtual_tokens
@@ -30,15 +30,15 @@ def answer_loss(
     """Returns the summed cross-entropy in fp32 over the label tokens, and their number.
 
     Args:
-        model: Called with the batch less its labels and its layout, features as ``mm_encoder_outputs``.
+        model: Called with the batch less its labels and its layout, features in the place of media.
         batch: Padded rows with ``labels`` ``(B, T)``, -100 where there is no loss; or packed trees as
             ``TreeCollator`` makes them, with ``next_labels``.
         rules: The model's attention; wanted for packed trees.
     """
-    inputs = with_encoder_outputs({name: value for name, value in batch.items() if name not in _OURS})
+    given = {name: value for name, value in batch.items() if name not in _OURS}
     next_BT = batch["next_labels"] if "next_labels" in batch else next_labels(batch["labels"])
     bears_BT = next_BT != IGNORED
-    with only_label_tokens(model, bears_BT):
+    with encoder_outputs_in(model, given) as inputs, only_label_tokens(model, bears_BT):
         if "layout" not in batch:
             made = model(**inputs, use_cache=False)
         else:

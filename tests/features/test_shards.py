@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmtune import files
 from mmtune.errors import IntegrityError
 from mmtune.features import shards
 from mmtune.features.shards import (
@@ -94,7 +95,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, items: list[Item], monkey
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards, "sync", full)
+    monkeypatch.setattr(files, "sync", full)
     with pytest.raises(OSError, match="No space"):
         write(tmp_path / "f", tmp_path, items)
     assert not list((tmp_path / "f").iterdir())

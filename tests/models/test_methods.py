@@ -181,6 +181,22 @@ def test_qlora_holds_the_language_model_alone_in_four_bits(base, tmp_path):
     assert nll.item() / count < result.losses[0]
 
 
+def test_a_validation_pass_leaves_four_bit_weights_as_they_are(base):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (pip install 'mmtune[qlora]')")
+    wrapped = add_lora(load_model(base, nf4=True), towers=["llm"], targets=None, r=4, alpha=8, base_path=base)
+
+    def step() -> list[torch.Tensor]:
+        wrapped.train().zero_grad(set_to_none=True)
+        answer_loss(wrapped, Rows().batch(range(4)))[0].backward()
+        return [parameter.grad.clone() for parameter in wrapped.parameters() if parameter.grad is not None]
+
+    before = step()
+    with torch.no_grad():
+        answer_loss(wrapped.eval(), Rows().batch(range(4)))
+    after = step()
+    assert before and all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [

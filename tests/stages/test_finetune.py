@@ -114,7 +114,7 @@ def test_features_train_as_pixels_do_and_are_made_once(fresh):
     finetune(kept, force=True, console=console)
     said = "\n".join(console.lines)
     assert "features stand for pixels" in said and "the frozen vision tower runs 12 times" in said
-    (shard,) = (kept.run_dir / "features" / "towers").iterdir()
+    (shard,) = (kept.run_dir / "features" / "towers" / "image").glob("shard-*")
     made = shard.stat().st_mtime_ns
     assert numbers_of(kept) == [pytest.approx(row, rel=1e-5) for row in expected]
     again = weights_of(kept)
@@ -239,7 +239,7 @@ def test_full_tuning_on_features_saves_the_whole_model(fresh):
     ("settings", "reason"),
     [
         ({"augment": {"shift": 0.1}}, "augment changes the pixels"),
-        ({"method": "full", "train": ["llm", "projector"]}, "projector train"),
+        ({"method": "full", "train": ["llm", "vision"]}, "the vision tower trains"),
     ],
 )
 def test_features_are_refused_where_pixels_or_towers_change(fresh, settings, reason):

@@ -14,18 +14,20 @@ import torch
 from mmtune.encoding.collate import Collator
 from mmtune.encoding.tree import Tree
 from mmtune.features.shards import Item, item_name
-from mmtune.models.adapter import add_lora
-from mmtune.models.image_features import image_features, put_back, release_image_towers, trains_on_pixels
+from mmtune.models.adapter import add_lora, train_fully
+from mmtune.models.encoder_outputs import encoder_outputs, takes_none
+from mmtune.models.left_out import put_back, release
+from mmtune.models.towers import tower_of
 from mmtune.training import frozen_features
-from mmtune.training.frozen_features import Maker, Pictures, distinct_pictures
+from mmtune.training.frozen_features import DistinctMedia, Maker, distinct_media
 from mmtune.training.loss import answer_loss
 from mmtune.training.rope_index import rope_index
 from mmtune.training.tree_batch import TreeCollator
 from mmtune.training.tree_mask import mask_rules
 from tests.training.test_tree_batch import apart, error, gradients, trees_of
 
-# The images of these are cut into tiles that depend on their conversation, or there are none.
-TAKES = [
+# The images of the other families are cut into tiles that depend on their conversation, or there are none.
+IMAGES = [
     "llava",
     "llava_bytes",
     "llava_next",
@@ -37,6 +39,8 @@ TAKES = [
     "smolvlm",
     "composite",
 ]
+SOUNDS = ["qwen2_audio", "audio_flamingo3", "qwen2_5_omni"]
+TAKES = [*IMAGES, *SOUNDS]
 
 
 class Kept:
@@ -53,11 +57,12 @@ class Kept:
         member = self.members[item_name(item)]
         own = slice(member.start, member.start + member.length)
         found = {name: tensor[own] for name, tensor in self.tensors.items()}
-        return found | ({"image_grid_thw": torch.tensor([member.grid])} if member.grid else {})
+        found |= {"image_grid_thw": torch.tensor([member.grid])} if member.grid else {}
+        return found | ({"audio_frames": torch.tensor([member.audio_frames])} if member.audio_frames else {})
 
 
-def frozen(family: Any) -> Any:
-    model = add_lora(deepcopy(family.model), towers=("llm",), targets=None, r=4, alpha=8)
+def frozen(family: Any, towers: tuple[str, ...] = ("llm",)) -> Any:
+    model = add_lora(deepcopy(family.model), towers=towers, targets=None, r=4, alpha=8)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -65,47 +70,103 @@ def frozen(family: Any) -> Any:
     return model.eval()
 
 
-def pictures_of(trees: list[Tree], token: int) -> Pictures:
+def kind_of(family: Any) -> str:
+    return sorted(family.takes)[-1]
+
+
+def media_of(family: Any, trees: list[Tree], kind: str) -> DistinctMedia:
+    token = getattr(family.processor, f"{kind}_token_id")
     found = []
     for tree in trees:
-        for span in (span for span in tree.media if span.medium.modality != "audio"):
-            inside = tree.input_ids[span.start : span.start + span.length]
-            found.append((Item(span.medium, span.frame, span.frames), int((inside == token).sum()), 1))
-    return distinct_pictures(found, as_trees=True)
+        for span in tree.media:
+            if (span.medium.modality == "audio") == (kind == "audio"):
+                inside = tree.input_ids[span.start : span.start + span.length]
+                found.append((Item(span.medium, span.frame, span.frames), int((inside == token).sum()), 1))
+    return distinct_media(found)
 
 
-def made(model: Any, collate: Collator, pictures: Pictures, monkeypatch: Any, dtype: Any = None) -> Kept:
+def made(
+    model: Any,
+    collate: Collator,
+    found: DistinctMedia,
+    monkeypatch: Any,
+    *,
+    kind: str = "image",
+    dtype: Any = None,
+    before_projector: bool = False,
+) -> Kept:
     monkeypatch.setattr(frozen_features, "stand_of", lambda item, root: (0, 0, ""))
-    maker = Maker(model, collate, Path(), dtype, torch.device("cpu"), nullcontext)
-    return Kept(*maker.make(pictures.items, pictures.tokens))
+    maker = Maker(model, kind, before_projector, collate, Path(), dtype, torch.device("cpu"), nullcontext)
+    return Kept(*maker.make(found.items, found.tokens))
 
 
-@pytest.mark.parametrize("name", TAKES)
-def test_loss_and_gradients_are_those_of_pixels(
-    name: str, tiny_family: Any, media: Any, served: Any, monkeypatch: Any
-) -> None:
-    family = tiny_family(name)
-    model = frozen(family)
-    assert trains_on_pixels(model) == ""
-    trees = trees_of(family, media, served)
-    live = Collator(family.processor, media_root=Path())
-    kept = made(model, live, pictures_of(trees, family.processor.image_token_id), monkeypatch)
-    rules = mask_rules(model)
-    expected, _ = answer_loss(model, TreeCollator(live, rope_index(model))([trees[1:], trees[:1]]), rules)
+def compare(
+    family: Any, model: Any, trees: list[Tree], monkeypatch: Any, *, before_projector: bool, kind: str = ""
+) -> set[str]:
+    """Loss and gradients with the towers in place, and from features without them; returns the features' names."""
+    kind, live = kind or kind_of(family), Collator(family.processor, media_root=Path())
+    kept = made(model, live, media_of(family, trees, kind), monkeypatch, kind=kind, before_projector=before_projector)
+    rules, bins = mask_rules(model), [trees[1:], trees[:1]]
+    expected, _ = answer_loss(model, TreeCollator(live, rope_index(model))(bins), rules)
     wanted = gradients(model, expected)
     rows_expected, _ = apart(model, live, trees)
-    released = release_image_towers(model)
-    cached = live.with_features(kept)  # type: ignore[arg-type]
-    batch = TreeCollator(cached, rope_index(model))([trees[1:], trees[:1]])
-    assert "pixel_values" not in batch
+    released = release(model, {kind}, with_projector=not before_projector)
+    assert released
+    cached = live.with_features(kind, kept)  # type: ignore[arg-type]
+    batch = TreeCollator(cached, rope_index(model))(bins)
+    assert ("pixel_values" if kind == "image" else "input_features") not in batch
     found, _ = answer_loss(model, batch, rules)
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert error(gradients(model, found), wanted) < 1e-5
-    rows_found, _ = apart(model, cached, trees)
+    grown = gradients(model, found)
+    # What learns the times of frames has none to learn from; beside images it gets zeros.
+    assert error(grown, {name: one for name, one in wanted.items() if name in grown or one.any()}) < 1e-5
+    rows_found, _ = apart(model, cached, trees, step=2)
     assert rows_found.item() == pytest.approx(rows_expected.item(), rel=1e-6)
     put_back(released)
     again, _ = apart(model, live, trees)
     assert again.item() == rows_expected.item()
+    return set(kept.tensors)
+
+
+@pytest.mark.parametrize("name", TAKES)
+def test_loss_and_gradients_are_those_of_media(
+    name: str, tiny_family: Any, media: Any, served: Any, monkeypatch: Any
+) -> None:
+    family = tiny_family(name)
+    model = frozen(family)
+    assert takes_none(model, kind_of(family)) == ""
+    trees = trees_of(family, media, served)
+    assert not any("|" in name for name in compare(family, model, trees, monkeypatch, before_projector=False))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("name", TAKES)
+def test_a_projector_trains_on_what_enters_it(
+    name: str, method: str, tiny_family: Any, media: Any, served: Any, monkeypatch: Any
+) -> None:
+    family = tiny_family(name)
+    if method == "lora":
+        model = frozen(family, ("llm", "projector"))
+    else:
+        model = train_fully(deepcopy(family.model), ["projector"])
+    trains = {tower_of(name) for name, one in model.named_parameters() if one.requires_grad}
+    assert ("projector" in trains) != (name == "gemma3" and method == "lora")
+    trees = trees_of(family, media, served)
+    names = compare(family, model, trees, monkeypatch, before_projector=True)
+    assert any("|" in name for name in names) and ("llava_next" in name) == any("@" in name for name in names)
+
+
+@pytest.mark.parametrize("before_projector", [False, True])
+@pytest.mark.parametrize("kind", ["image", "audio"])
+def test_one_kind_of_two_is_kept(
+    kind: str, before_projector: bool, tiny_family: Any, media: Any, served: Any, monkeypatch: Any
+) -> None:
+    """Qwen2.5-Omni sees and hears; its audio tower ends in the model's width, with no projector behind it."""
+    family = tiny_family("qwen2_5_omni")
+    model = frozen(family, ("llm", "projector") if before_projector else ("llm",))
+    trees = trees_of(family, media, served, kinds=("image", "audio"))
+    names = compare(family, model, trees, monkeypatch, before_projector=before_projector, kind=kind)
+    assert any("|" in name for name in names) == (before_projector and kind == "image")
 
 
 def test_bf16_features_are_close(tiny_family: Any, media: Any, served: Any, monkeypatch: Any) -> None:
@@ -113,48 +174,48 @@ def test_bf16_features_are_close(tiny_family: Any, media: Any, served: Any, monk
     model = frozen(family)
     trees = trees_of(family, media, served)
     live = Collator(family.processor, media_root=Path())
-    kept = made(model, live, pictures_of(trees, family.processor.image_token_id), monkeypatch, torch.bfloat16)
+    kept = made(model, live, media_of(family, trees, "image"), monkeypatch, dtype=torch.bfloat16)
     assert all(tensor.dtype == torch.bfloat16 for tensor in kept.tensors.values())
     expected, _ = apart(model, live, trees)
-    found, _ = apart(model, live.with_features(kept), trees)  # type: ignore[arg-type]
+    found, _ = apart(model, live.with_features("image", kept), trees)  # type: ignore[arg-type]
     assert 0 < abs((found / expected).item() - 1) < 1e-3
 
 
-def test_a_tower_that_trains_needs_pixels(tiny_family: Any) -> None:
-    model = deepcopy(tiny_family("llava").model)
-    assert trains_on_pixels(model) == "vision and projector train"
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("language_model" in name or "lm_head" in name)
-    assert trains_on_pixels(model) == ""
-    reads = deepcopy(tiny_family("composite_perceiver").model)
-    reads.requires_grad_(False)
-    assert trains_on_pixels(reads) == ""
-    reads.config.projectors["image"]["instruction"] = True
-    assert "reads the instruction" in trains_on_pixels(reads)
-    assert "takes no image features" in trains_on_pixels(tiny_family("text_llama3").model)
+def test_a_family_without_media_takes_none(tiny_family: Any) -> None:
+    model = tiny_family("text_llama3").model
+    assert "takes no features of images" in takes_none(model, "image")
+    assert takes_none(model, "audio") and takes_none(tiny_family("llava").model, "audio")
 
 
-def test_an_image_of_two_lengths_is_refused() -> None:
+def test_a_resampler_that_reads_the_instruction_takes_none(tiny_family: Any) -> None:
+    model = deepcopy(tiny_family("composite_perceiver").model)
+    assert takes_none(model, "image") == ""
+    model.config.projectors["image"]["instruction"] = True
+    assert "reads the instruction" in takes_none(model, "image")
+
+
+def test_a_medium_of_two_lengths_is_refused() -> None:
     medium = SimpleNamespace(path="a.jpg", data=None)
     same = Item(medium)  # type: ignore[arg-type]
-    assert distinct_pictures([(same, 4, 3), (same, 4, 2)], as_trees=False).runs == 5
-    assert distinct_pictures([(same, 4, 3), (same, 4, 2)], as_trees=True).runs == 2
+    found = distinct_media([(same, 4, 3), (same, 4, 2)])
+    assert (found.rows, found.trees, len(found.items)) == (5, 2, 1)
     embedded = Item(SimpleNamespace(path="", data=b"raw"))  # type: ignore[arg-type]
-    assert "embedded" in distinct_pictures([(embedded, 4, 1)], as_trees=True).reason
-    assert "4 tokens in one row, 9 in another" in distinct_pictures([(same, 4, 1), (same, 9, 1)], as_trees=True).reason
+    assert "embedded" in distinct_media([(embedded, 4, 1)]).reason
+    assert "4 tokens in one row, 9 in another" in distinct_media([(same, 4, 1), (same, 9, 1)]).reason
 
 
 def test_batches_do_not_change_the_features(tiny_family: Any, media: Any, served: Any, monkeypatch: Any) -> None:
     family = tiny_family("qwen2_5_vl")
     model = frozen(family)
     live = Collator(family.processor, media_root=Path())
-    pictures = pictures_of(trees_of(family, media, served), family.processor.image_token_id)
+    pictures = media_of(family, trees_of(family, media, served), "image")
     whole = made(model, live, pictures, monkeypatch)
     monkeypatch.setattr(frozen_features, "_TOKENS_AT_ONCE", 1)
     single = made(model, live, pictures, monkeypatch)
     assert [member.start for member in single.members.values()] == [m.start for m in whole.members.values()]
     for name, tensor in whole.tensors.items():
         torch.testing.assert_close(single.tensors[name], tensor, rtol=1e-5, atol=1e-6)
-    direct = image_features(model, live.processed(pictures.items[:1])[0])
     rows = pictures.tokens[0]
+    tensors = live.processed(pictures.items[:1])[0]
+    direct = encoder_outputs(model, "image", tensors, rows, before_projector=False)
     torch.testing.assert_close(whole.tensors["image_features"][:rows], direct["image_features"], rtol=1e-5, atol=1e-6)

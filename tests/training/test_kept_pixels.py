@@ -20,7 +20,7 @@ from mmtune.features.levels import read_values
 from mmtune.features.shards import Item, read_members
 from mmtune.media.probe import ProbeLimits, probe_medium
 from mmtune.records import Medium, Message, TextPart
-from mmtune.training.frozen_features import Pictures, Shelf, distinct_pictures
+from mmtune.training.frozen_features import DistinctMedia, Shelf, distinct_media
 from mmtune.training.kept_pixels import PixelMaker, fill, first_that_fit
 
 SIZES = ((60, 40), (33, 90), (200, 30), (60, 40))
@@ -54,13 +54,13 @@ def rows_of(family: Any, media: list[Medium]) -> list[Any]:
     return [family.renderer.encode([one, Message("assistant", (TextPart("a cat"),))]) for one in asked]
 
 
-def pictures_of(rows: list[Any], token: int) -> Pictures:
+def pictures_of(rows: list[Any], token: int) -> DistinctMedia:
     found = []
     for row in rows:
         for span in row.media:
             count = int((row.input_ids[span.start : span.start + span.length] == token).sum())
             found.append((Item(span.medium, span.frame, span.frames), count, 1))
-    return distinct_pictures(found, as_trees=True)
+    return distinct_media(found)
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def opened(monkeypatch: Any) -> list[str]:
 def shelved(family: Any, media: list[Medium], root: Path, workers: int = 0) -> SimpleNamespace:
     rows = rows_of(family, media)
     collate = Collator(family.processor, media_root=root)
-    pictures = pictures_of(rows, collate.image_token_id or 0)
+    pictures = pictures_of(rows, collate.token_id("image") or 0)
     maker = PixelMaker(collate, root)
     each = maker.size_bytes(pictures.items[0], pictures.tokens[0]) / pictures.tokens[0]
     shelf = Shelf(pictures, root / "shelf", "me", each, root, shard_bytes=1)
@@ -111,7 +111,7 @@ def test_a_shard_is_small_and_a_video_is_decoded_once_for_it(
 ) -> None:
     rows = rows_of(tiny_family("qwen2_vl"), files[-1:])
     collate = Collator(tiny_family("qwen2_vl").processor, media_root=tmp_path)
-    pictures = pictures_of(rows, collate.image_token_id or 0)
+    pictures = pictures_of(rows, collate.token_id("image") or 0)
     assert len(pictures.items) == 8
     _, tensors = PixelMaker(collate, tmp_path).make(pictures.items, pictures.tokens)
     assert opened == ["clip.mp4"] and tensors["pixel_values"].dtype == torch.uint8
@@ -154,7 +154,7 @@ def test_images_that_are_not_there_are_decoded(
 ) -> None:
     family = tiny_family("qwen2_vl")
     made = shelved(family, files[:3], tmp_path)
-    part = replace(made.shelf, pictures=Pictures(made.pictures.items[:2], made.pictures.tokens[:2], 2))
+    part = replace(made.shelf, media=DistinctMedia(made.pictures.items[:2], made.pictures.tokens[:2], 2, 2))
     collate = Collator(family.processor, media_root=tmp_path).with_pixels(part.features(read_values))
     opened.clear()
     found = collate(made.rows)

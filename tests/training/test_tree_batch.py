@@ -26,16 +26,19 @@ READ_THE_MASK = ("composite_late", "composite_hybrid", "composite_cross", "compo
 ANSWERS = ["black and white", "three of them, hello world!", "it is red", "yes"]
 
 
-def trees_of(family: Any, media: Any, served: dict[str, Any], *, own_media: bool = True) -> list[Tree]:
+def trees_of(
+    family: Any, media: Any, served: dict[str, Any], *, own_media: bool = True, kinds: tuple[str, ...] | None = None
+) -> list[Tree]:
     """Two trees with shared media, one whose branches have media of their own, and a plain conversation."""
+    shown = kinds or tuple(sorted(family.takes))
 
     def medium(number: int) -> list[Any]:
-        shown = []
-        for kind in sorted(family.takes):
+        parts = []
+        for kind in shown:
             made, real = media.audio(9_000 + 1_600 * number) if kind == "audio" else media.image(60 + 40 * number, 44)
             served[made.path] = real[kind]
-            shown.append(made)
-        return shown
+            parts.append(made)
+        return parts
 
     def row(*parts: Any, answer: str) -> EncodedRow:
         return family.renderer.encode([Message("user", parts), Message("assistant", (TextPart(answer),))])

@@ -79,6 +79,7 @@ def finetune(
         console.say(f"finetune: {target} is up to date (same settings, same tokens); nothing to do")
         return {"stage": "finetune", "cached": True, "target": str(target), **read_manifest(target).facts}
     from mmtune.models.adapter import whole_state
+    from mmtune.models.left_out import bring_back
     from mmtune.training.ranks import meeting
 
     with staging or nullcontext(), meeting("training"):
@@ -86,6 +87,8 @@ def finetune(
             recipe, settings, tokens, path, {"config": config, "tokens": tokens.hash}, limit, resume, offline, console
         )
         outcome = follow(run, resume, console)
+        if settings.method == "full" and staging is not None:
+            bring_back(run.model, run.load)
         state = whole_state(run.model)
         if staging is None:
             return {"stage": "finetune", "rank": run.accelerator.process_index}

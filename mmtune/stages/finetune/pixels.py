@@ -11,13 +11,14 @@ from typing import Any
 
 from mmtune import __version__
 from mmtune.recipe import Finetune
-from mmtune.stages.finetune.features import MAKERS, REFUSALS, agreed, in_short, size_text
+from mmtune.stages.finetune.features import REFUSALS, in_short, size_text
+from mmtune.stages.finetune.wanted import MAKERS, agreed
 from mmtune.storage import library_versions
 from mmtune.talk import Talk
 
 _GIB = 1 << 30
 # A frame of a video also depends on its decoder.
-_MAKERS = (*MAKERS, "numpy", "av")
+_MAKERS = (*MAKERS, "av")
 
 
 def use_pixels(
@@ -38,7 +39,7 @@ def use_pixels(
     import torch
 
     from mmtune.features.levels import read_values
-    from mmtune.training.frozen_features import Pictures, Shelf
+    from mmtune.training.frozen_features import DistinctMedia, Shelf
     from mmtune.training.kept_pixels import SHARD_BYTES, PixelMaker
     from mmtune.training.ranks import sum_tensor
 
@@ -57,8 +58,8 @@ def use_pixels(
         count, one, problem = _room(settings.pixels_gib, whole, maker)
     # The first process decides: the room on a disk changes while others look.
     count, one = sum_tensor(torch.tensor([count, one], device=accelerator.device), "looking for room").tolist()
-    some = Pictures(pictures.items[:count], pictures.tokens[:count], pictures.runs)
-    shelf = replace(whole, pictures=some, row_bytes=one / pictures.tokens[0])
+    some = DistinctMedia(pictures.items[:count], pictures.tokens[:count], pictures.trees, pictures.rows)
+    shelf = replace(whole, media=some, row_bytes=one / pictures.tokens[0])
     if count:
         problem = _fill(shelf, len(pictures.items), maker, settings.workers, accelerator, console)
     if problem or not count:
@@ -70,20 +71,21 @@ def use_pixels(
 
 def _pictures(settings: Finetune, splits: Mapping[str, Any]) -> Any:
     """Returns the distinct images of all splits, or why none can be kept."""
-    from mmtune.training.data import image_items
-    from mmtune.training.frozen_features import Pictures, distinct_pictures
+    from mmtune.training.data import media_items
+    from mmtune.training.frozen_features import DistinctMedia, distinct_media
 
     collate = splits["train"].collate
+    token = collate.token_id("image")
     reason = "finetune.augment changes the pixels" if settings.augment else ""
-    if not reason and collate.image_token_id is None:
+    if not reason and token is None:
         reason = "the model sees no images"
     if not reason and not collate.joins_images:
         reason = "this family lays its images out by batch"
     if reason:
-        return Pictures([], [], 0, reason)
-    found = (one for split in splits.values() for one in image_items(split.table, collate.image_token_id))
-    pictures = distinct_pictures(found, as_trees=True)
-    return pictures if pictures.items or pictures.reason else Pictures([], [], 0, "no row has an image")
+        return DistinctMedia([], [], 0, 0, reason)
+    found = (one for split in splits.values() for one in media_items(split.table, "image", token))
+    pictures = distinct_media(found)
+    return pictures if pictures.items or pictures.reason else DistinctMedia([], [], 0, 0, "no row has an image")
 
 
 def _versions() -> dict[str, str]:
@@ -94,7 +96,7 @@ def _room(most_gib: float, whole: Any, maker: Any) -> tuple[int, int, str]:
     """Returns how many images there is room for, the bytes of the first one, and what is wrong."""
     from mmtune.training.kept_pixels import first_that_fit
 
-    items, tokens = whole.pictures.items, whole.pictures.tokens
+    items, tokens = whole.media.items, whole.media.tokens
     try:
         one = maker.size_bytes(items[0], tokens[0])
     except REFUSALS as refusal:
@@ -112,7 +114,7 @@ def _fill(shelf: Any, wanted: int, maker: Any, workers: int, accelerator: Any, c
 
     rank, world = accelerator.process_index, accelerator.num_processes
     missing = shelf.missing()
-    kept, new = len(shelf.pictures.items), sum(map(len, missing.values()))
+    kept, new = len(shelf.media.items), sum(map(len, missing.values()))
     console.say(
         f"finetune: {kept:,} of {wanted:,} images, processed, take {size_text(shelf.size_bytes())} on disk;"
         f" {new:,} of them are made now"

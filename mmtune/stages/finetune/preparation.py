@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -10,8 +10,10 @@ from typing import Any
 
 from mmtune.errors import CapabilityError, DataError, IntegrityError, RecipeError
 from mmtune.recipe import Augment, Finetune, Recipe
-from mmtune.stages.finetune.features import use_features
+from mmtune.stages.finetune.base import load_base, model_to_train, place, show_towers, weights_dtype
+from mmtune.stages.finetune.features import Means, use_features
 from mmtune.stages.finetune.pixels import use_pixels
+from mmtune.stages.finetune.wanted import wanted_features, with_proved
 from mmtune.storage import Manifest, open_split
 from mmtune.talk import Talk
 
@@ -34,6 +36,7 @@ class Run:
     checkpoints: Any
     identity: dict[str, Any]
     processor: Any
+    load: Callable[..., Any]
 
 
 def prepare(
@@ -66,9 +69,9 @@ def prepare(
     """
     from mmtune.encoding.processor import load_processor, processor_fingerprint
     from mmtune.models.attention import is_flex
+    from mmtune.models.left_out import set_aside
     from mmtune.training.batching import packed_trees, rows_apart
     from mmtune.training.checkpoints import CheckpointFolder
-    from mmtune.training.optimizer import make_optimizer
     from mmtune.training.step_size import StepSize, planned_size
 
     _trackers_are_here(settings.trackers)
@@ -85,11 +88,22 @@ def prepare(
         raise IntegrityError(
             "the processor is not the one that tokens/ was made with", "run: mmtune tokenize", "other_processor"
         )
-    model = _model(recipe, settings, path, precision, offline, console)
-    _show_towers(model, console)
-    train = _split(recipe, tokens, processor, "train", limit, settings.augment)
-    val = _split(recipe, tokens, processor, "val", settings.eval_rows) if tokens.rows.get("val") else None
-    _place(model, settings, accelerator, console)
+    splits = {"train": _split(recipe, tokens, processor, "train", limit, settings.augment)}
+    if tokens.rows.get("val"):
+        splits["val"] = _split(recipe, tokens, processor, "val", settings.eval_rows)
+    load = partial(load_base, recipe, settings, path, precision, offline)
+    wanted = wanted_features(
+        settings,
+        recipe.run_dir / "features" / "towers",
+        _made_from(identity, tokens, recipe, settings, precision),
+        splits,
+        precision,
+        accelerator,
+    )
+    model = model_to_train(recipe, settings, path, [one.kind for one in wanted if one.found], load, console)
+    show_towers(model, console)
+    with set_aside(model):
+        place(model, settings, accelerator, console)
     checkpoints = CheckpointFolder(recipe.run_dir / "checkpoints" / "finetune", settings.keep)
     own_size = StepSize(
         accelerator.num_processes * settings.accumulate,
@@ -99,38 +113,18 @@ def prepare(
     )
     size = planned_size(own_size, checkpoints.newest_identity() if resume == "auto" else None)
     rows = _batching_of(rows_apart, recipe, settings, size, own_size)
+    train = with_proved(splits, wanted)["train"]
     attn = recipe.model.attn if recipe.model else "auto"
     as_trees = _trains_trees(model, train, rows(train, "train").plan, attn, accelerator, console)
     make = _batching_of(partial(packed_trees, model), recipe, settings, size, own_size) if as_trees else rows
-    splits = {"train": train, **({"val": val} if val else {})}
-    kept = use_features(
-        settings,
-        recipe.run_dir / "features" / "towers",
-        _made_from(identity, tokens, recipe, settings.from_scratch),
-        model,
-        splits,
-        make,
-        as_trees=as_trees,
-        precision=precision,
-        accelerator=accelerator,
-        console=console,
-    )
-    images = "pixels" if kept["train"] is train else "features"
-    if images == "pixels":
+    means = Means(settings, precision, model, make, as_trees, partial(load, whole=True), accelerator, console)
+    kept, kinds = use_features(wanted, splits, means)
+    if "image" not in kinds:
         shelves = recipe.run_dir / "features" / "pixels"
-        kept = use_pixels(settings, shelves, str(tokens.facts["processor"]), splits, accelerator, console)
+        kept = use_pixels(settings, shelves, str(tokens.facts["processor"]), kept, accelerator, console)
     batching = make(kept["train"], "train")
-    held_out = make(kept["val"], "val") if val else None
-    make_own = partial(
-        make_optimizer,
-        name=settings.optimizer,
-        rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        beta2=settings.beta2,
-        tower_rates=settings.tower_rates,
-        plus_ratio=settings.lora.plus_ratio,
-    )
-    optimizer = _by_deepspeed(model, make_own, settings, accelerator) if _goes_deep(settings) else make_own(model)
+    held_out = make(kept["val"], "val") if "val" in kept else None
+    optimizer = _optimizer(model, settings, accelerator)
     # Micro batches may change as long as as much makes a step; see ``planned_size``.
     config = identity["config"]
     own = {name: value for name, value in config["finetune"].items() if name not in ("accumulate", *size.limits())}
@@ -141,7 +135,7 @@ def prepare(
         "precision": precision,
         # Bins are of another length under FlexAttention.
         "batches": ("trees for FlexAttention" if is_flex(model) else "trees") if as_trees else "rows",
-        "images": images,
+        "features": kinds,
     }
     return Run(
         recipe,
@@ -155,6 +149,7 @@ def prepare(
         checkpoints,
         identity,
         processor,
+        means.load,
     )
 
 
@@ -184,25 +179,20 @@ def _accelerator(recipe: Recipe, settings: Finetune, precision: str) -> Any:
     )
 
 
-def _place(model: Any, settings: Finetune, accelerator: Any, console: Talk) -> None:
-    """Moves the model to this process's device, whole or its part, the same weights everywhere."""
-    from mmtune.training.ranks import share_weights, world_size
+def _optimizer(model: Any, settings: Finetune, accelerator: Any) -> Any:
+    """Returns what takes the steps."""
+    from mmtune.training.optimizer import make_optimizer
 
-    by_fsdp = settings.engine == "fsdp2" and (settings.offload or (settings.shard != "none" and world_size() > 1))
-    if by_fsdp:
-        from mmtune.training.sharding import shard_language_model
-
-        if "llm" not in settings.train:
-            # Every process then goes through the same layers backward, also one without a picture.
-            model.enable_input_require_grads()
-        shard_language_model(
-            model, accelerator.device, keep_gathered=settings.shard == "zero2", offload=settings.offload
-        )
-        return
-    if settings.shard != "none" and world_size() == 1:
-        console.note("finetune.shard does nothing with one process")
-    model.to(accelerator.device)
-    share_weights(model)
+    make = partial(
+        make_optimizer,
+        name=settings.optimizer,
+        rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        beta2=settings.beta2,
+        tower_rates=settings.tower_rates,
+        plus_ratio=settings.lora.plus_ratio,
+    )
+    return _by_deepspeed(model, make, settings, accelerator) if _goes_deep(settings) else make(model)
 
 
 def _goes_deep(settings: Finetune) -> bool:
@@ -240,12 +230,14 @@ def _batching_of(make: Any, recipe: Recipe, settings: Finetune, size: Any, own_s
     return lambda split, name: make(split, train if name == "train" else held_out)
 
 
-def _made_from(identity: dict[str, Any], tokens: Manifest, recipe: Recipe, random_weights: bool) -> dict[str, Any]:
-    """Returns what the features of images depend on."""
+def _made_from(
+    identity: dict[str, Any], tokens: Manifest, recipe: Recipe, settings: Finetune, precision: str
+) -> dict[str, Any]:
+    """Returns what the features of media depend on."""
     config = identity["config"]
     made = {"weights": config["weights"], "model": config["model"], "processor": tokens.facts.get("processor")}
-    made |= {"attn": recipe.model.attn if recipe.model else "auto"}
-    return made | ({"random": recipe.seed} if random_weights else {})
+    made |= {"attn": recipe.model.attn if recipe.model else "auto", "tower": str(weights_dtype(settings, precision))}
+    return made | ({"random": recipe.seed} if settings.from_scratch else {})
 
 
 def _trains_trees(model: Any, split: Any, rows: Any, attn: str, accelerator: Any, console: Talk) -> bool:
@@ -309,56 +301,6 @@ def _precision(asked: str) -> str:
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
 
 
-def _model(recipe: Recipe, settings: Finetune, path: str, precision: str, offline: bool, console: Talk) -> Any:
-    import torch
-
-    from mmtune.models.adapter import add_noise_to_embeddings
-    from mmtune.models.liger import use_liger
-    from mmtune.models.load import load_model
-    from mmtune.models.method import with_method
-    from mmtune.models.unused_layers import skip_unused_layers
-
-    torch.manual_seed(recipe.seed)
-    # A frozen base may rest in bf16; weights that train themselves stay in fp32.
-    small = precision == "bf16" and settings.method != "full"
-    # DeepSpeed's ZeRO-3 keeps what trains in the precision of what does not.
-    dtype = (
-        torch.bfloat16
-        if small and not (settings.engine == "deepspeed" and settings.shard == "zero3")
-        else torch.float32
-    )
-    model: Any = load_model(
-        path,
-        revision=recipe.model.revision if recipe.model else None,
-        dtype=dtype,
-        attn=recipe.model.attn if recipe.model else "auto",
-        offline=offline,
-        random_weights=settings.from_scratch,
-        nf4=settings.quantize == "nf4",
-    )
-    skip_unused_layers(model)
-    if settings.liger == "auto" and use_liger(model):
-        console.say("finetune: Liger's kernels are in use")
-    if settings.neftune_alpha:
-        add_noise_to_embeddings(model, settings.neftune_alpha)
-    if settings.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
-    lora = settings.lora.model_dump(exclude={"init", "plus_ratio"})
-    lora |= {
-        "targets": None if lora["targets"] == "all-linear" else lora["targets"],
-        "pissa": settings.lora.init == "pissa",
-    }
-    return with_method(
-        model,
-        settings.method,
-        towers=settings.train,
-        lora=lora,
-        virtual_tokens=settings.virtual_tokens,
-        base_path=path,
-    )
-
-
 def _split(
     recipe: Recipe, tokens: Manifest, processor: Any, split: str, limit: int | None, augment: Augment | None = None
 ) -> Any:
@@ -374,10 +316,3 @@ def _split(
     changed = Augmentation(recipe.seed, augment.shift, augment.flips) if augment else None
     collate = Collator(processor, media_root=Path(tokens.facts["media_root"]), augment=changed)
     return Split(table, collate)
-
-
-def _show_towers(model: Any, console: Talk) -> None:
-    from mmtune.models.towers import tower_table
-
-    rows = [(row.tower, row.state, row.parameters, row.trainable) for row in tower_table(model)]
-    console.table("what trains", ("tower", "state", "parameters", "trainable"), rows)

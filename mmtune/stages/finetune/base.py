@@ -1,0 +1,118 @@
+"""The model that a run trains: its base, what trains of it, and its place on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from mmtune.recipe import Finetune, Recipe
+from mmtune.talk import Talk
+
+
+def weights_dtype(settings: Finetune, precision: str) -> Any:
+    """Returns the type of the base's weights: a frozen one may rest in bf16, one that trains itself stays in fp32."""
+    import torch
+
+    small = precision == "bf16" and settings.method != "full"
+    # DeepSpeed's ZeRO-3 keeps what trains in the precision of what does not.
+    deep = settings.engine == "deepspeed" and settings.shard == "zero3"
+    return torch.bfloat16 if small and not deep else torch.float32
+
+
+def load_base(
+    recipe: Recipe,
+    settings: Finetune,
+    path: str,
+    precision: str,
+    offline: bool,
+    leave_out: Any = None,
+    *,
+    whole: bool = False,
+) -> Any:
+    """Returns the base model, less the weights that ``leave_out`` names; ``whole`` quantizes nothing."""
+    from mmtune.models.load import load_model
+
+    return load_model(
+        path,
+        revision=recipe.model.revision if recipe.model else None,
+        dtype=weights_dtype(settings, precision),
+        attn=recipe.model.attn if recipe.model else "auto",
+        offline=offline,
+        random_weights=settings.from_scratch,
+        nf4=settings.quantize == "nf4" and not whole,
+        leave_out=leave_out,
+    )
+
+
+def model_to_train(
+    recipe: Recipe,
+    settings: Finetune,
+    path: str,
+    absent: Sequence[str],
+    load: Callable[..., Any],
+    console: Talk,
+) -> Any:
+    """Returns the model with what trains, without the towers of the media in ``absent``."""
+    import torch
+
+    from mmtune.models.adapter import add_noise_to_embeddings
+    from mmtune.models.left_out import set_aside, tower_weights
+    from mmtune.models.liger import use_liger
+    from mmtune.models.method import with_method
+    from mmtune.models.unused_layers import skip_unused_layers
+
+    torch.manual_seed(recipe.seed)
+    behind = "projector" not in settings.train
+    model: Any = load(partial(tower_weights, kinds=absent, with_projector=behind) if absent else None)
+    skip_unused_layers(model)
+    if settings.liger == "auto" and use_liger(model):
+        console.say("finetune: Liger's kernels are in use")
+    if settings.neftune_alpha:
+        add_noise_to_embeddings(model, settings.neftune_alpha)
+    if settings.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    lora = settings.lora.model_dump(exclude={"init", "plus_ratio"})
+    lora |= {
+        "targets": None if lora["targets"] == "all-linear" else lora["targets"],
+        "pissa": settings.lora.init == "pissa",
+    }
+    with set_aside(model):
+        return with_method(
+            model,
+            settings.method,
+            towers=settings.train,
+            lora=lora,
+            virtual_tokens=settings.virtual_tokens,
+            base_path=path,
+        )
+
+
+def place(model: Any, settings: Finetune, accelerator: Any, console: Talk) -> None:
+    """Moves the model to this process's device, whole or its part, the same weights everywhere."""
+    from mmtune.training.ranks import share_weights, world_size
+
+    by_fsdp = settings.engine == "fsdp2" and (settings.offload or (settings.shard != "none" and world_size() > 1))
+    if by_fsdp:
+        from mmtune.training.sharding import shard_language_model
+
+        if "llm" not in settings.train:
+            # Every process then goes through the same layers backward, also one without a picture.
+            model.enable_input_require_grads()
+        shard_language_model(
+            model, accelerator.device, keep_gathered=settings.shard == "zero2", offload=settings.offload
+        )
+        return
+    if settings.shard != "none" and world_size() == 1:
+        console.note("finetune.shard does nothing with one process")
+    model.to(accelerator.device)
+    share_weights(model)
+
+
+def show_towers(model: Any, console: Talk) -> None:
+    """Prints what trains of every tower."""
+    from mmtune.models.towers import tower_table
+
+    rows = [(row.tower, row.state, row.parameters, row.trainable) for row in tower_table(model)]
+    console.table("what trains", ("tower", "state", "parameters", "trainable"), rows)

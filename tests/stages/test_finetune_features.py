@@ -1,0 +1,174 @@
+"""Features of frozen towers through the whole stage: equal numbers, towers that are not loaded, saved models whole."""
+
+from __future__ import annotations
+
+import json
+import wave
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmtune.models import load as loading
+from mmtune.recipe import Finetune, Model, Recipe, Source
+from mmtune.stages.build_data import build_data
+from mmtune.stages.finetune import finetune
+from mmtune.stages.tokenize import tokenize
+from mmtune.storage import read_manifest
+from mmtune.talk import Talk
+from tests.stages.test_finetune import fresh, metrics_of, numbers_of, own_precision, tokens, two
+from tests.training.conftest import tiny
+
+__all__ = ["fresh", "own_precision", "tokens", "two"]
+
+
+def said(recipe: Recipe, **more: Any) -> str:
+    console = Talk(quiet=True)
+    finetune(recipe, force=True, console=console, **more)
+    return "\n".join(console.lines)
+
+
+def saved(recipe: Recipe) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in (recipe.run_dir / "adapter").glob("*.safetensors")}
+
+
+@pytest.fixture
+def absent(monkeypatch: Any) -> list[set[str]]:
+    """The names of the weights that each loading of a model left out."""
+    seen: list[set[str]] = []
+    load = loading.load_model
+
+    def watched(*path: Any, **settings: Any) -> Any:
+        model = load(*path, **settings)
+        seen.append({name for name, parameter in model.named_parameters() if parameter.is_meta})
+        return model
+
+    monkeypatch.setattr(loading, "load_model", watched)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"train": ["llm", "projector"]},
+        {"method": "full"},
+        {"method": "full", "train": ["projector"]},
+        {"method": "prompt", "virtual_tokens": 4},
+        {"quantize": "nf4"},
+        {"precision": "bf16"},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())) or "lora",
+)
+def test_the_second_run_does_not_load_the_tower_and_ends_with_the_same_bytes(fresh, settings, absent):
+    if "quantize" in settings:
+        pytest.importorskip("bitsandbytes", reason="nf4 is an extra: pip install mmtune[qlora]")
+    recipe = fresh(**settings, max_steps=8)
+    first = said(recipe)
+    assert "features stand for pixels; the loss of a batch differs" in first and not absent[0]
+    weights, numbers = saved(recipe), numbers_of(recipe)
+    loads = len(absent)
+    assert "the vision tower is not loaded" in said(recipe)
+    left_out = absent[loads]
+    assert any("vision_tower" in name for name in left_out)
+    assert any("projector" in name for name in left_out) == ("projector" not in settings.get("train", ()))
+    assert saved(recipe) == weights and numbers_of(recipe) == numbers
+    live = fresh(**settings, features={"use": "off"}, max_steps=8)
+    said(live)
+    tolerance = 1e-3 if "precision" in settings else 1e-5
+    assert numbers == [pytest.approx(row, rel=tolerance) for row in numbers_of(live)]
+
+
+def test_a_model_tuned_without_its_tower_is_saved_with_it(fresh):
+    recipe = fresh(method="full", max_steps=8)
+    said(recipe)
+    assert "not loaded" in said(recipe)
+    base = load_file(Path(recipe.model.path) / "model.safetensors")
+    tuned = load_file(recipe.run_dir / "adapter" / "model.safetensors")
+    assert tuned.keys() == base.keys()
+    assert all(torch.equal(tuned[name], base[name]) == ("language_model" not in name) for name in base)
+
+
+@pytest.mark.parametrize("damage", ["touched", "gone", "other weights", "another medium"])
+def test_what_changed_since_the_proof_is_proved_again(fresh, damage, tmp_path):
+    recipe = fresh(max_steps=8)
+    said(recipe)
+    folder = recipe.run_dir / "features" / "towers" / "image"
+    (shard,) = folder.glob("shard-*")
+    if damage == "touched":
+        shard.write_bytes(shard.read_bytes())
+    elif damage == "gone":
+        shard.unlink()
+    elif damage == "other weights":
+        proof = folder / "proof.json"
+        proof.write_text(proof.read_text().replace('weights\\": \\"', 'weights\\": \\"0'))
+    else:
+        (folder / "proof.json").write_text("[1, 2")
+    assert "features stand for pixels; the loss of a batch differs" in said(recipe)
+    assert "the vision tower is not loaded" in said(recipe)
+
+
+def test_a_tower_that_was_left_out_comes_back_where_features_are_not_worth_it(fresh):
+    said(fresh(max_steps=8))
+    short = fresh(max_steps=3)
+    assert "stand for" not in said(short)
+    weights = saved(short)
+    said(fresh(max_steps=3, features={"use": "off"}))
+    assert saved(short) == weights
+
+
+def test_two_processes_leave_the_tower_out_together(fresh, two):
+    for line in ("features stand for pixels; the loss", "the vision tower is not loaded"):
+        recipe = fresh(max_steps=8)
+        child = two(max_steps=8)
+        _, talk = child.communicate(timeout=200)
+        assert child.returncode == 0 and line in " ".join(talk.split()), talk[-3000:]
+        weights = saved(recipe)
+        (recipe.run_dir / "adapter" / "manifest.json").unlink()
+        for file in (recipe.run_dir / "adapter").iterdir():
+            file.unlink()
+        (recipe.run_dir / "adapter").rmdir()
+    assert weights
+
+
+@pytest.fixture
+def sounds(tmp_path: Path) -> Any:
+    """A function from settings to a recipe of questions about eight sounds, three each."""
+    family = tiny("qwen2_audio")
+    family.model.save_pretrained(tmp_path / "model")
+    family.processor.save_pretrained(tmp_path / "model")
+    rows = []
+    for number in range(8):
+        samples = (np.random.default_rng(number).standard_normal(4000 + 900 * number) * 3000).astype("<i2")
+        with wave.open(str(tmp_path / f"{number}.wav"), "wb") as file:
+            file.setparams((1, 2, 8000, 0, "NONE", ""))
+            file.writeframes(samples.tobytes())
+        words = ("How many?", "What colour is the cat?", "Where is it?")
+        rows += [{"q": word, "a": f"{number} {word}", "sound": f"{number}.wav"} for word in words]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"question": "q", "answer": "a", "audio": "sound"}
+    source = Source(id="s", reader="table", path=str(tmp_path / "rows.jsonl"), audios=str(tmp_path), columns=columns)
+    common = {"batch_rows": 12, "max_steps": 6, "learning_rate": 0.01, "log_every": 1, "lora": {"r": 2}}
+
+    def make(**settings: Any) -> Recipe:
+        wish = Finetune.model_validate({**common, **settings})
+        return Recipe(run_dir=tmp_path, model=Model(path=str(tmp_path / "model")), sources=(source,), finetune=wish)
+
+    build_data(make(), console=Talk(quiet=True))
+    tokenize(make(), console=Talk(quiet=True))
+    return make
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "full", "train": ["llm", "projector"]}], ids=["lora", "full"])
+def test_sounds_train_as_they_do_live(sounds, settings):
+    recipe = sounds(**settings)
+    talk = said(recipe)
+    assert "features of 8 sounds" in talk and "features stand for sounds" in talk
+    numbers, weights = numbers_of(recipe), saved(recipe)
+    assert "the audio tower is not loaded" in said(recipe) and saved(recipe) == weights
+    said(sounds(**settings, features={"use": "off"}))
+    assert numbers == [pytest.approx(row, rel=1e-5) for row in numbers_of(recipe)]
+    assert len(metrics_of(recipe)) == 6 and read_manifest(recipe.run_dir / "adapter").facts["steps"] == 6
