@@ -56,7 +56,9 @@ def rows_of(case):
     """Pictures here and there; or in those rows alone that fall to the first of two processes."""
     if case != "full, pictures on one process alone":
         return Rows(count=8, pictures=MIXED)
-    plan = Plan(TreeSizes(np.ones(8, int), np.full(8, LENGTH), 1 + np.arange(8) % 3, np.zeros(8, int)), 0, 10**6, 1, 2, 1.0)
+    plan = Plan(
+        TreeSizes(np.ones(8, int), np.full(8, LENGTH), 1 + np.arange(8) % 3, np.zeros(8, int)), 0, 10**6, 1, 2, 1.0
+    )
     own = [step[position] for step in plan.steps() for position, _ in plan.shares(step, 0, 2)]
     assert len(own) == 4
     return Rows(count=8, pictures=frozenset(np.concatenate(own).tolist()))

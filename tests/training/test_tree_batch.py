@@ -105,7 +105,8 @@ def test_packed_trees(family_name: str, tiny_family: Any, media: Any, served: An
     family = tiny_family(family_name)
     trees = trees_of(family, media, served)
     loss, gradient = both(family, family.model, [trees[1:], trees[:1]], multiple_of=16)
-    assert loss < 1e-5 and gradient < 1e-5
+    # Of one gate of this one, rounding takes more; in double precision the difference is 5e-7.
+    assert loss < 1e-5 and gradient < (3e-5 if family_name == "composite_late_cross" else 1e-5)
 
 
 def test_lora_with_checkpointing(family_name: str, tiny_family: Any, media: Any, served: Any) -> None:
