@@ -130,23 +130,61 @@ def test_changed_training_settings_are_refused(recipe):
     assert "Traceback" not in done.stderr
 
 
+def kill_at(step, command, folder):
+    """Starts a run and kills all of its processes when a checkpoint is there."""
+    child = subprocess.Popen(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    wanted = folder / "checkpoints" / "finetune" / f"step-{step:08d}" / "state.json"
+    limit = time.monotonic() + 240
+    while not wanted.exists() and child.poll() is None and time.monotonic() < limit:
+        time.sleep(0.005)
+    assert child.poll() is None, "it ended before it could be killed"
+    for process in [*psutil.Process(child.pid).children(recursive=True), psutil.Process(child.pid)]:
+        process.kill()
+    child.wait()
+
+
 def test_killed_in_the_middle_it_ends_with_the_same_bytes(recipe):
     folder = fresh_run(recipe, "killed")
     command = [sys.executable, "-m", "mmtune", "finetune", str(recipe), "--set", f"run_dir={folder}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for checkpoint in (3, 9):
-        child = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        wanted = folder / "checkpoints" / "finetune" / f"step-{checkpoint:08d}" / "state.json"
-        limit = time.monotonic() + 240
-        while not wanted.exists() and child.poll() is None and time.monotonic() < limit:
-            time.sleep(0.005)
-        assert child.poll() is None, "it ended before it could be killed"
-        child.send_signal(signal.SIGKILL)
-        child.wait()
+        kill_at(checkpoint, command, folder)
         assert not (folder / "adapter").exists()
     done = mmtune("finetune", recipe, "--set", f"run_dir={folder}", check=0)
     assert "resuming after step" in done.stderr
     assert adapter_bytes(folder) == adapter_bytes(run_dir(recipe))
+
+
+def test_two_processes_killed_twice_end_with_the_same_bytes(recipe):
+    unbroken, killed = fresh_run(recipe, "two-unbroken"), fresh_run(recipe, "two-killed")
+    common = ["--set", "finetune.batch_rows=2", "--set", "finetune.max_steps=9", "--cpu-processes", "2"]
+    mmtune("finetune", recipe, *common, "--set", f"run_dir={unbroken}", check=0)
+    again = [sys.executable, "-m", "mmtune", "finetune", str(recipe), *common, "--set", f"run_dir={killed}"]
+    for step in (3, 6):
+        kill_at(step, again, killed)
+    done = mmtune("finetune", recipe, *common, "--set", f"run_dir={killed}", check=0)
+    assert "resuming after step" in done.stderr
+    assert adapter_bytes(killed) == adapter_bytes(unbroken)
+
+
+def test_it_goes_on_with_smaller_micro_batches(recipe):
+    """Half the rows at a time and twice as often: the same examples in every step."""
+    unbroken, smaller = fresh_run(recipe, "whole"), fresh_run(recipe, "smaller")
+    common = ["--set", "finetune.lora.dropout=0", "--set", "finetune.max_steps=8"]
+    mmtune("finetune", recipe, *common, "--set", f"run_dir={unbroken}", check=0)
+    target = ["--set", f"run_dir={smaller}"]
+    kill_at(3, [sys.executable, "-m", "mmtune", "finetune", str(recipe), *common, *target], smaller)
+    half = ["--set", "finetune.batch_rows=2", "--set", "finetune.batch_tokens=4096"]
+    done = mmtune("finetune", recipe, *common, *target, *half, check=7)
+    assert "step_size.batch_rows" in done.stderr and "micro batches may change" in done.stderr
+    done = mmtune("finetune", recipe, *common, *target, *half, "--set", "finetune.accumulate=2", check=0)
+    assert re.search(r"resuming after step [3-7] of 8", done.stderr)
+    losses = [[row["loss"] for row in json_lines(f / "adapter" / "metrics.jsonl")] for f in (unbroken, smaller)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_a_polite_stop_saves_and_exits_75(recipe):
