@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Says whether the processes each hold a part of some weight."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+@contextmanager
+def without_gradients(model: nn.Module) -> Iterator[None]:
+    """Runs the model without gradients; every process then holds its part of the weights again.
+
+    FSDP2 itself gives gathered weights up in the backward pass, and until then an optimizer or a
+    checkpoint would find them in the place of the parts.
+    """
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part in model.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmtune.models.spread import is_sharded
+from mmtune.models.spread import is_sharded, without_gradients
 from mmtune.training.feed import Batch
 from mmtune.training.loss import answer_loss
 from mmtune.training.plan import Plan, split_ranks
@@ -41,7 +41,7 @@ def validation_loss(
     world, rank = accelerator.num_processes, accelerator.process_index
     # Processes that gather weights from each other run the same number of batches.
     together = is_sharded(model)
-    with torch.no_grad(), accelerator.autocast():
+    with without_gradients(model), accelerator.autocast():
         for chosen, counts in split_ranks(plan.epoch_batches(0), rank, world):
             if stopping():
                 raise Stopped
