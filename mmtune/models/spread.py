@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import distributed, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 
@@ -25,6 +28,22 @@ def _by_zero(tensor: torch.Tensor) -> bool:
 def numel(parameter: Any) -> int:
     """Returns the numbers in the whole of a parameter."""
     return int(parameter.ds_numel if _by_zero(parameter) else parameter.numel())
+
+
+@contextmanager
+def without_gradients(model: nn.Module) -> Iterator[None]:
+    """Runs the model without gradients; every process then holds its part of the weights again.
+
+    FSDP2 itself gives gathered weights up in the backward pass, and until then an optimizer or a
+    checkpoint would find them in the place of the parts.
+    """
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part in model.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,7 @@ from mmtune.features.shards import (
 )
 from mmtune.files import write_json
 from mmtune.models.encoder_outputs import encoder_outputs
+from mmtune.models.spread import without_gradients
 
 if TYPE_CHECKING:
     from mmtune.encoding.collate import Collator
@@ -295,7 +296,7 @@ def batch_loss(model: Any, batching: Batching, kind: str, accelerator: Any) -> f
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), accelerator.autocast():
+        with without_gradients(model), accelerator.autocast():
             batch = {name: value.to(accelerator.device) for name, value in batching.batches.batch(units).items()}
             return float(batching.loss(model, batch)[0])
     finally:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmtune.models.spread import is_sharded
+from mmtune.models.spread import is_sharded, without_gradients
 from mmtune.training.feed import Batch
 from mmtune.training.loss import answer_loss
 from mmtune.training.plan import Plan
@@ -41,7 +41,7 @@ def validation_loss(
     world, rank = accelerator.num_processes, accelerator.process_index
     # Processes that gather weights from each other run the same number of batches.
     together = is_sharded(model)
-    with torch.no_grad(), accelerator.autocast():
+    with without_gradients(model), accelerator.autocast():
         batches = plan.epoch_batches(0)
         for position, counts in plan.shares(batches, rank, world):
             if stopping():

@@ -16,7 +16,8 @@ from test_ranks import MIXED, init
 
 from mmtune.models.adapter import add_lora, load_trainable_state, save_tuned, train_fully, trainable_state, whole_state
 from mmtune.models.method import with_method
-from mmtune.models.spread import spread_like, whole
+from mmtune.models.spread import spread_like, whole, without_gradients
+from mmtune.training.loss import answer_loss
 from mmtune.training.optimizer import load_optimizer_state, make_optimizer, optimizer_state
 from mmtune.training.plan import Plan, TreeSizes
 from mmtune.training.sharding import gradient_norm, shard_language_model
@@ -109,6 +110,12 @@ def two_ranks(rank, folder):
     load_optimizer_state(optimizer, model, saved[1])
     again = run(model, Rows(count=8, pictures=MIXED), **course("lora", batch_rows=1), start=2, optimizer=optimizer)
     found["resumed"] = (numbers(again), trainable_state(model))
+    # A pass without gradients leaves every weight in parts.
+    full = sharded("full", keep_gathered=True)
+    parts = [name for name, parameter in full.named_parameters() if isinstance(parameter, DTensor)]
+    with without_gradients(full):
+        answer_loss(full, Rows(count=8, pictures=MIXED).batch(range(2)))
+    assert parts == [name for name, parameter in full.named_parameters() if isinstance(parameter, DTensor)]
     # What is saved is whole.
     full = sharded("full")
     state = whole_state(full)
