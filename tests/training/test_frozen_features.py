@@ -139,6 +139,15 @@ def test_loss_and_gradients_are_those_of_media(
     assert not any("|" in name for name in compare(family, model, trees, monkeypatch, before_projector=False))
 
 
+@pytest.mark.parametrize("name", ["composite_whisper", "composite_late", "composite_hybrid", "composite_cross"])
+def test_every_fusion_takes_sounds_in_their_place(
+    name: str, tiny_family: Any, media: Any, served: Any, monkeypatch: Any
+) -> None:
+    family = tiny_family(name)
+    assert takes_none(family.model, "audio") == ""
+    compare(family, frozen(family), trees_of(family, media, served), monkeypatch, before_projector=False, kind="audio")
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("name", TAKES)
 def test_a_projector_trains_on_what_enters_it(
