@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
+
+LIMITS = ("batch_tokens", "batch_rows", "batch_media_tokens")
+"""The limits of a micro batch, by their names in a recipe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,7 @@ class StepSize:
 
     def limits(self) -> dict[str, int | None]:
         """Returns the limits of a micro batch by name."""
-        return {name: value for name, value in asdict(self).items() if name != "micro_batches"}
+        return {name: getattr(self, name) for name in LIMITS}
 
     def _whole(self) -> tuple[int, int | None]:
         rows = None if self.batch_rows is None else self.micro_batches * self.batch_rows

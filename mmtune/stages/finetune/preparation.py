@@ -67,27 +67,16 @@ def prepare(
         DataError: A split is empty.
         IntegrityError: The processor is not the one of tokens/.
     """
-    from mmtune.encoding.processor import load_processor, processor_fingerprint
     from mmtune.models.attention import is_flex
     from mmtune.models.left_out import set_aside
     from mmtune.training.batching import packed_trees, rows_apart
     from mmtune.training.checkpoints import CheckpointFolder
-    from mmtune.training.step_size import StepSize, planned_size
+    from mmtune.training.step_size import LIMITS, StepSize, planned_size
 
     _trackers_are_here(settings.trackers)
     precision = _precision(settings.precision)
     accelerator = _accelerator(recipe, settings, precision)
-    processor = load_processor(
-        path,
-        revision=recipe.model.revision if recipe.model else None,
-        offline=offline,
-        min_image_pixels=recipe.tokenize.min_image_pixels,
-        max_image_pixels=recipe.tokenize.max_image_pixels,
-    )
-    if processor_fingerprint(processor) != tokens.facts.get("processor"):
-        raise IntegrityError(
-            "the processor is not the one that tokens/ was made with", "run: mmtune tokenize", "other_processor"
-        )
+    processor = _processor(recipe, tokens, path, offline)
     splits = {"train": _split(recipe, tokens, processor, "train", limit, settings.augment)}
     if tokens.rows.get("val"):
         splits["val"] = _split(recipe, tokens, processor, "val", settings.eval_rows)
@@ -106,10 +95,7 @@ def prepare(
         place(model, settings, accelerator, console)
     checkpoints = CheckpointFolder(recipe.run_dir / "checkpoints" / "finetune", settings.keep)
     own_size = StepSize(
-        accelerator.num_processes * settings.accumulate,
-        settings.batch_tokens,
-        settings.batch_rows,
-        settings.batch_media_tokens,
+        accelerator.num_processes * settings.accumulate, **{name: getattr(settings, name) for name in LIMITS}
     )
     size = planned_size(own_size, checkpoints.newest_identity() if resume == "auto" else None)
     rows = _batching_of(rows_apart, recipe, settings, size, own_size)
@@ -125,32 +111,40 @@ def prepare(
     batching = make(kept["train"], "train")
     held_out = make(kept["val"], "val") if "val" in kept else None
     optimizer = _optimizer(model, settings, accelerator)
+    # Bins are of another length under FlexAttention.
+    batches = ("trees for FlexAttention" if is_flex(model) else "trees") if as_trees else "rows"
+    found = {"step_size": asdict(size), "precision": precision, "batches": batches, "features": kinds}
+    whole = _identity(identity, found)
+    parts = (recipe, settings, tokens, model, optimizer, accelerator, batching, held_out, checkpoints, whole)
+    return Run(*parts, processor, means.load)
+
+
+def _processor(recipe: Recipe, tokens: Manifest, path: str, offline: bool) -> Any:
+    """Returns the model's processor, if it is the one that tokens/ was made with."""
+    from mmtune.encoding.processor import load_processor, processor_fingerprint
+
+    processor = load_processor(
+        path,
+        revision=recipe.model.revision if recipe.model else None,
+        offline=offline,
+        min_image_pixels=recipe.tokenize.min_image_pixels,
+        max_image_pixels=recipe.tokenize.max_image_pixels,
+    )
+    if processor_fingerprint(processor) != tokens.facts.get("processor"):
+        raise IntegrityError(
+            "the processor is not the one that tokens/ was made with", "run: mmtune tokenize", "other_processor"
+        )
+    return processor
+
+
+def _identity(identity: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a checkpoint must share with the run, with what was found out while preparing it."""
+    from mmtune.training.step_size import LIMITS
+
     # Micro batches may change as long as as much makes a step; see ``planned_size``.
     config = identity["config"]
-    own = {name: value for name, value in config["finetune"].items() if name not in ("accumulate", *size.limits())}
-    identity = {
-        **identity,
-        "config": {**config, "finetune": own},
-        "step_size": asdict(size),
-        "precision": precision,
-        # Bins are of another length under FlexAttention.
-        "batches": ("trees for FlexAttention" if is_flex(model) else "trees") if as_trees else "rows",
-        "features": kinds,
-    }
-    return Run(
-        recipe,
-        settings,
-        tokens,
-        model,
-        optimizer,
-        accelerator,
-        batching,
-        held_out,
-        checkpoints,
-        identity,
-        processor,
-        means.load,
-    )
+    own = {name: value for name, value in config["finetune"].items() if name not in ("accumulate", *LIMITS)}
+    return {**identity, "config": {**config, "finetune": own}, **found}
 
 
 def _accelerator(recipe: Recipe, settings: Finetune, precision: str) -> Any:
