@@ -127,13 +127,7 @@ def load_model(
         _check_kernel(cls, config, attn)
     if random_weights:
         return cls(config).to(dtype or torch.float32).eval()
-    folder = Path(path)
-    if folder.is_dir() and not list(folder.glob("*.safetensors")):
-        pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
-        reason = "only pickled weights, which can run code" if pickled else "no weights"
-        raise DataError(
-            f"{folder} holds {reason}", "convert them to safetensors", "pickle_refused" if pickled else "no_weights"
-        )
+    _check_weights(Path(path))
     more: dict[str, Any] = {}
     if nf4:
         from mmtune.models.quantize import nf4_config
@@ -170,6 +164,17 @@ def load_model(
 
         keep_layout(model)
     return model.eval()
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuses a model folder without safetensors."""
+    if not folder.is_dir() or list(folder.glob("*.safetensors")):
+        return
+    pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+    reason = "only pickled weights, which can run code" if pickled else "no weights"
+    raise DataError(
+        f"{folder} holds {reason}", "convert them to safetensors", "pickle_refused" if pickled else "no_weights"
+    )
 
 
 def _check_kernel(cls: Any, config: PretrainedConfig, attn: str) -> None:
