@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmtune.errors import RecipeError
-from mmtune.recipe_text import load_recipe
+from mmtune.recipe.text import load_recipe
 
 
 def write(folder, text, name="r.yaml"):

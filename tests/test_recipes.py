@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from mmtune.cli import app
-from mmtune.recipe_text import load_recipe
+from mmtune.recipe.text import load_recipe
 from mmtune.stages.init import copy_recipe, list_recipes
 
 ROOT = Path(__file__).resolve().parent.parent

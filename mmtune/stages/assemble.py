@@ -8,7 +8,7 @@ from typing import Any
 from mmtune.errors import RecipeError
 from mmtune.models.digest import weights_digest
 from mmtune.recipe import Recipe
-from mmtune.recipe_pretrain import Parts
+from mmtune.recipe.pretrain import Parts
 from mmtune.storage import foresee, open_stage, read_manifest
 from mmtune.talk import Talk
 

@@ -25,7 +25,7 @@ def main() -> None:
     import torch
     import transformers
 
-    from mmtune.recipe_text import load_recipe
+    from mmtune.recipe.text import load_recipe
     from mmtune.stages.build_data import build_data
     from mmtune.stages.finetune import finetune
     from mmtune.stages.tokenize import tokenize

@@ -116,7 +116,7 @@ def main() -> None:
     import transformers
 
     from mmtune.encoding.collate import Collator
-    from mmtune.recipe_text import load_recipe
+    from mmtune.recipe.text import load_recipe
     from mmtune.stages.build_data import build_data
     from mmtune.stages.finetune import finetune
     from mmtune.stages.tokenize import tokenize

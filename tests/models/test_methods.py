@@ -16,7 +16,7 @@ from mmtune.models.adapter import add_lora, add_noise_to_embeddings, save_tuned,
 from mmtune.models.load import load_model, load_tuned
 from mmtune.models.method import with_method
 from mmtune.models.towers import fingerprints, tower_of, tower_table
-from mmtune.recipe_text import load_recipe
+from mmtune.recipe.text import load_recipe
 from mmtune.training.loop import answer_loss
 from mmtune.training.optimizer import make_optimizer, set_rate
 

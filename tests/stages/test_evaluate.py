@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mmtune.errors import DataError, GateError, IntegrityError, RecipeError
-from mmtune.recipe_text import load_recipe
+from mmtune.recipe.text import load_recipe
 from mmtune.stages.build_data import build_data
 from mmtune.stages.evaluate import evaluate
 from mmtune.stages.finetune import finetune

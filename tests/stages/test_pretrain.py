@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from mmtune.errors import DataError, Interrupted, RecipeError
-from mmtune.recipe_text import load_recipe
+from mmtune.recipe.text import load_recipe
 from mmtune.stages.assemble import assemble_stage
 from mmtune.stages.build_data import build_data
 from mmtune.stages.pretrain import pretrain

@@ -21,7 +21,7 @@ from mmtune.prompts.mixture import (
     task_rates,
 )
 from mmtune.recipe import Source
-from mmtune.recipe_mixture import Mixture
+from mmtune.recipe.mixture import Mixture
 from mmtune.records import Record, Reject
 
 Items = Iterator[Record | Reject]

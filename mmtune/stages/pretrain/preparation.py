@@ -8,7 +8,7 @@ from typing import Any
 
 from mmtune.errors import DataError, IntegrityError, RecipeError
 from mmtune.recipe import Recipe
-from mmtune.recipe_pretrain import Pretrain
+from mmtune.recipe.pretrain import Pretrain
 from mmtune.storage import Manifest, open_split
 from mmtune.talk import Talk
 

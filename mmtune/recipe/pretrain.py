@@ -7,11 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from mmtune.recipe_section import Section
+from mmtune.recipe.section import Section, Tower
 
 Modality = Literal["image", "audio"]
 Part = Literal["text", "image", "audio"]
-Tower = Literal["llm", "projector", "vision", "audio"]
 Objective = Literal["caption", "reconstruction", "adversarial", "contrastive", "masked", "match"]
 Weight = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, le=10)]

@@ -13,8 +13,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mmtune.errors import RecipeError
-from mmtune.recipe import Recipe
-from mmtune.recipe_paths import resolve_paths
+from mmtune.recipe.paths import resolve_paths
+from mmtune.recipe.schema import Recipe
 
 DEFAULT_NAME = "mmtune.yaml"
 ENV_PREFIX = "MMTUNE_"

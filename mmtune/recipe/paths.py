@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from mmtune.errors import RecipeError
-from mmtune.recipe import TEMPLATE_DRAWS
-from mmtune.recipe_extract import encoder_paths
-from mmtune.recipe_pretrain import part_paths
+from mmtune.recipe.build import TEMPLATE_DRAWS
+from mmtune.recipe.extract import encoder_paths
+from mmtune.recipe.pretrain import part_paths
 
 PATH_KEYS: dict[str, tuple[str, ...]] = {
     "": ("run_dir",),

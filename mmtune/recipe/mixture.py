@@ -1,4 +1,4 @@
-"""build.mixture: the section of the recipe that says how tasks are mixed; part of the schema in ``recipe``."""
+"""build.mixture: the section of the recipe that says how tasks are mixed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mmtune.recipe_section import Section
+from mmtune.recipe.section import Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
 

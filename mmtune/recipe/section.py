@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+SplitName = Literal["train", "val", "test"]
+Tower = Literal["llm", "projector", "vision", "audio"]
 Workers = Literal["auto"] | Annotated[int, Field(ge=1, le=256)]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mmtune.recipe_section import Section, Workers
+from mmtune.recipe.section import Section, Workers
 
 FeatureKind = Literal["image", "audio", "video", "text", "behaviour"]
 

@@ -1,0 +1,95 @@
+"""The commands that train: pretrain and finetune."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from mmtune.cli.options import (
+    DryRun,
+    Force,
+    Json,
+    Limit,
+    Offline,
+    Quiet,
+    RecipePath,
+    Resume,
+    Seed,
+    Set,
+    check_resume,
+    finish,
+    load,
+)
+from mmtune.talk import Talk
+
+
+def pretrain(
+    recipe: RecipePath = None,
+    overrides: Set = None,
+    resume: Resume = "auto",
+    force: Force = False,
+    dry_run: DryRun = False,
+    limit: Limit = None,
+    seed: Seed = None,
+    offline: Offline = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Encoders and a language model, joined and trained on instructions/, to base/.
+
+    Example: mmtune pretrain recipes/represent.yaml
+    """
+    from mmtune.order import pretrain_stages, run_stages
+
+    check_resume(resume)
+    loaded, console = load(recipe, overrides, seed), Talk(quiet)
+    results: dict[str, Any] = {}
+    for stage in pretrain_stages(loaded, limit, resume, offline):
+        again = force and stage[0] == "pretrain"
+        results |= run_stages(loaded, iter([stage]), force=again, dry_run=dry_run, console=console)
+    finish("pretrain", results.get("pretrain", {"stage": "pretrain", "dry_run": True}), as_json)
+
+
+def finetune(
+    recipe: RecipePath = None,
+    overrides: Set = None,
+    gpus: Annotated[int | None, typer.Option("--gpus", min=1, help="Train on this many GPUs of this machine.")] = None,
+    cpu_processes: Annotated[
+        int | None, typer.Option("--cpu-processes", min=1, help="Train on this many CPU processes (gloo).")
+    ] = None,
+    nodes: Annotated[
+        int, typer.Option("--nodes", min=1, help="Machines; run the same command on each, on a shared run_dir.")
+    ] = 1,
+    rendezvous: Annotated[
+        str | None, typer.Option("--rendezvous", help="HOST:PORT where the machines meet, with --nodes.")
+    ] = None,
+    resume: Resume = "auto",
+    force: Force = False,
+    dry_run: DryRun = False,
+    limit: Limit = None,
+    seed: Seed = None,
+    offline: Offline = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """tokens/ to adapter/: LoRA or full tuning with exact resume.
+
+    Example: mmtune finetune recipes/quickstart.yaml --gpus 4
+    """
+    from mmtune.stages import finetune as stage
+
+    check_resume(resume)
+    loaded = load(recipe, overrides, seed)
+    processes = gpus or cpu_processes or 1
+    console = Talk(quiet or not stage.is_main())
+    if processes * nodes > 1 and not stage.is_launched() and not dry_run:
+        cpu = gpus is None and cpu_processes is not None
+        stage.launch(sys.argv[1:], processes, cpu=cpu, nodes=nodes, rendezvous=rendezvous, console=console)
+        return
+    result = stage.finetune(
+        loaded, force=force, dry_run=dry_run, limit=limit, resume=resume, offline=offline, console=console
+    )
+    if stage.is_main():
+        finish("finetune", result, as_json)

@@ -1,0 +1,29 @@
+"""The command that runs every stage of a recipe."""
+
+from __future__ import annotations
+
+from mmtune.cli.options import DryRun, Force, Json, Limit, Offline, Quiet, RecipePath, Seed, Set, finish, load
+from mmtune.talk import Talk
+
+
+def run(
+    recipe: RecipePath = None,
+    overrides: Set = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    limit: Limit = None,
+    seed: Seed = None,
+    offline: Offline = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Every stage that the recipe names, in order; finished ones are skipped.
+
+    Example: mmtune run recipes/quickstart.yaml
+    """
+    from mmtune.order import run_stages, stages_of
+
+    loaded = load(recipe, overrides, seed)
+    stages = stages_of(loaded, limit, offline)
+    results = run_stages(loaded, stages, force=force, dry_run=dry_run, console=Talk(quiet))
+    finish("run", {"run_dir": str(loaded.run_dir), "stages": results}, as_json)

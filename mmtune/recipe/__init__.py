@@ -1,0 +1,32 @@
+"""The recipe: every setting of a run, checked strictly. Its field docs are also the reference.
+
+Order of precedence: defaults < ``extends`` < recipe < environment (``MMTUNE_A__B``) <
+``--set a.b=c``. One file per section; ``text`` loads the YAML, ``schema`` is the whole.
+"""
+
+from mmtune.recipe.build import TEMPLATE_DRAWS, Build
+from mmtune.recipe.evaluation import Eval
+from mmtune.recipe.extract import Extract
+from mmtune.recipe.finetune import Augment, Features, Finetune, Lora
+from mmtune.recipe.mixture import Mixture
+from mmtune.recipe.pretrain import Pretrain
+from mmtune.recipe.schema import Model, Recipe
+from mmtune.recipe.sources import Source
+from mmtune.recipe.tokenize import Tokenize
+
+__all__ = [
+    "TEMPLATE_DRAWS",
+    "Augment",
+    "Build",
+    "Eval",
+    "Extract",
+    "Features",
+    "Finetune",
+    "Lora",
+    "Mixture",
+    "Model",
+    "Pretrain",
+    "Recipe",
+    "Source",
+    "Tokenize",
+]

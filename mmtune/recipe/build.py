@@ -1,0 +1,46 @@
+"""build: the settings of build-data."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mmtune.recipe.mixture import Mixture
+from mmtune.recipe.section import Section, Workers
+
+TEMPLATE_DRAWS = ("pool", "first")
+"""Values of ``templates`` that name no file."""
+
+
+class Build(Section):
+    """build-data: raw sources to instructions/."""
+
+    templates: str = "pool"
+    """pool draws a template per row from the task's pool; first always takes the first; or a file of templates
+    (PromptSource's YAML, or FLAN's pairs in YAML or JSON)."""
+    mixture: Mixture | None = None
+    """How sources are mixed; absent: every training row once, zero-shot."""
+    content_free: str = ""
+    """Stands for a text without content, such as N/A: rows with options keep what it gives, and eval.answer: rank
+    divides by its scores (contextual calibration, arXiv:2102.09690)."""
+    system: str = ""
+    """System turn put before every question; empty for none."""
+    media: Literal["pointer", "embed"] = "pointer"
+    """pointer keeps paths; embed stores the bytes, for moving a dataset elsewhere."""
+    verify: Literal["decode", "header"] = "decode"
+    """decode reads each distinct medium whole once, header trusts its header."""
+    hash_media: bool = False
+    """Store the sha256 of every medium."""
+    max_image_pixels: Annotated[int, Field(ge=1)] = 89_000_000
+    """Larger images are refused from their header."""
+    max_audio_seconds: Annotated[float, Field(gt=0)] = 600.0
+    """Longer sounds are refused."""
+    max_video_seconds: Annotated[float, Field(gt=0)] = 600.0
+    """Longer videos are refused."""
+    max_drop_fraction: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Fail (exit 3) when a larger share of rows is refused."""
+    dedup: Literal["error", "first"] = "error"
+    """What to do with a second row of the same id."""
+    workers: Workers = "auto"
+    """Processes; the output does not depend on their number."""

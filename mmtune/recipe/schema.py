@@ -1,0 +1,84 @@
+"""The whole recipe, and the model that it names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from mmtune.recipe.build import Build
+from mmtune.recipe.evaluation import Eval
+from mmtune.recipe.extract import Extract
+from mmtune.recipe.finetune import Finetune
+from mmtune.recipe.pretrain import Pretrain
+from mmtune.recipe.section import Section
+from mmtune.recipe.sources import Source
+from mmtune.recipe.tokenize import Tokenize
+
+
+class Model(Section):
+    """The model that is tuned."""
+
+    path: str
+    """Hub id, or a folder with config.json, safetensors, tokenizer and processor."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    attn: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] = "auto"
+    """Attention kernel. auto: FlexAttention for packed trees on a GPU if it proves exact, else transformers' choice;
+    flex_attention: no other for trees. A flash kernel takes no mask of trees, so rows train apart."""
+
+
+class Recipe(Section):
+    """One run: sources, and one section per stage."""
+
+    description: str = ""
+    """What the recipe is for."""
+    run_dir: Path
+    """Folder that the stage folders stand in."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """The only source of randomness."""
+    model: Model | None = None
+    """The base model; left out with pretrain, which makes it in base/."""
+    sources: tuple[Source, ...] = ()
+    """Raw datasets."""
+    build: Build = Build()
+    """Settings of build-data."""
+    extract: Extract | None = None
+    """Settings of extract; absent: `run` does not extract."""
+    tokenize: Tokenize = Tokenize()
+    """Settings of tokenize."""
+    pretrain: Pretrain | None = None
+    """Settings of pretrain; absent: `run` does not make a base model of its own."""
+    finetune: Finetune | None = None
+    """Settings of finetune; absent: `run` does not train."""
+    eval: Eval | None = None
+    """Settings of eval; absent: `run` does not evaluate."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _model_of_pretrain(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not values.get("pretrain") or not values.get("run_dir"):
+            return values
+        made = str(Path(values["run_dir"]) / "base")
+        model = values.get("model") or {"path": made}
+        path = model.get("path") if isinstance(model, dict) else getattr(model, "path", None)
+        if path is not None and str(path) != made:
+            raise ValueError(f"pretrain makes the model {made}: leave out model.path, or pretrain")
+        return {**values, "model": model}
+
+    @property
+    def processor_path(self) -> str:
+        """Where the processor is: with the model, or with its untrained parts, which are there before it."""
+        if self.pretrain is not None:
+            return str(self.run_dir / "start")
+        return self.model.path if self.model else ""
+
+    @model_validator(mode="after")
+    def _unique_sources(self) -> Recipe:
+        seen: set[tuple[str, str]] = set()
+        for source in self.sources:
+            if (source.id, source.split) in seen:
+                raise ValueError(f"two sources have the id {source.id!r} in split {source.split!r}")
+            seen.add((source.id, source.split))
+        return self
