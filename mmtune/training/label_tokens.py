@@ -19,6 +19,8 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from mmtune.models.segments import without_pieces
+
 # Inside the last block, by its usual names; each works on every token for itself.
 _PER_TOKEN = ("self_attn.q_proj", "self_attn.o_proj", "mlp")
 
@@ -100,10 +102,12 @@ def _ask_at(attention: nn.Module, places_Q: torch.Tensor, tokens: int, hooks: Ex
     mode = _FewQueries(places_Q, tokens)
     entered = ExitStack()
 
-    def enter(*_: Any) -> None:
+    def enter(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         entered.enter_context(mode)
+        # Few queries are asked of all keys at once: fewer products than piece by piece.
+        return given, {name: without_pieces(value) for name, value in named.items()}
 
-    hooks.callback(attention.register_forward_pre_hook(enter).remove)
+    hooks.callback(attention.register_forward_pre_hook(enter, with_kwargs=True).remove)
     hooks.callback(attention.register_forward_hook(lambda *_: entered.close(), always_call=True).remove)
 
 

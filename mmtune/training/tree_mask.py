@@ -19,9 +19,11 @@ import torch
 
 from mmtune.errors import CapabilityError
 from mmtune.models.attention import FLEX, text_attention
+from mmtune.models.segments import with_pieces
 from mmtune.models.soft_prompt import virtual_tokens
 from mmtune.models.spread import is_sharded
 from mmtune.training.tree_blocks import block_mask
+from mmtune.training.tree_pieces import pieces_of
 
 Index = torch.Tensor
 Sees = Callable[[Index, Index, Index, Index], torch.Tensor]
@@ -135,11 +137,14 @@ def attention_mask(batch: Mapping[str, torch.Tensor], rules: MaskRules, *, first
         first: The first token that asks; those before it are keys and values alone.
     """
     masks: dict[str, Mask]
+    layout = batch["layout"]
     if rules.implementation == FLEX:
         parts = zip(rules.windows, batch["spans"], batch["tiles"], strict=True)
         masks = {kind: block_mask(spans, tiles) for kind, spans, tiles in parts}
     else:
-        masks = {kind: _dense(batch["layout"], window, rules)[:, :, first:] for kind, window in rules.windows.items()}
+        masks = {kind: _dense(layout, window, rules)[:, :, first:] for kind, window in rules.windows.items()}
+    if rules.implementation == "sdpa" and layout.device.type == "cpu" and (pieces := pieces_of(layout.numpy())):
+        masks = {kind: with_pieces(mask, pieces, causal=rules.windows[kind] is None) for kind, mask in masks.items()}
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 

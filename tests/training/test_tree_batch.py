@@ -14,6 +14,7 @@ from mmtune.encoding.tree import Tree, build_trees, tree_rows
 from mmtune.errors import CapabilityError
 from mmtune.models.attention import FLEX, use_text_attention
 from mmtune.records import Message, TextPart
+from mmtune.training import tree_pieces
 from mmtune.training.loss import answer_loss
 from mmtune.training.rope_index import rope_index
 from mmtune.training.tree_batch import TreeCollator
@@ -100,8 +101,9 @@ def test_one_tree(family_name: str, tiny_family: Any, media: Any, served: Any) -
     assert loss < 1e-5 and gradient < 1e-5
 
 
-def test_packed_trees(family_name: str, tiny_family: Any, media: Any, served: Any) -> None:
-    """Several trees in a row and several rows in the batch, padded, with checkpointing."""
+def test_packed_trees(family_name: str, tiny_family: Any, media: Any, served: Any, monkeypatch: Any) -> None:
+    """Several trees in a row and several rows in the batch, padded, attention cut wherever it can be."""
+    monkeypatch.setattr(tree_pieces, "_WORTH", 1)
     family = tiny_family(family_name)
     trees = trees_of(family, media, served)
     loss, gradient = both(family, family.model, [trees[1:], trees[:1]], multiple_of=16)
@@ -109,11 +111,12 @@ def test_packed_trees(family_name: str, tiny_family: Any, media: Any, served: An
     assert loss < 1e-5 and gradient < (3e-5 if family_name == "composite_late_cross" else 1e-5)
 
 
-def test_lora_with_checkpointing(family_name: str, tiny_family: Any, media: Any, served: Any) -> None:
+def test_lora_with_checkpointing(family_name: str, tiny_family: Any, media: Any, served: Any, monkeypatch: Any) -> None:
     from copy import deepcopy
 
     from mmtune.models.adapter import add_lora
 
+    monkeypatch.setattr(tree_pieces, "_WORTH", 1)
     family = tiny_family(family_name)
     model = deepcopy(family.model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
