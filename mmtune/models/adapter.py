@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,13 +79,26 @@ def add_ia3(model: PreTrainedModel, base_path: str = "") -> Any:
     return wrapped
 
 
-def add_noise_to_embeddings(model: Any, alpha: float) -> None:
-    """Adds uniform noise to the token embeddings while training (NEFTune, arXiv:2310.05914), in place."""
-    from transformers.integrations.neftune import neftune_post_forward_hook
+def add_noise_to_embeddings(model: Any, alpha: float, row_tokens: float) -> None:
+    """Adds uniform noise to the token embeddings while training (NEFTune, arXiv:2310.05914), in place.
 
-    embeddings = model.get_input_embeddings()
-    embeddings.neftune_noise_alpha = alpha
-    embeddings.register_forward_hook(neftune_post_forward_hook)
+    The paper draws from +-alpha / sqrt(L H) with H the width and L the length of the row. Here L is the mean
+    length of all rows: the length of what a batch holds is that of padding and packing, not of a row.
+
+    Args:
+        model: Its token embeddings are noised.
+        alpha: Of the paper.
+        row_tokens: L.
+    """
+    import torch
+
+    def noise(module: torch.nn.Module, _: Any, made_BTH: torch.Tensor) -> torch.Tensor:
+        if not module.training:
+            return made_BTH
+        most = alpha / math.sqrt(row_tokens * made_BTH.shape[-1])
+        return made_BTH + torch.empty_like(made_BTH).uniform_(-most, most)
+
+    model.get_input_embeddings().register_forward_hook(noise)
 
 
 def train_fully(model: PreTrainedModel, towers: Sequence[str]) -> PreTrainedModel:

@@ -95,11 +95,16 @@ class Batching:
     loss: Callable[[Any, Mapping[str, torch.Tensor]], tuple[torch.Tensor, int]]
     tokens: tuple[int, int]
 
+    @property
+    def label_share(self) -> float:
+        """Share of an epoch's tokens that bear loss."""
+        return float(self.plan.sizes.targets.sum()) / max(self.tokens[0], 1)
 
-def check_sharing(model: Any, split: Split, accelerator: Any, rows_by: str) -> TreeCheck:
+
+def check_sharing(model: Any, split: Split, accelerator: Any, rows_by: str, batch_tokens: int | None) -> TreeCheck:
     """Compares a few real trees of every set of modalities with their separate rows, see ``check_trees``.
 
-    Returns the worst of it. ``rows_by`` is the attention kernel of the rows.
+    Returns the worst of it. ``rows_by`` is the attention kernel of the rows, ``batch_tokens`` the limit of a batch.
     """
     try:
         collate = _tree_collator(model, split, mask_rules(model))
@@ -109,7 +114,13 @@ def check_sharing(model: Any, split: Split, accelerator: Any, rows_by: str) -> T
     for numbers in trees_to_check(split.lengths, tree_modalities(split.table)):
         trees = split.trees.trees(numbers)
         found = check_trees(
-            model, trees, collate, device=accelerator.device, autocast=accelerator.autocast, rows_by=rows_by
+            model,
+            trees,
+            collate,
+            device=accelerator.device,
+            autocast=accelerator.autocast,
+            rows_by=rows_by,
+            batch_tokens=batch_tokens,
         )
         if not found.exact:
             return found

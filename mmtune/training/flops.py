@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from mmtune.models.towers import tower_of
+from mmtune.training.label_tokens import parts_for_labels
 
 # Dense bf16 FLOP/s by a part of the device's name, from the vendor's data sheets; the first that fits.
 _PEAK_BF16 = {
@@ -23,20 +24,27 @@ _PEAK_BF16 = {
 }
 
 
-def flops_per_token(model: Any) -> float:
+def flops_per_token(model: Any, label_share: float = 1.0) -> float:
     """Returns the FLOPs of one token through the language model, forward and backward.
 
     Two per weight in the forward pass, two for the gradient of its input, and two more for its own
     gradient where it trains. Attention's scores and the towers are left out, so the utilisation is a
     lower bound; token embeddings cost nothing, unless they are the output head too.
+
+    Args:
+        model: The model that trains.
+        label_share: Share of the tokens that bear loss: only they go through the head and most of the last block.
     """
     embeddings = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     embeddings -= set() if head is None else {id(parameter) for parameter in head.parameters()}
+    for_labels = set() if head is None else {id(parameter) for parameter in head.parameters()}
+    for_labels |= {id(parameter) for part in parts_for_labels(model) for parameter in part.parameters()}
     total = 0.0
     for name, parameter in model.named_parameters():
         if tower_of(name) == "llm" and parameter.ndim >= 2 and id(parameter) not in embeddings:
-            total += parameter.numel() * (6.0 if parameter.requires_grad else 4.0)
+            share = label_share if id(parameter) in for_labels else 1.0
+            total += parameter.numel() * (6.0 if parameter.requires_grad else 4.0) * share
     return total
 
 
@@ -45,9 +53,12 @@ def peak_flops(device_name: str) -> float | None:
     return next((peak for part, peak in _PEAK_BF16.items() if part in device_name), None)
 
 
-def utilisation_per_token(model: Any, device: torch.device, processes: int) -> float | None:
-    """Returns what one token per second uses of all processes' accelerators, or None where that is not known."""
+def utilisation_per_token(model: Any, device: torch.device, processes: int, label_share: float = 1.0) -> float | None:
+    """Returns what one token per second uses of all processes' accelerators, or None where that is not known.
+
+    ``label_share`` is that of ``flops_per_token``.
+    """
     if device.type != "cuda":
         return None
     peak = peak_flops(torch.cuda.get_device_name(device))
-    return None if peak is None else flops_per_token(model) / (peak * processes)
+    return None if peak is None else flops_per_token(model, label_share) / (peak * processes)

@@ -59,6 +59,14 @@ def only_label_tokens(model: Any, bears_BT: torch.Tensor) -> Iterator[None]:
         yield
 
 
+def parts_for_labels(model: Any) -> list[nn.Module]:
+    """Returns the parts of a model's last block that run for label tokens alone."""
+    from accelerate.utils import extract_model_from_parallel
+
+    parts = _last_block(extract_model_from_parallel(model, keep_torch_compile=False))
+    return [parts[name] for name in _PER_TOKEN if name in parts]
+
+
 def _last_block(model: Any) -> Mapping[str, nn.Module]:
     """Returns the parts of the last block by name; none where the block is of another make."""
     layers = getattr(getattr(model, "get_decoder", lambda: None)(), "layers", None)

@@ -155,7 +155,8 @@ def train(
             losses = _accumulate(model, engine, accelerator, plan, chosen, batches, hooks, clock, window)
             norm = engine.norm(settings.clip)
             refuse_non_finite(losses, norm, chosen, step=step, ids=hooks.ids, last_good=hooks.last_good())
-            engine.step()
+            with memory_errors(np.concatenate(chosen), hooks.ids):
+                engine.step()
             clock.lap("optimizer")
             outcome.step = step + 1
             outcome.rows += int(sum(plan.sizes.rows[own].sum() for own in chosen))
@@ -209,9 +210,9 @@ def _accumulate(
         made, trees = next(batches), chosen[position]
         window.rows += int(plan.sizes.rows[trees].sum()) * counts
         window.tokens += int(made["attention_mask"].sum()) * counts
-        batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in made.items()}
-        clock.lap("wait")
         with memory_errors(trees, hooks.ids):
+            batch = {name: value.to(accelerator.device) for name, value in made.items()}
+            clock.lap("wait")
             nll = engine.run(partial(loss_of, batch))
             clock.lap("forward")
             # Rows without media do not reach a tower that trains alone. Where the processes gather weights

@@ -38,7 +38,7 @@ class Rehearsal:
 
 
 def rehearse(model: Any, engine: Plain | Zero, batching: Batching, accelerator: Any) -> Rehearsal:
-    """Runs forward and backward over the first epoch's micro batches with the most media tokens and the most tokens.
+    """Runs forward and backward over the first epoch's micro batches of the most media, label and other tokens.
 
     The model is left as it was.
 
@@ -51,7 +51,9 @@ def rehearse(model: Any, engine: Plain | Zero, batching: Batching, accelerator: 
     training = model.training
     model.train()
     try:
-        for number in heaviest(costs, np.asarray([plan.media(own) for own in batches]), again=device.type != "cpu"):
+        media = np.asarray([plan.media(own) for own in batches])
+        targets = np.asarray([plan.targets([own]) for own in batches])
+        for number in heaviest(costs, media, targets, again=device.type != "cpu"):
             units = batches[number]
             tokens, seconds = _run(model, engine, batching, units, accelerator)
     finally:
@@ -61,17 +63,18 @@ def rehearse(model: Any, engine: Plain | Zero, batching: Batching, accelerator: 
     return Rehearsal(rows, tokens, seconds, _peak_bytes(device), float(costs.mean() / costs.max()))
 
 
-def heaviest(tokens: np.ndarray, media: np.ndarray, *, again: bool) -> list[int]:
+def heaviest(tokens: np.ndarray, media: np.ndarray, targets: np.ndarray, *, again: bool) -> list[int]:
     """Returns the numbers of the micro batches to rehearse; the one with the most tokens comes last.
 
     Args:
         tokens: ``(n,)`` of the micro batches.
         media: ``(n,)`` media tokens of them.
+        targets: ``(n,)`` label tokens of them, which have logits.
         again: Run the last one twice, as kernels are compiled the first time.
     """
     most = int(tokens.argmax())
-    by_media = [int(media.argmax())] if media.max() > media[most] else []
-    return [*by_media, most, *([most] if again else [])]
+    others = [int(size.argmax()) for size in (media, targets) if size.max() > size[most]]
+    return [*dict.fromkeys(others), most, *([most] if again else [])]
 
 
 def _run(

@@ -199,6 +199,24 @@ def test_rows_of_many_lengths_are_packed_and_train_as_they_do_apart(tmp_path, re
     assert found[True] == [pytest.approx(row, rel=1e-4) for row in found[False]]
 
 
+def test_rows_train_apart_with_a_note_where_trees_are_refused(fresh, monkeypatch):
+    from mmtune.stages.finetune import preparation
+    from mmtune.training import batching
+    from mmtune.training.tree_check import TreeCheck
+
+    plain = fresh(features={"use": "off"})
+    finetune(plain, console=Talk(quiet=True))
+    expected = weights_of(plain)
+    monkeypatch.setattr(preparation, "_LEAST_PADDING", -1.0)
+    refused = TreeCheck(False, 0.0, 0.5, 1e-4, "gradients differ by 5.0e-01, of 1")
+    monkeypatch.setattr(batching, "check_trees", lambda *_, **__: refused)
+    console = Talk(quiet=True)
+    finetune(plain, force=True, console=console)
+    (line,) = [line for line in console.lines if "each row trains apart" in line]
+    assert "gradients differ by 5.0e-01" in line
+    assert weights_of(plain) == expected
+
+
 @pytest.mark.parametrize(
     ("settings", "near"), [({"checkpointing": True}, 1e-4), ({"method": "full", "precision": "bf16"}, 0.05)], ids=str
 )

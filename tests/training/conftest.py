@@ -313,6 +313,7 @@ MODELS = {
     "composite_cross": _composite(attention="cross", layers=[1]),
     "composite_late_cross": _composite(mode="late", attention="cross", layers=[0, 1]),
     "text_llama3": _plain("Llama"),
+    "text_phi3": _plain("Phi3"),
     "text_qwen3": _plain("Qwen3"),
     "text_qwen2_5": _plain(
         "Qwen2", use_sliding_window=True, sliding_window=9, layer_types=["full_attention", "sliding_attention"]

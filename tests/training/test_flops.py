@@ -24,6 +24,12 @@ def test_lora_is_four_per_frozen_weight_and_six_per_own():
     assert flops_per_token(model) == 4 * (layers + 20 * 8) + 6 * 2 * (2 * 8 + 2 * 8)
 
 
+def test_head_and_last_block_work_for_label_tokens_alone():
+    model = llama(False)
+    head, own_of_last = 20 * 8, 2 * 8 * 8 + 3 * 8 * 12
+    assert flops_per_token(model) - flops_per_token(model, 0.25) == 6 * 0.75 * (head + own_of_last)
+
+
 def test_only_known_accelerators_have_a_peak():
     assert peak_flops("NVIDIA H200") == peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("Some TPU") is None

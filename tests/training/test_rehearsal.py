@@ -20,9 +20,12 @@ from tests.training.course import Rows, tiny_model
 
 
 def test_the_most_tokens_come_last() -> None:
-    assert heaviest(np.array([3, 9, 5]), np.array([4, 1, 2]), again=False) == [0, 1]
-    assert heaviest(np.array([3, 9, 5]), np.array([1, 4, 4]), again=False) == [1]
-    assert heaviest(np.array([3, 9, 5]), np.array([0, 0, 0]), again=True) == [1, 1]
+    tokens, none = np.array([3, 9, 5]), np.zeros(3, int)
+    assert heaviest(tokens, np.array([4, 1, 2]), none, again=False) == [0, 1]
+    assert heaviest(tokens, np.array([1, 4, 4]), none, again=False) == [1]
+    assert heaviest(tokens, none, none, again=True) == [1, 1]
+    assert heaviest(tokens, np.array([4, 1, 2]), np.array([0, 1, 2]), again=False) == [0, 2, 1]
+    assert heaviest(tokens, np.array([4, 1, 2]), np.array([3, 1, 2]), again=False) == [0, 1]
 
 
 @pytest.fixture

@@ -96,7 +96,7 @@ def both(family: Any, model: Any, bins: list[list[Tree]], multiple_of: int = 1) 
 def test_one_tree(family_name: str, tiny_family: Any, media: Any, served: Any) -> None:
     family = tiny_family(family_name)
     tree = trees_of(family, media, served)[0]
-    assert len(tree.example_ids) == 4 and (tree.branch == 0).sum() > 3
+    assert len(tree.example_ids) == 4 and (tree.branch == 0).sum() > 1
     loss, gradient = both(family, family.model, [[tree]])
     assert loss < 1e-5 and gradient < 1e-5
 
@@ -109,6 +109,33 @@ def test_packed_trees(family_name: str, tiny_family: Any, media: Any, served: An
     loss, gradient = both(family, family.model, [trees[1:], trees[:1]], multiple_of=16)
     # Of one gate of this one, rounding takes more; in double precision the difference is 5e-7.
     assert loss < 1e-5 and gradient < (3e-5 if family_name == "composite_late_cross" else 1e-5)
+
+
+def test_five_hundred_questions_on_one_image(tiny_family: Any, media: Any, served: Any) -> None:
+    """They make several trees, each with the image once; no question is lost or asked twice."""
+    family = tiny_family("llava")
+    medium, real = media.image(60, 44)
+    served[medium.path] = real["image"]
+    rows = [
+        family.renderer.encode(
+            [
+                Message("user", (medium, TextPart(f"Is the cat number {number} red?"))),
+                Message("assistant", (TextPart(ANSWERS[number % len(ANSWERS)]),)),
+            ]
+        )
+        for number in range(500)
+    ]
+    names = [str(number) for number in range(500)]
+    trees = list(build_trees(rows, names, 2048))
+    assert 1 < len(trees) < 20
+    assert [name for tree in trees for name in tree.example_ids] == names
+    assert all(tree.input_ids.size <= 2048 and len(tree.media) == 1 for tree in trees)
+    collate = Collator(family.processor, media_root=Path())
+    expected, count = apart(family.model, collate, trees, step=50)
+    packed = TreeCollator(collate, rope_index(family.model))
+    parts = [answer_loss(family.model, packed([[tree]]), mask_rules(family.model)) for tree in trees]
+    assert sum(own for _, own in parts) == count
+    assert float(sum(loss.detach() for loss, _ in parts)) == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
 def test_lora_with_checkpointing(family_name: str, tiny_family: Any, media: Any, served: Any, monkeypatch: Any) -> None:

@@ -68,6 +68,39 @@ def test_bf16_is_measured_against_itself(case: Any) -> None:
     assert found.exact and found.tolerance > tree_check._TOLERANCE
 
 
+def test_gradients_that_are_no_numbers_are_no_proof(case: Any, monkeypatch: Any) -> None:
+    model, trees, collate = case
+    norms = iter([1.0, float("nan")] * 2)
+    monkeypatch.setattr(tree_check, "gradient_norm", lambda *_: next(norms))
+    found = check_trees(model, trees, collate)
+    assert not found.exact and found.loss_error < 1e-5 and "nan" in found.reason
+
+
+def test_rows_that_differ_by_their_padding_prove_nothing(case: Any, monkeypatch: Any) -> None:
+    model, trees, collate = case
+    errors = iter([(0.0, 0.5), (0.0, 0.4)])
+    monkeypatch.setattr(tree_check, "_difference", lambda *_: next(errors))
+    found = check_trees(model, trees, collate)
+    assert not found.exact and found.tolerance == tree_check._MOST_TOLERANCE
+
+
+def test_no_batch_is_larger_than_in_training(case: Any, monkeypatch: Any) -> None:
+    model, trees, collate = case
+    (tree,) = trees
+    limit = tree.input_ids.size + 5
+    sizes: list[int] = []
+    real = tree_check.answer_loss
+
+    def loss(model: Any, batch: Any, *rest: Any) -> Any:
+        sizes.append(batch["input_ids"].numel())
+        return real(model, batch, *rest)
+
+    monkeypatch.setattr(tree_check, "answer_loss", loss)
+    assert check_trees(model, [tree, tree], collate, batch_tokens=limit).exact
+    # Two questions of each of two trees, apart, and the two trees.
+    assert len(sizes) == 6 and max(sizes) <= limit
+
+
 def test_trees_that_stand_for_the_split() -> None:
     lengths = TreeLengths(np.array([9, 5, 90, 40, 30]), np.zeros(5, int), np.array([1, 2, 3, 2, 2]))
     assert [found.tolist() for found in trees_to_check(lengths, np.zeros(5, int))] == [[2, 4]]

@@ -51,9 +51,13 @@ def model_to_train(
     path: str,
     absent: Sequence[str],
     load: Callable[..., Any],
+    row_tokens: float,
     console: Talk,
 ) -> Any:
-    """Returns the model with what trains, without the towers of the media in ``absent``."""
+    """Returns the model with what trains, without the towers of the media in ``absent``.
+
+    ``row_tokens`` is the mean length of the training rows.
+    """
     import torch
 
     from mmtune.models.adapter import add_noise_to_embeddings
@@ -69,7 +73,7 @@ def model_to_train(
     if settings.liger == "auto" and use_liger(model):
         console.say("finetune: Liger's kernels are in use")
     if settings.neftune_alpha:
-        add_noise_to_embeddings(model, settings.neftune_alpha)
+        add_noise_to_embeddings(model, settings.neftune_alpha, row_tokens)
     if settings.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()

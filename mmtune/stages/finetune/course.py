@@ -73,7 +73,9 @@ def follow(run: Run, resume: str, console: Talk) -> Any:
         log_every=settings.log_every,
         eval_every=settings.eval_every,
         workers=settings.workers,
-        use_per_token=utilisation_per_token(run.model, run.accelerator.device, run.accelerator.num_processes),
+        use_per_token=utilisation_per_token(
+            run.model, run.accelerator.device, run.accelerator.num_processes, run.train.label_share
+        ),
     )
     with console.progress(plan.total_steps, "finetune") as bar:
         bar.advance(start)

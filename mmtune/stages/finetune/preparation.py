@@ -71,6 +71,7 @@ def prepare(
     from mmtune.models.left_out import set_aside
     from mmtune.training.batching import packed_trees, rows_apart
     from mmtune.training.checkpoints import CheckpointFolder
+    from mmtune.training.data import row_sizes
     from mmtune.training.step_size import LIMITS, StepSize, planned_size
 
     _trackers_are_here(settings.trackers)
@@ -89,7 +90,9 @@ def prepare(
         precision,
         accelerator,
     )
-    model = model_to_train(recipe, settings, path, [one.kind for one in wanted if one.found], load, console)
+    absent = [one.kind for one in wanted if one.found]
+    row_tokens = float(row_sizes(splits["train"].table)[0].tokens.mean())
+    model = model_to_train(recipe, settings, path, absent, load, row_tokens, console)
     show_towers(model, console)
     with set_aside(model):
         place(model, settings, accelerator, console)
@@ -261,7 +264,7 @@ def _trains_trees(model: Any, split: Any, rows: Any, attn: str, accelerator: Any
     if not split.shares and padding < _LEAST_PADDING:
         return False
     own = text_attention(model)
-    proof = prove(model, kernels, lambda: check_sharing(model, split, accelerator, own), agree)
+    proof = prove(model, kernels, lambda: check_sharing(model, split, accelerator, own, rows.batch_tokens), agree)
     for line in proof.refused:
         console.note(f"trees do not train by {line}")
     if not proof.exact:
