@@ -1,16 +1,12 @@
 """What a frozen model's option probabilities are worth as a reward, and how rewards of one input are compared.
 
 The piecewise reward and the z-score are those of RLPrompt (Deng et al. 2022, arXiv:2205.12548, section 3.2).
-Shapes: N rows, L options, C prompts.
+Shapes: N rows, L options, C prompts of a group, T prompts so far.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
-
-from mmtune.errors import DivergedError
 
 WRONG, RIGHT = 180.0, 200.0
 """lambda_1 and lambda_2 of the paper's classification experiments."""
@@ -35,29 +31,13 @@ def gap_reward(score_L: np.ndarray, answer: int, *, wrong: float = WRONG, right:
     return gap * (right if gap > 0 else wrong)
 
 
-def z_scores(reward_CN: np.ndarray) -> np.ndarray:
-    """Returns ``(C, N)`` rewards of every input standardised over the prompts; 0 where all prompts earn the same.
+def z_scores(reward_CN: np.ndarray, among_TN: np.ndarray) -> np.ndarray:
+    """Returns ``(C, N)`` rewards of every input standardised among its prompts; 0 where all prompts earn the same.
 
     Args:
-        reward_CN: Reward of every prompt on every input.
+        reward_CN: Reward of every prompt of a group on every input.
+        among_TN: Rewards of all prompts to compare with, these among them; NaN where one was not scored.
     """
-    middle_N, spread_N = reward_CN.mean(0), reward_CN.std(0)
+    middle_N, spread_N = np.nanmean(among_TN, 0), np.nanstd(among_TN, 0)
     equal_N = spread_N <= _EQUAL * np.maximum(np.abs(middle_N), 1.0)
     return np.where(equal_N, 0.0, (reward_CN - middle_N) / np.where(equal_N, 1.0, spread_N))
-
-
-def check_finite(rewards: np.ndarray, prompts: Sequence[str]) -> None:
-    """Raises DivergedError that names the first prompt with a reward that is no number.
-
-    Args:
-        rewards: ``(C, ...)`` in the prompts' order.
-        prompts: C texts.
-    """
-    bad_C = ~np.isfinite(rewards.reshape(len(prompts), -1)).all(1)
-    if bad_C.any():
-        prompt = prompts[int(bad_C.argmax())]
-        raise DivergedError(
-            f"the reward of the prompt {prompt!r} is not a number",
-            "look at the model's precision (finetune.precision: fp32), and at what it says to this prompt",
-            "reward_not_finite",
-        )

@@ -1,52 +1,57 @@
 """Policy gradient over the words of a prompt, with a frozen model's rewards (after RLPrompt, arXiv:2205.12548).
 
-A step draws a group of prompts that were not scored before, earns their rewards on the same inputs, and follows the
+A step draws a group of prompts that were not tried before, earns their rewards on the same rows, and follows the
 gradient of the expected z-score: REINFORCE, in which the mean of all prompts so far is the baseline. (The paper learns
-by soft Q-learning; the reward, the z-score, the fixed length and the top-k draw are its own.) Nothing is random but
-the dice of (seed, step), so the same rewards lead to the same prompts: a search that was stopped is replayed by
-answering again what was answered before.
+by soft Q-learning; its reward, its z-score, the fixed length and the top-k draw are kept.) The words stand before
+the instruction that the search starts from.
 
-Shapes: C prompts, P positions, N inputs.
+Shapes: C prompts, P positions, V words, D width of their embeddings, N rows of a step, R dev rows, T prompts so far.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mmtune.prompts.search.policy import Policy, Weights, fresh_policy, gradient, sample
-from mmtune.prompts.search.reward import check_finite, z_scores
+from mmtune.prompts.search.candidate import Candidate
+from mmtune.prompts.search.look import look, look_calls, look_rows
+from mmtune.prompts.search.policy import Policy, Weights, fresh_policy, gradient, greedy, sample
+from mmtune.prompts.search.problem import Method, Problem
+from mmtune.prompts.search.reward import z_scores
+from mmtune.prompts.search.scorer import Scorer
+from mmtune.prompts.search.space import Admission
 
-Ids = tuple[int, ...]
-"""Word numbers of a prompt."""
 _TRIES = 64
-"""So many draws per wanted prompt; a policy that then knows no more new ones has settled."""
+"""So many rounds of draws per group; a policy that then knows no new prompt has settled."""
 _BETAS, _TINY = (0.9, 0.999), 1e-8
 """Adam's (arXiv:1412.6980)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RlSettings:
-    """How the policy learns.
+    """The words of a prompt, and how the policy learns.
 
     Attributes:
+        words: What a prompt is made of.
+        embedding_VD: Their embeddings, frozen.
+        say: Words to the text of a prompt; empty where the model's tokenizer cannot say it.
         length: Words of a prompt.
-        group: Prompts per step.
         top_k: A word is drawn from so many likeliest at its position; 0 is all.
         hidden: Units of the MLP over the embedding of the word before; 0 leaves plain logits of every position.
         rate: Adam's step size.
         entropy: Weight of the entropy.
     """
 
+    words: tuple[str, ...]
+    embedding_VD: np.ndarray
+    say: Callable[[Sequence[str]], str] = " ".join
     length: int = 4
-    group: int = 8
     top_k: int = 0
     hidden: int = 0
-    rate: float = 0.3
-    entropy: float = 0.01
+    rate: float = 0.5
+    entropy: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -59,71 +64,27 @@ class Learner:
     steps: int = 0
 
 
-@dataclass(frozen=True)
-class Group:
-    """The prompts of a step.
-
-    Attributes:
-        ids: New prompts that may be scored.
-        refused: Reason to the number of draws that were thrown away.
-    """
-
-    ids: list[Ids]
-    refused: Mapping[str, int] = field(default_factory=dict)
-
-
-def fresh_learner(embedding_VD: np.ndarray, settings: RlSettings, seed: int) -> Learner:
-    """Returns the learner that knows nothing.
-
-    Args:
-        embedding_VD: One row per word.
-        settings: How it learns.
-        seed: Of its first weights.
-    """
+def fresh_learner(settings: RlSettings, seed: int) -> Learner:
+    """Returns the learner that knows nothing."""
     policy = fresh_policy(
-        embedding_VD, length=settings.length, hidden=settings.hidden, top_k=settings.top_k, seed=seed
+        settings.embedding_VD, length=settings.length, hidden=settings.hidden, top_k=settings.top_k, seed=seed
     )
     zeros = {name: np.zeros_like(value) for name, value in policy.weights.items()}
     return Learner(policy, zeros, zeros)
 
 
-def draw_group(learner: Learner, count: int, seed: int, refuse: Callable[[Ids], str]) -> Group:
-    """Returns up to ``count`` different prompts; fewer where the policy knows no more.
-
-    Args:
-        learner: What draws.
-        count: Prompts that are wanted.
-        seed: With the learner's steps, the dice.
-        refuse: A prompt to the reason why it may not be scored, or nothing.
-    """
-    rng = np.random.default_rng([seed, 1, learner.steps])
-    found: dict[Ids, None] = {}
-    refused: Counter[str] = Counter()
-    for _ in range(_TRIES):
-        for row in sample(learner.policy, count, rng):
-            ids = tuple(int(value) for value in row)
-            reason = "duplicate" if ids in found else refuse(ids)
-            if reason:
-                refused[reason] += 1
-            elif len(found) < count:
-                found[ids] = None
-        if len(found) == count:
-            break
-    return Group(list(found), dict(refused))
-
-
-def learn(learner: Learner, ids: Sequence[Ids], advantage_C: np.ndarray, settings: RlSettings) -> Learner:
-    """Returns the learner after one step up the gradient; unchanged weights where nothing was better than another.
+def learn(learner: Learner, ids_CP: np.ndarray, advantage_C: np.ndarray, settings: RlSettings) -> Learner:
+    """Returns the learner after one step up the gradient; with the same weights where no prompt was better.
 
     Args:
         learner: Before.
-        ids: The group.
+        ids_CP: Word numbers of the group.
         advantage_C: Its prompts' advantages.
         settings: Rate and entropy.
     """
     if not advantage_C.any():
         return replace(learner, steps=learner.steps + 1)
-    slope = gradient(learner.policy, np.array(ids), advantage_C / len(ids), settings.entropy)
+    slope = gradient(learner.policy, ids_CP, advantage_C / len(ids_CP), settings.entropy)
     steps = learner.steps + 1
     first = {name: _BETAS[0] * learner.first[name] + (1 - _BETAS[0]) * value for name, value in slope.items()}
     second = {name: _BETAS[1] * learner.second[name] + (1 - _BETAS[1]) * value**2 for name, value in slope.items()}
@@ -135,45 +96,53 @@ def learn(learner: Learner, ids: Sequence[Ids], advantage_C: np.ndarray, setting
     return Learner(replace(learner.policy, weights=weights), first, second, steps)
 
 
-def search_words(
-    embedding_VD: np.ndarray,
-    score: Callable[[Sequence[Ids]], np.ndarray],
-    *,
-    settings: RlSettings,
-    most: int,
-    seed: int,
-    refuse: Callable[[Ids], str] = lambda ids: "",
-) -> tuple[dict[Ids, np.ndarray], dict[str, int]]:
-    """Returns the rewards of every prompt that was scored, in order, and why draws were thrown away.
+def prompt_of(ids_P: Sequence[int], problem: Problem) -> Candidate | None:
+    """Returns the prompt with these words before the start's instruction; None where they cannot be said."""
+    settings: RlSettings = problem.settings
+    said = settings.say([settings.words[at] for at in ids_P]).replace("{", "{{").replace("}", "}}")
+    start = problem.space.start
+    return replace(start, instruction=f"{said} {start.instruction}") if said.strip() else None
 
-    Args:
-        embedding_VD: One row per word.
-        score: Prompts to ``(C, N)`` rewards on the same N inputs.
-        settings: How the policy learns.
-        most: Prompts that may be scored.
-        seed: Of everything random.
-        refuse: A prompt to the reason why it may not be scored, or nothing.
 
-    Raises:
-        DivergedError: A reward is no number.
-    """
-    learner = fresh_learner(embedding_VD, settings, seed)
-    known: dict[Ids, np.ndarray] = {}
-    refused: Counter[str] = Counter()
-    while len(known) < most:
-        group = draw_group(
-            learner,
-            min(settings.group, most - len(known)),
-            seed,
-            lambda ids: "duplicate" if ids in known else refuse(ids),
-        )
-        refused.update(group.refused)
-        if not group.ids:
+def draw_group(
+    learner: Learner, problem: Problem, admission: Admission
+) -> tuple[np.ndarray, list[Candidate]]:
+    """Returns ``(C, P)`` word numbers and prompts that were not tried before, at most a population."""
+    rng = np.random.default_rng([problem.seed, 1, learner.steps])
+    rows: list[np.ndarray] = []
+    prompts: list[Candidate] = []
+    for _ in range(_TRIES):
+        for ids_P in sample(learner.policy, problem.population - len(prompts), rng):
+            prompt = prompt_of(ids_P, problem)
+            if prompt is None:
+                admission.refused["untokenisable"] += 1
+            elif fresh := admission([prompt]):
+                rows.append(ids_P)
+                prompts += fresh
+        if len(prompts) == problem.population:
             break
-        reward_CN = score(group.ids)
-        check_finite(reward_CN, [str(ids) for ids in group.ids])
-        known.update(zip(group.ids, reward_CN, strict=True))
-        # Against all prompts so far, not the group alone: a group of good prompts must not count half of them as bad.
-        advantage_C = z_scores(np.stack(list(known.values())))[-len(group.ids) :].mean(1)
-        learner = learn(learner, group.ids, advantage_C, settings)
-    return known, dict(refused)
+    return np.array(rows), prompts
+
+
+def rl_search(problem: Problem, scorer: Scorer, admission: Admission) -> None:
+    """Learns until the budget is used up or the policy has settled; what it likes best is scored on all rows."""
+    settings: RlSettings = problem.settings
+    learner, dice = fresh_learner(settings, problem.seed), problem.dice("rl")
+    tried_TR = np.empty((0, problem.rows))
+    while scorer.budget.left >= look_calls(problem, problem.population) + problem.rows:
+        ids_CP, prompts = draw_group(learner, problem, admission)
+        if not prompts:
+            break
+        rows = look_rows(problem, dice)
+        reward_CN = look(scorer, prompts, rows)
+        group_CR = np.full((len(prompts), problem.rows), np.nan)
+        group_CR[:, rows] = reward_CN
+        tried_TR = np.concatenate([tried_TR, group_CR])
+        # Among all prompts so far, not the group alone: half of a group of good prompts is not bad.
+        learner = learn(learner, ids_CP, z_scores(reward_CN, tried_TR[:, rows]).mean(1), settings)
+    liked = prompt_of(greedy(learner.policy), problem)
+    if liked is not None and not problem.space.fault(liked):
+        scorer(liked)
+
+
+METHOD = Method(rl_search, lambda problem: look_calls(problem, problem.population) + problem.rows)
