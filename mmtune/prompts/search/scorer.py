@@ -69,11 +69,12 @@ class Scorer:
             DivergedError: A reward is no number.
         """
         wanted = tuple(range(self.rows)) if rows is None else tuple(rows)
-        known = self._known.setdefault(candidate.key, {})
+        known = self._known.get(candidate.key, {})
         fresh = [row for row in dict.fromkeys(wanted) if row not in known]
         if fresh:
             self.budget.spend(len(fresh))
             self._ask(candidate, fresh, known)
+            self._known[candidate.key] = known
         return np.array([known[row] for row in wanted])
 
     def mean(self, candidate: Scorable) -> float:
