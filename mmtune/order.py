@@ -16,6 +16,7 @@ NEEDS = {
     "extract": (),
     "build-data": (),
     "assemble": (),
+    "prompt": ("instructions",),
     "tokenize": ("instructions",),
     "pretrain": ("tokens", "start"),
     "finetune": ("tokens",),

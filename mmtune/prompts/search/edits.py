@@ -175,7 +175,7 @@ class Edits:
 
 
 def induced_sentences(solved: Sequence[Solved]) -> tuple[str, ...]:
-    """Returns what solved rows show of their answers, as sentences for an instruction: which there are, and how long."""
+    """Returns what solved rows show of their answers, as sentences: which there are, and how long."""
     answers = Counter(one.answer.strip() for one in solved if one.answer.strip())
     if not answers:
         return ()

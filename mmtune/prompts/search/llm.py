@@ -12,7 +12,7 @@ from mmtune.prompts.search.candidate import Candidate
 from mmtune.prompts.search.edits import Edits
 from mmtune.prompts.search.proposer import Mistake, Solved
 from mmtune.prompts.search.scorer import Scored
-from mmtune.prompts.search.space import Space
+from mmtune.prompts.search.space import Space, slot, slots_of
 from mmtune.prompts.search.trace import Trace
 
 _MARKED = re.compile(r"<PROMPT>\s*(.*?)\s*</PROMPT>", re.DOTALL)
@@ -20,9 +20,12 @@ _SHOWN = 5
 _MOST_CHARS = 20_000
 
 _TASK = """You write instructions for a language model that answers questions about inputs.
-An instruction is text with slots in braces; each slot is replaced by a part of the input. It must keep the slots
-{slots} exactly as written, each once, and be shorter than {longest} characters.
-{examples}"""
+An instruction is text with slots in braces; each slot is replaced by a part of the input. It must have the slots
+{kept} exactly as written here, each once. It may also use {spare}. It is shorter than {longest} characters.
+Inputs with right answers:
+
+{examples}
+"""
 _FORM = "Write one instruction, between <PROMPT> and </PROMPT>, and nothing else."
 
 
@@ -62,7 +65,8 @@ class ChatProposer:
     ) -> list[Candidate]:
         """Returns instructions written after a look at mistakes."""
         lines = [
-            f"input: {one.row.asked}\nright answer: {one.row.answer}" + (f"\nit answered: {one.said}" if one.said else "")
+            f"input: {one.row.asked}\nright answer: {one.row.answer}"
+            + (f"\nit answered: {one.said}" if one.said else "")
             for one in mistakes
         ]
         said = f"This instruction:\n{_quoted(candidate)}\nled to mistakes:\n" + "\n\n".join(lines)
@@ -88,8 +92,13 @@ class ChatProposer:
     def _task(self, dice: random.Random) -> str:
         shown = dice.sample(self.solved, min(_SHOWN, len(self.solved)))
         examples = "\n\n".join(f"input: {one.asked}\nanswer: {one.answer}" for one in shown)
-        slots = ", ".join("{%s}" % name for name in sorted(self.space.slots))
-        return _TASK.format(slots=slots, longest=self.space.longest, examples=f"Inputs with right answers:\n\n{examples}")
+        kept = slots_of(self.space.start.instruction)
+        return _TASK.format(
+            kept=", ".join(map(slot, sorted(kept))) or "(none)",
+            spare=", ".join(map(slot, sorted(self.space.slots - kept))) or "(no other)",
+            longest=self.space.longest,
+            examples=examples,
+        )
 
     def _text(self, question: str) -> str:
         key = hashlib.blake2b(question.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmtune.errors import CapabilityError
 from mmtune.prompts.search.candidate import Candidate
 from mmtune.prompts.search.problem import Method, Problem
 from mmtune.prompts.search.scorer import Scorer
@@ -21,15 +20,13 @@ _DRY_TRIALS = 100
 
 
 def mipro(problem: Problem, scorer: Scorer, admission: Admission) -> None:
-    """Searches until the budget is used up, or every combination is known.
+    """Searches until the budget is used up, or every combination is known."""
+    import optuna
 
-    Raises:
-        CapabilityError: Optuna is not installed.
-    """
-    optuna = _optuna()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     dice = problem.dice("mipro")
     choices = _choices(problem, admission)
-    sampler = optuna.samplers.TPESampler(seed=problem.seed % 2**32, multivariate=True, warn_independent_sampling=False)
+    sampler = optuna.samplers.TPESampler(seed=problem.seed % 2**32, multivariate=True)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     batch_rows = min(problem.minibatch, problem.rows)
     met: dict[str, Candidate] = {}
@@ -75,15 +72,4 @@ def _score_the_best(met: dict[str, Candidate], scorer: Scorer) -> None:
         scorer(max(open_, key=scorer.mean))
 
 
-def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError as error:
-        raise CapabilityError(
-            "prompt.method mipro needs optuna", "pip install 'mmtune[prompt]'", "missing_library"
-        ) from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna
-
-
-METHOD = Method(mipro, lambda problem: _FULL_EVERY * min(problem.minibatch, problem.rows) + problem.rows)
+METHOD = Method(mipro, lambda problem: _FULL_EVERY * min(problem.minibatch, problem.rows) + problem.rows, "optuna")
