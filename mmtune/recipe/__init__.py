@@ -10,6 +10,7 @@ from mmtune.recipe.extract import Extract
 from mmtune.recipe.finetune import Augment, Features, Finetune, Lora
 from mmtune.recipe.mixture import Mixture
 from mmtune.recipe.pretrain import Pretrain
+from mmtune.recipe.prompt import Prompt
 from mmtune.recipe.schema import Model, Recipe
 from mmtune.recipe.sources import Source
 from mmtune.recipe.tokenize import Tokenize
@@ -26,6 +27,7 @@ __all__ = [
     "Mixture",
     "Model",
     "Pretrain",
+    "Prompt",
     "Recipe",
     "Source",
     "Tokenize",

@@ -13,8 +13,8 @@ How the pieces meet::
   prompts that were scored on all rows (``scorer.best``; only these count), and stops at NaN (exit 6).
 - A method is ``Method(search, least)`` in a file of its own with the name ``METHOD``, and one line in ``METHODS``.
   ``search(problem, scorer, admission)`` returns when it is done; ``Exhausted`` may pass through it. ``least(problem)``
-  says how many calls beside the start's it needs to begin. Randomness comes from ``problem.dice(name)`` or from
-  ``problem.seed`` alone.
+  says how many calls beside the start's it needs to begin, ``needs`` names the module of a library that it takes.
+  Randomness comes from ``problem.dice(name)`` or from ``problem.seed`` alone.
 - Whatever else comes from outside and may differ at another time (a chat model's proposals) goes through
   ``trace.step(kind, key, make)``. Then a search that was killed is the same function called again: the trace replays
   what models said and goes on behind it. A method keeps no state on disk.
@@ -24,7 +24,7 @@ How the pieces meet::
 - ``problem.settings`` is the section of one method's own settings as a plain frozen value.
 """
 
-from mmtune.prompts.search import random
+from mmtune.prompts.search import ape, gepa, mipro, opro, random
 from mmtune.prompts.search.budget import Budget, Exhausted
 from mmtune.prompts.search.candidate import Candidate, Scorable, candidate_of
 from mmtune.prompts.search.problem import Found, Method, Problem, search
@@ -33,7 +33,13 @@ from mmtune.prompts.search.scorer import Scored, Scorer
 from mmtune.prompts.search.space import Admission, Space, slots_of
 from mmtune.prompts.search.trace import Trace, read_trace
 
-METHODS: dict[str, Method] = {"random": random.METHOD}
+METHODS: dict[str, Method] = {
+    "ape": ape.METHOD,
+    "opro": opro.METHOD,
+    "mipro": mipro.METHOD,
+    "gepa": gepa.METHOD,
+    "random": random.METHOD,
+}
 """Name to the method."""
 
 __all__ = [

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mmtune.errors import RecipeError
+from mmtune.errors import CapabilityError, RecipeError
 from mmtune.prompts.search.budget import Exhausted
-from mmtune.prompts.search.proposer import Mistake, Proposer
+from mmtune.prompts.search.proposer import Proposer, Solved
 from mmtune.prompts.search.scorer import Scored, Scorer
 from mmtune.prompts.search.space import Admission, Space
 
@@ -25,8 +27,7 @@ class Problem:
         seed: Of the search.
         population: Prompts that are alive at once.
         minibatch: Rows of a first look.
-        mistakes: A prompt and row numbers to what the model said there; costs no call of its own, since the
-            rows were scored before.
+        dev: The dev rows as a proposer reads them, where a method looks at mistakes.
         settings: Of one method alone, such as the learning rate of ``rl``.
     """
 
@@ -36,7 +37,7 @@ class Problem:
     seed: int = 0
     population: int = 8
     minibatch: int = 16
-    mistakes: Callable[[Any, Sequence[int]], Sequence[Mistake]] = lambda candidate, rows: ()
+    dev: tuple[Solved, ...] = ()
     settings: Any = None
 
     def dice(self, name: str) -> random.Random:
@@ -50,11 +51,38 @@ class Method:
 
     Attributes:
         search: Runs until it is done or the budget is (``Exhausted`` may pass through it).
-        least: Fewest model calls that it can do anything with.
+        least: Fewest model calls beside the start's that it can do anything with.
+        needs: Module of a library that it cannot do without, or empty.
     """
 
     search: Callable[[Problem, Scorer, Admission], None]
     least: Callable[[Problem], int]
+    needs: str = ""
+
+    def check(self, problem: Problem, budget: int, name: str) -> None:
+        """Raises what keeps a search from beginning.
+
+        Args:
+            problem: What is searched.
+            budget: Model calls.
+            name: Of the method, for the message.
+
+        Raises:
+            RecipeError: The budget is too small.
+            CapabilityError: The library is not installed.
+        """
+        least = problem.rows + self.least(problem)
+        if budget < least:
+            raise RecipeError(
+                f"prompt.budget is {budget:,} model calls, {name} needs at least {least:,} "
+                f"({problem.rows} dev rows, population {problem.population}, minibatch {problem.minibatch})",
+                "raise prompt.budget, or lower dev, population or minibatch",
+                "small_budget",
+            )
+        if self.needs and importlib.util.find_spec(self.needs) is None:
+            raise CapabilityError(
+                f"prompt.method {name} needs {self.needs}", "pip install 'mmtune[prompt]'", "missing_library"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,23 +115,15 @@ def search(problem: Problem, scorer: Scorer, method: Method, name: str) -> Found
 
     Raises:
         RecipeError: The budget is too small for the method to begin.
+        CapabilityError: Its library is not installed.
     """
-    least = problem.rows + method.least(problem)
-    if scorer.budget.total < least:
-        raise RecipeError(
-            f"prompt.budget is {scorer.budget.total:,} model calls, {name} needs at least {least:,} "
-            f"({problem.rows} dev rows, population {problem.population}, minibatch {problem.minibatch})",
-            "raise prompt.budget, or lower dev, population or minibatch",
-            "small_budget",
-        )
+    method.check(problem, scorer.budget.total, name)
     admission = Admission(problem.space)
     admission([problem.space.start])
     scorer(problem.space.start)
     start = scorer.best
     assert start is not None
-    try:
+    with contextlib.suppress(Exhausted):
         method.search(problem, scorer, admission)
-    except Exhausted:
-        pass
     assert scorer.best is not None
     return Found(scorer.best, start, scorer.budget.spent, scorer.tried, dict(admission.refused))

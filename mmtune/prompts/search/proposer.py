@@ -16,11 +16,13 @@ class Solved:
     """A training row with its answer, as a proposer reads it.
 
     Attributes:
+        id: Of the row.
         asked: What the row says, without its media.
         answer: The right answer.
         options: Its closed answer set, or empty.
     """
 
+    id: str
     asked: str
     answer: str
     options: tuple[str, ...] = ()

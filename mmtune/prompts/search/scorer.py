@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +21,8 @@ from mmtune.prompts.search.trace import Trace
 Score = Callable[[Any, Sequence[int]], Sequence[float]]
 """Prompt and numbers of dev rows to one reward per row, higher is better: the only thing that calls a model."""
 
-S = TypeVar("S", bound=Scorable)
+_LONGEST = 200
+"""Characters of a reply that are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class Scorer:
         budget: Counts the calls.
         trace: Keeps the rewards.
         tell: Told of every new line of the trace.
+        said: Prompt and rows that were just scored to the model's words, or None where a method has no use for them.
         best: The best prompt that was scored on all rows so far; of equals the first.
         full: Every prompt that was scored on all rows, in the order it was.
     """
@@ -51,9 +53,11 @@ class Scorer:
     budget: Budget
     trace: Trace = field(default_factory=Trace)
     tell: Callable[[dict[str, Any]], None] = lambda line: None
+    said: Callable[[Any, Sequence[int]], Sequence[str]] | None = None
     best: Scored | None = None
     full: list[Scored] = field(default_factory=list)
     _known: dict[str, dict[int, float]] = field(default_factory=dict)
+    _replies: dict[tuple[str, int], str] = field(default_factory=dict)
 
     def __call__(self, candidate: Scorable, rows: Sequence[int] | None = None) -> np.ndarray:
         """Returns ``(R,)`` rewards of a prompt.
@@ -69,11 +73,12 @@ class Scorer:
             DivergedError: A reward is no number.
         """
         wanted = tuple(range(self.rows)) if rows is None else tuple(rows)
-        known = self._known.setdefault(candidate.key, {})
+        known = self._known.get(candidate.key, {})
         fresh = [row for row in dict.fromkeys(wanted) if row not in known]
         if fresh:
             self.budget.spend(len(fresh))
             self._ask(candidate, fresh, known)
+            self._known[candidate.key] = known
         return np.array([known[row] for row in wanted])
 
     def mean(self, candidate: Scorable) -> float:
@@ -85,6 +90,10 @@ class Scorer:
     def tried(self) -> int:
         """Number of prompts that were scored, on some rows or all."""
         return len(self._known)
+
+    def reply(self, candidate: Scorable, row: int) -> str:
+        """Returns what the model said to a row that a prompt was scored on; empty where nobody kept it."""
+        return self._replies.get((candidate.key, row), "")
 
     def seen(self, candidate: Scorable) -> bool:
         """Says whether a prompt was scored on every dev row."""
@@ -112,6 +121,7 @@ class Scorer:
                 "candidate": candidate.facts(),
                 "rows": list(fresh),
                 "rewards": rewards,
+                **({} if self.said is None else {"said": [text[:_LONGEST] for text in self.said(candidate, fresh)]}),
                 "score": score,
                 "full": whole,
                 "calls": self.budget.spent,
@@ -120,6 +130,9 @@ class Scorer:
 
         line = self.trace.step("score", f"{candidate.key}/{places}", make)
         known.update(zip(line["rows"], line["rewards"], strict=True))
+        self._replies.update(
+            {(candidate.key, row): text for row, text in zip(line["rows"], line.get("said", ()), strict=False)}
+        )
         if line["full"]:
             found = Scored(candidate, line["score"])
             self.full.append(found)

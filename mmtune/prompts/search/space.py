@@ -14,6 +14,11 @@ _SLOT = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _BRACE = re.compile(r"\{\{|\}\}|\{[A-Za-z_][A-Za-z0-9_]*\}")
 
 
+def slot(name: str) -> str:
+    """Returns a name in braces, as an instruction has it."""
+    return "{" + name + "}"
+
+
 def slots_of(instruction: str) -> frozenset[str]:
     """Returns the names in braces of an instruction."""
     return frozenset(_SLOT.findall(instruction.replace("{{", "").replace("}}", "")))
@@ -56,7 +61,7 @@ class Space:
             return "slot_lost"
         if not named <= self.slots:
             return "unknown_slot"
-        if any(text.count("{%s}" % name) > 1 for name in named):
+        if any(text.count(slot(name)) > 1 for name in named):
             return "slot_repeated"
         if len(candidate.exemplars) > self.shots or len(set(candidate.exemplars)) != len(candidate.exemplars):
             return "bad_exemplars"

@@ -42,7 +42,7 @@ class Trace:
             # A torn last line is dropped: what it told was not used yet.
             fresh = path.with_suffix(".new")
             fresh.write_text("".join(map(_line, kept)), "utf-8")
-            os.replace(fresh, path)
+            fresh.replace(path)
             self._handle = open(path, "a", encoding="utf-8")  # noqa: SIM115
         self.replayed = len(self._waiting)
 
