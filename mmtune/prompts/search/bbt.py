@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from mmtune.errors import CapabilityError
 from mmtune.prompts.search.look import look, look_calls, look_rows
 from mmtune.prompts.search.problem import Method, Problem
 from mmtune.prompts.search.scorer import Scorer
@@ -92,15 +91,9 @@ def random_subspace(
 
 
 def evolution(settings: BbtSettings, population: int, seed: int) -> Any:
-    """Returns CMA-ES at z = 0, with dice of its own.
+    """Returns CMA-ES at z = 0, with dice of its own."""
+    import cma
 
-    Raises:
-        CapabilityError: ``cma`` is not installed.
-    """
-    try:
-        import cma
-    except ImportError as error:
-        raise CapabilityError("prompt.method bbt needs cma", 'pip install "mmtune[prompt]"', "missing_extra") from error
     rng = np.random.default_rng([seed, 1])
     options = {
         "popsize": population,
@@ -125,4 +118,19 @@ def bbt_search(problem: Problem, scorer: Scorer, admission: Admission) -> None:
     scorer(SoftPrompt(tuple(float(value) for value in search.mean)))
 
 
-METHOD = Method(bbt_search, lambda problem: look_calls(problem, problem.population) + 2 * problem.rows)
+def random_soft(problem: Problem, scorer: Scorer, admission: Admission) -> None:
+    """Scores p0 and draws of the first generation's distribution, each on all rows, until the budget is used up."""
+    settings: BbtSettings = problem.settings
+    rng = np.random.default_rng([problem.seed, 2])
+    scorer(SoftPrompt((0.0,) * settings.dimension))
+    while True:
+        z_d = rng.normal(scale=settings.sigma, size=settings.dimension)
+        scorer(SoftPrompt(tuple(float(value) for value in z_d)))
+
+
+METHOD = Method(
+    bbt_search,
+    lambda problem: look_calls(problem, problem.population) + 2 * problem.rows,
+    needs="cma",
+    random=random_soft,
+)

@@ -14,7 +14,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from mmtune.errors import CapabilityError
 from mmtune.prompts.search.candidate import Candidate
 from mmtune.prompts.search.look import look, look_calls, look_rows
 from mmtune.prompts.search.problem import Method, Problem
@@ -41,16 +40,6 @@ class GrpoSettings:
     rate: float = 1e-5
     lora_r: int = 16
     temperature: float = 1.0
-
-
-def check_trl() -> None:
-    """Raises CapabilityError unless TRL is installed."""
-    try:
-        import trl  # noqa: F401
-    except ImportError as error:
-        raise CapabilityError(
-            "prompt.rl.policy: lm needs TRL", 'pip install "mmtune[preference]"', "missing_extra"
-        ) from error
 
 
 def written(text: str, start: Candidate) -> Candidate:
@@ -106,9 +95,8 @@ def grpo_search(problem: Problem, scorer: Scorer, admission: Admission) -> None:
 
     Raises:
         Exhausted: The budget is used up.
-        CapabilityError: TRL is not installed.
     """
-    check_trl()
+    import torch
     from datasets import Dataset
     from peft import LoraConfig
     from trl import GRPOConfig, GRPOTrainer
@@ -130,6 +118,7 @@ def grpo_search(problem: Problem, scorer: Scorer, admission: Admission) -> None:
             temperature=settings.temperature,
             seed=problem.seed,
             gradient_checkpointing=False,
+            bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
             report_to=[],
             save_strategy="no",
             logging_strategy="no",
@@ -146,4 +135,4 @@ def grpo_search(problem: Problem, scorer: Scorer, admission: Admission) -> None:
         trainer.train()
 
 
-METHOD = Method(grpo_search, lambda problem: look_calls(problem, problem.population))
+METHOD = Method(grpo_search, lambda problem: look_calls(problem, problem.population), needs="trl", extra="preference")

@@ -2,8 +2,7 @@
 
 A step draws a group of prompts that were not tried before, earns their rewards on the same rows, and follows the
 gradient of the expected z-score: REINFORCE, in which the mean of all prompts so far is the baseline. (The paper learns
-by soft Q-learning; its reward, its z-score, the fixed length and the top-k draw are kept.) The words stand before
-the instruction that the search starts from.
+by soft Q-learning; its reward, its z-score, the fixed length and the top-k draw are kept.)
 
 Shapes: C prompts, P positions, V words, D width of their embeddings, N rows of a step, R dev rows, T prompts so far.
 """
@@ -21,7 +20,7 @@ from mmtune.prompts.search.policy import Policy, Weights, fresh_policy, gradient
 from mmtune.prompts.search.problem import Method, Problem
 from mmtune.prompts.search.reward import z_scores
 from mmtune.prompts.search.scorer import Scorer
-from mmtune.prompts.search.space import Admission
+from mmtune.prompts.search.space import Admission, slots_of
 
 _TRIES = 64
 """So many rounds of draws per group; a policy that then knows no new prompt has settled."""
@@ -51,7 +50,7 @@ class RlSettings:
     top_k: int = 0
     hidden: int = 0
     rate: float = 0.5
-    entropy: float = 0.1
+    entropy: float = 0.3
 
 
 @dataclass(frozen=True)
@@ -97,16 +96,19 @@ def learn(learner: Learner, ids_CP: np.ndarray, advantage_C: np.ndarray, setting
 
 
 def prompt_of(ids_P: Sequence[int], problem: Problem) -> Candidate | None:
-    """Returns the prompt with these words before the start's instruction; None where they cannot be said."""
+    """Returns the prompt of these words; None where they cannot be said.
+
+    They stand before the start's instruction, or in its place where it names no slot of a row.
+    """
     settings: RlSettings = problem.settings
     said = settings.say([settings.words[at] for at in ids_P]).replace("{", "{{").replace("}", "}}")
     start = problem.space.start
-    return replace(start, instruction=f"{said} {start.instruction}") if said.strip() else None
+    if not said.strip():
+        return None
+    return replace(start, instruction=f"{said} {start.instruction}" if slots_of(start.instruction) else said)
 
 
-def draw_group(
-    learner: Learner, problem: Problem, admission: Admission
-) -> tuple[np.ndarray, list[Candidate]]:
+def draw_group(learner: Learner, problem: Problem, admission: Admission) -> tuple[np.ndarray, list[Candidate]]:
     """Returns ``(C, P)`` word numbers and prompts that were not tried before, at most a population."""
     rng = np.random.default_rng([problem.seed, 1, learner.steps])
     rows: list[np.ndarray] = []
@@ -145,4 +147,15 @@ def rl_search(problem: Problem, scorer: Scorer, admission: Admission) -> None:
         scorer(liked)
 
 
-METHOD = Method(rl_search, lambda problem: look_calls(problem, problem.population) + problem.rows)
+def random_words(problem: Problem, scorer: Scorer, admission: Admission) -> None:
+    """Scores prompts of words drawn at random, each on all rows, until the budget or the prompts are used up."""
+    alone, learner = replace(problem, population=1), fresh_learner(problem.settings, problem.seed)
+    while True:
+        _, prompts = draw_group(learner, alone, admission)
+        if not prompts:
+            return
+        scorer(prompts[0])
+        learner = replace(learner, steps=learner.steps + 1)
+
+
+METHOD = Method(rl_search, lambda problem: look_calls(problem, problem.population) + problem.rows, random=random_words)

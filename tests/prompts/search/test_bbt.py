@@ -1,6 +1,7 @@
 """Black-box tuning against cma itself, and the subspace against the paper's shapes."""
 
 import json
+import sys
 
 import cma
 import numpy as np
@@ -34,7 +35,7 @@ def test_on_a_quadratic_it_finds_what_cma_finds():
     scale = 10.0 ** np.linspace(0, 2, D)
     theirs = cma.CMAEvolutionStrategy(np.zeros(D), 0.5, {"popsize": 8, "seed": 1, "verbose": -9, "maxfevals": 800})
     theirs.optimize(lambda z: float(scale @ (z - CENTRE) ** 2))
-    assert theirs.result.fbest < 1e-8 and -found.best.score < 1e-8
+    assert theirs.result.fbest < 1e-6 and -found.best.score < 1e-6
     assert np.array(found.best.candidate.z) == pytest.approx(theirs.result.xbest, abs=1e-3)
     assert scorer.budget.spent <= 801 * ROWS
 
@@ -85,12 +86,14 @@ def test_a_budget_below_one_population_is_refused():
 
 def test_a_loss_that_is_no_number_stops_the_search():
     with pytest.raises(DivergedError):
-        searched(30, score=lambda candidate, rows: [float("nan") if isinstance(candidate, SoftPrompt) else 0.0] * len(rows))
+        searched(
+            30, score=lambda candidate, rows: [float("nan") if isinstance(candidate, SoftPrompt) else 0.0] * len(rows)
+        )
 
 
 def test_without_cma_it_says_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "cma", None)
-    with pytest.raises(CapabilityError, match="needs cma") as caught:
+    monkeypatch.setitem(sys.modules, "cma", None)
+    with pytest.raises(CapabilityError, match="bbt needs cma") as caught:
         searched(30)
     assert caught.value.exit_code == 4 and "mmtune[prompt]" in caught.value.hint
 

@@ -8,7 +8,7 @@ import pytest
 
 from mmtune.errors import CapabilityError
 from mmtune.prompts.search import Admission, Budget, Candidate, Exhausted, Problem, Scorer, Space, search
-from mmtune.prompts.search.grpo import METHOD, GrpoSettings, PromptReward, check_trl, written
+from mmtune.prompts.search.grpo import METHOD, GrpoSettings, PromptReward, written
 
 BASE = Path(__file__).parents[3] / "data" / "base"
 ROWS = 4
@@ -60,8 +60,8 @@ def test_a_written_prompt_with_the_slots_stands_as_it_is():
 
 def test_without_trl_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
-    with pytest.raises(CapabilityError, match="needs TRL") as caught:
-        check_trl()
+    with pytest.raises(CapabilityError, match="rl_lm needs trl") as caught:
+        search(problem(), Scorer(digits, ROWS, Budget(100)), METHOD, "rl_lm")
     assert caught.value.exit_code == 4 and "mmtune[preference]" in caught.value.hint
 
 
@@ -80,7 +80,7 @@ def test_grpo_makes_the_better_prompts_likelier():
 
     settings = GrpoSettings(load, "Write one instruction.", max_tokens=6, rate=3e-2)
     scorer = Scorer(digits, ROWS, Budget(160 * ROWS))
-    found = search(problem(8, settings), scorer, METHOD, "rl")
+    found = search(problem(8, settings), scorer, METHOD, "rl_lm")
     assert found.calls == scorer.budget.spent <= 160 * ROWS
     scores = [one.score for one in scorer.full]
     third = len(scores) // 3

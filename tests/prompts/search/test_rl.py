@@ -52,17 +52,16 @@ def searched(table, seed, prompts, trace=None, **more):
 
 
 def test_a_quarter_of_the_calls_finds_the_best_twentieth():
-    hits = random_hits = 0
+    places = []
     for seed in range(20):
         table = landscape(seed)
         ranked = sorted(table, key=lambda text: -table[text].mean())
-        top = set(ranked[: len(table) // 20])
-        found, scorer, model = searched(table, seed, 144 // 4)
+        found, scorer, model = searched(table, seed, 144 // 4, minibatch=4)
         assert model.calls == found.calls == scorer.budget.spent <= 37 * ROWS
-        hits += found.best.candidate.instruction in top
-        drawn = np.random.default_rng(seed).permutation(ranked)[:36]
-        random_hits += bool(top & set(drawn))
-    assert hits == 20, (hits, random_hits)
+        places.append(ranked.index(found.best.candidate.instruction))
+    # 36 prompts drawn blindly have one of the best seven in 87 % of the searches, and the very best in 25 %.
+    assert sum(place < len(ranked) // 20 for place in places) >= 19, places
+    assert sum(place == 0 for place in places) >= 8, places
 
 
 def test_the_same_seed_writes_the_same_trace_and_another_does_not(tmp_path):
@@ -96,7 +95,7 @@ def test_equal_rewards_move_nothing():
     after = learn(fresh, np.array([[0, 1], [2, 3]]), np.zeros(2), settings)
     assert after.steps == 1 and not after.policy.weights["place_PV"].any()
     flat = {text: np.full(ROWS, 5.0) for text in landscape(0)}
-    found, scorer, _ = searched(flat, 0, 30)
+    found, _, _ = searched(flat, 0, 30)
     assert found.best.candidate.instruction == START and found.tried > 20
 
 
