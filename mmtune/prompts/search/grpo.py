@@ -69,7 +69,7 @@ class PromptReward:
         self._dice = problem.dice("grpo")
         self._means: dict[str, float] = {}
 
-    def __call__(self, completions: Sequence[Any], **_: Any) -> list[float]:
+    def __call__(self, completions: Sequence[Any], **_: Any) -> list[float | None]:
         """Returns one reward per completion, as TRL asks for.
 
         Raises:
@@ -130,7 +130,9 @@ def grpo_search(problem: Problem, scorer: Scorer, admission: Admission) -> None:
             args=config,
             train_dataset=Dataset.from_list([{"prompt": asked}] * problem.population),
             processing_class=tokenizer,
-            peft_config=LoraConfig(r=settings.lora_r, lora_alpha=2 * settings.lora_r, task_type="CAUSAL_LM"),
+            peft_config=LoraConfig(
+                r=settings.lora_r, lora_alpha=2 * settings.lora_r, target_modules="all-linear", task_type="CAUSAL_LM"
+            ),
         )
         trainer.train()
 

@@ -1,7 +1,7 @@
 """What a frozen model's option probabilities are worth as a reward, and how rewards of one input are compared.
 
 The piecewise reward and the z-score are those of RLPrompt (Deng et al. 2022, arXiv:2205.12548, section 3.2).
-Shapes: N rows, L options, C prompts of a group, T prompts so far.
+Shapes: N rows, C prompts of a group, T prompts so far.
 """
 
 from __future__ import annotations
@@ -14,21 +14,15 @@ _EQUAL = 1e-9
 """Rewards that differ by less than this share of their size are equal: a difference of rounding is no signal."""
 
 
-def gap_reward(score_L: np.ndarray, answer: int, *, wrong: float = WRONG, right: float = RIGHT) -> float:
-    """Returns the piecewise reward of one row: the gap times ``right`` where the answer wins, else times ``wrong``.
-
-    The gap is the probability of the answer less that of the likeliest other option, the options' probabilities
-    summing to one.
+def piecewise(gap_N: np.ndarray, *, wrong: float = WRONG, right: float = RIGHT) -> np.ndarray:
+    """Returns ``(N,)`` the gap times ``right`` where the right option wins, else times ``wrong``.
 
     Args:
-        score_L: Log-probability of every option, up to a constant; two at least.
-        answer: Number of the right option.
+        gap_N: Probability of the right option less that of the likeliest other one, the options' summing to one.
         wrong: lambda_1.
         right: lambda_2.
     """
-    probability_L = np.exp(score_L - np.logaddexp.reduce(score_L))
-    gap = float(probability_L[answer] - np.delete(probability_L, answer).max())
-    return gap * (right if gap > 0 else wrong)
+    return gap_N * np.where(gap_N > 0, right, wrong)
 
 
 def z_scores(reward_CN: np.ndarray, among_TN: np.ndarray) -> np.ndarray:

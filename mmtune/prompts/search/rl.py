@@ -35,7 +35,8 @@ class RlSettings:
     Attributes:
         words: What a prompt is made of.
         embedding_VD: Their embeddings, frozen.
-        say: Words to the text of a prompt; empty where the model's tokenizer cannot say it.
+        say: Word numbers to the text of a prompt; empty where the model's tokenizer cannot say it. None puts spaces
+            between the words.
         length: Words of a prompt.
         top_k: A word is drawn from so many likeliest at its position; 0 is all.
         hidden: Units of the MLP over the embedding of the word before; 0 leaves plain logits of every position.
@@ -45,7 +46,7 @@ class RlSettings:
 
     words: tuple[str, ...]
     embedding_VD: np.ndarray
-    say: Callable[[Sequence[str]], str] = " ".join
+    say: Callable[[Sequence[int]], str] | None = None
     length: int = 4
     top_k: int = 0
     hidden: int = 0
@@ -95,13 +96,15 @@ def learn(learner: Learner, ids_CP: np.ndarray, advantage_C: np.ndarray, setting
     return Learner(replace(learner.policy, weights=weights), first, second, steps)
 
 
-def prompt_of(ids_P: Sequence[int], problem: Problem) -> Candidate | None:
+def prompt_of(ids_P: Sequence[int] | np.ndarray, problem: Problem) -> Candidate | None:
     """Returns the prompt of these words; None where they cannot be said.
 
     They stand before the start's instruction, or in its place where it names no slot of a row.
     """
     settings: RlSettings = problem.settings
-    said = settings.say([settings.words[at] for at in ids_P]).replace("{", "{{").replace("}", "}}")
+    numbers = [int(number) for number in ids_P]
+    said = settings.say(numbers) if settings.say else " ".join(settings.words[number] for number in numbers)
+    said = said.replace("{", "{{").replace("}", "}}")
     start = problem.space.start
     if not said.strip():
         return None

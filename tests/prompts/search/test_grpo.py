@@ -1,7 +1,6 @@
 """The writer that learns by TRL's own GRPO, and the reward function that it is given."""
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ from mmtune.errors import CapabilityError
 from mmtune.prompts.search import Admission, Budget, Candidate, Exhausted, Problem, Scorer, Space, search
 from mmtune.prompts.search.grpo import METHOD, GrpoSettings, PromptReward, written
 
-BASE = Path(__file__).parents[3] / "data" / "base"
 ROWS = 4
 
 
@@ -67,18 +65,22 @@ def test_without_trl_it_says_how_to_get_it(monkeypatch):
 
 @pytest.mark.slow
 def test_grpo_makes_the_better_prompts_likelier():
-    pytest.importorskip("trl")
     import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = ["[pad]", "[end]", "[other]", "look", "say", "what", "is", "the", "digit", "1", "2", "3"]
 
     def load():
         torch.manual_seed(0)
+        plain = Tokenizer(models.WordLevel({word: at for at, word in enumerate(words)}, unk_token="[other]"))
+        plain.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="[pad]", eos_token="[end]")
         small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-        tokenizer = AutoTokenizer.from_pretrained(BASE)
-        config = LlamaConfig(**small, vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=2)
+        config = LlamaConfig(**small, vocab_size=len(words), pad_token_id=0, eos_token_id=1, initializer_range=0.1)
         return LlamaForCausalLM(config), tokenizer
 
-    settings = GrpoSettings(load, "Write one instruction.", max_tokens=6, rate=3e-2)
+    settings = GrpoSettings(load, "say what", max_tokens=6, rate=3e-2)
     scorer = Scorer(digits, ROWS, Budget(160 * ROWS))
     found = search(problem(8, settings), scorer, METHOD, "rl_lm")
     assert found.calls == scorer.budget.spent <= 160 * ROWS

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from mmtune.prompts.search.reward import gap_reward, z_scores
+from mmtune.prompts.search.reward import piecewise, z_scores
+from mmtune.stages.prompt.asking import gap
 
 
 def paper_reward(logits, label, wrong, right):
@@ -23,14 +24,15 @@ def test_the_reward_is_the_papers():
     for _ in range(200):
         logits = rng.normal(size=rng.integers(2, 6)) * 3
         label = int(rng.integers(len(logits)))
-        ours = gap_reward(logits - 40.0, label, wrong=180.0, right=200.0)
+        right = [at == label for at in range(len(logits))]
+        ours = float(piecewise(np.array([gap(logits - 40.0, right)]), wrong=180.0, right=200.0)[0])
         assert ours == pytest.approx(paper_reward(list(logits), label, 180.0, 200.0), rel=1e-9, abs=1e-9)
         seen.add(ours > 0)
     assert seen == {True, False}
 
 
 def test_a_tie_is_not_right():
-    assert gap_reward(np.array([1.0, 1.0]), 0) == 0.0
+    assert piecewise(np.array([0.0])) == 0.0
 
 
 def test_z_scores_are_those_of_every_input_over_its_prompts():
