@@ -16,6 +16,7 @@ NEEDS = {
     "extract": (),
     "build-data": (),
     "assemble": (),
+    "prompt": ("instructions",),
     "tokenize": ("instructions",),
     "pretrain": ("tokens", "start"),
     "finetune": ("tokens",),
@@ -39,6 +40,8 @@ def stages_of(recipe: Recipe, limit: int | None, offline: bool) -> Iterator[Stag
         from mmtune.stages.assemble import assemble_stage
 
         yield "assemble", assemble_stage, {"offline": offline}
+    if recipe.prompt is not None and recipe.prompt.on == "base" and recipe.pretrain is None:
+        yield _prompt(offline)
     if recipe.model is not None:
         from mmtune.stages.tokenize import tokenize as tokenize_stage
 
@@ -47,14 +50,24 @@ def stages_of(recipe: Recipe, limit: int | None, offline: bool) -> Iterator[Stag
         from mmtune.stages.pretrain import pretrain as pretrain_stage
 
         yield "pretrain", pretrain_stage, {"offline": offline}
+        if recipe.prompt is not None and recipe.prompt.on == "base":
+            yield _prompt(offline)
     if recipe.finetune is not None:
         from mmtune.stages.finetune import finetune as finetune_stage
 
         yield "finetune", finetune_stage, {"offline": offline}
+    if recipe.prompt is not None and recipe.prompt.on == "tuned":
+        yield _prompt(offline)
     if recipe.eval is not None:
         from mmtune.stages.evaluate import evaluate as evaluate_stage
 
         yield "eval", evaluate_stage, {"offline": offline}
+
+
+def _prompt(offline: bool) -> Stage:
+    from mmtune.stages.prompt import prompt as prompt_stage
+
+    return "prompt", prompt_stage, {"offline": offline}
 
 
 def run_stages(recipe: Recipe, stages: Iterator[Stage], *, force: bool, dry_run: bool, console: Talk) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import typer
 from mmtune import __version__
 from mmtune.cli.datasets import build_data, extract, tokenize
 from mmtune.cli.looking import doctor, init, keys, show
+from mmtune.cli.prompting import prompt
 from mmtune.cli.scoring import evaluate, score
 from mmtune.cli.training import finetune, pretrain
 from mmtune.cli.whole import run
@@ -37,6 +38,7 @@ app = typer.Typer(
 COMMANDS: dict[str, Callable[..., None]] = {
     "build-data": build_data,
     "extract": extract,
+    "prompt": prompt,
     "tokenize": tokenize,
     "pretrain": pretrain,
     "finetune": finetune,

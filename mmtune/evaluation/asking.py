@@ -70,7 +70,7 @@ def ask_each(
     losses: dict[str, Losses] = {}
     for name, load in models.items():
         model = load()
-        texts[name] = _answers(name, model, processor, rows, asking)
+        texts[name] = answers_of(name, model, processor, rows, asking)
         if asking.loss:
             losses[name] = _losses(name, model, processor, rows, asking)
         del model
@@ -80,7 +80,19 @@ def ask_each(
     return texts, losses
 
 
-def _answers(name: str, model: Any, processor: Any, rows: EvalRows, asking: Asking) -> list[str]:
+def answers_of(name: str, model: Any, processor: Any, rows: EvalRows, asking: Asking) -> list[str]:
+    """Returns one model's answers to the kept rows.
+
+    Args:
+        name: Of the model, for the progress bar.
+        model: It.
+        processor: Its processor.
+        rows: Already examined.
+        asking: How they are asked.
+
+    Raises:
+        Stopped: ``should_stop`` said so.
+    """
     ranked = _ranked(name, model, processor, rows, asking) if asking.rank else {}
     free = [row for row in range(len(rows.kept)) if row not in ranked]
     said = dict(zip(free, _generated(name, model, processor, rows, asking, free), strict=True))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,19 @@ from mmtune.records import Example, Message, TextPart
 
 Words = Mapping[str, Mapping[str, tuple[str, ...]]]
 """Source to option to all its words; an option that is not there is its own word."""
+
+
+def label_words(sources: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Returns each source's label words by the one that is listed.
+
+    Args:
+        sources: ``sources`` of the recipe that built the rows.
+    """
+    found: dict[str, dict[str, tuple[str, ...]]] = {}
+    for source in sources:
+        words = [(own,) if isinstance(own, str) else tuple(own) for own in source.get("verbalizer", {}).values()]
+        found.setdefault(source["id"], {}).update({own[0]: own for own in words})
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -225,3 +225,34 @@ def load_tuned(base: str, folder: Path, **settings: Any) -> Any:
             "adapter_mismatch",
         )
     return logits_of_own_tokens(tuned).eval()
+
+
+def load_to_answer(
+    base: str,
+    adapter: Path | None,
+    *,
+    precision: str = "auto",
+    revision: str | None = None,
+    attn: str = "auto",
+    offline: bool = False,
+    nf4: bool = False,
+) -> Any:
+    """Returns the base, or the tuned model, on the device where it answers.
+
+    Args:
+        base: Folder or hub id.
+        adapter: ``adapter/`` of the tuned model; None for the base itself.
+        precision: ``auto`` takes bf16 where the GPU has it; bf16; anything else is fp32.
+        revision: Branch, tag or commit of a hub model.
+        attn: As in ``load_model``.
+        offline: Never reach for the network.
+        nf4: As in ``load_model``.
+    """
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    bf16 = precision == "bf16" or (precision == "auto" and on_gpu and torch.cuda.is_bf16_supported())
+    settings: dict[str, Any] = {"revision": revision, "attn": attn, "offline": offline, "nf4": nf4}
+    settings["dtype"] = torch.bfloat16 if bf16 else torch.float32
+    model = load_model(base, **settings) if adapter is None else load_tuned(base, adapter, **settings)
+    return model.to("cuda") if on_gpu else model

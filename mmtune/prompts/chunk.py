@@ -18,6 +18,7 @@ from mmtune.prompts.jinja_process import JinjaProcess
 from mmtune.prompts.mixture import Shares
 from mmtune.prompts.overlap import example_keys
 from mmtune.prompts.schema import example_to_row, instructions_schema
+from mmtune.prompts.searched import SLOTS, SearchedPrompt, asked_with, slots_text
 from mmtune.prompts.template import Style, Wordings, has_inverted, make_example, template_names
 from mmtune.prompts.verbalizer import Verbalizer, verbalized
 from mmtune.records import Example, Medium, Record, Reject
@@ -95,6 +96,8 @@ class ChunkBuilder:
         limits: What a medium may be.
         shares: Styles of training rows, or None.
         choose: Finds the exemplars of training rows, or None.
+        prompt: A searched prompt that words every row, or None.
+        keep_slots: Rows keep what a searched prompt may name.
         render: Renders templates in Jinja.
     """
 
@@ -104,6 +107,8 @@ class ChunkBuilder:
     limits: ProbeLimits
     shares: Shares | None = None
     choose: Choose | None = None
+    prompt: SearchedPrompt | None = None
+    keep_slots: bool = False
     render: JinjaProcess = field(default_factory=JinjaProcess)
 
     def __call__(self, work: tuple[Chunk, Mapping[MediumKey, Probe]]) -> Built:
@@ -157,8 +162,10 @@ class ChunkBuilder:
             return made
         asked.update(_said_of(made, probed, how, style))
         if how.content_free and chunk.split != "train" and made.options:
-            return self._with_content_free(made, probed, how)
-        return made
+            made = self._with_content_free(made, probed, how)
+        if self.keep_slots and not probed.messages:
+            made = replace(made, metadata={**made.metadata, SLOTS: slots_text(probed)})
+        return made if self.prompt is None or style.inverted else asked_with(self.prompt, made)
 
     def _with_content_free(self, made: Example, record: Record, how: Asked) -> Example:
         """Returns an example that also keeps what its template says of a text without content."""

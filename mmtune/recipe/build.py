@@ -24,6 +24,9 @@ class Build(Section):
     content_free: str = ""
     """Stands for a text without content, such as N/A: rows with options keep what it gives, and eval.answer: rank
     divides by its scores (contextual calibration, arXiv:2102.09690)."""
+    prompt: str | None = None
+    """A prompt.json of `mmtune prompt`, of another run_dir: its instruction, exemplars and label words ask every row
+    that is not inverted."""
     system: str = ""
     """System turn put before every question; empty for none."""
     media: Literal["pointer", "embed"] = "pointer"

@@ -14,8 +14,8 @@ class Eval(Section):
 
     split: SplitName = "val"
     """The split that is scored."""
-    compare: tuple[Literal["base", "tuned"], ...] = ("base", "tuned")
-    """Models that answer the same rows."""
+    compare: tuple[Literal["base", "best_prompt", "tuned", "tuned_best_prompt"], ...] = ("base", "tuned")
+    """Models that answer the same rows; best_prompt and tuned_best_prompt are asked with the prompt in prompt/."""
     metrics: Literal["auto"] | tuple[str, ...] = "auto"
     """auto takes each task's own metric; or names of metrics."""
     bootstrap: Annotated[int, Field(ge=100, le=100_000)] = 1000

@@ -14,7 +14,7 @@ PATH_KEYS: dict[str, tuple[str, ...]] = {
     "": ("run_dir",),
     "model": ("path",),
     "sources": ("path", "questions", "annotations", "images", "audios", "videos", "templates"),
-    "build": ("templates",),
+    "build": ("templates", "prompt"),
     "extract.encoders": ("image", "audio", "text", "behaviour"),
 }
 """Keys whose relative paths are relative to the recipe's folder. A ``model.path`` or an ``hf``
@@ -30,8 +30,10 @@ def resolve_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     if isinstance(model, dict) and isinstance(model.get("path"), str):
         out["model"] = {**model, "path": _local_or_hub(model["path"], folder)}
     build = out.get("build")
-    if isinstance(build, dict) and isinstance(build.get("templates"), str):
-        out["build"] = {**build, "templates": _template_file(build["templates"], folder)}
+    if isinstance(build, dict):
+        places = {"templates": _template_file, "prompt": lambda value, folder: str(_absolute(value, folder))}
+        found = {key: place(build[key], folder) for key, place in places.items() if isinstance(build.get(key), str)}
+        out["build"] = {**build, **found}
     if "extract" in out:
         out["extract"] = encoder_paths(out["extract"], lambda value: _local_or_hub(value, folder))
     if "pretrain" in out:

@@ -12,6 +12,7 @@ from mmtune.recipe.evaluation import Eval
 from mmtune.recipe.extract import Extract
 from mmtune.recipe.finetune import Finetune
 from mmtune.recipe.pretrain import Pretrain
+from mmtune.recipe.prompt import Prompt
 from mmtune.recipe.section import Section
 from mmtune.recipe.sources import Source
 from mmtune.recipe.tokenize import Tokenize
@@ -46,6 +47,8 @@ class Recipe(Section):
     """Settings of build-data."""
     extract: Extract | None = None
     """Settings of extract; absent: `run` does not extract."""
+    prompt: Prompt | None = None
+    """Settings of the prompt search; absent: `run` does not search."""
     tokenize: Tokenize = Tokenize()
     """Settings of tokenize."""
     pretrain: Pretrain | None = None

@@ -23,6 +23,7 @@ from mmtune.media.probe import ProbeLimits
 from mmtune.prompts.chunk import Asked, Chunk, ChunkBuilder
 from mmtune.prompts.overlap import SplitOverlap
 from mmtune.prompts.schema import instructions_schema
+from mmtune.prompts.searched import SearchedPrompt
 from mmtune.readers import find_reader
 from mmtune.readers.limit import cut, part, take
 from mmtune.readers.repeated import SeenIds, drop_repeated
@@ -32,6 +33,7 @@ from mmtune.recipe import Build, Recipe, Source
 from mmtune.records import Record, Reject
 from mmtune.stages.build_data.asking import asked_of, named, template_file
 from mmtune.stages.build_data.mixing import Mixed, plan_mixture
+from mmtune.stages.build_data.searched import given_prompt, keeps_slots, placed, prompt_roots
 from mmtune.storage import RejectLog, SplitWriter, Staging, finish_split, foresee, open_stage, read_manifest, stage_hash
 from mmtune.talk import Talk
 from mmtune.workers import in_order, process_count
@@ -63,6 +65,8 @@ class _Sources:
     asked: tuple[Asked, ...]
     places: list[MediaPlace]
     limit: int | None
+    prompt: SearchedPrompt | None = None
+    slots: bool = False
 
     def items(self, at: int) -> Iterator[Record | Reject]:
         """Yields the items of one source, from the start."""
@@ -97,24 +101,27 @@ def build_data(
     roots = [
         media_roots(source.reader, given, recipe.run_dir) for source, given in zip(recipe.sources, files, strict=True)
     ]
-    media_root, places = media_places(roots)
-    target = recipe.run_dir / "instructions"
+    given = given_prompt(recipe)
+    media_root, places = media_places([*roots, *prompt_roots(given)])
+    target, slots = recipe.run_dir / "instructions", keeps_slots(recipe)
     config = {
         "sources": [source.model_dump() for source in recipe.sources],
         "build": recipe.build.model_dump(exclude={"workers"}),
         "seed": recipe.seed,
         "limit": limit,
+        **({"slots": True} if slots else {}),
     }
     inputs = _inputs(recipe)
     if dry_run:
         plan = foresee(target, stage="build-data", config=config, inputs=inputs, force=force)
         return _dry_run(recipe, files, media_root, target, plan, console)
+    sources = _Sources(recipe, files, asked, places, limit, placed(given, media_root), slots)
     staging = open_stage(target, stage="build-data", config=config, inputs=inputs, force=force, say=console.say)
     if staging is None:
         manifest = read_manifest(target)
         return _result(target, manifest.rows, manifest.drops, manifest.facts, skipped=True)
     with staging, disk_errors(f"writing {target}"):
-        rows, drops, facts = _fill(staging, recipe, _Sources(recipe, files, asked, places, limit), console)
+        rows, drops, facts = _fill(staging, recipe, sources, console)
         facts = {"media_root": media_root, **facts}
         staging.publish(rows=rows, drops=drops, facts=facts)
     _say_result(recipe, rows, drops, facts, target, console)
@@ -128,6 +135,8 @@ def _check_source(source: Source, recipe: Recipe) -> SourceFiles:
 def _inputs(recipe: Recipe) -> dict[str, str]:
     """Returns digests of annotation and template files, and of the names and sizes below media folders."""
     found: dict[str, str] = {}
+    if recipe.build.prompt is not None:
+        found[recipe.build.prompt] = file_digest(Path(recipe.build.prompt))
     for source in recipe.sources:
         given = [getattr(source, key) for key in PATHS]
         for value in (*given, template_file(source, recipe.build)):
@@ -175,6 +184,8 @@ def _fill(
             _limits(build),
             mixed.shares if mixed else None,
             mixed.choose if mixed else None,
+            prompt=sources.prompt,
+            keep_slots=sources.slots,
         ),
         _work(_chunks(sources, mixed, tallies), known),
         processes=min(processes, _MOST_PROCESSES) if build.workers == "auto" else processes,

@@ -190,6 +190,7 @@ def _answers(
     """Returns every model's answers, and the losses on the reference answers when they are asked for."""
     from mmtune.evaluation.asking import Asking, ask_each
     from mmtune.evaluation.generation import Stopped
+    from mmtune.evaluation.ranking import label_words
     from mmtune.training.signals import StopFlag
 
     settings = plan.settings
@@ -201,7 +202,7 @@ def _answers(
             max_new_tokens=settings.max_new_tokens,
             loss=settings.loss,
             rank=settings.answer == "rank",
-            words=_label_words(plan.instructions),
+            words=label_words(plan.instructions.config["sources"]),
             should_stop=lambda: bool(stop),
             progress=console.progress,
         )
@@ -213,34 +214,20 @@ def _answers(
             raise error from stopped
 
 
-def _label_words(instructions: Manifest) -> dict[str, dict[str, tuple[str, ...]]]:
-    """Returns each source's label words by the one that is listed, from the recipe that built the rows."""
-    found: dict[str, dict[str, tuple[str, ...]]] = {}
-    for source in instructions.config["sources"]:
-        words = [(own,) if isinstance(own, str) else tuple(own) for own in source.get("verbalizer", {}).values()]
-        found.setdefault(source["id"], {}).update({own[0]: own for own in words})
-    return found
-
-
 def _load(plan: _Plan, name: str) -> Any:
-    import torch
+    from mmtune.models.load import load_to_answer
 
-    from mmtune.models.load import load_model, load_tuned
-
-    precision = plan.recipe.finetune.precision if plan.recipe.finetune else "auto"
-    on_gpu = torch.cuda.is_available()
-    bf16 = precision == "bf16" or (precision == "auto" and on_gpu and torch.cuda.is_bf16_supported())
-    settings: dict[str, Any] = {
-        "revision": plan.revision,
-        "dtype": torch.bfloat16 if bf16 else torch.float32,
-        "attn": plan.recipe.model.attn if plan.recipe.model else "auto",
-        "offline": plan.offline,
+    recipe = plan.recipe
+    return load_to_answer(
+        plan.model,
+        recipe.run_dir / "adapter" if name.startswith("tuned") else None,
+        precision=recipe.finetune.precision if recipe.finetune else "auto",
+        revision=plan.revision,
+        attn=recipe.model.attn if recipe.model else "auto",
+        offline=plan.offline,
         # What was tuned on 4-bit weights is scored on them, and so is what it is compared with.
-        "nf4": plan.adapter is not None and plan.adapter.config["finetune"].get("quantize") == "nf4",
-    }
-    folder = plan.recipe.run_dir / "adapter"
-    model: Any = load_model(plan.model, **settings) if name == "base" else load_tuned(plan.model, folder, **settings)
-    return model.to("cuda") if on_gpu else model
+        nf4=plan.adapter is not None and plan.adapter.config["finetune"].get("quantize") == "nf4",
+    )
 
 
 def _manifest_facts(plan: _Plan, metrics: Mapping[str, Any]) -> dict[str, Any]:

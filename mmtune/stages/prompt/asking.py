@@ -1,0 +1,215 @@
+"""A frozen model asked with prompts: rewards of dev rows, and scores for the report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmtune.encoding.collate import Collator
+from mmtune.encoding.render import Renderer
+from mmtune.errors import RecipeError
+from mmtune.evaluation import CORPUS_METRICS, measure, metrics_of
+from mmtune.evaluation.asking import Asking, answers_of
+from mmtune.evaluation.generation import answer_losses
+from mmtune.evaluation.ranking import Words, label_scores, question_of_row
+from mmtune.evaluation.rows import EvalRows
+from mmtune.prompts.search.reward import WRONG, piecewise
+from mmtune.prompts.searched import SearchedPrompt, asked_with
+from mmtune.records import Example
+from mmtune.talk import Counter
+
+_CACHE_BYTES = 256 << 20
+_UNASKABLE = {"metric": 0.0, "gap": -1.0, "piecewise": -WRONG, "likelihood": 0.0}
+"""Reward of a row that a prompt makes too long, or cannot word."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a model made of some rows.
+
+    Attributes:
+        rewards: ``(R,)`` what the search wants more of.
+        said: The model's answers, labels for label words; empty where it was not asked for words.
+        unaskable: Rows that did not fit.
+    """
+
+    rewards: np.ndarray
+    said: tuple[str, ...]
+    unaskable: int
+
+
+@dataclass
+class Asker:
+    """Asks one model; everything that stays the same between prompts.
+
+    Attributes:
+        model: Frozen.
+        processor: Its processor.
+        renderer: Encodes conversations.
+        media_root: Of the rows.
+        max_length: Longest conversation in tokens.
+        max_new_tokens: Longest answer.
+        batch_rows: Rows at once.
+        rank: Answer rows with options by the likeliest one.
+        words: Label words by source, for ranking.
+        should_stop: Asked between batches.
+        calls: Pairs of prompt and row that were asked.
+        collator: Of conversations; keeps decoded media.
+    """
+
+    model: Any
+    processor: Any
+    renderer: Renderer
+    media_root: Path
+    max_length: int
+    max_new_tokens: int
+    batch_rows: int
+    rank: bool
+    words: Words
+    should_stop: Callable[[], bool]
+    calls: int = 0
+    collator: Collator = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.collator = Collator(self.processor, media_root=self.media_root, cache_bytes=_CACHE_BYTES)
+
+    def answered(self, prompt: SearchedPrompt, examples: Sequence[Example], reward: str) -> Answered:
+        """Returns rewards of rows asked with a prompt.
+
+        Args:
+            prompt: The prompt.
+            examples: Rows of instructions/.
+            reward: ``metric``, ``gap``, ``piecewise`` or ``likelihood``.
+
+        Raises:
+            Stopped: ``should_stop`` said so.
+        """
+        self.calls += len(examples)
+        asked = [asked_with(prompt, example) for example in examples]
+        at = [place for place, one in enumerate(asked) if isinstance(one, Example)]
+        fitting = [one for one in asked if isinstance(one, Example)]
+        rows = EvalRows(len(fitting), fitting.__getitem__, self.renderer, max_length=self.max_length)
+        for _ in rows.examine():
+            pass
+        places = [at[number] for number in rows.kept]
+        said = [""] * len(examples)
+        values = np.full(len(examples), _UNASKABLE[reward])
+        if places and reward == "metric":
+            texts = [prompt.label_of(text) for text in self._texts(prompt, rows)]
+            for place, text in zip(places, texts, strict=True):
+                said[place] = text
+            values[places] = row_scores([examples[place] for place in places], texts) / 100.0
+        elif places:
+            values[places] = self._likelihoods(rows) if reward == "likelihood" else self._gaps(prompt, rows)
+            values[places] = piecewise(values[places]) if reward == "piecewise" else values[places]
+        return Answered(values, tuple(said), len(examples) - len(places))
+
+    def _texts(self, prompt: SearchedPrompt, rows: EvalRows) -> list[str]:
+        asking = Asking(
+            media_root=self.media_root,
+            batch_rows=self.batch_rows,
+            max_new_tokens=self.max_new_tokens,
+            loss=False,
+            rank=self.rank,
+            words=self._words(prompt),
+            should_stop=self.should_stop,
+            progress=_silent,
+        )
+        return answers_of("prompt", self.model, self.processor, rows, asking)
+
+    def _words(self, prompt: SearchedPrompt) -> Words:
+        # Label words of the recipe belong to the labels as they are.
+        return {} if prompt.words else self.words
+
+    def _gaps(self, prompt: SearchedPrompt, rows: EvalRows) -> np.ndarray:
+        """Returns ``(R,)`` probability of the right option less that of the best wrong one, among the options."""
+        examples = [rows.example(row) for row in range(len(rows.kept))]
+        questions = [question_of_row(row, one, self._words(prompt)) for row, one in enumerate(examples)]
+        pairs = [(one, word) for one in questions if one is not None for word in range(len(one.words))]
+        nll, _ = answer_losses(
+            self.model,
+            lambda chosen: [rows.encode(pairs[at][0].conversation(pairs[at][1]), pairs[at][0].tools) for at in chosen],
+            self.collator,
+            sizes=[rows.row_sizes[question.row] for question, _ in pairs],
+            batch_rows=self.batch_rows,
+            should_stop=self.should_stop,
+        )
+        out, start = np.zeros(len(examples)), 0
+        for row, (question, example) in enumerate(zip(questions, examples, strict=True)):
+            assert question is not None, "rows without options are refused before the search"
+            end = start + len(question.words)
+            score_L = label_scores(-nll[start:end], question.owners)
+            out[row] = gap(score_L, [option in example.references for option in example.options])
+            start = end
+        return out
+
+    def _likelihoods(self, rows: EvalRows) -> np.ndarray:
+        """Returns ``(R,)`` geometric mean of the probabilities of the answer's tokens."""
+        nll, tokens = answer_losses(
+            self.model,
+            rows.conversations,
+            self.collator,
+            sizes=rows.row_sizes,
+            batch_rows=self.batch_rows,
+            should_stop=self.should_stop,
+        )
+        return np.exp(-nll / np.maximum(tokens, 1))
+
+
+def gap(score_L: np.ndarray, right_L: Sequence[bool]) -> float:
+    """Returns the probability of the right options less that of the likeliest wrong one, from -1 to 1.
+
+    Args:
+        score_L: Log-probabilities of the options, not normalised.
+        right_L: Which of them are right.
+    """
+    share_L = np.exp(score_L - np.logaddexp.reduce(score_L))
+    right_mask = np.asarray(right_L, dtype=bool)
+    wrong = float(share_L[~right_mask].max()) if (~right_mask).any() else 0.0
+    right = float(share_L[right_mask].sum()) if right_mask.any() else 0.0
+    # NaN is the caller's to refuse.
+    return right - wrong if math.isfinite(right - wrong) else math.nan
+
+
+def row_scores(examples: Sequence[Example], texts: Sequence[str]) -> np.ndarray:
+    """Returns ``(R,)`` scores of answers, 0 to 100, each by its row's own metric."""
+    values = np.zeros(len(examples))
+    for name in dict.fromkeys(metric_of(example) for example in examples):
+        places = [at for at, example in enumerate(examples) if metric_of(example) == name]
+        found = measure(
+            name,
+            [texts[at] for at in places],
+            [examples[at].references for at in places],
+            [examples[at].options for at in places],
+        )
+        shares = np.divide(found.values, found.weights, out=np.zeros(len(places)), where=found.weights != 0)
+        values[places] = shares if found.higher_is_better else np.maximum(0.0, 100.0 - shares)
+    return values
+
+
+def metric_of(example: Example) -> str:
+    """Returns the first metric of a row whose value does not depend on other rows."""
+    names = metrics_of(example.task, example.metric, None)
+    return next((name for name in names if name not in CORPUS_METRICS), "token_f1")
+
+
+def check_reward(reward: str, examples: Sequence[Example]) -> None:
+    """Raises RecipeError where rows cannot give a reward."""
+    bare = next((one.id for one in examples if not one.options), None)
+    if reward in ("gap", "piecewise") and bare is not None:
+        raise RecipeError(
+            f"prompt.reward {reward} needs rows with options; {bare} has none",
+            "name the options (a column, or =yes|no), or take reward: metric or likelihood",
+            "no_options",
+        )
+
+
+@contextmanager
+def _silent(total: int, label: str) -> Iterator[Counter]:
+    yield Counter(lambda n, note: None)
