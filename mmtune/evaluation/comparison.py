@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -101,7 +102,8 @@ def compare(
 
     Args:
         rows: The examples, in the order of the answers.
-        texts: Model name to its answers; with two models the second is compared to the first.
+        texts: Model name to its answers; with two models the second is compared to the first, with more
+            each to the one before it.
         resamples: Bootstrap samples.
         seed: Of the bootstrap.
     """
@@ -164,23 +166,29 @@ def _entry(
         "normaliser": NORMALISERS.get(first.name, ""),
         "models": {model: _rounded(interval) for model, interval in models.items()},
     }
-    if len(measured) == 2:
-        before, after = measured.values()
-        difference = paired_difference(
+
+    def difference(first: str, second: str) -> dict[str, Any]:
+        before, after = measured[first], measured[second]
+        found = paired_difference(
             before.values[chosen],
             after.values[chosen],
             first_weights=before.weights[chosen],
             second_weights=after.weights[chosen],
             groups=names,
-            higher_is_better=first.higher_is_better,
+            higher_is_better=before.higher_is_better,
             resamples=resamples,
             seed=seed,
         )
-        entry["difference"] = {
+        return {
             key: round(value, 6) if key.startswith("p") else round(value, 4)
-            for key, value in asdict(difference).items()
+            for key, value in asdict(found).items()
             if key != "n"
         }
+
+    if len(measured) == 2:
+        entry["difference"] = difference(*measured)
+    elif len(measured) > 2:
+        entry["steps"] = [{"first": one, "second": two, **difference(one, two)} for one, two in pairwise(measured)]
     return entry
 
 

@@ -83,6 +83,7 @@ def headline(report: Mapping[str, Any]) -> str:
             f" (95 % interval {interval(last)}) on {rows}."
         )
     found, first = entry["difference"], entry["models"][models[0]]
+    who = "tuning" if models == ["base", "tuned"] else f"{models[-1]!r} against {models[0]!r}"
     change = f"{label(name)} from {number(first['value'])} to {number(last['value'])}"
     sure = (
         f"a difference of {signed(found['value'])} (95 % interval {interval(found, sign=True)},"
@@ -90,9 +91,19 @@ def headline(report: Mapping[str, Any]) -> str:
     )
     outcome = verdict(entry)
     if outcome == "unclear":
-        return f"No clear effect: tuning moved {change}, {sure}."
+        return f"No clear effect: {who} moved {change}, {sure}."
     verb = "raised" if found["value"] > 0 else "lowered"
-    return f"Tuning {verb} {change}, {sure}."
+    return f"{who[0].upper()}{who[1:]} {verb} {change}, {sure}."
+
+
+def steps(report: Mapping[str, Any]) -> list[str]:
+    """Returns one line per paired test of three or more answerers: each against the one before it."""
+    lines = []
+    for name, entry in report["metrics"].items():
+        for one in entry.get("steps", ()):
+            change = f"{signed(one['value'])} (95 % interval {interval(one, sign=True)}, p {_p(one['p'])})"
+            lines.append(f"{label(name)}: {one['second']} against {one['first']} {change}.")
+    return lines
 
 
 def _p(value: float) -> str:
@@ -129,6 +140,7 @@ def table_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             cells += [interval(next(iter(entry["models"].values())))]
         rows.append([*cells, f"{entry['n']:,}"])
     if perplexity := report.get("perplexity"):
-        cells = ["perplexity", *(number(found["value"]) for found in perplexity["models"].values())]
+        given = perplexity["models"]
+        cells = ["perplexity", *(number(given[model]["value"]) if model in given else "" for model in models)]
         rows.append([*cells, *[""] * (len(head) - len(cells) - 1), f"{perplexity['n']:,}"])
     return head, rows
