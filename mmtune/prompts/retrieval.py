@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 Rows = NDArray[np.int64]
 Near = Callable[[Rows, int], tuple[Rows, NDArray[np.floating]]]
-"""Numbers of questions ``(Q,)`` and N to rows of the pool ``(Q, min(N, P))``, nearest first and -1 where none was found,
+"""Numbers of questions ``(Q,)`` and N to rows of the pool ``(Q, min(N, P))``, nearest first and -1 where none is left,
 and their similarities."""
 Alike = Callable[[Rows, Rows], NDArray[np.floating]]
 """Rows of the pool ``(Q,)`` and others ``(Q, N)`` to their similarities ``(Q, N)``."""

@@ -168,7 +168,7 @@ def _write(plan: _Plan, staging: Staging, console: Talk) -> dict[str, Any]:
         "perplexity": perplexities(losses, [row.group for row in scored], **sure) if losses else None,
         "training": _training_facts(plan),
         "manifests": _chain(recipe.run_dir),
-        "notes": [*([_FEW_REFERENCES.format(few)] if few else []), *notes_of(asked.facts)],
+        "notes": [*([_FEW_REFERENCES.format(few)] if few else []), *notes_of(asked.facts, len(scored))],
     }
     report["notes"] += steps(report)
     answered = answered_rows(scored, texts, found)

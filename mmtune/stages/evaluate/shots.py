@@ -254,7 +254,7 @@ def asked_rows(
         recipe: The recipe.
         settings: Its eval part.
         plain: The rows without exemplars, examined.
-        make: ``(count, example, ranks)`` to rows that are not examined yet.
+        make: ``(count, example, ranks=...)`` to rows that are not examined yet.
         instructions: Manifest of instructions/.
         features: Manifest of features/, for retrieval.
 
@@ -309,7 +309,7 @@ def _with_shots(
     def ranks(own: Example) -> list[int]:
         return shown_ranks(order, len(own.exemplar_ids), f"{seed}\0{own.id}")
 
-    rows = make(len(examples), example, ranks)
+    rows = make(len(examples), example, ranks=ranks)
     for _ in rows.examine():
         pass
     if len(rows.kept) != len(examples):
@@ -331,17 +331,28 @@ def _facts(way: Way, found: Found, rows: EvalRows) -> dict[str, Any]:
     }
 
 
-def notes_of(facts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns what a reader of the report must know of the exemplars."""
+def notes_of(facts: Sequence[Mapping[str, Any]], rows: int) -> list[str]:
+    """Returns what a reader of the report must know of the exemplars.
+
+    Args:
+        facts: Of ``Asked``.
+        rows: How many rows are asked.
+    """
     notes = []
     for one in facts:
-        if one["dropped"]:
-            notes.append(
-                f"{one['name']}: {one['dropped']:,} exemplars of {one['rows_with_dropped']:,} rows did not fit"
-                " tokenize.max_length; the farthest were left out."
-            )
+        how = "drawn at random"
+        if one["method"] == "retrieval":
+            how = f"the nearest by {' and '.join(one['by']) or 'all features'}, {one['order'].replace('_', ' ')}"
+        more = [f"diversity {one['diversity']:g}"] if one["diversity"] else []
+        more += ["answers in turns"] if one["balance"] else []
+        listed = ", ".join([how, *more])
+        said = f"{one['name']}: {one['shown']:,} exemplars before {rows:,} questions out of the training rows, {listed}"
         if one["rows_with_fewer_found"]:
-            notes.append(
-                f"{one['name']}: {one['rows_with_fewer_found']:,} rows show fewer; the pool has no more for them."
+            said += f"; for {one['rows_with_fewer_found']:,} rows the pool has fewer than {one['shots']}"
+        if one["dropped"]:
+            said += (
+                f"; {one['dropped']:,} of {one['rows_with_dropped']:,} rows did not fit tokenize.max_length:"
+                " the farthest were left out"
             )
+        notes.append(f"{said}.")
     return notes
