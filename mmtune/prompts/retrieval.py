@@ -179,7 +179,7 @@ def _picked(
         fit = fit & (np.cumsum(fit, axis=1) <= room)
         score = values if not (wanted.diversity and turn) else _relevance(values, closest, wanted.diversity)
         best = np.where(fit, score, -np.inf).argmax(axis=1)
-        there = fit.any(axis=1)
+        there = np.asarray(fit.any(axis=1), np.bool_)
         chosen = rows[each, best]
         out[there, turn] = chosen[there]
         free[each, best] &= ~there

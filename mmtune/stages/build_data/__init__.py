@@ -38,9 +38,9 @@ from mmtune.stages.build_data.exemplars import (
     gather_pools,
     plan_exemplars,
     pool_size,
-    say_exemplars,
 )
 from mmtune.stages.build_data.mixing import Mixed, plan_mixture
+from mmtune.stages.build_data.saying import say_result
 from mmtune.storage import (
     Manifest,
     RejectLog,
@@ -147,7 +147,7 @@ def build_data(
         rows, drops, facts = _fill(staging, recipe, sources, console)
         facts = {"media_root": media_root, **facts}
         staging.publish(rows=rows, drops=drops, facts=facts)
-    _say_result(recipe, rows, drops, facts, target, console)
+    say_result(rows, drops, facts, target, console)
     return _result(target, rows, drops, facts, skipped=False)
 
 
@@ -363,48 +363,3 @@ def _result(
         "sources": facts["sources"],
         **{name: facts[name] for name in ("mixture", "exemplars") if name in facts},
     }
-
-
-def _say_result(
-    recipe: Recipe, rows: dict[str, int], drops: dict[str, int], facts: dict[str, Any], target: Path, console: Talk
-) -> None:
-    console.table(
-        "build-data",
-        ("source", "split", "reader", "read", "rows", "rejected"),
-        [
-            (fact["id"], fact["split"], fact["reader"], fact["read"], fact["rows"], fact["read"] - fact["rows"])
-            for fact in facts["sources"]
-        ],
-    )
-    held = {name for names in facts.get("mixture", {}).get("held_out", {}).values() for name in names}
-    for fact in facts["sources"]:
-        if not fact["rows"] and not (fact["split"] == "train" and fact["id"] in held):
-            console.note(f"source {fact['id']!r} ({fact['split']}) gave no row; see rejects.jsonl")
-    if "mixture" in facts:
-        _say_mixture(facts["mixture"], console)
-    if "exemplars" in facts:
-        say_exemplars(facts["exemplars"], console)
-    if drops:
-        listed = ", ".join(f"{reason} {count:,}" for reason, count in drops.items())
-        refused = f"{sum(drops.values()):,} of {facts['read']:,} rows were refused: {listed}"
-        console.note(f"{refused} ({target}/rejects.jsonl)")
-    for pair, shared in facts["leakage"].items():
-        console.note(f"{pair} share {shared['media']:,} media and {shared['questions']:,} questions on the same media")
-    counts = ", ".join(f"{split} {count:,}" for split, count in rows.items())
-    console.say(f"build-data: {counts} rows in {target}")
-
-
-def _say_mixture(mixture: dict[str, Any], console: Talk) -> None:
-    console.table(
-        "mixture",
-        ("source", "cluster", "has", "rate", "rows", "repeated"),
-        [
-            (one["source"], one["cluster"], one["found"], f"{one['rate']:.4f}", one["built"], one["repeated"])
-            for one in mixture["sources"]
-        ],
-    )
-    shots = ", ".join(f"{count} exemplars {rows:,}" for count, rows in mixture["shots"].items())
-    counts = ", ".join(f"{name} {mixture[name]:,}" for name in ("rationale", "options", "no_options", "inverted"))
-    console.say(f"mixture: {mixture['rows']:,} rows; {shots}; {counts}")
-    for cluster, sources in mixture["held_out"].items():
-        console.say(f"mixture: {cluster} is held out ({', '.join(sources)}): no training row, no exemplar")

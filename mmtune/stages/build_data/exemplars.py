@@ -17,10 +17,11 @@ from mmtune.prompts.retrieval import Card, Cards, Numbers, Wanted, pick
 from mmtune.recipe import Build, BuildExemplars, Recipe, Source
 from mmtune.records import Record, Reject
 from mmtune.storage import Manifest, read_manifest
-from mmtune.talk import Talk
 
 MOST_ROWS = 200_000
 """So many rows of a source may be found by retrieval; they rest in memory of one process."""
+_CHUNKS = 8
+"""So many chunks are searched for together."""
 Pools = Mapping[str, tuple[Record, ...]]
 
 
@@ -171,13 +172,27 @@ class NearExemplars:
         return Card(bare_id(row.id), row.source, media, text, answer_of(row))
 
     def attach(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-        """Yields the chunks with the exemplars of their training rows, as many as a row may show."""
+        """Yields the chunks with the exemplars of their training rows, as many as a row may show.
+
+        Chunks of one source are searched for together: a search of few rows takes nearly as long as one of many.
+        """
+        waiting: list[Chunk] = []
         for chunk in chunks:
-            rows = [item for item in chunk.items if isinstance(item, Record) and not item.messages]
-            if chunk.split != "train" or not rows:
-                yield chunk
-                continue
-            yield replace(chunk, exemplars=self._nearest(rows))
+            if waiting and (chunk.source != waiting[0].source or len(waiting) == _CHUNKS):
+                yield from self._attached(waiting)
+                waiting = []
+            waiting.append(chunk)
+        yield from self._attached(waiting)
+
+    def _attached(self, chunks: list[Chunk]) -> list[Chunk]:
+        items = [item for chunk in chunks for item in chunk.items]
+        rows = [item for item in items if isinstance(item, Record) and not item.messages]
+        if not rows or chunks[0].split != "train":
+            return chunks
+        found = self._nearest(rows)
+        names = [[item.id for item in chunk.items if isinstance(item, Record)] for chunk in chunks]
+        own = [{name: found[name] for name in ids if name in found} for ids in names]
+        return [replace(chunk, exemplars=exemplars) for chunk, exemplars in zip(chunks, own, strict=True)]
 
     def _nearest(self, rows: list[Record]) -> dict[str, tuple[Record, ...]]:
         pool = self._pools.get(rows[0].source)
@@ -285,14 +300,3 @@ def gather_pools(
                     pool.see(item)
             pools[source.id] = pool.rows()
     return pools
-
-
-def say_exemplars(facts: Mapping[str, Any], console: Talk) -> None:
-    """Says how many training rows show how many exemplars."""
-    by = f" by {' and '.join(facts['by'])}" if facts["by"] else ""
-    counts = ", ".join(f"{count} exemplars {rows:,}" for count, rows in facts["shots"].items())
-    console.say(f"build-data: exemplars by {facts['method']}{by}: training rows with {counts}")
-    if facts["no_features"]:
-        console.note(
-            f"{facts['no_features']:,} training rows have no features to be compared by; they show no exemplar"
-        )
