@@ -84,12 +84,18 @@ def run_stages(recipe: Recipe, stages: Iterator[Stage], *, force: bool, dry_run:
     """
     results: dict[str, Any] = {}
     for name, stage, options in stages:
-        missing = [folder for folder in NEEDS[name] if dry_run and not is_finished(recipe.run_dir / folder)]
+        missing = [folder for folder in _needs(name, recipe) if dry_run and not is_finished(recipe.run_dir / folder)]
         if missing:
             console.say(f"{name}: would run once {' and '.join(missing)} is there")
             continue
         results[name] = stage(recipe, **options, force=force, dry_run=dry_run, console=console)
     return results
+
+
+def _needs(name: str, recipe: Recipe) -> tuple[str, ...]:
+    exemplars = recipe.build.exemplars
+    retrieval = name == "build-data" and exemplars is not None and exemplars.method == "retrieval"
+    return (*NEEDS[name], *(("features",) if retrieval else ()))
 
 
 def pretrain_stages(

@@ -166,6 +166,8 @@ class Example:
     """One instruction example: the messages to teach, and what counts as right.
 
     Attributes:
+        exemplar_ids: Solved rows before the question, in the order they stand.
+        feature_ids: ``kind/id`` of what its text and history are in features/.
         group: Equal for examples that show the same media in the same order; they can
             share one prefix. Equals the example's own id when it has no media.
     """
@@ -183,6 +185,7 @@ class Example:
     group: str = ""
     tools: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
+    feature_ids: tuple[str, ...] = ()
 
     @property
     def media(self) -> tuple[Medium, ...]:

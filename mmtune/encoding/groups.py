@@ -28,6 +28,8 @@ class EncodedGroups:
         tokens: Tokens of the trees.
         apart: Tokens of the same rows without sharing.
         notes: What a person should know, each said once.
+        exemplars_dropped: Exemplars that did not fit.
+        rows_with_fewer: Rows that they were left out of.
     """
 
     batch: pa.RecordBatch | None
@@ -36,6 +38,8 @@ class EncodedGroups:
     tokens: int
     apart: int
     notes: tuple[str, ...]
+    exemplars_dropped: int = 0
+    rows_with_fewer: int = 0
 
 
 def group_order(groups: Iterable[str], count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -19,3 +19,22 @@ def without_first_turn(messages: Sequence[Message]) -> tuple[Message, ...] | Non
     if not later:
         return None
     return (*head, *rest[later[0] :])
+
+
+def without_farthest(
+    messages: Sequence[Message], ranks: Sequence[int]
+) -> tuple[tuple[Message, ...], tuple[int, ...]] | None:
+    """Returns the conversation and its ranks without the farthest exemplar, or None when none is left.
+
+    Args:
+        messages: An exemplar is what stands up to an answer that bears no loss.
+        ranks: Of the exemplars in the order they stand; the largest is the farthest.
+    """
+    if not ranks:
+        return None
+    place = max(range(len(ranks)), key=lambda at: ranks[at])
+    head = sum(message.role == "system" for message in messages)
+    ends = [at + 1 for at, message in enumerate(messages) if message.role == "assistant" and not message.train]
+    start = ends[place - 1] if place else head
+    kept = (*messages[:start], *messages[ends[place] :])
+    return kept, (*ranks[:place], *ranks[place + 1 :])

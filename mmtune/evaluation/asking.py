@@ -53,14 +53,14 @@ class Asking:
 
 
 def ask_each(
-    models: Mapping[str, Callable[[], Any]], processor: Any, rows: EvalRows, asking: Asking
+    models: Mapping[str, Callable[[], Any]], processor: Any, ways: Mapping[str, EvalRows], asking: Asking
 ) -> tuple[dict[str, list[str]], dict[str, Losses]]:
-    """Returns every model's answers to the kept rows, and its losses when they are asked for.
+    """Returns every model's answers to the kept rows, and its losses when they are asked for, by model and way.
 
     Args:
         models: Name to what loads the model; one is in memory at a time.
         processor: Their processor.
-        rows: Already examined.
+        ways: Way of asking to the same rows in it, already examined; the empty one names no way.
         asking: How they are asked.
 
     Raises:
@@ -70,9 +70,11 @@ def ask_each(
     losses: dict[str, Losses] = {}
     for name, load in models.items():
         model = load()
-        texts[name] = answers_of(name, model, processor, rows, asking)
-        if asking.loss:
-            losses[name] = _losses(name, model, processor, rows, asking)
+        for way, rows in ways.items():
+            label = f"{name}, {way}" if way else name
+            texts[label] = answers_of(label, model, processor, rows, asking)
+            if asking.loss:
+                losses[label] = _losses(label, model, processor, rows, asking)
         del model
         gc.collect()
         if torch.cuda.is_available():

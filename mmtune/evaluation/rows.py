@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mmtune.choice import chosen
-from mmtune.encoding.fit import fit
+from mmtune.encoding.fit import Fitted, fit
 from mmtune.encoding.refused import Refused
 from mmtune.encoding.render import EncodedRow, Renderer
 from mmtune.evaluation import metrics_of
@@ -72,6 +72,10 @@ class ChosenExamples:
         return self._to_example(self._batches[at].slice(row, 1).to_pylist()[0])
 
 
+def _no_ranks(example: Example) -> Sequence[int]:
+    return ()
+
+
 class EvalRows:
     """The examples that a model can take, encoded when they are asked for.
 
@@ -81,12 +85,14 @@ class EvalRows:
         renderer: Encodes a conversation.
         max_length: Longest conversation in tokens, answer included, as in training.
         drop_turns: Let over-long conversations lose whole early turns.
+        ranks: Example to the ranks of its exemplars; the farthest are left out where they do not fit.
 
     Attributes:
         kept: Numbers of the examples that fit, in order; rows below are numbered within it.
         prompt_sizes: Tokens of every kept prompt.
         row_sizes: Tokens of every kept conversation.
         rejects: The examples that do not fit.
+        dropped: Exemplars that were left out, per kept row.
     """
 
     def __init__(
@@ -97,13 +103,15 @@ class EvalRows:
         *,
         max_length: int,
         drop_turns: bool = False,
+        ranks: Callable[[Example], Sequence[int]] = _no_ranks,
     ) -> None:
         self._example, self._renderer = example, renderer
-        self._max_length, self._drop_turns = max_length, drop_turns
+        self._max_length, self._drop_turns, self._ranks = max_length, drop_turns, ranks
         self.kept: list[int] = []
         self.prompt_sizes: list[int] = []
         self.row_sizes: list[int] = []
         self.rejects: list[Reject] = []
+        self.dropped: list[int] = []
         self._count = count
 
     def examine(self) -> Iterator[Example | None]:
@@ -111,15 +119,16 @@ class EvalRows:
         for number in range(self._count):
             example = self._example(number)
             try:
-                messages, row = self._fit(example)
-                prompt = self._renderer.encode(_prompt(messages), example.tools, add_generation_prompt=True)
+                fitted = self._fit(example)
+                prompt = self._renderer.encode(_prompt(fitted.messages), example.tools, add_generation_prompt=True)
             except Refused as refused:
                 self.rejects.append(Reject(example.split, example.id, refused.reason, refused.detail))
                 yield None
                 continue
             self.kept.append(number)
-            self.row_sizes.append(row.input_ids.size)
+            self.row_sizes.append(fitted.row.input_ids.size)
             self.prompt_sizes.append(prompt.input_ids.size)
+            self.dropped.append(fitted.dropped)
             yield example
 
     def example(self, row: int) -> Example:
@@ -130,21 +139,28 @@ class EvalRows:
         """Returns a conversation of one's own making, with labels."""
         return self._renderer.encode(messages, tools)
 
-    def _fit(self, example: Example) -> tuple[Sequence[Message], EncodedRow]:
-        return fit(self._renderer, example.messages, example.tools, self._max_length, drop_turns=self._drop_turns)
+    def _fit(self, example: Example) -> Fitted:
+        return fit(
+            self._renderer,
+            example.messages,
+            example.tools,
+            self._max_length,
+            drop_turns=self._drop_turns,
+            ranks=self._ranks(example),
+        )
 
     def prompts(self, rows: Sequence[int]) -> list[EncodedRow]:
         """Returns the prompts of kept rows."""
         out = []
         for row in rows:
             example = self.example(row)
-            messages, _ = self._fit(example)
+            messages = self._fit(example).messages
             out.append(self._renderer.encode(_prompt(messages), example.tools, add_generation_prompt=True))
         return out
 
     def conversations(self, rows: Sequence[int]) -> list[EncodedRow]:
         """Returns the whole conversations of kept rows, with labels."""
-        return [self._fit(self.example(row))[1] for row in rows]
+        return [self._fit(self.example(row)).row for row in rows]
 
 
 def _prompt(messages: Sequence[Message]) -> Sequence[Message]:

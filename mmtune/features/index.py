@@ -117,6 +117,18 @@ def build_index(
     return facts
 
 
+def search_among(vectors: NDArray[np.floating], *, kind: Kind, metric: Metric, seed: int = 0) -> SearchIndex:
+    """Returns an index over vectors ``(P, D)`` in memory; see ``build_index``.
+
+    Raises:
+        CapabilityError: FAISS is not installed.
+        DataError: A vector holds no finite numbers.
+    """
+    pool = prepared(vectors, metric, "the vectors")
+    facts = IndexFacts(kind, metric, len(pool), pool.shape[1], "", "")
+    return SearchIndex(facts, pool, None if kind == "exact" else _make(_faiss(), pool, kind, metric, seed))
+
+
 def open_index(folder: Path, *, source: str | None = None) -> SearchIndex:
     """Returns an index from its folder.
 

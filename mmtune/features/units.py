@@ -126,6 +126,12 @@ def units_of(record: Record, place: MediaPlace) -> Iterator[Unit]:
         yield Unit("behaviour", name, record.where, items=record.history, size=len(record.history))
 
 
+def known_as(record: Record, place: MediaPlace) -> tuple[str, ...]:
+    """Returns ``kind/id`` of what a record is in features/ besides its media: its text and history."""
+    units = units_of(record, place)
+    return tuple(f"{unit.kind}/{unit.id}" for unit in units if unit.medium is None)
+
+
 def text_id(text: str | bytes) -> str:
     """Returns the id of a text, or of embedded bytes."""
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from mmtune.media.known import MediaPlace, MediumKey, Probe, Prober
 from mmtune.media.probe import ProbeLimits
-from mmtune.prompts.exemplars import Choose
+from mmtune.prompts.exemplars import Choose, Order
 from mmtune.prompts.forms import MEDIA
 from mmtune.prompts.jinja_process import JinjaProcess
 from mmtune.prompts.mixture import Shares
@@ -34,17 +34,27 @@ class Chunk:
         source: Number of the source.
         place: Where its media lie.
         items: Records, and what the reader refused.
+        exemplars: Id of a training row to its exemplars, nearest first; None leaves them to ``ChunkBuilder.choose``.
+        homes: Training source to its number and where its media lie, for exemplars of other sources.
     """
 
     source: int
     split: str
     place: MediaPlace
     items: tuple[Record | Reject, ...]
+    exemplars: Mapping[str, tuple[Record, ...]] | None = None
+    homes: Mapping[str, tuple[int, MediaPlace]] = field(default_factory=dict)
 
     def media_keys(self) -> list[MediumKey]:
         """Returns the key of every medium, repeated as often as it is shown."""
-        records = (item for item in self.items if isinstance(item, Record))
-        return [self.place.key(medium) for record in records for medium in _media(record)]
+        records = [item for item in self.items if isinstance(item, Record)]
+        keys = [self.place.key(medium) for record in records for medium in _media(record)]
+        shown = [one for solved in (self.exemplars or {}).values() for one in solved]
+        return [*keys, *(self.home(one)[1].key(medium) for one in shown for medium in _media(one))]
+
+    def home(self, record: Record) -> tuple[int, MediaPlace]:
+        """Returns the number of a record's source, and where its media lie."""
+        return self.homes.get(record.source, (self.source, self.place))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +106,8 @@ class ChunkBuilder:
         limits: What a medium may be.
         shares: Styles of training rows, or None.
         choose: Finds the exemplars of training rows, or None.
+        order: How exemplars stand.
+        known_as: What a record is in features/ besides its media.
         prompt: A searched prompt that words every row, or None.
         keep_slots: Rows keep what a searched prompt may name.
         render: Renders templates in Jinja.
@@ -107,6 +119,8 @@ class ChunkBuilder:
     limits: ProbeLimits
     shares: Shares | None = None
     choose: Choose | None = None
+    order: Order = "nearest_first"
+    known_as: Callable[[Record, MediaPlace], tuple[str, ...]] | None = None
     prompt: SearchedPrompt | None = None
     keep_slots: bool = False
     render: JinjaProcess = field(default_factory=JinjaProcess)
@@ -114,11 +128,11 @@ class ChunkBuilder:
     def __call__(self, work: tuple[Chunk, Mapping[MediumKey, Probe]]) -> Built:
         """Returns the rows of a chunk, given the probes that are known of its media."""
         chunk, known = work
-        prober = Prober(chunk.place, self.limits, known)
+        probers = _Probers(self.limits, known)
         rows, rejects, keys = [], [], []
         odd, tasks, asked = 0, Counter[str](), Counter[str]()
         for item in chunk.items:
-            example = item if isinstance(item, Reject) else self._example(item, chunk, prober, asked)
+            example = item if isinstance(item, Reject) else self._example(item, chunk, probers, asked)
             if isinstance(example, Reject):
                 rejects.append(example)
                 continue
@@ -132,23 +146,22 @@ class ChunkBuilder:
             batch=pa.RecordBatch.from_pylist(rows, schema=instructions_schema()),
             keys=np.array(keys, np.uint64).reshape(-1, 2),
             rejects=tuple(rejects),
-            probes=prober.fresh,
+            probes=probers.fresh(),
             odd=odd,
             tasks=tasks,
             asked=asked,
         )
 
-    def _example(self, record: Record, chunk: Chunk, prober: Prober, asked: Counter[str]) -> Example | Reject:
+    def _example(self, record: Record, chunk: Chunk, probers: _Probers, asked: Counter[str]) -> Example | Reject:
         how = self.sources[chunk.source]
-        probed = _probed(record, how, prober)
+        probed = _probed(record, how, probers.of(record.source, chunk.place))
         if isinstance(probed, Reject):
             return probed
         style, number = Style(), 0
         if self.shares is not None and chunk.split == "train" and not record.messages:
             style, number = self.shares.draw(record.id, self.seed)
             style = _possible(probed, how.wordings, style)
-        chosen = self.choose(record, number) if self.choose is not None and number else ()
-        solved = [_probed(one, how, prober) for one in chosen]
+        solved = [self._solved(one, chunk, probers) for one in self._exemplars(record, number, chunk)]
         made = make_example(
             probed,
             seed=self.seed,
@@ -156,16 +169,30 @@ class ChunkBuilder:
             system=self.system,
             style=style,
             exemplars=[one for one in solved if isinstance(one, Record)],
+            order=self.order,
             render=self.render,
         )
         if isinstance(made, Reject):
             return made
+        if self.known_as is not None:
+            made = replace(made, feature_ids=self.known_as(record, chunk.place))
         asked.update(_said_of(made, probed, how, style))
         if how.content_free and chunk.split != "train" and made.options:
             made = self._with_content_free(made, probed, how)
         if self.keep_slots and not probed.messages:
             made = replace(made, metadata={**made.metadata, SLOTS: slots_text(probed)})
         return made if self.prompt is None or style.inverted else asked_with(self.prompt, made)
+
+    def _exemplars(self, record: Record, number: int, chunk: Chunk) -> Sequence[Record]:
+        if not number:
+            return ()
+        if chunk.exemplars is not None:
+            return chunk.exemplars.get(record.id, ())[:number]
+        return self.choose(record, number) if self.choose is not None else ()
+
+    def _solved(self, exemplar: Record, chunk: Chunk, probers: _Probers) -> Record | Reject:
+        number, place = chunk.home(exemplar)
+        return _probed(exemplar, self.sources[number], probers.of(exemplar.source, place))
 
     def _with_content_free(self, made: Example, record: Record, how: Asked) -> Example:
         """Returns an example that also keeps what its template says of a text without content."""
@@ -182,6 +209,24 @@ class ChunkBuilder:
             return made
         prompt = next((message.text for message in asked.messages if message.role == "user"), "")
         return replace(made, metadata={**made.metadata, "content_free": prompt.replace(MEDIA, "")})
+
+
+class _Probers:
+    """Probers of the media of a chunk and of its exemplars, one for each source."""
+
+    def __init__(self, limits: ProbeLimits, known: Mapping[MediumKey, Probe]) -> None:
+        self._limits, self._known = limits, known
+        self._of: dict[str, Prober] = {}
+
+    def of(self, source: str, place: MediaPlace) -> Prober:
+        """Returns the prober of a source."""
+        if source not in self._of:
+            self._of[source] = Prober(place, self._limits, self._known)
+        return self._of[source]
+
+    def fresh(self) -> dict[MediumKey, Probe]:
+        """Returns what was probed here."""
+        return {key: probe for prober in self._of.values() for key, probe in prober.fresh.items()}
 
 
 def _probed(record: Record, how: Asked, prober: Prober) -> Record | Reject:

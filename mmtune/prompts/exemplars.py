@@ -1,7 +1,7 @@
-"""Solved rows that are shown before a question: which ones, at random.
+"""Solved rows that are shown before a question: which ones at random, and how they stand.
 
-``Choose`` is the seam: whatever finds exemplars (a draw here, a search index elsewhere) is asked
-with a record and a number, and answers with training records of the same source.
+``Choose`` is the seam: whatever finds exemplars (a draw here, the nearest in ``retrieval``) is asked with a record and
+a number, and answers with training records.
 """
 
 from __future__ import annotations
@@ -9,16 +9,23 @@ from __future__ import annotations
 import hashlib
 import heapq
 import random
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Literal, TypeVar
 
 from mmtune.records import Medium, Record
 
 Choose = Callable[[Record, int], Sequence[Record]]
-"""Record and number to its exemplars, the first shown first."""
+"""Record and number to its exemplars, the nearest (or the first drawn) first."""
+Row = TypeVar("Row")
+Order = Literal["nearest_last", "nearest_first", "random"]
 
 POOL_ROWS = 512
-"""So many rows of a source may become exemplars; the pool rests in memory of every process."""
+"""So many rows of a source may become exemplars at random; the pool rests in memory of every process."""
+_AGAIN = re.compile(r"~\d+\Z")
 
 
 class ExemplarPool:
@@ -53,32 +60,79 @@ class ExemplarPool:
 
 @dataclass(frozen=True, slots=True)
 class RandomExemplars:
-    """Draws exemplars from the row's own source, by seed and row id.
+    """Draws exemplars by seed and row id.
 
     Attributes:
-        pools: Source to its ``ExemplarPool`` rows; a source without a pool has no exemplars.
+        pools: Source of a row to the ``ExemplarPool`` rows that may stand before it; without a pool there are none.
+        seed: Of the draw.
+        balance: The answers take turns.
     """
 
     pools: Mapping[str, tuple[Record, ...]]
     seed: int
+    balance: bool = False
 
     def __call__(self, record: Record, number: int) -> Sequence[Record]:
         """Returns up to ``number`` rows: never the row itself, one of its text, or one that shares a medium."""
         pool = self.pools.get(record.source, ())
-        order = list(range(len(pool)))
-        random.Random(f"{self.seed}\0{record.id}").shuffle(order)
-        chosen: list[Record] = []
-        for at in order:
-            if len(chosen) == number:
-                break
-            if not same(pool[at], record):
-                chosen.append(pool[at])
-        return chosen
+        fit = (pool[at] for at in drawn(len(pool), self.seed, record.id) if not same(pool[at], record))
+        if self.balance:
+            return in_turns(list(fit), number, answer_of)
+        return list(islice(fit, number))
+
+
+def drawn(size: int, seed: int, row: str) -> list[int]:
+    """Returns the numbers below ``size`` in an order drawn by seed and row id."""
+    order = list(range(size))
+    random.Random(f"{seed}\0{row}").shuffle(order)
+    return order
+
+
+def in_turns(rows: Sequence[Row], number: int, label: Callable[[Row], str]) -> list[Row]:
+    """Returns up to ``number`` rows, the first first, in which no label comes again before every other one came.
+
+    Args:
+        rows: In the order of preference.
+        number: How many are wanted.
+        label: A row's label.
+    """
+    left, used = list(rows), Counter[str]()
+    out: list[Row] = []
+    while left and len(out) < number:
+        least = min(used[label(row)] for row in left)
+        at = next(at for at, row in enumerate(left) if used[label(row)] == least)
+        out.append(left.pop(at))
+        used[label(out[-1])] += 1
+    return out
+
+
+def answer_of(record: Record) -> str:
+    """Returns the answer that an exemplar shows."""
+    return record.target or next(iter(record.references), "")
+
+
+def shown_ranks(order: Order, count: int, salt: str) -> list[int]:
+    """Returns, for each place before the question, which exemplar stands there; 0 is the nearest.
+
+    Args:
+        order: How they stand.
+        count: How many there are.
+        salt: Of a random order; the row's.
+    """
+    ranks = list(range(count))
+    if order == "random":
+        random.Random(f"order\0{salt}").shuffle(ranks)
+    return ranks[::-1] if order == "nearest_last" else ranks
+
+
+def bare_id(row: str) -> str:
+    """Returns a row's id without the mark of a row that a mixture repeats."""
+    return _AGAIN.sub("", row)
 
 
 def same(exemplar: Record, record: Record) -> bool:
     """Says whether an exemplar is the row itself (or says the same), or shows one of its media."""
-    if exemplar.id == record.id:
+    if exemplar.id == bare_id(record.id) or exemplar.id == record.id:
         return True
     if not record.media and not exemplar.media:
         return (exemplar.text, exemplar.context) == (record.text, record.context)
@@ -86,8 +140,9 @@ def same(exemplar: Record, record: Record) -> bool:
 
 
 def _media(record: Record) -> set[str]:
-    return {_key(medium) for medium in record.media}
+    return {medium_name(medium) for medium in record.media}
 
 
-def _key(medium: Medium) -> str:
+def medium_name(medium: Medium) -> str:
+    """Returns a medium's path, or the sha256 of its bytes where it is embedded."""
     return medium.path if medium.data is None else hashlib.sha256(medium.data).hexdigest()

@@ -54,6 +54,7 @@ def instructions_schema() -> pa.Schema:
             ("references", texts),
             ("options", texts),
             ("exemplar_ids", texts),
+            ("feature_ids", texts),
         ]
     )
 
@@ -78,6 +79,7 @@ def example_to_row(example: Example) -> dict[str, Any]:
         "references": list(example.references),
         "options": list(example.options),
         "exemplar_ids": list(example.exemplar_ids),
+        "feature_ids": list(example.feature_ids),
     }
 
 
@@ -94,6 +96,7 @@ def row_to_example(row: Mapping[str, Any]) -> Example:
         options=tuple(row["options"]),
         template_id=row["template_id"],
         exemplar_ids=tuple(row["exemplar_ids"]),
+        feature_ids=tuple(row.get("feature_ids") or ()),
         group=row["group"],
         tools=row["tools"],
         metadata=json.loads(row["metadata"]),

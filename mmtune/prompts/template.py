@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from mmtune.errors import RecipeError
+from mmtune.prompts.exemplars import Order, shown_ranks
 from mmtune.prompts.forms import (
     MEDIA,
     Filled,
@@ -96,6 +97,7 @@ def make_example(
     system: str = "",
     style: Style = Style(),
     exemplars: Sequence[Record] = (),
+    order: Order = "nearest_first",
     render: Render | None = None,
 ) -> Example | Reject:
     """Returns the Example of a Record, or why there is nothing to teach.
@@ -106,7 +108,9 @@ def make_example(
         wordings: Where its template comes from.
         system: System turn put first; a conversation's own system turn wins.
         style: How it is asked.
-        exemplars: Solved rows shown before it, in the same wording; a row that the wording does not fit is left out.
+        exemplars: Solved rows shown before it, nearest first and in the same wording; a row that the wording does not
+            fit is left out.
+        order: How they stand.
         render: Renders ``jinja`` templates.
     """
     if record.messages:
@@ -120,17 +124,16 @@ def make_example(
     if isinstance(asked, Reject):
         return asked
     template, filled = asked
-    turns: list[Message] = []
     shown = []
     for exemplar in exemplars:
         solved = _fill(template, exemplar, seed, render)
         if isinstance(solved, Filled) and solved.taught:
-            turns += _turns(exemplar, solved, style, train=False)
-            shown.append(exemplar.id)
-    turns += _turns(record, filled, style)
+            shown.append((exemplar.id, _turns(exemplar, solved, style, train=False)))
+    shown = [shown[rank] for rank in shown_ranks(order, len(shown), f"{seed}\0{record.id}")]
+    turns = [*(turn for _, own in shown for turn in own), *_turns(record, filled, style)]
     metric = "accuracy" if template.raw and filled.options else _metric(record)
     made = _example(record, _with_system(tuple(turns), system), filled.references, filled.options, metric, template.id)
-    return replace(made, exemplar_ids=tuple(shown)) if shown else made
+    return replace(made, exemplar_ids=tuple(name for name, _ in shown)) if shown else made
 
 
 def _example(

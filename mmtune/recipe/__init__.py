@@ -6,7 +6,8 @@ Order of precedence: defaults < ``extends`` < recipe < environment (``MMTUNE_A__
 
 from mmtune.recipe.build import TEMPLATE_DRAWS, Build
 from mmtune.recipe.evaluation import Eval
-from mmtune.recipe.extract import Extract
+from mmtune.recipe.exemplars import BuildExemplars, Exemplars
+from mmtune.recipe.extract import BASE, Extract
 from mmtune.recipe.finetune import Augment, Features, Finetune, Lora
 from mmtune.recipe.mixture import Mixture
 from mmtune.recipe.pretrain import Pretrain
@@ -16,11 +17,14 @@ from mmtune.recipe.sources import Source
 from mmtune.recipe.tokenize import Tokenize
 
 __all__ = [
+    "BASE",
     "TEMPLATE_DRAWS",
     "Augment",
     "Bbt",
     "Build",
+    "BuildExemplars",
     "Eval",
+    "Exemplars",
     "Extract",
     "Features",
     "Finetune",

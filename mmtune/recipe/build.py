@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from mmtune.recipe.exemplars import BuildExemplars
 from mmtune.recipe.mixture import Mixture
 from mmtune.recipe.section import Section, Workers
 
@@ -21,6 +22,8 @@ class Build(Section):
     (PromptSource's YAML, or FLAN's pairs in YAML or JSON)."""
     mixture: Mixture | None = None
     """How sources are mixed; absent: every training row once, zero-shot."""
+    exemplars: BuildExemplars | None = None
+    """Solved rows before every training row, and how they are chosen; absent: none, but for mixture.shots."""
     content_free: str = ""
     """Stands for a text without content, such as N/A: rows with options keep what it gives, and eval.answer: rank
     divides by its scores (contextual calibration, arXiv:2102.09690)."""
@@ -47,3 +50,16 @@ class Build(Section):
     """What to do with a second row of the same id."""
     workers: Workers = "auto"
     """Processes; the output does not depend on their number."""
+
+    @model_validator(mode="after")
+    def _one_number_of_exemplars(self) -> Build:
+        if self.mixture and self.mixture.shots and self.exemplars and "k" in self.exemplars.model_fields_set:
+            raise ValueError("mixture.shots says how many exemplars a row shows: leave exemplars.k out")
+        return self
+
+    @property
+    def shots(self) -> dict[int, float]:
+        """Number of exemplars to the share of training rows that show so many."""
+        if self.mixture is not None and self.mixture.shots:
+            return dict(self.mixture.shots)
+        return {} if self.exemplars is None else {self.exemplars.k: 1.0}

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from mmtune.recipe.exemplars import Exemplars
 from mmtune.recipe.section import Section, SplitName
+
+
+def _listed(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+Shots = Annotated[int, Field(ge=0, le=32)]
 
 
 class Eval(Section):
@@ -28,16 +36,33 @@ class Eval(Section):
     """At most this many rows."""
     answer: Literal["generate", "rank"] = "generate"
     """rank: a row with options is answered by the option that the model finds likeliest, not in its own words."""
+    shots: Annotated[tuple[Shots, ...], BeforeValidator(_listed, json_schema_input_type=Shots | tuple[Shots, ...])] = (
+        0,
+    )
+    """Solved training rows shown before each question: a number, or several such as [0, 4], all asked of the same
+    rows and models."""
+    exemplars: Annotated[
+        tuple[Exemplars, ...],
+        BeforeValidator(_listed, json_schema_input_type=Exemplars | tuple[Exemplars, ...]),
+    ] = (Exemplars(),)
+    """How shots are chosen out of instructions/train; several ways are compared on the same rows. Beside retrieval
+    stands what its exemplars alone would answer by majority."""
     loss: bool = True
     """Also report the perplexity of the reference answers."""
     fail_under: dict[str, float] = {}
     """Metric name to the least score of the tuned model; below it the command exits with 9."""
 
-    @field_validator("compare", "metrics")
+    @field_validator("compare", "metrics", "shots", "exemplars")
     @classmethod
-    def _some_of_each(cls, value: tuple[str, ...] | str) -> tuple[str, ...] | str:
+    def _some_of_each(cls, value: Any) -> Any:
         if not value:
             raise ValueError("name at least one")
-        if not isinstance(value, str) and len(set(value)) != len(value):
+        if not isinstance(value, str) and any(one in value[:at] for at, one in enumerate(value)):
             raise ValueError("one is named twice")
         return value
+
+    @model_validator(mode="after")
+    def _exemplars_are_shown(self) -> Eval:
+        if "exemplars" in self.model_fields_set and not any(self.shots):
+            raise ValueError("exemplars needs shots above 0: set shots, or leave exemplars out")
+        return self

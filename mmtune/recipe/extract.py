@@ -12,11 +12,16 @@ from mmtune.recipe.section import Section, Workers
 FeatureKind = Literal["image", "audio", "video", "text", "behaviour"]
 
 
+BASE = "base"
+"""The name of the base model's own states among encoders; a folder of that name is ./base."""
+
+
 class Encoder(Section):
     """The encoder of one modality: a folder or hub id, or a small one built from settings."""
 
     path: str | None = None
-    """Folder or hub id of any model that transformers' AutoModel knows, with its processor."""
+    """Folder or hub id of any model that transformers' AutoModel knows, with its processor; base: the base model's own
+    towers and last hidden states."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     config: dict[str, int | float] | None = None
@@ -101,9 +106,8 @@ def encoder_paths(extract: Any, resolve: Callable[[str], str]) -> Any:
         return extract
     found = {}
     for name, value in extract["encoders"].items():
-        if isinstance(value, str):
-            value = resolve(value)
-        elif isinstance(value, dict) and isinstance(value.get("path"), str):
-            value = {**value, "path": resolve(value["path"])}
+        path = value.get("path") if isinstance(value, dict) else value
+        if isinstance(path, str) and path != BASE:
+            value = {**value, "path": resolve(path)} if isinstance(value, dict) else resolve(path)
         found[name] = value
     return {**extract, "encoders": found}

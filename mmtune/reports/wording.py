@@ -79,7 +79,7 @@ def headline(report: Mapping[str, Any]) -> str:
     rows = f"{entry['n']:,} held-out {'row' if entry['n'] == 1 else 'rows'}"
     if "difference" not in entry:
         return (
-            f"{label(name)} of the {models[-1]} model is {number(last['value'])}"
+            f"{label(name)} of {_who(models[-1])} is {number(last['value'])}"
             f" (95 % interval {interval(last)}) on {rows}."
         )
     found, first = entry["difference"], entry["models"][models[0]]
@@ -104,6 +104,11 @@ def steps(report: Mapping[str, Any]) -> list[str]:
             change = f"{signed(one['value'])} (95 % interval {interval(one, sign=True)}, p {_p(one['p'])})"
             lines.append(f"{label(name)}: {one['second']} against {one['first']} {change}.")
     return lines
+
+
+def _who(answerer: str) -> str:
+    """Returns a model, or a model asked in some way, as a sentence names it."""
+    return f"{answerer!r}" if ", " in answerer else f"the {answerer} model"
 
 
 def _p(value: float) -> str:

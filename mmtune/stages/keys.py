@@ -73,7 +73,8 @@ def _keys(node: dict[str, Any], whole: dict[str, Any], prefix: str) -> Iterator[
     for name, value in node.get("properties", {}).items():
         target = _target(value, whole)
         if "properties" in target:
-            many = "[]" if target is not value and value.get("type") == "array" else ""
+            listed = any(one.get("type") == "array" for one in (value, *value.get("anyOf", ())))
+            many = "[]" if target is not value and listed else ""
             yield from _keys(target, whole, f"{prefix}{name}{many}.")
         else:
             yield _key(prefix + name, value, whole, required=name in required)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import compress
 from pathlib import Path
@@ -22,6 +22,7 @@ from mmtune.encoding.refused import Refused
 from mmtune.encoding.render import IGNORED, EncodedRow, Renderer
 from mmtune.encoding.tree import TREE_SCHEMA
 from mmtune.errors import DataError, RecipeError
+from mmtune.prompts.exemplars import Order, shown_ranks
 from mmtune.prompts.schema import row_to_messages
 from mmtune.recipe import Recipe, Tokenize
 from mmtune.records import Medium
@@ -46,7 +47,7 @@ _INLINE_UNITS = 12
 # What loading a processor imports for seconds.
 _SLOW_IMPORTS = ("transformers.processing_utils", "transformers.models.auto.processing_auto")
 # Encoding reads these columns; the others (answers to score against, lineage) stay on disk.
-_READ = ["id", "messages", "images", "audios", "videos", "tools"]
+_READ = ["id", "messages", "images", "audios", "videos", "tools", "exemplar_ids"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class _Job:
     settings: Tokenize
     split: Path
     media_root: Path
+    order: Order = "nearest_first"
+    seed: int = 0
 
 
 def tokenize(
@@ -122,14 +125,23 @@ def _write(
     assert recipe.model is not None
     rows: dict[str, int] = {}
     examples: dict[str, int] = {}
-    totals = {"tokens": 0, "tokens_apart": 0}
+    totals = {"tokens": 0, "tokens_apart": 0, "exemplars_dropped": 0, "rows_with_fewer": 0}
     notes: dict[str, None] = {}
     started = time.monotonic()
     with RejectLog(staging.path / "rejects.jsonl") as rejects:
         for split in parent.rows:
             source = recipe.run_dir / "instructions" / split
             root = Path(parent.facts["media_root"])
-            job = _Job(recipe.processor_path, recipe.model.revision, offline, recipe.tokenize, source, root)
+            job = _Job(
+                recipe.processor_path,
+                recipe.model.revision,
+                offline,
+                recipe.tokenize,
+                source,
+                root,
+                parent.facts.get("exemplars", {}).get("order", "nearest_first"),
+                parent.config.get("seed", 0),
+            )
             writer = SplitWriter(staging.path / split / "shard-00000.arrow", TREE_SCHEMA)
             examples[split] = 0
             with console.progress(parent.rows[split], f"tokenize {split}") as bar:
@@ -141,6 +153,8 @@ def _write(
                     examples[split] += done.rows
                     totals["tokens"] += done.tokens
                     totals["tokens_apart"] += done.apart
+                    totals["exemplars_dropped"] += done.exemplars_dropped
+                    totals["rows_with_fewer"] += done.rows_with_fewer
                     notes.update(dict.fromkeys(done.notes))
                     bar.advance(done.rows + len(done.rejects))
             rows[split] = writer.close()
@@ -173,6 +187,11 @@ def _write(
         f"tokenize: {sum(examples.values()):,} rows in {sum(rows.values()):,} trees, {totals['tokens']:,} tokens"
         f" ({saved:.0%} saved by sharing), {count / max(seconds, 1e-9):,.0f} rows/s"
     )
+    if totals["exemplars_dropped"]:
+        console.note(
+            f"{totals['exemplars_dropped']:,} exemplars of {totals['rows_with_fewer']:,} rows did not fit"
+            " tokenize.max_length; the farthest were left out"
+        )
     if rejects.counts:
         console.say(f"tokenize: refused {_drops(rejects.counts)}; see {staging.target / 'rejects.jsonl'}")
     return _result(staging.target, manifest, cached=False)
@@ -243,6 +262,7 @@ class _Encoder:
     """Encodes units of groups with its own processor and its own view of the table."""
 
     def __init__(self, job: _Job) -> None:
+        self._job, self._fewer = job, [0, 0]
         self._max_length = job.settings.max_length
         self._drop_turns = job.settings.too_long == "drop_turns"
         processor = _processor(job)
@@ -255,11 +275,16 @@ class _Encoder:
         """Encodes the groups of one unit, in order."""
         numbers, starts = unit
         rows = _rows(self._table, numbers)
-        return encode_groups(rows, starts, self._encode, self._max_length, self._renderer.counter.notes)
+        self._fewer = [0, 0]
+        done = encode_groups(rows, starts, self._encode, self._max_length, self._renderer.counter.notes)
+        return replace(done, exemplars_dropped=self._fewer[0], rows_with_fewer=self._fewer[1])
 
     def _encode(self, row: Mapping[str, Any]) -> EncodedRow:
         messages = row_to_messages(row)
-        _, encoded = fit(self._renderer, messages, row["tools"], self._max_length, drop_turns=self._drop_turns)
-        if not (encoded.labels != IGNORED).any():
+        ranks = shown_ranks(self._job.order, len(row["exemplar_ids"]), f"{self._job.seed}\0{row['id']}")
+        fitted = fit(self._renderer, messages, row["tools"], self._max_length, drop_turns=self._drop_turns, ranks=ranks)
+        if not (fitted.row.labels != IGNORED).any():
             raise Refused("no_target", "no token of this row bears loss")
-        return encoded
+        self._fewer[0] += fitted.dropped
+        self._fewer[1] += fitted.dropped > 0
+        return fitted.row

@@ -3,6 +3,7 @@
     python tests/bench/bench_extract.py --images DIR                # 448 photographs of DIR, patches of 32 pixels
     python tests/bench/bench_extract.py --images DIR --patch 16     # four times the work per image
     python tests/bench/bench_extract.py --neighbours 100000         # exact search: as many queries as vectors
+    python tests/bench/bench_extract.py --exemplars 100000          # build-data's retrieval over as many rows
 
 Photographs are repeated under other names until there are enough. The share counts everything between the first file
 and the last part on disk: starting processes, decoding, hashing, writing. Wanted: at least 85 %.
@@ -71,6 +72,44 @@ def bench_neighbours(count: int) -> None:
         print(f"{count} queries over {count} vectors of {width}: {wall:.1f} s, {cpu:.1f} s of processor time")
 
 
+def bench_exemplars(count: int, width: int = 64, shots: int = 4) -> None:
+    """Prints the time in which every training row of a pool finds its exemplars among all of it, as build-data does."""
+    from mmtune.features.table import Row, record_batch
+    from mmtune.features.units import Unit, text_id
+    from mmtune.media.known import MediaPlace
+    from mmtune.prompts.chunk import Chunk
+    from mmtune.records import Record
+    from mmtune.stages.build_data.exemplars import NearExemplars, pools_of
+    from mmtune.storage import Manifest, SplitWriter, finish_split
+
+    vectors = np.random.default_rng(0).normal(size=(count, width)).astype(np.float32)
+    rows = [Record(f"s/{at}", "s", "vqa", "train", text=f"question {at}", target=str(at % 9)) for at in range(count)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "features"
+        units = [Unit("text", text_id(row.text), "") for row in rows]
+        made = [Row(unit, "", None, vector) for unit, vector in zip(units, vectors, strict=True)]
+        batch = record_batch(made, {unit.id: ["train"] for unit in units}, None)
+        writer = SplitWriter(folder / "text" / "shard-00000.arrow", batch.schema)
+        writer.write_batch(batch)
+        writer.close()
+        finish_split(folder / "text", batch.schema)
+        index = {"index": {"kind": "exact", "metric": "cosine"}}
+        manifest = Manifest("extract", "", config=index, rows={"text": count}, facts={"media_root": "/"})
+        exemplars = {"method": "retrieval", "k": shots, "balance": True}
+        recipe = Recipe(run_dir=name, build={"exemplars": exemplars})
+        place = MediaPlace({}, {})
+        wall, cpu = time.monotonic(), time.process_time()
+        near = NearExemplars(recipe, pools_of(recipe.build, {"s": tuple(rows)}), manifest, {"s": place}, "/")
+        opened = time.monotonic() - wall
+        chunks = (Chunk(0, "train", place, tuple(rows[at : at + 256])) for at in range(0, count, 256))
+        found = sum(len(own) for chunk in near.attach(chunks) for own in (chunk.exemplars or {}).values())
+        wall, cpu = time.monotonic() - wall, time.process_time() - cpu
+    print(
+        f"{count} rows, {found} exemplars of {count} vectors of {width}: {wall:.1f} s ({opened:.1f} s to open),"
+        f" {cpu:.1f} s of processor time"
+    )
+
+
 def main() -> None:
     """Runs what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -78,11 +117,14 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=448)
     parser.add_argument("--patch", type=int, default=32)
     parser.add_argument("--neighbours", type=int)
+    parser.add_argument("--exemplars", type=int)
     asked = parser.parse_args()
     if asked.images:
         bench_images(asked.images, asked.count, asked.patch)
     if asked.neighbours:
         bench_neighbours(asked.neighbours)
+    if asked.exemplars:
+        bench_exemplars(asked.exemplars)
 
 
 if __name__ == "__main__":

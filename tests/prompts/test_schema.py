@@ -26,7 +26,7 @@ messages = st.builds(
 texts = st.lists(text, max_size=3).map(tuple)
 examples = st.builds(
     Example, text, text, text, text, st.lists(messages, max_size=4).map(tuple), texts, text, texts, text, texts, text,
-    text, st.dictionaries(text, text, max_size=3),
+    text, st.dictionaries(text, text, max_size=3), texts,
 )  # fmt: skip
 
 

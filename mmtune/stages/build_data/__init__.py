@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtune.errors import DataError, RecipeError
+from mmtune.features.units import known_as
 from mmtune.files import disk_errors, file_digest
 from mmtune.media.known import KnownMedia, MediaPlace, MediumKey, Probe, media_places
 from mmtune.media.paths import listing
@@ -32,9 +33,27 @@ from mmtune.readers.source import SourceFiles
 from mmtune.recipe import Build, Recipe, Source
 from mmtune.records import Record, Reject
 from mmtune.stages.build_data.asking import asked_of, named, template_file
+from mmtune.stages.build_data.exemplars import (
+    Shown,
+    features_of,
+    gather_pools,
+    plan_exemplars,
+    pool_size,
+)
 from mmtune.stages.build_data.mixing import Mixed, plan_mixture
+from mmtune.stages.build_data.saying import say_result
 from mmtune.stages.build_data.searched import given_prompt, keeps_slots, placed, prompt_roots
-from mmtune.storage import RejectLog, SplitWriter, Staging, finish_split, foresee, open_stage, read_manifest, stage_hash
+from mmtune.storage import (
+    Manifest,
+    RejectLog,
+    SplitWriter,
+    Staging,
+    finish_split,
+    foresee,
+    open_stage,
+    read_manifest,
+    stage_hash,
+)
 from mmtune.talk import Talk
 from mmtune.workers import in_order, process_count
 
@@ -64,9 +83,16 @@ class _Sources:
     files: list[SourceFiles]
     asked: tuple[Asked, ...]
     places: list[MediaPlace]
+    media_root: str
+    features: Manifest | None
     limit: int | None
     prompt: SearchedPrompt | None = None
     slots: bool = False
+
+    def homes(self) -> dict[str, tuple[int, MediaPlace]]:
+        """Returns every training source's number, and where its media lie."""
+        train = enumerate(zip(self.recipe.sources, self.places, strict=True))
+        return {source.id: (at, place) for at, (source, place) in train if source.split == "train"}
 
     def items(self, at: int) -> Iterator[Record | Reject]:
         """Yields the items of one source, from the start."""
@@ -111,20 +137,24 @@ def build_data(
         "limit": limit,
         **({"slots": True} if slots else {}),
     }
-    inputs = _inputs(recipe)
+    inputs, features = _inputs(recipe), features_of(recipe)
+    parents = {} if features is None else {"features": features.hash}
     if dry_run:
-        plan = foresee(target, stage="build-data", config=config, inputs=inputs, force=force)
+        plan = foresee(target, stage="build-data", config=config, inputs=inputs, parents=parents, force=force)
         return _dry_run(recipe, files, media_root, target, plan, console)
-    sources = _Sources(recipe, files, asked, places, limit, placed(given, media_root), slots)
-    staging = open_stage(target, stage="build-data", config=config, inputs=inputs, force=force, say=console.say)
+    staging = open_stage(
+        target, stage="build-data", config=config, inputs=inputs, parents=parents, force=force, say=console.say
+    )
     if staging is None:
         manifest = read_manifest(target)
         return _result(target, manifest.rows, manifest.drops, manifest.facts, skipped=True)
     with staging, disk_errors(f"writing {target}"):
+        searched = placed(given, media_root)
+        sources = _Sources(recipe, files, asked, places, media_root, features, limit, searched, slots)
         rows, drops, facts = _fill(staging, recipe, sources, console)
         facts = {"media_root": media_root, **facts}
         staging.publish(rows=rows, drops=drops, facts=facts)
-    _say_result(recipe, rows, drops, facts, target, console)
+    say_result(rows, drops, facts, target, console)
     return _result(target, rows, drops, facts, skipped=False)
 
 
@@ -172,6 +202,7 @@ def _fill(
     build, schema = recipe.build, instructions_schema()
     tallies = [Tally() for _ in sources.files]
     mixed = _mix(recipe, sources, console)
+    shown = _exemplars(recipe, sources, mixed)
     writers: dict[str, SplitWriter] = {}
     overlap, known, odd = SplitOverlap(), KnownMedia(), 0
     processes = process_count(build.workers)
@@ -182,12 +213,14 @@ def _fill(
             sources.asked,
             build.system,
             _limits(build),
-            mixed.shares if mixed else None,
-            mixed.choose if mixed else None,
-            prompt=sources.prompt,
-            keep_slots=sources.slots,
+            shown.shares,
+            shown.choose,
+            shown.order,
+            known_as,
+            sources.prompt,
+            sources.slots,
         ),
-        _work(_chunks(sources, mixed, tallies), known),
+        _work(shown.attach(_chunks(sources, mixed, tallies)), known),
         processes=min(processes, _MOST_PROCESSES) if build.workers == "auto" else processes,
         inline=_INLINE_CHUNKS,
         setting="build.workers",
@@ -223,6 +256,8 @@ def _fill(
     }
     if mixed is not None:
         facts["mixture"] = _mixture_facts(recipe, mixed, tallies)
+    if shown.shares is not None and shown.shares.shots:
+        facts["exemplars"] = shown.facts(_train_asked(recipe, tallies))
     return rows, drops, facts
 
 
@@ -230,17 +265,31 @@ def _mix(recipe: Recipe, sources: _Sources, console: Talk) -> Mixed | None:
     if recipe.build.mixture is None:
         return None
     console.say("build-data: counting the sources' rows for the mixture")
-    return plan_mixture(recipe.build.mixture, recipe.sources, sources.items, recipe.seed)
+    return plan_mixture(recipe.build.mixture, recipe.sources, sources.items, recipe.seed, pool_size(recipe.build))
+
+
+def _exemplars(recipe: Recipe, sources: _Sources, mixed: Mixed | None) -> Shown:
+    """Returns how training rows show exemplars, after one more pass over them where no mixture has counted them."""
+    size = pool_size(recipe.build)
+    pools = mixed.pools if mixed else gather_pools(recipe.sources, sources.items, recipe.seed, size) if size else {}
+    places = {name: place for name, (_, place) in sources.homes().items()}
+    return plan_exemplars(recipe, pools, places, sources.media_root, sources.features)
 
 
 def _mixture_facts(recipe: Recipe, mixed: Mixed, tallies: list[Tally]) -> dict[str, Any]:
     train = [
         (source.id, tally) for source, tally in zip(recipe.sources, tallies, strict=True) if source.split == "train"
     ]
+    rows = {name: tally.rows for name, tally in train if name in mixed.quotas}
+    return mixed.facts(rows, _train_asked(recipe, tallies))
+
+
+def _train_asked(recipe: Recipe, tallies: list[Tally]) -> Counter[str]:
     asked: Counter[str] = Counter()
-    for _, tally in train:
-        asked.update(tally.asked)
-    return mixed.facts({name: tally.rows for name, tally in train if name in mixed.quotas}, asked)
+    for source, tally in zip(recipe.sources, tallies, strict=True):
+        if source.split == "train":
+            asked.update(tally.asked)
+    return asked
 
 
 def _limits(build: Build) -> ProbeLimits:
@@ -295,13 +344,13 @@ def _first_reject(log: Path) -> str:
 
 
 def _chunks(sources: _Sources, mixed: Mixed | None, tallies: list[Tally]) -> Iterator[Chunk]:
-    seen = SeenIds()
+    seen, homes = SeenIds(), sources.homes()
     for at, source in enumerate(sources.recipe.sources):
         items = sources.items(at)
         for piece in cut(items if mixed is None else mixed.take(source, items), CHUNK_ROWS):
             tallies[at].read += len(piece)
             checked = drop_repeated(piece, seen, sources.recipe.build.dedup)
-            yield Chunk(at, source.split, sources.places[at], checked)
+            yield Chunk(at, source.split, sources.places[at], checked, homes=homes)
 
 
 def _work(chunks: Iterator[Chunk], known: KnownMedia) -> Iterator[tuple[Chunk, Mapping[MediumKey, Probe]]]:
@@ -323,48 +372,5 @@ def _result(
         "drops": drops,
         "leakage": facts["leakage"],
         "sources": facts["sources"],
-        **({"mixture": facts["mixture"]} if "mixture" in facts else {}),
+        **{name: facts[name] for name in ("mixture", "exemplars") if name in facts},
     }
-
-
-def _say_result(
-    recipe: Recipe, rows: dict[str, int], drops: dict[str, int], facts: dict[str, Any], target: Path, console: Talk
-) -> None:
-    console.table(
-        "build-data",
-        ("source", "split", "reader", "read", "rows", "rejected"),
-        [
-            (fact["id"], fact["split"], fact["reader"], fact["read"], fact["rows"], fact["read"] - fact["rows"])
-            for fact in facts["sources"]
-        ],
-    )
-    held = {name for names in facts.get("mixture", {}).get("held_out", {}).values() for name in names}
-    for fact in facts["sources"]:
-        if not fact["rows"] and not (fact["split"] == "train" and fact["id"] in held):
-            console.note(f"source {fact['id']!r} ({fact['split']}) gave no row; see rejects.jsonl")
-    if "mixture" in facts:
-        _say_mixture(facts["mixture"], console)
-    if drops:
-        listed = ", ".join(f"{reason} {count:,}" for reason, count in drops.items())
-        refused = f"{sum(drops.values()):,} of {facts['read']:,} rows were refused: {listed}"
-        console.note(f"{refused} ({target}/rejects.jsonl)")
-    for pair, shared in facts["leakage"].items():
-        console.note(f"{pair} share {shared['media']:,} media and {shared['questions']:,} questions on the same media")
-    counts = ", ".join(f"{split} {count:,}" for split, count in rows.items())
-    console.say(f"build-data: {counts} rows in {target}")
-
-
-def _say_mixture(mixture: dict[str, Any], console: Talk) -> None:
-    console.table(
-        "mixture",
-        ("source", "cluster", "has", "rate", "rows", "repeated"),
-        [
-            (one["source"], one["cluster"], one["found"], f"{one['rate']:.4f}", one["built"], one["repeated"])
-            for one in mixture["sources"]
-        ],
-    )
-    shots = ", ".join(f"{count} exemplars {rows:,}" for count, rows in mixture["shots"].items())
-    counts = ", ".join(f"{name} {mixture[name]:,}" for name in ("rationale", "options", "no_options", "inverted"))
-    console.say(f"mixture: {mixture['rows']:,} rows; {shots}; {counts}")
-    for cluster, sources in mixture["held_out"].items():
-        console.say(f"mixture: {cluster} is held out ({', '.join(sources)}): no training row, no exemplar")

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmtune.errors import DataError, RecipeError
-from mmtune.prompts.exemplars import ExemplarPool, RandomExemplars
+from mmtune.prompts.exemplars import ExemplarPool
 from mmtune.prompts.mixture import (
     Found,
     Quota,
-    Shares,
     check_held_out,
     mixed,
     quotas,
@@ -34,14 +33,12 @@ class Mixed:
     Attributes:
         quotas: Training source to what it gives; a held-out one has none.
         held_out: Held-out cluster to its sources.
-        choose: Finds exemplars, or None when none are asked for.
-        shares: How training rows are asked.
+        pools: Training source to its rows that may become exemplars; empty when none are asked for.
     """
 
     quotas: Mapping[str, Quota]
     held_out: Mapping[str, tuple[str, ...]]
-    choose: RandomExemplars | None
-    shares: Shares
+    pools: Mapping[str, tuple[Record, ...]]
 
     def take(self, source: Source, items: Items) -> Items:
         """Yields what a source gives: all of it for val and test, its quota for train."""
@@ -71,7 +68,9 @@ class Mixed:
         }
 
 
-def plan_mixture(mixture: Mixture, sources: tuple[Source, ...], read: Callable[[int], Items], seed: int) -> Mixed:
+def plan_mixture(
+    mixture: Mixture, sources: tuple[Source, ...], read: Callable[[int], Items], seed: int, pool_rows: int
+) -> Mixed:
     """Returns what a mixture takes, after one pass over every training source that is not held out.
 
     Args:
@@ -79,6 +78,7 @@ def plan_mixture(mixture: Mixture, sources: tuple[Source, ...], read: Callable[[
         sources: All sources of the recipe.
         read: Number of a source to its items, from the start.
         seed: Of the exemplars.
+        pool_rows: Most rows of a source that may become exemplars.
 
     Raises:
         RecipeError: It names what is not there, or holds everything out.
@@ -96,9 +96,9 @@ def plan_mixture(mixture: Mixture, sources: tuple[Source, ...], read: Callable[[
     found: dict[str, Found] = {}
     pools: dict[str, tuple[Record, ...]] = {}
     for name, at in train.items():
-        pool = ExemplarPool(seed)
-        found[name] = survey(read(at), pool.see if mixture.shots else None)
-        if mixture.shots:
+        pool = ExemplarPool(seed, pool_rows)
+        found[name] = survey(read(at), pool.see if pool_rows else None)
+        if pool_rows:
             pools[name] = pool.rows()
     if mixture.chain_of_thought and not any(one.rationales for one in found.values()):
         raise DataError(
@@ -106,12 +106,7 @@ def plan_mixture(mixture: Mixture, sources: tuple[Source, ...], read: Callable[[
             "name their column (columns: {rationale: ...}), or leave chain_of_thought out",
             "no_rationale",
         )
-    return Mixed(
-        _quotas(mixture, found, clusters),
-        out,
-        RandomExemplars(pools, seed) if mixture.shots else None,
-        Shares(mixture.shots, mixture.chain_of_thought, mixture.options, mixture.inverted),
-    )
+    return Mixed(_quotas(mixture, found, clusters), out, pools)
 
 
 def _check_replay(mixture: Mixture, train: Mapping[str, int]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from mmtune.errors import DataError, GateError, IntegrityError, Interrupted, RecipeError
 from mmtune.models.digest import weights_digest
 from mmtune.recipe import Eval, Recipe
+from mmtune.stages.evaluate.shots import answerer, asked_rows, features_of, notes_of
 from mmtune.storage import Manifest, RejectLog, Staging, foresee, is_finished, open_split, open_stage, read_manifest
 from mmtune.talk import Talk
 
@@ -27,6 +28,7 @@ class _Plan:
     settings: Eval
     instructions: Manifest
     adapter: Manifest | None
+    features: Manifest | None
     model: str
     limit: int | None
     offline: bool
@@ -67,6 +69,8 @@ def evaluate(
     parents = {"instructions": plan.instructions.hash}
     if plan.adapter is not None:
         parents["adapter"] = plan.adapter.hash
+    if plan.features is not None:
+        parents["features"] = plan.features.hash
     target = recipe.run_dir / "report"
     if dry_run:
         console.say(foresee(target, stage="eval", config=config, parents=parents, force=force))
@@ -110,7 +114,8 @@ def _plan(recipe: Recipe, limit: int | None, offline: bool) -> _Plan:
     if not (asked or made_from):
         raise RecipeError("the recipe names no model", "add `model: {path: ...}`")
     least = [value for value in (limit, settings.limit) if value is not None]
-    return _Plan(recipe, settings, instructions, adapter, made_from or asked, min(least, default=None), offline)
+    most, features = min(least, default=None), features_of(recipe, settings)
+    return _Plan(recipe, settings, instructions, adapter, features, made_from or asked, most, offline)
 
 
 def _write(plan: _Plan, staging: Staging, console: Talk) -> dict[str, Any]:
@@ -120,6 +125,7 @@ def _write(plan: _Plan, staging: Staging, console: Talk) -> dict[str, Any]:
     from mmtune.evaluation.rows import ChosenExamples, EvalRows
     from mmtune.prompts.schema import row_to_example
     from mmtune.reports.folder import write_report
+    from mmtune.reports.wording import steps
 
     recipe, settings, tokenize = plan.recipe, plan.settings, plan.recipe.tokenize
     processor = load_processor(
@@ -131,26 +137,29 @@ def _write(plan: _Plan, staging: Staging, console: Talk) -> dict[str, Any]:
     )
     table = open_split(recipe.run_dir / "instructions" / settings.split)
     examples = ChosenExamples(table.to_batches(), row_to_example, plan.limit)
-    rows = EvalRows(
-        len(examples),
-        examples,
-        Renderer(processor, video_frames=tokenize.video_frames),
+    make = partial(
+        EvalRows,
+        renderer=Renderer(processor, video_frames=tokenize.video_frames),
         max_length=tokenize.max_length,
         drop_turns=tokenize.too_long == "drop_turns",
     )
+    rows = make(len(examples), examples)
     scored = _scored(rows, settings, len(examples), console)
     with RejectLog(staging.path / "rejects.jsonl") as log:
         for reject in rows.rejects:
             log.write(reject)
     if not scored:
         raise DataError(f"no row can be asked: {log.counts}", "look at tokenize.max_length and the model", "no_rows")
-    texts, losses = _answers(plan, processor, rows, console)
+    asked = asked_rows(recipe, settings, rows, make, plan.instructions, plan.features)
+    texts, losses = _answers(plan, processor, asked.rows, console)
+    texts = {**{answerer("vote", way): said for way, said in asked.votes.items()}, **texts}
     sure = {"resamples": settings.bootstrap, "seed": recipe.seed}
     found = compare(scored, texts, **sure)
     few = sum("vqa_accuracy" in row.metrics and 0 < len(row.references) < 4 for row in scored)
     report = {
         "schema": SCHEMA,
-        "run": _run_facts(plan),
+        "run": {**_run_facts(plan), "compare": list(texts)},
+        "exemplars": asked.facts,
         "read": len(examples),
         "n": len(scored),
         "rejected": log.counts,
@@ -159,10 +168,11 @@ def _write(plan: _Plan, staging: Staging, console: Talk) -> dict[str, Any]:
         "perplexity": perplexities(losses, [row.group for row in scored], **sure) if losses else None,
         "training": _training_facts(plan),
         "manifests": _chain(recipe.run_dir),
-        "notes": [_FEW_REFERENCES.format(few)] if few else [],
+        "notes": [*([_FEW_REFERENCES.format(few)] if few else []), *notes_of(asked.facts, len(scored))],
     }
+    report["notes"] += steps(report)
     answered = answered_rows(scored, texts, found)
-    _write_predictions(staging.path, answered, rows)
+    _write_predictions(staging.path, answered, rows, asked.rows)
     samples = _samples(plan, answered, rows, found.metrics)
     training_log = recipe.run_dir / "adapter" / "metrics.jsonl" if plan.adapter is not None else None
     write_report(staging.path, report, samples, training_log)
@@ -185,7 +195,7 @@ def _scored(rows: Any, settings: Eval, total: int, console: Talk) -> list[Any]:
 
 
 def _answers(
-    plan: _Plan, processor: Any, rows: Any, console: Talk
+    plan: _Plan, processor: Any, ways: Mapping[str, Any], console: Talk
 ) -> tuple[dict[str, list[str]], dict[str, tuple[Any, Any]]]:
     """Returns every model's answers, and the losses on the reference answers when they are asked for."""
     from mmtune.evaluation.asking import Asking, ask_each
@@ -207,7 +217,7 @@ def _answers(
             progress=console.progress,
         )
         try:
-            return ask_each(models, processor, rows, asking)
+            return ask_each(models, processor, ways, asking)
         except Stopped as stopped:
             error = Interrupted("eval was stopped by a signal; report/ was not touched", "run the same command again")
             error.exit_code = 130 if stop.wanted == 2 else 75
@@ -243,7 +253,6 @@ def _run_facts(plan: _Plan) -> dict[str, Any]:
         "title": recipe.description.strip().split("\n")[0].rstrip(".") or recipe.run_dir.name,
         "model": plan.model,
         "split": settings.split,
-        "compare": list(settings.compare),
         "max_new_tokens": settings.max_new_tokens,
         "bootstrap": settings.bootstrap,
         "seed": recipe.seed,
@@ -271,13 +280,16 @@ def _chain(run_dir: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _write_predictions(folder: Path, answered: Sequence[Any], rows: Any) -> None:
+def _write_predictions(folder: Path, answered: Sequence[Any], rows: Any, ways: Mapping[str, Any]) -> None:
     from mmtune.evaluation.rows import question_of
 
     with open(folder / "predictions.jsonl", "w", encoding="utf-8", errors="backslashreplace") as handle:
         for at, given in enumerate(answered):
             for found in given.predictions(question_of(rows.example(at))):
                 line = {**asdict(found), "source": given.row.source, "scores": given.scores[found.model]}
+                way = found.model.partition(", ")[2]
+                if way:
+                    line["exemplar_ids"] = list(ways[way].example(at).exemplar_ids)
                 handle.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
@@ -304,11 +316,13 @@ def _samples(plan: _Plan, answered: Sequence[Any], rows: Any, metrics: Mapping[s
 def _finish(plan: _Plan, report: Mapping[str, Any], target: Path, console: Talk, *, cached: bool) -> dict[str, Any]:
     """Prints the table and checks the gates; returns the result document."""
     from mmtune.evaluation.comparison import failed_gates
-    from mmtune.reports.wording import headline, table_rows
+    from mmtune.reports.wording import headline, steps, table_rows
 
     head, rows = table_rows(report)
     console.table(f"{plan.settings.split}, {report['n']:,} rows", head, rows)
     console.say(f"eval: {headline(report)}")
+    for line in steps(report):
+        console.say(f"eval: {line}")
     page = target / "index.html"
     console.say(f"eval: wrote {page}" if not cached else f"eval: see {page}")
     result = {
@@ -322,7 +336,7 @@ def _finish(plan: _Plan, report: Mapping[str, Any], target: Path, console: Talk,
         "sources": report["groups"].get("source", {}),
         "perplexity": report["perplexity"],
     }
-    judged = plan.settings.compare[-1]
+    judged = report["run"]["compare"][-1]
     missed = failed_gates(report["metrics"], judged, plan.settings.fail_under)
     if missed:
         raise GateError("; ".join(missed), f"the report is written: {page}", "gate")

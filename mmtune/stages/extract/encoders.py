@@ -12,7 +12,7 @@ from mmtune.errors import RecipeError
 from mmtune.features.units import FeatureKind, Unit
 from mmtune.models.digest import weights_digest
 from mmtune.models.inputs import FIRST_ITEM, ITEMS, Kind, processor_digest
-from mmtune.recipe import Extract, Recipe
+from mmtune.recipe import BASE, Extract, Recipe
 from mmtune.storage import stage_hash
 
 _SMALL = {"image": "PatchesConfig", "audio": "LogMelConfig", "behaviour": "HistoryConfig"}
@@ -89,7 +89,8 @@ def _choose(recipe: Recipe, settings: Extract, kind: FeatureKind, items: Sequenc
         known = list(items) if encodes == "behaviour" else []
         built = {"kind": encodes, "config": _checked(encodes, named.config), "items": known, "seed": recipe.seed}
         return Chosen(encodes, "", None, named.pool, built, {"built": stage_hash(built), "pool": named.pool, **kept})
-    if named is None and (recipe.model is None or encodes == "behaviour"):
+    own = named is None or named.path == BASE
+    if own and (recipe.model is None or encodes == "behaviour"):
         small = f"{{{encodes}: {{config: {{hidden_size: 64}}}}}}"
         raise RecipeError(
             f"the sources hold {kind}, and no encoder of it is named"
@@ -100,7 +101,7 @@ def _choose(recipe: Recipe, settings: Extract, kind: FeatureKind, items: Sequenc
             "no_encoder",
         )
     base = recipe.model
-    path, revision = (named.path, named.revision) if named is not None else (base.path, base.revision)  # type: ignore[union-attr]
+    path, revision = (base.path, base.revision) if own else (named.path, named.revision)  # type: ignore[union-attr]
     pool = "auto" if named is None else named.pool
     identity = {
         "path": path,

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from mmtune.errors import DataError, RecipeError
 from mmtune.features.units import KINDS, Gathered, gather
 from mmtune.media.known import MediaPlace, media_places
-from mmtune.readers import find_reader
-from mmtune.readers.limit import take
+from mmtune.readers import Reader, find_reader
+from mmtune.readers.limit import part, take
 from mmtune.readers.roots import media_roots, source_files
+from mmtune.readers.source import SourceFiles
 from mmtune.recipe import Extract, Recipe
 from mmtune.records import Record, Reject
 
@@ -35,8 +38,8 @@ def gather_units(recipe: Recipe, settings: Extract, limit: int | None) -> tuple[
         for source, given, place in zip(recipe.sources, files, places, strict=True):
             read = find_reader(source.reader)
             caps = [cap for cap in (source.limit, limit) if cap is not None]
-            for item in take(lambda read=read, given=given: iter(read(given)), min(caps) if caps else None):  # type: ignore[misc]
-                yield item, place
+            for item in take(partial(_of_part, read, given, source.part), min(caps) if caps else None):
+                yield _named(item, source.task), place
 
     kinds = settings.modalities or KINDS
     gathered = gather(items(), media_root, kinds)
@@ -46,3 +49,11 @@ def gather_units(recipe: Recipe, settings: Extract, limit: int | None) -> tuple[
         first = f"; the first refused: {gathered.rejects[0].detail}" if gathered.rejects else ""
         raise DataError(f"the sources hold no {what}{first}", "check sources and extract.modalities", "no_units")
     return gathered, media_root
+
+
+def _of_part(read: Reader, given: SourceFiles, bounds: tuple[float, float]) -> Iterator[Record | Reject]:
+    return part(read(given), *bounds)
+
+
+def _named(item: Record | Reject, task: str | None) -> Record | Reject:
+    return replace(item, task=task) if task and isinstance(item, Record) and not item.messages else item

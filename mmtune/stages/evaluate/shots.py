@@ -1,0 +1,358 @@
+"""eval.shots at work: training rows of instructions/ before every question, by chance or by features/."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmtune.choice import chosen
+from mmtune.errors import DataError, RecipeError
+from mmtune.evaluation.rows import ChosenExamples, EvalRows
+from mmtune.features.rows import Known, RowFeatures, RowSearch, open_row_features, search_rows
+from mmtune.prompts.exemplars import POOL_ROWS, drawn, in_turns, shown_ranks
+from mmtune.prompts.retrieval import Card, Cards, Numbers, Wanted, majority, pick
+from mmtune.prompts.schema import row_to_example
+from mmtune.prompts.shots import card_of, exchange, name_of, own_media, with_shots
+from mmtune.recipe import Eval, Exemplars, Recipe
+from mmtune.records import Example
+from mmtune.storage import Manifest, open_split, read_manifest
+
+MOST_ROWS = 200_000
+"""So many training rows may be found by retrieval."""
+_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of asking every row.
+
+    Attributes:
+        name: Such as ``4 retrieval``; empty for the rows as they stand.
+        shots: Exemplars of a row.
+        settings: How they are chosen.
+    """
+
+    name: str
+    shots: int
+    settings: Exemplars
+
+
+def ways_of(settings: Eval) -> list[Way]:
+    """Returns the ways of asking that a recipe names, those without exemplars first."""
+    ways: list[Way] = []
+    for shots in sorted(settings.shots):
+        for own in settings.exemplars if shots else settings.exemplars[:1]:
+            name = f"{shots} {own.method}" if shots else ""
+            again = sum(way.name.startswith(name) for way in ways) if name else 0
+            ways.append(Way(f"{name} ({again + 1})" if again else name, shots, own))
+    return ways
+
+
+def answerer(model: str, way: str) -> str:
+    """Returns the name of a model asked in a way, as the report has it."""
+    return f"{model}, {way}" if way else model
+
+
+def features_of(recipe: Recipe, settings: Eval) -> Manifest | None:
+    """Returns the manifest of the features that retrieval needs, or None without retrieval.
+
+    Raises:
+        DataError: features/ is not there.
+    """
+    if not any(way.shots and way.settings.method == "retrieval" for way in ways_of(settings)):
+        return None
+    return read_manifest(recipe.run_dir / "features", made_by="extract")
+
+
+class TrainRows:
+    """The training rows that may be shown.
+
+    Args:
+        folder: ``instructions/train``.
+
+    Raises:
+        DataError: There is none that could be an exemplar.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise DataError(
+                "eval.shots shows training rows, and instructions/ has none",
+                "add a source with `split: train` and run: mmtune build-data; or set eval.shots: 0",
+                "no_exemplars",
+            )
+        self._examples = ChosenExamples(open_split(folder).to_batches(), row_to_example, MOST_ROWS)
+        self.rows: list[int] = []
+        self.cards: list[Card] = []
+        self.units: list[list[Known]] = []
+        for at in range(len(self._examples)):
+            example = self._examples(at)
+            if exchange(example):
+                self.rows.append(at)
+                self.cards.append(card_of(example))
+                self.units.append(units_of_example(example))
+        if not self.rows:
+            raise DataError("no training row can be an exemplar", "set eval.shots: 0", "no_exemplars")
+
+    def __call__(self, row: int) -> Example:
+        """Returns a row by its number among those that may be shown."""
+        return self._examples(self.rows[row])
+
+    def of(self, source: str, pool: Any) -> tuple[str, ...]:
+        """Returns the sources whose rows may stand before those of a source.
+
+        Raises:
+            RecipeError: ``eval.exemplars.pool`` names what has no training row.
+        """
+        there = dict.fromkeys(card.source for card in self.cards)
+        if isinstance(pool, tuple):
+            for name in pool:
+                if name not in there:
+                    raise RecipeError(
+                        f"eval.exemplars.pool names {name!r}, which has no training row in instructions/",
+                        f"there are: {', '.join(there)}",
+                        "unknown_source",
+                    )
+            return pool
+        return tuple(there) if pool == "all" else (source,)
+
+    def numbers(self, sources: Sequence[str]) -> list[int]:
+        """Returns the rows of some sources."""
+        return [at for at, card in enumerate(self.cards) if card.source in sources]
+
+
+def units_of_example(example: Example) -> list[Known]:
+    """Returns what a finished row's question is in features/."""
+    media = [(str(medium.modality), name_of(medium)) for medium in own_media(example)]
+    named = [(kind, name) for kind, _, name in (one.partition("/") for one in example.feature_ids)]
+    return [*media, *named]
+
+
+Found = list[tuple[int, ...]]
+"""Per row, its exemplars among ``TrainRows``, nearest first."""
+
+
+def random_shots(train: TrainRows, rows: Sequence[Example], way: Way, seed: int) -> Found:
+    """Returns exemplars drawn by seed and row id, of at most ``POOL_ROWS`` rows of each pool."""
+    pools: dict[str, list[int]] = {}
+    found = []
+    for example in rows:
+        if example.source not in pools:
+            own = train.numbers(train.of(example.source, way.settings.pool))
+            pools[example.source] = [own[at] for at in chosen([train.cards[row].id for row in own], POOL_ROWS)]
+        pool, card = pools[example.source], card_of(example)
+        order = [pool[at] for at in drawn(len(pool), seed, example.id)]
+        fit = [row for row in order if not _same(train.cards[row], card)] if example.template_id else []
+        if way.settings.balance:
+            fit = in_turns(fit, way.shots, lambda row: train.cards[row].label)
+        found.append(tuple(fit[: way.shots]))
+    return found
+
+
+def _same(one: Card, other: Card) -> bool:
+    shared = bool(set(one.media) & set(other.media))
+    return one.id == other.id or shared or (bool(one.text) and one.text == other.text)
+
+
+@dataclass(frozen=True)
+class _Pool:
+    rows: np.ndarray
+    cards: Cards
+    search: RowSearch
+
+
+class NearShots:
+    """Finds the nearest training rows of rows that are asked.
+
+    Args:
+        train: The rows that may be shown.
+        features: The features they are compared by.
+        index: Kind of the search index.
+        seed: Of approximate indexes.
+    """
+
+    def __init__(self, train: TrainRows, features: RowFeatures, index: str, seed: int) -> None:
+        self._train, self._features, self._seed = train, features, seed
+        self._kind: Any = "exact" if index == "none" else index
+        self._numbers = Numbers()
+        self._pools: dict[tuple[str, ...], _Pool | None] = {}
+
+    def _pool(self, sources: tuple[str, ...]) -> _Pool | None:
+        if sources not in self._pools:
+            rows = np.asarray(self._train.numbers(sources), np.int64)
+            made = None
+            if rows.size:
+                units = [self._train.units[row] for row in rows]
+                vectors, has = self._features.vectors(units, [self._train.cards[row].id for row in rows])
+                rows = rows[has]
+                if rows.size:
+                    search = search_rows(vectors[has], kind=self._kind, metric=self._features.metric, seed=self._seed)
+                    made = _Pool(rows, self._numbers.of([self._train.cards[row] for row in rows]), search)
+            self._pools[sources] = made
+        return self._pools[sources]
+
+    def __call__(self, rows: Sequence[Example], way: Way) -> Found:
+        """Returns the exemplars of rows; none where a row has nothing to be compared by."""
+        found: Found = [()] * len(rows)
+        by_source: dict[str, list[int]] = {}
+        for at, example in enumerate(rows):
+            if example.template_id:
+                by_source.setdefault(example.source, []).append(at)
+        for source, places in by_source.items():
+            pool = self._pool(self._train.of(source, way.settings.pool))
+            for start in range(0, len(places) if pool else 0, _AT_ONCE):
+                assert pool is not None
+                self._some(rows, places[start : start + _AT_ONCE], pool, way, found)
+        return found
+
+    def _some(self, rows: Sequence[Example], places: list[int], pool: _Pool, way: Way, found: Found) -> None:
+        vectors, has = self._features.vectors(
+            [units_of_example(rows[at]) for at in places], [rows[at].id for at in places]
+        )
+        places, own = [at for at, there in zip(places, has, strict=True) if there], vectors[has]
+        picked = pick(
+            self._numbers.of([card_of(rows[at]) for at in places]),
+            pool.cards,
+            lambda asked, number: pool.search.near(own[asked], number),
+            pool.search.alike,
+            Wanted(way.shots, way.settings.diversity, way.settings.balance),
+        )
+        for at, own_rows in zip(places, picked, strict=True):
+            found[at] = tuple(int(pool.rows[row]) for row in own_rows if row >= 0)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The same rows in every way.
+
+    Attributes:
+        rows: Way to its rows.
+        votes: Way to what its exemplars answer by majority, of retrieval.
+        facts: What the report says of each way with exemplars.
+    """
+
+    rows: Mapping[str, EvalRows]
+    votes: Mapping[str, list[str]]
+    facts: list[dict[str, Any]]
+
+
+def asked_rows(
+    recipe: Recipe,
+    settings: Eval,
+    plain: EvalRows,
+    make: Callable[..., EvalRows],
+    instructions: Manifest,
+    features: Manifest | None,
+) -> Asked:
+    """Returns the kept rows in every way that the recipe names.
+
+    Args:
+        recipe: The recipe.
+        settings: Its eval part.
+        plain: The rows without exemplars, examined.
+        make: ``(count, example, ranks=...)`` to rows that are not examined yet.
+        instructions: Manifest of instructions/.
+        features: Manifest of features/, for retrieval.
+
+    Raises:
+        RecipeError: A pool is unknown, or there are no features of a kind.
+        DataError: There are no training rows, or the features are of other rows.
+    """
+    ways = ways_of(settings)
+    if not any(way.shots for way in ways):
+        return Asked({"": plain}, {}, [])
+    train = TrainRows(recipe.run_dir / "instructions" / "train")
+    examples = [plain.example(row) for row in range(len(plain.kept))]
+    rows: dict[str, EvalRows] = {}
+    votes: dict[str, list[str]] = {}
+    facts = []
+    for way in ways:
+        if not way.shots:
+            rows[way.name] = plain
+            continue
+        if way.settings.method == "random":
+            found = random_shots(train, examples, way, recipe.seed)
+        else:
+            assert features is not None
+            made = _features(recipe, way, instructions, features)
+            found = NearShots(train, made, features.config["index"]["kind"], recipe.seed)(examples, way)
+            votes[way.name] = [majority(train.cards[row].label for row in own) for own in found]
+        rows[way.name] = _with_shots(examples, found, train, way, make, recipe.seed)
+        facts.append(_facts(way, found, rows[way.name]))
+    return Asked(rows, votes, facts)
+
+
+def _features(recipe: Recipe, way: Way, instructions: Manifest, features: Manifest) -> RowFeatures:
+    return open_row_features(
+        recipe.run_dir / "features",
+        way.settings.by,
+        made=features.rows,
+        metric=features.config["index"]["metric"],
+        made_of=features.facts["media_root"],
+        media_root=instructions.facts["media_root"],
+    )
+
+
+def _with_shots(
+    examples: Sequence[Example], found: Found, train: TrainRows, way: Way, make: Callable[..., EvalRows], seed: int
+) -> EvalRows:
+    order = way.settings.shown
+
+    def example(number: int) -> Example:
+        own = examples[number]
+        return with_shots(own, [train(row) for row in found[number]], order, f"{seed}\0{own.id}")
+
+    def ranks(own: Example) -> list[int]:
+        return shown_ranks(order, len(own.exemplar_ids), f"{seed}\0{own.id}")
+
+    rows = make(len(examples), example, ranks=ranks)
+    for _ in rows.examine():
+        pass
+    if len(rows.kept) != len(examples):
+        # Without any exemplar a row is what was kept before; it fits.
+        raise DataError(f"{rows.rejects[0].id} cannot be asked with exemplars: {rows.rejects[0].detail}", "", "no_rows")
+    return rows
+
+
+def _facts(way: Way, found: Found, rows: EvalRows) -> dict[str, Any]:
+    count = sum(map(len, found))
+    return {
+        "name": way.name,
+        "shots": way.shots,
+        **way.settings.model_dump(mode="json"),
+        "shown": count - sum(rows.dropped),
+        "dropped": sum(rows.dropped),
+        "rows_with_dropped": sum(number > 0 for number in rows.dropped),
+        "rows_with_fewer_found": sum(len(own) < way.shots for own in found),
+    }
+
+
+def notes_of(facts: Sequence[Mapping[str, Any]], rows: int) -> list[str]:
+    """Returns what a reader of the report must know of the exemplars.
+
+    Args:
+        facts: Of ``Asked``.
+        rows: How many rows are asked.
+    """
+    notes = []
+    for one in facts:
+        how = "drawn at random"
+        if one["method"] == "retrieval":
+            how = f"the nearest by {' and '.join(one['by']) or 'all features'}, {one['order'].replace('_', ' ')}"
+        more = [f"diversity {one['diversity']:g}"] if one["diversity"] else []
+        more += ["answers in turns"] if one["balance"] else []
+        listed = ", ".join([how, *more])
+        said = f"{one['name']}: {one['shown']:,} exemplars before {rows:,} questions out of the training rows, {listed}"
+        if one["rows_with_fewer_found"]:
+            said += f"; for {one['rows_with_fewer_found']:,} rows the pool has fewer than {one['shots']}"
+        if one["dropped"]:
+            said += (
+                f"; {one['dropped']:,} of {one['rows_with_dropped']:,} rows did not fit tokenize.max_length:"
+                " the farthest were left out"
+            )
+        notes.append(f"{said}.")
+    return notes
