@@ -15,8 +15,8 @@ from mmtune.prompts.search.scorer import Scorer
 from mmtune.prompts.search.space import Admission
 
 _FULL_EVERY = 5
-_DRY_TRIALS = 100
-"""So many trials that cost nothing end the search: every combination is known."""
+_DRY_TRIALS = 20
+"""So many trials in a row that cost nothing end the search: what the estimator still wants to see is known."""
 
 
 def mipro(problem: Problem, scorer: Scorer, admission: Admission) -> None:
