@@ -56,7 +56,7 @@ class Prompt(Section):
     """metric: the row's own metric, answered as eval does; gap: probability of the right option less that of the best
     wrong one; likelihood: mean probability of the reference's tokens."""
     population: Annotated[int, Field(ge=2, le=1000)] = 8
-    """Prompts that are alive at once (ape) or proposed at once (opro); mipro chooses among twice as many instructions."""
+    """Prompts that are alive (ape) or proposed (opro) at once; mipro chooses among twice as many instructions."""
     minibatch: Annotated[int, Field(ge=1)] = 16
     """Dev rows of a first look at a prompt; the promising ones are scored on all."""
     shots: Annotated[int, Field(ge=0, le=32)] = 2

@@ -1,6 +1,7 @@
 """prompt from instructions/ to prompt/: rows held apart, calls counted, killed and resumed, put into rows one way."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,14 @@ from typer.testing import CliRunner
 from mmtune.errors import CapabilityError, DataError, Interrupted, RecipeError
 from mmtune.prompts.schema import row_to_example
 from mmtune.prompts.searched import SearchedPrompt, asked_with, read_prompt
-from mmtune.recipe import Recipe
+from mmtune.recipe import Finetune, Recipe
 from mmtune.records import Example
 from mmtune.stages.build_data import build_data
 from mmtune.stages.evaluate import evaluate
 from mmtune.stages.prompt import prompt as search_prompt
 from mmtune.stages.prompt.asking import Asker, gap
 from mmtune.stages.prompt.rows import choose_rows
+from mmtune.stages.show import describe, render
 from mmtune.storage import is_finished, open_split, read_manifest
 from mmtune.talk import Talk
 
@@ -357,6 +359,52 @@ def test_eval_scores_the_prompt_as_the_search_did(recipe):
     assert any("searched prompt" in note for note in metrics["notes"])
     assert [made["folder"] for made in metrics["manifests"]] == ["instructions", "prompt"]
     assert metrics["perplexity"]["models"].keys() == {"base", "best_prompt"}
+
+
+def test_base_and_tuned_answer_with_and_without_the_prompt(recipe):
+    from mmtune.order import run_stages, stages_of
+
+    tuning = {"max_steps": 2, "batch_rows": 4, "learning_rate": 1e-3, "train": ["llm"], "workers": 0}
+    four = ["base", "best_prompt", "tuned", "tuned_best_prompt"]
+    given = recipe(eval={"compare": four}).model_copy(update={"finetune": Finetune(**tuning)})
+    names = [name for name, *_ in stages_of(given, None, True)]
+    assert names == ["build-data", "prompt", "tokenize", "finetune", "eval"]
+    results = run_stages(given, stages_of(given, None, True), force=False, dry_run=False, console=QUIET)
+    entry = results["eval"]["metrics"]["accuracy"]
+    assert list(entry["models"]) == four
+    assert [(one["first"], one["second"]) for one in entry["steps"]] == list(pairwise(four))
+    assert "tuned_best_prompt" in (given.run_dir / "report" / "index.html").read_text()
+    assert "tuned_best_prompt" in (given.run_dir / "report" / "report.md").read_text()
+    # A search on the tuned model comes behind its tuning.
+    later = given.model_copy(update={"prompt": given.prompt.model_copy(update={"on": "tuned"})})
+    assert [name for name, *_ in stages_of(later, None, True)] == [*names[:1], *names[2:4], "prompt", "eval"]
+    assert search_prompt(later, console=QUIET)["on"] == "tuned"
+    assert set(read_manifest(given.run_dir / "prompt").parents) == {"instructions", "adapter"}
+
+
+def test_a_dry_run_of_all_stages_says_what_waits(recipe):
+    from mmtune.order import run_stages, stages_of
+
+    given = recipe()
+    talk = Talk(quiet=True)
+    run_stages(given, stages_of(given, None, True), force=False, dry_run=True, console=talk)
+    assert "prompt: would run once instructions is there" in talk.lines
+    assert "eval: would run once instructions and prompt is there" in talk.lines
+    assert not (given.run_dir / "instructions").exists()
+
+
+def test_show_draws_a_search(recipe):
+    given = recipe()
+    build_data(given, console=QUIET)
+    search_prompt(given, console=QUIET)
+    found = describe(given.run_dir / "prompt")
+    assert list(found["searches"]) == ["ape", "random"]
+    course = found["searches"]["ape"]
+    assert course["calls"] == document(given)["calls"]["search"]
+    assert course["rises"][-1]["best"] == course["prompts"][0]["score"] == document(given)["rewards"]["best"]
+    text = render(found)
+    assert "▁" in text and repr(document(given)["prompt"]["instruction"])[:40] in text
+    assert "prompt" in describe(given.run_dir)["stages"]
 
 
 def test_rows_that_a_prompt_makes_too_long_count_as_wrong(recipe):
