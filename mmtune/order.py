@@ -20,9 +20,9 @@ NEEDS = {
     "tokenize": ("instructions",),
     "pretrain": ("tokens", "start"),
     "finetune": ("tokens",),
-    "eval": ("instructions", "adapter"),
+    "eval": ("instructions",),
 }
-"""The folders that a stage of a run reads."""
+"""The folders that a stage of any run reads; see ``_needs``."""
 
 Stage = tuple[str, Callable[..., dict[str, Any]], dict[str, Any]]
 
@@ -84,12 +84,24 @@ def run_stages(recipe: Recipe, stages: Iterator[Stage], *, force: bool, dry_run:
     """
     results: dict[str, Any] = {}
     for name, stage, options in stages:
-        missing = [folder for folder in NEEDS[name] if dry_run and not is_finished(recipe.run_dir / folder)]
+        missing = [folder for folder in _needs(name, recipe) if dry_run and not is_finished(recipe.run_dir / folder)]
         if missing:
             console.say(f"{name}: would run once {' and '.join(missing)} is there")
             continue
         results[name] = stage(recipe, **options, force=force, dry_run=dry_run, console=console)
     return results
+
+
+def _needs(name: str, recipe: Recipe) -> tuple[str, ...]:
+    """Returns the folders that a stage of this recipe reads."""
+    needs = NEEDS[name]
+    if name == "prompt" and recipe.prompt is not None:
+        needs += ("adapter",) if recipe.prompt.on == "tuned" else ()
+        needs += ("base",) if recipe.pretrain is not None else ()
+    if name == "eval" and recipe.eval is not None:
+        needs += ("adapter",) if any(one.startswith("tuned") for one in recipe.eval.compare) else ()
+        needs += ("prompt",) if any(one.endswith("prompt") for one in recipe.eval.compare) else ()
+    return needs
 
 
 def pretrain_stages(

@@ -12,6 +12,7 @@ from typing import Any
 from mmtune.errors import DataError, GateError, IntegrityError, Interrupted, RecipeError
 from mmtune.models.digest import weights_digest
 from mmtune.recipe import Eval, Recipe
+from mmtune.stages.evaluate.prompted import in_order, is_prompted, prompt_of, prompted_rows
 from mmtune.storage import Manifest, RejectLog, Staging, foresee, is_finished, open_split, open_stage, read_manifest
 from mmtune.talk import Talk
 
@@ -27,6 +28,7 @@ class _Plan:
     settings: Eval
     instructions: Manifest
     adapter: Manifest | None
+    prompt: Manifest | None
     model: str
     limit: int | None
     offline: bool
@@ -67,6 +69,8 @@ def evaluate(
     parents = {"instructions": plan.instructions.hash}
     if plan.adapter is not None:
         parents["adapter"] = plan.adapter.hash
+    if plan.prompt is not None:
+        parents["prompt"] = plan.prompt.hash
     target = recipe.run_dir / "report"
     if dry_run:
         console.say(foresee(target, stage="eval", config=config, parents=parents, force=force))
@@ -97,7 +101,7 @@ def _plan(recipe: Recipe, limit: int | None, offline: bool) -> _Plan:
             "split_missing",
         )
     adapter = None
-    if "tuned" in settings.compare:
+    if any(name.startswith("tuned") for name in settings.compare):
         adapter = read_manifest(recipe.run_dir / "adapter", made_by="finetune")
     asked = recipe.model.path if recipe.model else ""
     made_from = str(adapter.facts.get("model") or "") if adapter else ""
@@ -110,7 +114,8 @@ def _plan(recipe: Recipe, limit: int | None, offline: bool) -> _Plan:
     if not (asked or made_from):
         raise RecipeError("the recipe names no model", "add `model: {path: ...}`")
     least = [value for value in (limit, settings.limit) if value is not None]
-    return _Plan(recipe, settings, instructions, adapter, made_from or asked, min(least, default=None), offline)
+    prompt = prompt_of(recipe, settings)
+    return _Plan(recipe, settings, instructions, adapter, prompt, made_from or asked, min(least, default=None), offline)
 
 
 def _write(plan: _Plan, staging: Staging, console: Talk) -> dict[str, Any]:
@@ -120,6 +125,7 @@ def _write(plan: _Plan, staging: Staging, console: Talk) -> dict[str, Any]:
     from mmtune.evaluation.rows import ChosenExamples, EvalRows
     from mmtune.prompts.schema import row_to_example
     from mmtune.reports.folder import write_report
+    from mmtune.reports.wording import steps
 
     recipe, settings, tokenize = plan.recipe, plan.settings, plan.recipe.tokenize
     processor = load_processor(
@@ -131,23 +137,25 @@ def _write(plan: _Plan, staging: Staging, console: Talk) -> dict[str, Any]:
     )
     table = open_split(recipe.run_dir / "instructions" / settings.split)
     examples = ChosenExamples(table.to_batches(), row_to_example, plan.limit)
-    rows = EvalRows(
-        len(examples),
-        examples,
-        Renderer(processor, video_frames=tokenize.video_frames),
+    make = partial(
+        EvalRows,
+        renderer=Renderer(processor, video_frames=tokenize.video_frames),
         max_length=tokenize.max_length,
         drop_turns=tokenize.too_long == "drop_turns",
     )
+    rows = make(len(examples), examples)
     scored = _scored(rows, settings, len(examples), console)
     with RejectLog(staging.path / "rejects.jsonl") as log:
         for reject in rows.rejects:
             log.write(reject)
     if not scored:
         raise DataError(f"no row can be asked: {log.counts}", "look at tokenize.max_length and the model", "no_rows")
-    texts, losses = _answers(plan, processor, rows, console)
+    prompted = prompted_rows(recipe, rows, make, plan.instructions) if plan.prompt is not None else None
+    texts, losses = _answers(plan, processor, rows, prompted, console)
     sure = {"resamples": settings.bootstrap, "seed": recipe.seed}
     found = compare(scored, texts, **sure)
     few = sum("vqa_accuracy" in row.metrics and 0 < len(row.references) < 4 for row in scored)
+    notes = [*([_FEW_REFERENCES.format(few)] if few else []), *(prompted.notes() if prompted else [])]
     report = {
         "schema": SCHEMA,
         "run": _run_facts(plan),
@@ -159,7 +167,7 @@ def _write(plan: _Plan, staging: Staging, console: Talk) -> dict[str, Any]:
         "perplexity": perplexities(losses, [row.group for row in scored], **sure) if losses else None,
         "training": _training_facts(plan),
         "manifests": _chain(recipe.run_dir),
-        "notes": [_FEW_REFERENCES.format(few)] if few else [],
+        "notes": [*notes, *steps({"metrics": found.metrics})],
     }
     answered = answered_rows(scored, texts, found)
     _write_predictions(staging.path, answered, rows)
@@ -185,7 +193,7 @@ def _scored(rows: Any, settings: Eval, total: int, console: Talk) -> list[Any]:
 
 
 def _answers(
-    plan: _Plan, processor: Any, rows: Any, console: Talk
+    plan: _Plan, processor: Any, rows: Any, prompted: Any, console: Talk
 ) -> tuple[dict[str, list[str]], dict[str, tuple[Any, Any]]]:
     """Returns every model's answers, and the losses on the reference answers when they are asked for."""
     from mmtune.evaluation.asking import Asking, ask_each
@@ -207,7 +215,14 @@ def _answers(
             progress=console.progress,
         )
         try:
-            return ask_each(models, processor, rows, asking)
+            plain = {name: load for name, load in models.items() if not is_prompted(name)}
+            texts, losses = ask_each(plain, processor, rows, asking)
+            if prompted is not None:
+                asked = {name: load for name, load in models.items() if is_prompted(name)}
+                said, more = ask_each(asked, processor, prompted.rows, prompted.asking(asking))
+                texts |= {name: prompted.answers(answers) for name, answers in said.items()}
+                losses |= {} if prompted.unaskable else more
+            return in_order(texts, settings.compare), in_order(losses, settings.compare)
         except Stopped as stopped:
             error = Interrupted("eval was stopped by a signal; report/ was not touched", "run the same command again")
             error.exit_code = 130 if stop.wanted == 2 else 75
@@ -262,7 +277,7 @@ def _training_facts(plan: _Plan) -> dict[str, Any] | None:
 def _chain(run_dir: Path) -> list[dict[str, Any]]:
     """Returns what every finished stage before this one says of itself."""
     found = []
-    for name in ("instructions", "tokens", "adapter"):
+    for name in ("instructions", "prompt", "tokens", "adapter"):
         if is_finished(run_dir / name):
             made = read_manifest(run_dir / name)
             seconds = made.timings.get("total_seconds", 0.0)
@@ -304,11 +319,13 @@ def _samples(plan: _Plan, answered: Sequence[Any], rows: Any, metrics: Mapping[s
 def _finish(plan: _Plan, report: Mapping[str, Any], target: Path, console: Talk, *, cached: bool) -> dict[str, Any]:
     """Prints the table and checks the gates; returns the result document."""
     from mmtune.evaluation.comparison import failed_gates
-    from mmtune.reports.wording import headline, table_rows
+    from mmtune.reports.wording import headline, steps, table_rows
 
     head, rows = table_rows(report)
     console.table(f"{plan.settings.split}, {report['n']:,} rows", head, rows)
     console.say(f"eval: {headline(report)}")
+    for line in steps(report):
+        console.say(f"eval: {line}")
     page = target / "index.html"
     console.say(f"eval: wrote {page}" if not cached else f"eval: see {page}")
     result = {
