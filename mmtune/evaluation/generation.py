@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from mmtune.models.soft_prompt import is_prefix, virtual_tokens
+
 Rows = Callable[[Sequence[int]], list[Any]]
 """Row numbers to encoded rows."""
 Collate = Callable[[list[Any]], dict[str, torch.Tensor]]
@@ -159,6 +161,9 @@ def answer_losses(
 
 def _takes_positions(model: Any) -> bool:
     """Says whether the model can be asked for the logits of some positions only."""
+    if virtual_tokens(model) and not is_prefix(model):
+        # Places would count from the first virtual token, whose logits are cut off.
+        return False
     bare = model.get_base_model() if hasattr(model, "peft_config") else model
     return "logits_to_keep" in inspect.signature(bare.forward).parameters
 

@@ -118,3 +118,27 @@ def run_behind_virtual_tokens(model: Any, inputs: Mapping[str, Any]) -> Any:
         **given,
         use_cache=False,
     )
+
+
+def word_vectors(model: Any) -> torch.Tensor:
+    """Returns ``(W, H)`` the word embeddings of a model, detached, on the CPU, in fp32."""
+    return model.get_input_embeddings().weight.detach().float().cpu()
+
+
+def set_virtual_tokens(model: Any, vectors_VH: torch.Tensor) -> None:
+    """Puts given vectors in the place of the virtual tokens of a model of method ``prompt``, in place.
+
+    Args:
+        model: What ``add_soft_prompt`` returned.
+        vectors_VH: As many vectors as it has virtual tokens.
+
+    Raises:
+        ValueError: The shape is another.
+    """
+    import torch
+
+    weight_VH = model.prompt_encoder[model.active_adapter].embedding.weight
+    if vectors_VH.shape != weight_VH.shape:
+        raise ValueError(f"{tuple(vectors_VH.shape)} virtual tokens, not {tuple(weight_VH.shape)}")
+    with torch.no_grad():
+        weight_VH.copy_(vectors_VH)

@@ -21,6 +21,8 @@ from mmtune.prompts.schema import COLUMN, example_to_row, row_to_example
 from mmtune.records import MODALITIES, Example, Medium, Message, Part, Record, Reject, TextPart
 
 SCHEMA = "mmtune.prompt/1"
+SOFT = "soft"
+"""Folder within prompt/ that holds the soft tokens of a searched prompt, a PEFT adapter of method prompt."""
 SLOTS = "slots"
 """Metadata key with a row's slots as JSON: what a searched instruction may name beside ``{prompt}``."""
 _PIECE = re.compile(r"\{\{|\}\}|\{([A-Za-z_][A-Za-z0-9_]*)\}")
@@ -36,11 +38,14 @@ class SearchedPrompt:
         instruction: Template text with slots.
         exemplars: Solved rows shown before every question, the first shown first.
         words: Label to the word that stands for it; empty leaves the labels as they are.
+        soft: Place of the soft tokens before every row in the subspace they were searched in; empty where there are
+            none. The tokens themselves are an adapter.
     """
 
     instruction: str
     exemplars: tuple[Example, ...] = ()
     words: Mapping[str, str] = field(default_factory=dict)
+    soft: tuple[float, ...] = ()
 
     def label_of(self, text: str) -> str:
         """Returns the label that an answer means, or the answer itself where it is no word of a label."""

@@ -10,7 +10,7 @@ from mmtune.recipe.extract import Extract
 from mmtune.recipe.finetune import Augment, Features, Finetune, Lora
 from mmtune.recipe.mixture import Mixture
 from mmtune.recipe.pretrain import Pretrain
-from mmtune.recipe.prompt import Prompt
+from mmtune.recipe.prompt import Bbt, Prompt, Rl, Writer
 from mmtune.recipe.schema import Model, Recipe
 from mmtune.recipe.sources import Source
 from mmtune.recipe.tokenize import Tokenize
@@ -18,6 +18,7 @@ from mmtune.recipe.tokenize import Tokenize
 __all__ = [
     "TEMPLATE_DRAWS",
     "Augment",
+    "Bbt",
     "Build",
     "Eval",
     "Extract",
@@ -29,6 +30,8 @@ __all__ = [
     "Pretrain",
     "Prompt",
     "Recipe",
+    "Rl",
     "Source",
     "Tokenize",
+    "Writer",
 ]

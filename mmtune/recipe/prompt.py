@@ -28,12 +28,70 @@ class ProposerModel(Section):
     """Of its answers."""
 
 
+class Writer(Section):
+    """prompt.rl.writer: a causal language model that writes the prompts of policy lm, and learns by TRL's GRPO."""
+
+    model: str
+    """Folder or hub id."""
+    request: str = ""
+    """What it is asked for; default: one instruction for a task of which some solved rows are shown."""
+    max_tokens: Annotated[int, Field(ge=1, le=1024)] = 64
+    """Longest prompt that it may write."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1.0e-5
+    """Of its adapters."""
+    lora_r: Annotated[int, Field(ge=1)] = 16
+    """Rank of its adapters."""
+
+
+class Rl(Section):
+    """prompt.rl: policy gradient over the words of a prompt (after RLPrompt, arXiv:2205.12548)."""
+
+    policy: Literal["words", "lm"] = "words"
+    """words: a small policy over single words; lm: a language model that writes the prompt and learns by GRPO."""
+    words: Literal["pieces"] | tuple[str, ...] = "pieces"
+    """What a prompt is made of: pieces are all of the tokenizer's with a letter in them; or a list of words. Answers of
+    the rows are left out. The words stand before `instruction`, or in its place where it names no slot."""
+    length: Annotated[int, Field(ge=1, le=64)] = 4
+    """Words of a prompt."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """A word is drawn from so many likeliest at its position; 0 is all. RLPrompt takes 256."""
+    hidden: Annotated[int, Field(ge=0, le=4096)] = 0
+    """Units of an MLP over the embedding of the word before; 0 learns every position by itself, which needs fewer
+    calls."""
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 0.5
+    """Adam's step size on the policy's logits."""
+    entropy: Annotated[float, Field(ge=0)] = 0.3
+    """Weight of the policy's entropy: more keeps it trying."""
+    writer: Writer | None = None
+    """The language model of policy lm."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Rl:
+        if (self.policy == "lm") != (self.writer is not None):
+            raise ValueError("policy lm and the section writer go together: give the writer's model, or leave both out")
+        return self
+
+
+class Bbt(Section):
+    """prompt.bbt: CMA-ES over soft tokens in a random subspace (arXiv:2201.03514); nothing is differentiated."""
+
+    soft_tokens: Annotated[int, Field(ge=1, le=1024)] = 50
+    """Vectors before every row."""
+    dimension: Annotated[int, Field(ge=2, le=10_000)] = 500
+    """Width of the subspace."""
+    sigma: Annotated[float, Field(gt=0)] = 1.0
+    """First standard deviation of CMA-ES."""
+    alpha: Annotated[float, Field(gt=0)] = 1.0
+    """How far the first soft prompts are from where they start, in standard deviations of the word embeddings."""
+
+
 class Prompt(Section):
     """prompt: a search for a better prompt, with a frozen model, to prompt/."""
 
-    method: Literal["ape", "opro", "mipro", "gepa", "random"] = "ape"
+    method: Literal["ape", "opro", "mipro", "gepa", "rl", "bbt", "random"] = "ape"
     """ape: induce and resample (arXiv:2211.01910); opro: from the history of the best (arXiv:2309.03409); mipro: TPE
     over instruction, exemplars and verbalizer (arXiv:2406.11695); gepa: reflective Pareto search (arXiv:2507.19457);
+    rl: policy gradient over single words (after arXiv:2205.12548); bbt: CMA-ES over soft tokens (arXiv:2201.03514);
     random: draws, the baseline of all."""
     budget: Annotated[int, Field(ge=1)] = 1000
     """Model calls of the search: scored pairs of prompt and row. Random search gets as many again, for comparison."""
@@ -52,11 +110,13 @@ class Prompt(Section):
     """Rows of the test split that nothing is chosen by: start, best and random search's best are scored on them."""
     test_split: SplitName | None = None
     """Split of the test rows; default: that of eval."""
-    reward: Literal["metric", "gap", "likelihood"] = "metric"
+    reward: Literal["metric", "gap", "piecewise", "likelihood"] = "metric"
     """metric: the row's own metric, answered as eval does; gap: probability of the right option less that of the best
-    wrong one; likelihood: mean probability of the reference's tokens."""
+    wrong one; piecewise: the gap times 200 where the right option wins, else times 180 (RLPrompt); likelihood: mean
+    probability of the reference's tokens."""
     population: Annotated[int, Field(ge=2, le=1000)] = 8
-    """Prompts that are alive (ape) or proposed (opro) at once; mipro chooses among twice as many instructions."""
+    """Prompts that are alive (ape) or proposed (opro) at once, or scored per step (rl) or generation (bbt; its paper
+    takes 20); mipro chooses among twice as many instructions."""
     minibatch: Annotated[int, Field(ge=1)] = 16
     """Dev rows of a first look at a prompt; the promising ones are scored on all."""
     shots: Annotated[int, Field(ge=0, le=32)] = 2
@@ -72,6 +132,10 @@ class Prompt(Section):
     """edits: rewrites by rule and what the examples show, offline; llm: a chat model."""
     llm: ProposerModel | None = None
     """The chat model of proposer llm."""
+    rl: Rl = Rl()
+    """Settings of method rl."""
+    bbt: Bbt = Bbt()
+    """Settings of method bbt."""
     compare_random: bool = True
     """Also spend as many calls on random search, so that the report can say what the method was worth."""
 
@@ -90,4 +154,11 @@ class Prompt(Section):
             raise ValueError("space has verbalizer: give `verbalizers` to choose from")
         if "exemplars" in self.space and not self.shots:
             raise ValueError("space has exemplars: shots is at least 1")
+        for name in ("rl", "bbt"):
+            if name in self.model_fields_set and self.method != name:
+                raise ValueError(f"the section {name} is for method {name}: leave it out, or set the method")
+        if self.method in ("rl", "bbt") and self.space != ("instruction",):
+            raise ValueError(f"method {self.method} changes the instruction alone: leave out space")
+        if self.method == "bbt" and self.on != "base":
+            raise ValueError("method bbt puts its soft tokens before the base: leave out `on`")
         return self

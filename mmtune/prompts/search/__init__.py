@@ -24,7 +24,7 @@ How the pieces meet::
 - ``problem.settings`` is the section of one method's own settings as a plain frozen value.
 """
 
-from mmtune.prompts.search import ape, gepa, mipro, opro, random
+from mmtune.prompts.search import ape, bbt, gepa, grpo, mipro, opro, random, rl
 from mmtune.prompts.search.budget import Budget, Exhausted
 from mmtune.prompts.search.candidate import Candidate, Scorable, candidate_of
 from mmtune.prompts.search.problem import Found, Method, Problem, search
@@ -38,6 +38,9 @@ METHODS: dict[str, Method] = {
     "opro": opro.METHOD,
     "mipro": mipro.METHOD,
     "gepa": gepa.METHOD,
+    "rl": rl.METHOD,
+    "rl_lm": grpo.METHOD,
+    "bbt": bbt.METHOD,
     "random": random.METHOD,
 }
 """Name to the method."""

@@ -53,11 +53,15 @@ class Method:
         search: Runs until it is done or the budget is (``Exhausted`` may pass through it).
         least: Fewest model calls beside the start's that it can do anything with.
         needs: Module of a library that it cannot do without, or empty.
+        extra: What installs that library.
+        random: Random search among the prompts of this method, where they are none that the proposer draws.
     """
 
     search: Callable[[Problem, Scorer, Admission], None]
     least: Callable[[Problem], int]
     needs: str = ""
+    extra: str = "prompt"
+    random: Callable[[Problem, Scorer, Admission], None] | None = None
 
     def check(self, problem: Problem, budget: int, name: str) -> None:
         """Raises what keeps a search from beginning.
@@ -81,7 +85,7 @@ class Method:
             )
         if self.needs and importlib.util.find_spec(self.needs) is None:
             raise CapabilityError(
-                f"prompt.method {name} needs {self.needs}", "pip install 'mmtune[prompt]'", "missing_library"
+                f"prompt.method {name} needs {self.needs}", f"pip install 'mmtune[{self.extra}]'", "missing_library"
             )
 
 

@@ -98,6 +98,8 @@ def _publish(staging: Staging, document: Mapping[str, Any], kept: Path, instruct
     write_json(staging.path / "prompt.json", document)
     for trace in sorted(kept.glob("*.jsonl")):
         shutil.copy(trace, staging.path / trace.name)
+    if document["soft"]:
+        shutil.copytree(kept / document["soft"], staging.path / document["soft"])
     facts = {key: document[key] for key in ("method", "model", "calls", "scores", "gap_dev_test", "media_root")}
     rows = {"dev": document["scores"]["best"]["dev"]["n"], "test": document["scores"]["best"]["test"]["n"]}
     staging.publish(

@@ -19,12 +19,13 @@ from mmtune.evaluation.asking import Asking, answers_of
 from mmtune.evaluation.generation import answer_losses
 from mmtune.evaluation.ranking import Words, label_scores, question_of_row
 from mmtune.evaluation.rows import EvalRows
+from mmtune.prompts.search.reward import WRONG, piecewise
 from mmtune.prompts.searched import SearchedPrompt, asked_with
 from mmtune.records import Example
 from mmtune.talk import Counter
 
 _CACHE_BYTES = 256 << 20
-_UNASKABLE = {"metric": 0.0, "gap": -1.0, "likelihood": 0.0}
+_UNASKABLE = {"metric": 0.0, "gap": -1.0, "piecewise": -WRONG, "likelihood": 0.0}
 """Reward of a row that a prompt makes too long, or cannot word."""
 
 
@@ -84,7 +85,7 @@ class Asker:
         Args:
             prompt: The prompt.
             examples: Rows of instructions/.
-            reward: ``metric``, ``gap`` or ``likelihood``.
+            reward: ``metric``, ``gap``, ``piecewise`` or ``likelihood``.
 
         Raises:
             Stopped: ``should_stop`` said so.
@@ -105,7 +106,8 @@ class Asker:
                 said[place] = text
             values[places] = row_scores([examples[place] for place in places], texts) / 100.0
         elif places:
-            values[places] = self._gaps(prompt, rows) if reward == "gap" else self._likelihoods(rows)
+            values[places] = self._likelihoods(rows) if reward == "likelihood" else self._gaps(prompt, rows)
+            values[places] = piecewise(values[places]) if reward == "piecewise" else values[places]
         return Answered(values, tuple(said), len(examples) - len(places))
 
     def _texts(self, prompt: SearchedPrompt, rows: EvalRows) -> list[str]:
@@ -202,9 +204,9 @@ def metric_of(example: Example) -> str:
 def check_reward(reward: str, examples: Sequence[Example]) -> None:
     """Raises RecipeError where rows cannot give a reward."""
     bare = next((one.id for one in examples if not one.options), None)
-    if reward == "gap" and bare is not None:
+    if reward in ("gap", "piecewise") and bare is not None:
         raise RecipeError(
-            f"prompt.reward gap needs rows with options; {bare} has none",
+            f"prompt.reward {reward} needs rows with options; {bare} has none",
             "name the options (a column, or =yes|no), or take reward: metric or likelihood",
             "no_options",
         )

@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from mmtune.errors import CapabilityError, Interrupted, RecipeError
-from mmtune.prompts.search import METHODS, Budget, Candidate, Found, Problem, Proposer, Scorer, Space, Trace, search
+from mmtune.prompts.search import (
+    METHODS,
+    Budget,
+    Candidate,
+    Found,
+    Method,
+    Problem,
+    Proposer,
+    Scorer,
+    Space,
+    Trace,
+    search,
+)
+from mmtune.prompts.search.bbt import SoftPrompt
 from mmtune.prompts.search.chat_model import ChatModel
 from mmtune.prompts.search.edits import Edits
 from mmtune.prompts.search.llm import ChatProposer
-from mmtune.prompts.searched import SCHEMA, SearchedPrompt, prompt_facts
+from mmtune.prompts.searched import SCHEMA, SOFT, SearchedPrompt, prompt_facts
 from mmtune.recipe import Eval, Prompt, Recipe
+from mmtune.stages.prompt.own import method_name, own_settings
 from mmtune.stages.prompt.rows import Rows, answer_of, solved
 from mmtune.storage import Manifest
 from mmtune.talk import Talk
@@ -64,14 +78,16 @@ class Course:
             longest=settings.longest,
         )
 
-    def prompt_of(self, candidate: Candidate) -> SearchedPrompt:
+    def prompt_of(self, candidate: Candidate | SoftPrompt) -> SearchedPrompt:
         """Returns a candidate complete, with its exemplars and label words."""
+        if isinstance(candidate, SoftPrompt):
+            return SearchedPrompt(self.settings.instruction, soft=candidate.z)
         by_id = {one.id: one for one in self.rows.pool}
         words = self.settings.verbalizers[candidate.verbalizer - 1] if candidate.verbalizer else {}
         return SearchedPrompt(candidate.instruction, tuple(by_id[name] for name in candidate.exemplars), words)
 
-    def problem(self, proposer: Proposer) -> Problem:
-        """Returns the search as its method gets it."""
+    def problem(self, proposer: Proposer, own: Any = None) -> Problem:
+        """Returns the search as its method gets it, with settings that are this method's own."""
         return Problem(
             space=self.space,
             proposer=proposer,
@@ -80,6 +96,7 @@ class Course:
             population=self.settings.population,
             minibatch=self.settings.minibatch,
             dev=tuple(solved(one) for one in self.rows.dev),
+            settings=own,
         )
 
     def edits(self) -> Edits:
@@ -109,7 +126,8 @@ class Course:
         _check_words(self.settings, self.rows)
         check_reward(self.settings.reward, self.rows.dev)
         _check_llm(self.settings, self.offline)
-        METHODS[self.settings.method].check(self.problem(self.edits()), self.settings.budget, self.settings.method)
+        name = method_name(self.settings)
+        METHODS[name].check(self.problem(self.edits()), self.settings.budget, name)
 
     def plan(self) -> dict[str, Any]:
         """Returns what a dry run says."""
@@ -125,20 +143,26 @@ class Course:
     def run(self, asker: Any, kept: Path, identity: Mapping[str, Any], console: Talk) -> dict[str, Found]:
         """Returns what the method found as ``best``, and random search as ``random`` where it is compared."""
         trace = Trace(kept / "trace.jsonl", {**identity, "method": self.settings.method})
-        method, budget = self.settings.method, self.settings.budget
-        found = {"best": self._search(asker, method, trace, self.proposer(trace), budget, console)}
+        name, budget = method_name(self.settings), self.settings.budget
+        method, own = METHODS[name], own_settings(self, asker)
+        problem = self.problem(self.proposer(trace), own)
+        found = {"best": self._search(asker, name, method, trace, problem, budget, console)}
         if self._compares_random:
             trace = Trace(kept / "random.jsonl", {**identity, "method": "random"})
             # A method that ended early is compared at what it spent; less than two prompts is no search.
             equal = max(found["best"].calls, 2 * len(self.rows.dev))
-            found["random"] = self._search(asker, "random", trace, self.edits(), equal, console)
+            problem, drawn = self.problem(self.edits(), own), METHODS["random"]
+            drawn = drawn if method.random is None else replace(drawn, search=method.random)
+            found["random"] = self._search(asker, "random", drawn, trace, problem, equal, console)
         return found
 
-    def _search(self, asker: Any, name: str, trace: Trace, proposer: Proposer, budget: int, console: Talk) -> Found:
+    def _search(
+        self, asker: Any, name: str, method: Method, trace: Trace, problem: Problem, budget: int, console: Talk
+    ) -> Found:
         reward, dev = self.settings.reward, self.rows.dev
         last: list[tuple[str, ...]] = [()]
 
-        def score(candidate: Candidate, rows: Any) -> Any:
+        def score(candidate: Candidate | SoftPrompt, rows: Any) -> Any:
             answered = asker.answered(self.prompt_of(candidate), [dev[row] for row in rows], reward)
             last[0] = answered.said
             return answered.rewards
@@ -155,7 +179,7 @@ class Course:
                     tell=lambda line: bar.advance(len(line["rows"]), _note(line)),
                     said=lambda candidate, rows: last[0],
                 )
-                return search(self.problem(proposer), scorer, METHODS[name], name)
+                return search(problem, scorer, method, name)
         finally:
             trace.close()
 
@@ -178,7 +202,9 @@ def follow(course: Course, kept: Path, identity: Mapping[str, Any], console: Tal
         try:
             asker = _asker(course, lambda: bool(stop))
             found = course.run(asker, kept, identity, console)
-            searched = asker.calls
+            searched, soft = asker.calls, isinstance(found["best"].best.candidate, SoftPrompt)
+            if soft:
+                asker.save(found["best"].best.candidate.z, kept / SOFT)
             prompts = {"start": course.prompt_of(course.space.start)}
             prompts |= {name: course.prompt_of(one.best.candidate) for name, one in found.items()}
             splits = {"dev": course.rows.dev, "test": course.rows.test}
@@ -212,6 +238,7 @@ def follow(course: Course, kept: Path, identity: Mapping[str, Any], console: Tal
             **({"random": found["random"].calls} if "random" in found else {}),
             "report": asker.calls - searched,
         },
+        "soft": SOFT if soft else None,
         "tried": found["best"].tried,
         "refused": found["best"].refused,
     }
@@ -243,7 +270,7 @@ def _asker(course: Course, should_stop: Callable[[], bool]) -> Any:
         attn=recipe.model.attn if recipe.model else "auto",
         offline=course.offline,
     )
-    return Asker(
+    asker = Asker(
         model=model,
         processor=processor,
         renderer=Renderer(processor, video_frames=tokenize.video_frames),
@@ -255,6 +282,11 @@ def _asker(course: Course, should_stop: Callable[[], bool]) -> Any:
         words=label_words(course.instructions.config["sources"]),
         should_stop=should_stop,
     )
+    if course.settings.method != "bbt":
+        return asker
+    from mmtune.stages.prompt.soft import soften
+
+    return soften(asker, course.settings.bbt, recipe.seed, course.model)
 
 
 def _check_start(space: Space) -> None:

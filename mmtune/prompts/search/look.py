@@ -1,0 +1,39 @@
+"""A first look at several prompts on the same few rows; the one that promises most is scored on all rows.
+
+Shapes: C prompts, N rows of the look.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+
+from mmtune.prompts.search.candidate import Scorable
+from mmtune.prompts.search.problem import Problem
+from mmtune.prompts.search.scorer import Scorer
+
+
+def look_rows(problem: Problem, dice: random.Random) -> list[int]:
+    """Returns the numbers of the rows of the next look, ascending."""
+    return sorted(dice.sample(range(problem.rows), min(problem.minibatch, problem.rows)))
+
+
+def look_calls(problem: Problem, prompts: int) -> int:
+    """Returns the most calls that a look at so many prompts takes, the whole score of the best included."""
+    return prompts * min(problem.minibatch, problem.rows) + problem.rows
+
+
+def look(scorer: Scorer, prompts: Sequence[Scorable], rows: Sequence[int]) -> np.ndarray:
+    """Returns ``(C, N)`` rewards; the best prompt is scored on all rows where it beats the best so far on these.
+
+    Raises:
+        Exhausted: The budget does not reach.
+    """
+    reward_CN = np.stack([scorer(prompt, rows) for prompt in prompts])
+    mean_C = reward_CN.mean(1)
+    first = int(mean_C.argmax())
+    if scorer.best is None or mean_C[first] > scorer(scorer.best.candidate, rows).mean():
+        scorer(prompts[first])
+    return reward_CN
