@@ -20,9 +20,9 @@ NEEDS = {
     "tokenize": ("instructions",),
     "pretrain": ("tokens", "start"),
     "finetune": ("tokens",),
-    "eval": ("instructions", "adapter"),
+    "eval": ("instructions",),
 }
-"""The folders that a stage of a run reads."""
+"""The folders that a stage of any run reads; see ``_needs``."""
 
 Stage = tuple[str, Callable[..., dict[str, Any]], dict[str, Any]]
 
@@ -93,9 +93,17 @@ def run_stages(recipe: Recipe, stages: Iterator[Stage], *, force: bool, dry_run:
 
 
 def _needs(name: str, recipe: Recipe) -> tuple[str, ...]:
-    exemplars = recipe.build.exemplars
-    retrieval = name == "build-data" and exemplars is not None and exemplars.method == "retrieval"
-    return (*NEEDS[name], *(("features",) if retrieval else ()))
+    """Returns the folders that a stage of this recipe reads."""
+    needs, exemplars = NEEDS[name], recipe.build.exemplars
+    if name == "build-data" and exemplars is not None and exemplars.method == "retrieval":
+        needs += ("features",)
+    if name == "prompt" and recipe.prompt is not None:
+        needs += ("adapter",) if recipe.prompt.on == "tuned" else ()
+        needs += ("base",) if recipe.pretrain is not None else ()
+    if name == "eval" and recipe.eval is not None:
+        needs += ("adapter",) if any(one.startswith("tuned") for one in recipe.eval.compare) else ()
+        needs += ("prompt",) if any(one.endswith("prompt") for one in recipe.eval.compare) else ()
+    return needs
 
 
 def pretrain_stages(

@@ -254,5 +254,5 @@ def load_to_answer(
     bf16 = precision == "bf16" or (precision == "auto" and on_gpu and torch.cuda.is_bf16_supported())
     settings: dict[str, Any] = {"revision": revision, "attn": attn, "offline": offline, "nf4": nf4}
     settings["dtype"] = torch.bfloat16 if bf16 else torch.float32
-    model = load_model(base, **settings) if adapter is None else load_tuned(base, adapter, **settings)
+    model: Any = load_model(base, **settings) if adapter is None else load_tuned(base, adapter, **settings)
     return model.to("cuda") if on_gpu else model

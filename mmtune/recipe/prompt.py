@@ -115,8 +115,8 @@ class Prompt(Section):
     wrong one; piecewise: the gap times 200 where the right option wins, else times 180 (RLPrompt); likelihood: mean
     probability of the reference's tokens."""
     population: Annotated[int, Field(ge=2, le=1000)] = 8
-    """Prompts that are alive at once (ape, gepa), proposed at once (opro), scored per step (rl) or generation (bbt), or
-    instructions to choose from (mipro)."""
+    """Prompts that are alive (ape) or proposed (opro) at once, or scored per step (rl) or generation (bbt; its paper
+    takes 20); mipro chooses among twice as many instructions."""
     minibatch: Annotated[int, Field(ge=1)] = 16
     """Dev rows of a first look at a prompt; the promising ones are scored on all."""
     shots: Annotated[int, Field(ge=0, le=32)] = 2

@@ -25,6 +25,8 @@ _EXTRAS: tuple[tuple[str, str, str], ...] = (
     ("faiss", "retrieval", "search in large pools"),
     ("liger_kernel", "fast", "fused GPU kernels"),
     ("trl", "preference", "preference tuning"),
+    ("optuna", "prompt", "prompt search by mipro"),
+    ("gepa", "prompt", "prompt search by gepa"),
     ("tensorboard", "trackers", "tensorboard logs"),
 )
 # First interpreter of each line whose tarfile filters cannot be bypassed (CVE-2025-4517).

@@ -9,7 +9,7 @@ from typing import Any
 from mmtune.errors import DataError
 from mmtune.storage import is_finished, open_split, read_manifest
 
-_STAGES = ("features", "instructions", "tokens", "adapter", "report")
+_STAGES = ("features", "instructions", "prompt", "tokens", "adapter", "report")
 
 
 def describe(path: Path, *, row: int = 0, split: str | None = None) -> dict[str, Any]:
@@ -53,6 +53,12 @@ def _stage(path: Path, row: int, split: str | None) -> dict[str, Any]:
         "timings": manifest.timings,
         "bytes": sum(file["size"] for file in manifest.files.values()),
     }
+    if manifest.stage == "prompt":
+        from mmtune.prompts.search import read_trace
+        from mmtune.reports.search import search_facts
+
+        traces = {trace.stem: read_trace(trace) for trace in sorted(path.glob("*.jsonl"), reverse=True)}
+        result["searches"] = {str(lines[0].get("method", name)): search_facts(lines) for name, lines in traces.items()}
     chosen = split or next((name for name in manifest.rows if (path / name).is_dir()), None)
     if chosen is not None:
         table = open_split(path / chosen)
@@ -121,6 +127,10 @@ def render(result: dict[str, Any]) -> str:
         lines.append("refused   " + _drops(result["drops"]).lstrip("; "))
     for name, value in result["facts"].items():
         lines.append(f"{name:9} {_short(value)}")
+    if "searches" in result:
+        from mmtune.reports.search import search_lines
+
+        lines += ["", *(line for name, facts in result["searches"].items() for line in search_lines(name, facts))]
     row = result.get("row")
     if row is None:
         return "\n".join(lines)

@@ -1,8 +1,8 @@
 """The offline proposer: rewrites of an instruction by rule, and sentences induced from solved rows.
 
-An instruction is lines of sentences. An edit drops, adds, swaps or moves a sentence, rewords a phrase by a table,
-turns the list of options on or off, adds a word that the rows use, or changes exemplars and label words, where the
-space lets it. It is a weaker writer than a chat model and needs none.
+An instruction is lines of sentences; a slot ends one. An edit drops, adds, swaps or moves a sentence, rewords a
+phrase by a table, turns the list of options on or off, adds a word that the rows use, or changes exemplars and label
+words, where the space lets it. It is a weaker writer than a chat model and needs none.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ PHRASES = (
 
 _FEW_ANSWERS = 12
 _MOST_WORDS = 60
-_SENTENCE = re.compile(r"(?<=[.!?:])[ \t]+")
+_SENTENCE = re.compile(r"(?<=[.!?:}])[ \t]+")
 _WORD = re.compile(r"[^\W\d_]{2,20}")
 _NUMBER = re.compile(r"[-+]?\d+(?:[.,]\d+)?")
 

@@ -28,7 +28,7 @@ def gepa(problem: Problem, scorer: Scorer, admission: Admission) -> None:
     """Searches until the budget, or the space, is used up."""
     from gepa import optimize
 
-    reflection = _Reflection(problem, scorer, admission)
+    reflection: Any = _Reflection(problem, scorer, admission)
     rows = list(range(problem.rows))
     optimize(
         seed_candidate=_packed(problem.space.start),

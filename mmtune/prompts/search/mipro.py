@@ -15,8 +15,8 @@ from mmtune.prompts.search.scorer import Scorer
 from mmtune.prompts.search.space import Admission
 
 _FULL_EVERY = 5
-_DRY_TRIALS = 100
-"""So many trials that cost nothing end the search: every combination is known."""
+_DRY_TRIALS = 20
+"""So many trials in a row that cost nothing end the search: what the estimator still wants to see is known."""
 
 
 def mipro(problem: Problem, scorer: Scorer, admission: Admission) -> None:
@@ -51,7 +51,7 @@ def _choices(problem: Problem, admission: Admission) -> dict[str, list[Any]]:
     instructions = [space.start.instruction]
     if "instruction" in space.vary:
         proposed = problem.proposer.first(problem.population, dice)
-        proposed += problem.proposer.near(space.start, problem.population, dice)
+        proposed += problem.proposer.near(space.start, 2 * problem.population, dice)
         bare = [Candidate(one.instruction, space.start.exemplars, space.start.verbalizer) for one in proposed]
         instructions += [one.instruction for one in admission(bare)]
     exemplars = [space.start.exemplars]
@@ -59,7 +59,7 @@ def _choices(problem: Problem, admission: Admission) -> dict[str, list[Any]]:
         exemplars += [space.draw_exemplars(dice) for _ in range(2 * problem.population)]
     verbalizers = list(range(space.verbalizers)) if "verbalizer" in space.vary else [space.start.verbalizer]
     return {
-        "instruction": instructions[: problem.population],
+        "instruction": instructions[: 2 * problem.population],
         "exemplars": list(dict.fromkeys(exemplars))[: problem.population],
         "verbalizer": verbalizers,
     }

@@ -12,6 +12,7 @@ from typing import Any
 from mmtune.errors import DataError, GateError, IntegrityError, Interrupted, RecipeError
 from mmtune.models.digest import weights_digest
 from mmtune.recipe import Eval, Recipe
+from mmtune.stages.evaluate.prompted import in_order, is_prompted, prompt_of, prompted_rows
 from mmtune.stages.evaluate.shots import answerer, asked_rows, features_of, notes_of
 from mmtune.storage import Manifest, RejectLog, Staging, foresee, is_finished, open_split, open_stage, read_manifest
 from mmtune.talk import Talk
@@ -29,6 +30,7 @@ class _Plan:
     instructions: Manifest
     adapter: Manifest | None
     features: Manifest | None
+    prompt: Manifest | None
     model: str
     limit: int | None
     offline: bool
@@ -71,6 +73,8 @@ def evaluate(
         parents["adapter"] = plan.adapter.hash
     if plan.features is not None:
         parents["features"] = plan.features.hash
+    if plan.prompt is not None:
+        parents["prompt"] = plan.prompt.hash
     target = recipe.run_dir / "report"
     if dry_run:
         console.say(foresee(target, stage="eval", config=config, parents=parents, force=force))
@@ -101,7 +105,7 @@ def _plan(recipe: Recipe, limit: int | None, offline: bool) -> _Plan:
             "split_missing",
         )
     adapter = None
-    if "tuned" in settings.compare:
+    if any(name.startswith("tuned") for name in settings.compare):
         adapter = read_manifest(recipe.run_dir / "adapter", made_by="finetune")
     asked = recipe.model.path if recipe.model else ""
     made_from = str(adapter.facts.get("model") or "") if adapter else ""
@@ -114,8 +118,8 @@ def _plan(recipe: Recipe, limit: int | None, offline: bool) -> _Plan:
     if not (asked or made_from):
         raise RecipeError("the recipe names no model", "add `model: {path: ...}`")
     least = [value for value in (limit, settings.limit) if value is not None]
-    most, features = min(least, default=None), features_of(recipe, settings)
-    return _Plan(recipe, settings, instructions, adapter, features, made_from or asked, most, offline)
+    most, features, prompt = min(least, default=None), features_of(recipe, settings), prompt_of(recipe, settings)
+    return _Plan(recipe, settings, instructions, adapter, features, prompt, made_from or asked, most, offline)
 
 
 def _write(plan: _Plan, staging: Staging, console: Talk) -> dict[str, Any]:
@@ -151,11 +155,13 @@ def _write(plan: _Plan, staging: Staging, console: Talk) -> dict[str, Any]:
     if not scored:
         raise DataError(f"no row can be asked: {log.counts}", "look at tokenize.max_length and the model", "no_rows")
     asked = asked_rows(recipe, settings, rows, make, plan.instructions, plan.features)
-    texts, losses = _answers(plan, processor, asked.rows, console)
+    prompted = prompted_rows(recipe, rows, make, plan.instructions) if plan.prompt is not None else None
+    texts, losses = _answers(plan, processor, asked.rows, prompted, console)
     texts = {**{answerer("vote", way): said for way, said in asked.votes.items()}, **texts}
     sure = {"resamples": settings.bootstrap, "seed": recipe.seed}
     found = compare(scored, texts, **sure)
     few = sum("vqa_accuracy" in row.metrics and 0 < len(row.references) < 4 for row in scored)
+    notes = [*([_FEW_REFERENCES.format(few)] if few else []), *(prompted.notes() if prompted else [])]
     report = {
         "schema": SCHEMA,
         "run": {**_run_facts(plan), "compare": list(texts)},
@@ -168,7 +174,7 @@ def _write(plan: _Plan, staging: Staging, console: Talk) -> dict[str, Any]:
         "perplexity": perplexities(losses, [row.group for row in scored], **sure) if losses else None,
         "training": _training_facts(plan),
         "manifests": _chain(recipe.run_dir),
-        "notes": [*([_FEW_REFERENCES.format(few)] if few else []), *notes_of(asked.facts, len(scored))],
+        "notes": [*notes, *notes_of(asked.facts, len(scored))],
     }
     report["notes"] += steps(report)
     answered = answered_rows(scored, texts, found)
@@ -195,7 +201,7 @@ def _scored(rows: Any, settings: Eval, total: int, console: Talk) -> list[Any]:
 
 
 def _answers(
-    plan: _Plan, processor: Any, ways: Mapping[str, Any], console: Talk
+    plan: _Plan, processor: Any, ways: Mapping[str, Any], prompted: Any, console: Talk
 ) -> tuple[dict[str, list[str]], dict[str, tuple[Any, Any]]]:
     """Returns every model's answers, and the losses on the reference answers when they are asked for."""
     from mmtune.evaluation.asking import Asking, ask_each
@@ -217,7 +223,14 @@ def _answers(
             progress=console.progress,
         )
         try:
-            return ask_each(models, processor, ways, asking)
+            plain = {name: load for name, load in models.items() if not is_prompted(name)}
+            texts, losses = ask_each(plain, processor, ways, asking)
+            if prompted is not None:
+                asked = {name: load for name, load in models.items() if is_prompted(name)}
+                said, more = ask_each(asked, processor, {"": prompted.rows}, prompted.asking(asking))
+                texts |= {name: prompted.answers(answers) for name, answers in said.items()}
+                losses |= {} if prompted.unaskable else more
+            return in_order(texts, settings.compare), in_order(losses, settings.compare)
         except Stopped as stopped:
             error = Interrupted("eval was stopped by a signal; report/ was not touched", "run the same command again")
             error.exit_code = 130 if stop.wanted == 2 else 75
@@ -271,7 +284,7 @@ def _training_facts(plan: _Plan) -> dict[str, Any] | None:
 def _chain(run_dir: Path) -> list[dict[str, Any]]:
     """Returns what every finished stage before this one says of itself."""
     found = []
-    for name in ("instructions", "tokens", "adapter"):
+    for name in ("instructions", "prompt", "tokens", "adapter"):
         if is_finished(run_dir / name):
             made = read_manifest(run_dir / name)
             seconds = made.timings.get("total_seconds", 0.0)

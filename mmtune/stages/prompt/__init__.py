@@ -101,7 +101,10 @@ def _publish(staging: Staging, document: Mapping[str, Any], kept: Path, instruct
     if document["soft"]:
         shutil.copytree(kept / document["soft"], staging.path / document["soft"])
     facts = {key: document[key] for key in ("method", "model", "calls", "scores", "gap_dev_test", "media_root")}
-    staging.publish(drops=document["refused"], facts={**facts, "instruction": document["prompt"]["instruction"]})
+    rows = {"dev": document["scores"]["best"]["dev"]["n"], "test": document["scores"]["best"]["test"]["n"]}
+    staging.publish(
+        rows=rows, drops=document["refused"], facts={**facts, "instruction": document["prompt"]["instruction"]}
+    )
     shutil.rmtree(kept, ignore_errors=True)
     if kept.parent.is_dir() and not os.listdir(kept.parent):  # noqa: PTH208
         kept.parent.rmdir()

@@ -169,12 +169,14 @@ def gap(score_L: np.ndarray, right_L: Sequence[bool]) -> float:
         score_L: Log-probabilities of the options, not normalised.
         right_L: Which of them are right.
     """
+    if not np.isfinite(score_L).all():
+        # The caller's to refuse.
+        return math.nan
     share_L = np.exp(score_L - np.logaddexp.reduce(score_L))
     right_mask = np.asarray(right_L, dtype=bool)
     wrong = float(share_L[~right_mask].max()) if (~right_mask).any() else 0.0
     right = float(share_L[right_mask].sum()) if right_mask.any() else 0.0
-    # NaN is the caller's to refuse.
-    return right - wrong if math.isfinite(right - wrong) else math.nan
+    return right - wrong
 
 
 def row_scores(examples: Sequence[Example], texts: Sequence[str]) -> np.ndarray:

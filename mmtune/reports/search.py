@@ -1,0 +1,84 @@
+"""A prompt search as text: how the best score rose with the calls, and the best prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_BARS = "▁▂▃▄▅▆▇█"
+_WIDTH = 60
+_SHOWN = 5
+_MOST_CHARS = 100
+
+
+def search_facts(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the course of a search.
+
+    Args:
+        lines: Of ``trace.jsonl``.
+
+    Returns:
+        ``scored`` and ``proposals_asked``, steps of each kind; ``calls`` in all; ``rises``, the calls and the best mean
+        reward on all dev rows where it rose; ``prompts``, the best of those that were scored on all dev rows.
+    """
+    scores = [line for line in lines if line["kind"] == "score"]
+    rises = [
+        line
+        for at, line in enumerate(scores)
+        if line["best"] is not None and (not at or line["best"] > _before(scores, at))
+    ]
+    full = sorted((line for line in scores if line["full"]), key=lambda line: -line["score"])
+    return {
+        "scored": len(scores),
+        "proposals_asked": sum(line["kind"] == "proposal" for line in lines),
+        "calls": scores[-1]["calls"] if scores else 0,
+        "rises": [{"calls": line["calls"], "best": line["best"]} for line in rises],
+        "prompts": [{"score": line["score"], "calls": line["calls"], **line["candidate"]} for line in full[:_SHOWN]],
+    }
+
+
+def _before(scores: Sequence[Mapping[str, Any]], at: int) -> float:
+    best = scores[at - 1]["best"]
+    return float("-inf") if best is None else float(best)
+
+
+def sparkline(rises: Sequence[Mapping[str, Any]], calls: int, width: int = _WIDTH) -> str:
+    """Returns the best score over the calls as one line of bars, from the first score to the last.
+
+    Args:
+        rises: Of ``search_facts``.
+        calls: Of the whole search.
+        width: Number of bars.
+    """
+    if not rises:
+        return ""
+    low, high = rises[0]["best"], rises[-1]["best"]
+    bars = []
+    for column in range(width):
+        reached = [one["best"] for one in rises if one["calls"] <= calls * (column + 1) / width]
+        level = (reached[-1] - low) / (high - low) if reached and high > low else 0.0
+        bars.append(_BARS[round(level * (len(_BARS) - 1))] if reached else " ")
+    return "".join(bars)
+
+
+def search_lines(name: str, facts: Mapping[str, Any]) -> list[str]:
+    """Returns a search as lines for a terminal.
+
+    Args:
+        name: Of the method.
+        facts: Of ``search_facts``.
+    """
+    rises = facts["rises"]
+    if not rises:
+        return [f"{name}: no prompt was scored on all dev rows"]
+    out = [
+        f"{name}: best mean reward {rises[0]['best']:.4f} to {rises[-1]['best']:.4f} in {facts['calls']:,} calls",
+        f"  |{sparkline(rises, facts['calls'])}|",
+    ]
+    for one in facts["prompts"]:
+        text = one.get("instruction", "")
+        more = f" + {len(one['exemplars'])} exemplars" if one.get("exemplars") else ""
+        more += f", words {one['verbalizer']}" if one.get("verbalizer") else ""
+        shown = text if len(text) <= _MOST_CHARS else text[: _MOST_CHARS - 1] + "…"
+        out.append(f"  {one['score']:.4f} at {one['calls']:>6,}  {shown!r}{more}")
+    return out

@@ -1,0 +1,103 @@
+"""eval.compare with best_prompt and tuned_best_prompt: the same rows asked with the prompt in prompt/."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mmtune.prompts.searched import SearchedPrompt, asked_with, moved, read_prompt
+from mmtune.recipe import Eval, Recipe
+from mmtune.records import Example
+from mmtune.storage import Manifest, read_manifest
+
+_PROMPTED = "best_prompt"
+
+
+def is_prompted(name: str) -> bool:
+    """Says whether an answerer of ``eval.compare`` is asked with the searched prompt."""
+    return name.endswith(_PROMPTED)
+
+
+def prompt_of(recipe: Recipe, settings: Eval) -> Manifest | None:
+    """Returns the manifest of prompt/, or None where nothing is asked with it.
+
+    Raises:
+        DataError: It is not there.
+    """
+    if not any(map(is_prompted, settings.compare)):
+        return None
+    return read_manifest(recipe.run_dir / "prompt", made_by="prompt")
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """The rows of an evaluation as the searched prompt asks them.
+
+    Attributes:
+        prompt: The prompt.
+        rows: The rows that it can word, examined; an ``EvalRows``.
+        places: Number of each of them among all rows.
+        count: Number of all rows.
+    """
+
+    prompt: SearchedPrompt
+    rows: Any
+    places: Sequence[int]
+    count: int
+
+    @property
+    def unaskable(self) -> int:
+        """Rows that the prompt cannot word, or makes too long; they count as wrong."""
+        return self.count - len(self.rows.kept)
+
+    def answers(self, said: Sequence[str]) -> list[str]:
+        """Returns an answer to every row, labels for label words; empty where it was not asked."""
+        out = [""] * self.count
+        for number, text in zip(self.rows.kept, said, strict=True):
+            out[self.places[number]] = self.prompt.label_of(text)
+        return out
+
+    def asking(self, asking: Any) -> Any:
+        """Returns how the rows are asked: label words of the recipe belong to the labels as they were."""
+        return replace(asking, words={}) if self.prompt.words else asking
+
+    def notes(self) -> list[str]:
+        """Returns what the report says of it."""
+        notes = [f"The searched prompt: {self.prompt.instruction!r}."]
+        if self.unaskable:
+            notes.append(f"The searched prompt does not fit {self.unaskable:,} rows; they count as wrong.")
+        return notes
+
+
+def prompted_rows(
+    recipe: Recipe, rows: Any, make: Callable[[int, Callable[[int], Example]], Any], instructions: Manifest
+) -> Prompted:
+    """Returns the kept rows as the prompt in prompt/ asks them.
+
+    Args:
+        recipe: Its ``run_dir`` holds prompt/.
+        rows: The examined rows, an ``EvalRows``.
+        make: Count and example by number to new ``EvalRows``.
+        instructions: Manifest of the rows.
+    """
+    found, media_root = read_prompt(recipe.run_dir / "prompt" / "prompt.json")
+    prompt = moved(found, media_root, str(instructions.facts["media_root"]))
+    count = len(rows.kept)
+    places = [row for row in range(count) if isinstance(asked_with(prompt, rows.example(row)), Example)]
+
+    def example(number: int) -> Example:
+        asked = asked_with(prompt, rows.example(places[number]))
+        assert isinstance(asked, Example)
+        return asked
+
+    prompted = make(len(places), example)
+    for _ in prompted.examine():
+        pass
+    return Prompted(prompt, prompted, places, count)
+
+
+def in_order(found: Mapping[str, Any], compare: Sequence[str]) -> dict[str, Any]:
+    """Returns what was found by answerer, in the order of ``eval.compare``; the others stay where they are."""
+    places = {name: at for at, name in enumerate(compare)}
+    return {name: found[name] for name in sorted(found, key=lambda name: places.get(name.partition(", ")[0], -1))}
