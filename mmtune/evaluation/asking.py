@@ -14,9 +14,11 @@ import torch
 
 from mmtune.encoding.collate import Collator
 from mmtune.encoding.processor import pad_token_id, tokenizer_of
-from mmtune.evaluation.generation import answer_losses, generate_texts, stop_ids
+from mmtune.evaluation.generation import generate_texts, stop_ids
+from mmtune.evaluation.options import by_media, score_words
 from mmtune.evaluation.ranking import Question, Words, rank
 from mmtune.evaluation.rows import EvalRows
+from mmtune.evaluation.scoring import RowScorer
 
 _CACHE_BYTES = 256 << 20
 _STOP_ROWS = 32
@@ -40,6 +42,7 @@ class Asking:
         words: Label words by source, for ranking.
         should_stop: Asked between batches; true ends it with ``generation.Stopped``.
         progress: Total and label to a context with an ``advance``.
+        note: Told what a person should know.
     """
 
     media_root: Path
@@ -50,6 +53,7 @@ class Asking:
     words: Words
     should_stop: Callable[[], bool]
     progress: Callable[[int, str], AbstractContextManager[Any]]
+    note: Callable[[str], None]
 
 
 def ask_each(
@@ -70,40 +74,35 @@ def ask_each(
     losses: dict[str, Losses] = {}
     for name, load in models.items():
         model = load()
-        texts[name] = _answers(name, model, processor, rows, asking)
+        scorer = _scorer(model, processor, asking)
+        texts[name] = _answers(name, model, processor, rows, asking, scorer)
         if asking.loss:
-            losses[name] = _losses(name, model, processor, rows, asking)
-        del model
+            losses[name] = _losses(name, scorer, rows, asking)
+        del model, scorer
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return texts, losses
 
 
-def _answers(name: str, model: Any, processor: Any, rows: EvalRows, asking: Asking) -> list[str]:
-    ranked = _ranked(name, model, processor, rows, asking) if asking.rank else {}
+def _scorer(model: Any, processor: Any, asking: Asking) -> RowScorer:
+    collate = Collator(processor, media_root=asking.media_root, cache_bytes=_CACHE_BYTES)
+    return RowScorer(model, collate, batch_rows=asking.batch_rows, should_stop=asking.should_stop, note=asking.note)
+
+
+def _answers(name: str, model: Any, processor: Any, rows: EvalRows, asking: Asking, scorer: RowScorer) -> list[str]:
+    ranked = _ranked(name, scorer, rows, asking) if asking.rank else {}
     free = [row for row in range(len(rows.kept)) if row not in ranked]
     said = dict(zip(free, _generated(name, model, processor, rows, asking, free), strict=True))
     return [ranked[row] if row in ranked else said[row] for row in range(len(rows.kept))]
 
 
-def _ranked(name: str, model: Any, processor: Any, rows: EvalRows, asking: Asking) -> dict[int, str]:
+def _ranked(name: str, scorer: RowScorer, rows: EvalRows, asking: Asking) -> dict[int, str]:
     """Returns the likeliest option of every row that has options."""
 
     def score(asked: Sequence[tuple[Question, int]]) -> np.ndarray:
         with asking.progress(len(asked), f"eval {name} options") as bar:
-            nll, _ = answer_losses(
-                model,
-                lambda chosen: [
-                    rows.encode(asked[at][0].conversation(asked[at][1]), asked[at][0].tools) for at in chosen
-                ],
-                Collator(processor, media_root=asking.media_root, cache_bytes=_CACHE_BYTES),
-                sizes=[rows.row_sizes[question.row] for question, _ in asked],
-                batch_rows=asking.batch_rows,
-                should_stop=asking.should_stop,
-                advance=bar.advance,
-            )
-        return -nll
+            return score_words(scorer, rows.encode, asked, bar.advance)
 
     examples = {row: example for row in range(len(rows.kept)) if (example := rows.example(row)).options}
     return rank(examples, asking.words, score)
@@ -131,14 +130,8 @@ def _generated(
         )
 
 
-def _losses(name: str, model: Any, processor: Any, rows: EvalRows, asking: Asking) -> Losses:
+def _losses(name: str, scorer: RowScorer, rows: EvalRows, asking: Asking) -> Losses:
+    order = by_media([rows.example(row).media for row in range(len(rows.kept))])
     with asking.progress(len(rows.kept), f"eval {name} loss") as bar:
-        return answer_losses(
-            model,
-            rows.conversations,
-            Collator(processor, media_root=asking.media_root, cache_bytes=_CACHE_BYTES),
-            sizes=rows.row_sizes,
-            batch_rows=asking.batch_rows,
-            should_stop=asking.should_stop,
-            advance=bar.advance,
-        )
+        logprob, tokens = scorer(rows.conversations, order, bar.advance)
+    return -logprob, tokens

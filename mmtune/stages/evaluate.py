@@ -204,6 +204,7 @@ def _answers(
             words=_label_words(plan.instructions),
             should_stop=lambda: bool(stop),
             progress=console.progress,
+            note=console.note,
         )
         try:
             return ask_each(models, processor, rows, asking)
