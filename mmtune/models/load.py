@@ -208,7 +208,7 @@ def load_tuned(base: str, folder: Path, **settings: Any) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
-    from mmtune.models.soft_prompt import logits_of_own_tokens
+    from mmtune.models.soft_prompt import BESIDE, join_lora, logits_of_own_tokens
 
     model = load_model(base, **settings)
     try:
@@ -224,4 +224,7 @@ def load_tuned(base: str, folder: Path, **settings: Any) -> Any:
             "tune again from this base",
             "adapter_mismatch",
         )
+    if (folder / BESIDE).is_dir():
+        prompted = PeftModel.from_pretrained(tuned.get_base_model(), str(folder / BESIDE))
+        tuned = join_lora(prompted, tuned)
     return logits_of_own_tokens(tuned).eval()

@@ -7,11 +7,18 @@ from typing import Any
 
 from mmtune.models.adapter import add_ia3, add_lora, train_fully
 from mmtune.models.lora_linear import fuse_lora
-from mmtune.models.soft_prompt import METHODS, add_soft_prompt
+from mmtune.models.soft_prompt import METHODS, add_beside, add_soft_prompt
 
 
 def with_method(
-    model: Any, method: str, *, towers: Sequence[str], lora: Mapping[str, Any], virtual_tokens: int, base_path: str
+    model: Any,
+    method: str,
+    *,
+    towers: Sequence[str],
+    lora: Mapping[str, Any],
+    virtual_tokens: int,
+    base_path: str,
+    soft_prompt: Mapping[str, Any] | None = None,
 ) -> Any:
     """Returns the model with exactly that trainable which the method trains.
 
@@ -22,6 +29,7 @@ def with_method(
         lora: Arguments of ``add_lora``.
         virtual_tokens: Length of a soft prompt.
         base_path: Recorded in the adapter.
+        soft_prompt: ``init`` and ``text_ids`` of ``add_soft_prompt``; with ``lora`` a soft prompt trains beside it.
 
     Raises:
         RecipeError: A tower or target does not exist.
@@ -31,8 +39,9 @@ def with_method(
         return train_fully(model, towers)
     if method == "ia3":
         return add_ia3(model, base_path)
+    prompt = {"virtual_tokens": virtual_tokens, "base_path": base_path, **(soft_prompt or {})}
     if method in METHODS:
-        return add_soft_prompt(model, method, virtual_tokens=virtual_tokens, base_path=base_path)
+        return add_soft_prompt(model, method, **prompt)
     adapted = add_lora(model, towers=towers, base_path=base_path, **lora)
     fuse_lora(adapted)
-    return adapted
+    return adapted if soft_prompt is None else add_beside(adapted, **prompt)

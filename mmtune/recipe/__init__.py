@@ -7,7 +7,7 @@ Order of precedence: defaults < ``extends`` < recipe < environment (``MMTUNE_A__
 from mmtune.recipe.build import TEMPLATE_DRAWS, Build
 from mmtune.recipe.evaluation import Eval
 from mmtune.recipe.extract import Extract
-from mmtune.recipe.finetune import Augment, Features, Finetune, Lora
+from mmtune.recipe.finetune import Augment, Features, Finetune, Lora, SoftPrompt
 from mmtune.recipe.mixture import Mixture
 from mmtune.recipe.pretrain import Pretrain
 from mmtune.recipe.schema import Model, Recipe
@@ -27,6 +27,7 @@ __all__ = [
     "Model",
     "Pretrain",
     "Recipe",
+    "SoftPrompt",
     "Source",
     "Tokenize",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from mmtune.recipe import Finetune, Recipe
+from mmtune.recipe import Finetune, Recipe, SoftPrompt
 from mmtune.talk import Talk
 
 
@@ -51,6 +51,7 @@ def model_to_train(
     path: str,
     absent: Sequence[str],
     load: Callable[..., Any],
+    tokenizer: Any,
     console: Talk,
 ) -> Any:
     """Returns the model with what trains, without the towers of the media in ``absent``."""
@@ -86,7 +87,14 @@ def model_to_train(
             lora=lora,
             virtual_tokens=settings.virtual_tokens,
             base_path=path,
+            soft_prompt=None if settings.soft_prompt is None else _start(settings.soft_prompt, tokenizer),
         )
+
+
+def _start(prompt: SoftPrompt, tokenizer: Any) -> dict[str, Any]:
+    """Returns what virtual tokens start from."""
+    ids = tokenizer(prompt.text, add_special_tokens=False)["input_ids"] if prompt.init == "text" else []
+    return {"init": prompt.init, "text_ids": ids}
 
 
 def place(model: Any, settings: Finetune, accelerator: Any, console: Talk) -> None:

@@ -67,6 +67,7 @@ def prepare(
         DataError: A split is empty.
         IntegrityError: The processor is not the one of tokens/.
     """
+    from mmtune.encoding.processor import tokenizer_of
     from mmtune.models.attention import is_flex
     from mmtune.models.left_out import set_aside
     from mmtune.training.batching import packed_trees, rows_apart
@@ -89,7 +90,8 @@ def prepare(
         precision,
         accelerator,
     )
-    model = model_to_train(recipe, settings, path, [one.kind for one in wanted if one.found], load, console)
+    found = [one.kind for one in wanted if one.found]
+    model = model_to_train(recipe, settings, path, found, load, tokenizer_of(processor), console)
     show_towers(model, console)
     with set_aside(model):
         place(model, settings, accelerator, console)
@@ -113,8 +115,8 @@ def prepare(
     optimizer = _optimizer(model, settings, accelerator)
     # Bins are of another length under FlexAttention.
     batches = ("trees for FlexAttention" if is_flex(model) else "trees") if as_trees else "rows"
-    found = {"step_size": asdict(size), "precision": precision, "batches": batches, "features": kinds}
-    whole = _identity(identity, found)
+    decided = {"step_size": asdict(size), "precision": precision, "batches": batches, "features": kinds}
+    whole = _identity(identity, decided)
     parts = (recipe, settings, tokens, model, optimizer, accelerator, batching, held_out, checkpoints, whole)
     return Run(*parts, processor, means.load)
 
@@ -185,6 +187,7 @@ def _optimizer(model: Any, settings: Finetune, accelerator: Any) -> Any:
         beta2=settings.beta2,
         tower_rates=settings.tower_rates,
         plus_ratio=settings.lora.plus_ratio,
+        prompt_rate=settings.soft_prompt.learning_rate if settings.soft_prompt else None,
     )
     return _by_deepspeed(model, make, settings, accelerator) if _goes_deep(settings) else make(model)
 
