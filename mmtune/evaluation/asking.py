@@ -19,6 +19,7 @@ from mmtune.evaluation.options import by_media, score_words
 from mmtune.evaluation.ranking import Question, Words, rank
 from mmtune.evaluation.rows import EvalRows
 from mmtune.evaluation.scoring import RowScorer
+from mmtune.models.soft_tokens import soft_tokens
 
 _CACHE_BYTES = 256 << 20
 _STOP_ROWS = 32
@@ -75,9 +76,10 @@ def ask_each(
     for name, load in models.items():
         model = load()
         scorer = _scorer(model, processor, asking)
-        texts[name] = _answers(name, model, processor, rows, asking, scorer)
+        shown = rows if soft_tokens(model) is not None else rows.without_soft_tokens()
+        texts[name] = _answers(name, model, processor, shown, asking, scorer)
         if asking.loss:
-            losses[name] = _losses(name, scorer, rows, asking)
+            losses[name] = _losses(name, scorer, shown, asking)
         del model, scorer
         gc.collect()
         if torch.cuda.is_available():

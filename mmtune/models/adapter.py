@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmtune.models.soft_prompt import BESIDE, lora_beside
+from mmtune.models.soft_tokens import save_soft_tokens, soft_tokens
 from mmtune.models.spread import is_sharded, own_part, spread_like, whole
 from mmtune.models.towers import check_towers, linear_names, tower_of
 
@@ -139,6 +140,11 @@ def save_tuned(model: Any, folder: Path, state: dict[str, torch.Tensor] | None =
         folder: Where to.
         state: Its ``whole_state``.
     """
+    soft = soft_tokens(model)
+    if soft is not None:
+        save_soft_tokens(soft, folder)
+        if not hasattr(model, "peft_config"):
+            return
     if hasattr(model, "pissa_start"):
         _save_pissa(model, folder)
     else:

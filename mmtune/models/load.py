@@ -197,13 +197,18 @@ def load_tuned(base: str, folder: Path, **settings: Any) -> Any:
 
     Args:
         base: Folder or hub id of the base model.
-        folder: ``adapter/``: a PEFT folder, or a whole model after full tuning.
+        folder: ``adapter/``: a PEFT folder, soft tokens, or a whole model after full tuning.
         settings: Passed on to ``load_model``.
 
     Raises:
         IntegrityError: The adapter's weights do not fit the base.
     """
+    from mmtune.models.soft_tokens import FILE, load_soft_tokens
+
+    soft = (folder / FILE).is_file()
     if not (folder / "adapter_config.json").is_file():
+        if soft:
+            return load_soft_tokens(load_model(base, **settings), folder)
         return load_model(str(folder), **{**settings, "revision": None})
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
@@ -211,6 +216,8 @@ def load_tuned(base: str, folder: Path, **settings: Any) -> Any:
     from mmtune.models.soft_prompt import BESIDE, join_lora, logits_of_own_tokens
 
     model = load_model(base, **settings)
+    if soft:
+        load_soft_tokens(model, folder)
     try:
         tuned = PeftModel.from_pretrained(model, str(folder))
     except (RuntimeError, ValueError, KeyError) as error:

@@ -107,7 +107,7 @@ def make_optimizer(
     for parameter_name, parameter in model.named_parameters():
         if parameter.requires_grad:
             own = (tower_rates or {}).get(tower_of(parameter_name), rate)
-            if prompt_rate is not None and "prompt_encoder." in parameter_name:
+            if prompt_rate is not None and ("prompt_encoder." in parameter_name or "soft_tokens." in parameter_name):
                 own = prompt_rate
             scale = own / rate
             is_b = ".lora_B." in parameter_name or ".lora_embedding_B." in parameter_name

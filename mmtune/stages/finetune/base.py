@@ -52,9 +52,10 @@ def model_to_train(
     absent: Sequence[str],
     load: Callable[..., Any],
     tokenizer: Any,
+    soft: int,
     console: Talk,
 ) -> Any:
-    """Returns the model with what trains, without the towers of the media in ``absent``."""
+    """Returns the model with what trains, without the towers of the media in ``absent``; rows have ``soft`` tokens."""
     import torch
 
     from mmtune.models.adapter import add_noise_to_embeddings
@@ -88,6 +89,7 @@ def model_to_train(
             virtual_tokens=settings.virtual_tokens,
             base_path=path,
             soft_prompt=None if settings.soft_prompt is None else _start(settings.soft_prompt, tokenizer),
+            soft_tokens=soft,
         )
 
 

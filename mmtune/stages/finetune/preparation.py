@@ -72,6 +72,7 @@ def prepare(
     from mmtune.models.left_out import set_aside
     from mmtune.training.batching import packed_trees, rows_apart
     from mmtune.training.checkpoints import CheckpointFolder
+    from mmtune.training.data import soft_token_count
     from mmtune.training.step_size import LIMITS, StepSize, planned_size
 
     _trackers_are_here(settings.trackers)
@@ -91,7 +92,8 @@ def prepare(
         accelerator,
     )
     found = [one.kind for one in wanted if one.found]
-    model = model_to_train(recipe, settings, path, found, load, tokenizer_of(processor), console)
+    soft = max(soft_token_count(split.table) for split in splits.values())
+    model = model_to_train(recipe, settings, path, found, load, tokenizer_of(processor), soft, console)
     show_towers(model, console)
     with set_aside(model):
         place(model, settings, accelerator, console)
