@@ -55,7 +55,21 @@ class Medium:
     seconds: float = 0.0
 
 
-Part = TextPart | Medium
+@dataclass(frozen=True, slots=True)
+class SoftPart:
+    """Places of a message that a soft prompt fills: learned vectors in the middle of its text.
+
+    Attributes:
+        tokens: How many.
+    """
+
+    tokens: int
+
+
+SOFT_ID = 1 << 24
+"""Id of the first soft token in an encoded row, above every vocabulary; those of a message count up from it."""
+
+Part = TextPart | SoftPart | Medium
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +86,7 @@ class Message:
 
     Attributes:
         role: ``system``, ``user``, ``assistant`` or ``tool``.
-        parts: Text and media in reading order.
+        parts: Text, soft tokens and media in reading order.
         reasoning: The assistant's thinking text, kept apart from its answer.
         tool_calls: Calls that an assistant turn makes.
         name: The tool's name in a ``tool`` turn.

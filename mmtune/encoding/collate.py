@@ -115,7 +115,7 @@ class Collator:
 
     def _prompt(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Returns where the first answer has not begun, for a family that reads the prompt in both directions."""
-        if not getattr(self._processor, "reads_prompt", False):
+        if not self.reads_prompt:
             return {}
         return {"prompt_mask": ((batch["labels"] != IGNORED).cumsum(1) == 0).long() * batch["attention_mask"]}
 
@@ -127,6 +127,11 @@ class Collator:
     def rows_per_token(self, kind: str) -> int:
         """Returns the features that one recorded token stands for: Gemma 3 records the token that opens an image."""
         return int(self._processor.image_seq_length) if self._gemma and kind == "image" else 1
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether the family reads a prompt in both directions, so that its beginning depends on its end."""
+        return bool(getattr(self._processor, "reads_prompt", False))
 
     @property
     def media_by_row(self) -> bool:

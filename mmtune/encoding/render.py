@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,8 +15,8 @@ from mmtune.encoding.leaves import escaped
 from mmtune.encoding.media_tokens import MediaCounter
 from mmtune.encoding.processor import chat_template_of, tokenizer_of
 from mmtune.encoding.refused import Refused
-from mmtune.encoding.skeleton import SkeletonMaker, media_of, shape_of
-from mmtune.records import Medium, Message, TextPart
+from mmtune.encoding.skeleton import Shape, SkeletonMaker, media_of, shape_of
+from mmtune.records import SOFT_ID, Medium, Message, Part, SoftPart
 
 IGNORED = -100
 
@@ -64,6 +65,7 @@ _Bears = np.ndarray | None
 # Control ids that bear no loss, and their flags.
 _Silent = tuple[np.ndarray, tuple[bool, bool]]
 _NONE = np.empty(0, dtype=np.int32)
+_BARE = (False, False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,7 @@ class Renderer:
             control_end=self.control.ends,
         )
         self._bos = tokenizer.bos_token or ""
+        self._soft = True
         self._around = _added_around(tokenizer) if multimodal else (_NONE, _NONE)
         self._programs: OrderedDict[Any, _Program] = OrderedDict()
 
@@ -120,7 +123,7 @@ class Renderer:
             media = media_of(messages)
         shape = shape_of(messages, tools)
         for text in shape.texts:
-            if not self._encoder.clean(text):
+            if isinstance(text, str) and not self._encoder.clean(text):
                 raise Refused("control_token_in_text", "the text holds a private-use character in use as a marker")
         key = (shape.key, add_generation_prompt)
         program = self._programs.get(key)
@@ -129,13 +132,19 @@ class Renderer:
             self._programs[key] = program
             if len(self._programs) > 512:
                 self._programs.popitem(last=False)
-        return self._run(program, shape.texts, media)
+        return self._run(program, shape, media)
+
+    def without_soft_tokens(self) -> Renderer:
+        """Returns a renderer that leaves soft tokens out, for a model that has none."""
+        other = copy(self)
+        other._soft = False
+        return other
 
     def _with_frames(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Shows each video as sampled frames."""
         shown = []
         for message in messages:
-            parts: list[TextPart | Medium] = []
+            parts: list[Part] = []
             for part in message.parts:
                 if isinstance(part, Medium) and part.modality == "video":
                     # `fps` of -1-i marks frame i of the video until its span is made.
@@ -213,8 +222,9 @@ class Renderer:
             at = end + 1
         return folded
 
-    def _run(self, program: _Program, texts: Sequence[str], media: Sequence[Medium]) -> EncodedRow:
+    def _run(self, program: _Program, shape: Shape, media: Sequence[Medium]) -> EncodedRow:
         row = _Writer(self._encoder, program.before)
+        softs = _soft_starts(shape)
         images = sum(medium.modality == "image" for medium in media)
         spans: list[MediaSpan] = []
         for op in program.ops:
@@ -222,7 +232,12 @@ class Renderer:
             if kind == "ids":
                 row.block(op[1], op[2], op[3], op[4])
             elif kind == "slot":
-                row.text(escaped(texts[op[1]], op[3]), op[2])
+                text = shape.texts[op[1]]
+                if isinstance(text, str):
+                    row.text(escaped(text, op[3]), op[2])
+                elif self._soft:
+                    start = softs[op[1]]
+                    row.block(np.arange(start, start + text.tokens, dtype=np.int32), _BARE, _BARE, None)
             elif kind == "text":
                 row.text(op[1], op[2])
             else:
@@ -311,6 +326,17 @@ def _join(ops: list[_Op], op: _Op) -> None:
         bears = np.concatenate([_all_bears(last), _all_bears(op)])
         op = ("ids", ids, last[2], op[3], bears if bears.any() else None)
     ops.append(op)
+
+
+def _soft_starts(shape: Shape) -> dict[int, int]:
+    """Returns the first id of each run of soft tokens by its text's number; a message's runs follow one another."""
+    starts: dict[int, int] = {}
+    ends: dict[int, int] = {}
+    for number, (text, owner) in enumerate(zip(shape.texts, shape.owners, strict=True)):
+        if isinstance(text, SoftPart):
+            starts[number] = ends.get(owner, SOFT_ID)
+            ends[owner] = starts[number] + text.tokens
+    return starts
 
 
 def _all_bears(op: _Op) -> np.ndarray:

@@ -22,7 +22,7 @@ from typing import Any
 from mmtune.encoding.leaves import leaves_of, probe_mode, probed, with_leaves
 from mmtune.encoding.refused import Refused
 from mmtune.errors import RecipeError
-from mmtune.records import Medium, Message, TextPart
+from mmtune.records import Medium, Message, Part, SoftPart, TextPart
 
 _SECONDS = 5.0
 
@@ -52,18 +52,18 @@ class Shape:
 
     Attributes:
         key: Hashable structure; equal keys render alike.
-        texts: Cores of the non-empty texts, in order of the slots.
+        texts: Cores of the non-empty texts and soft tokens, in order of the slots.
         owners: Message index of each text.
     """
 
     key: tuple[Any, ...]
-    texts: tuple[str, ...]
+    texts: tuple[str | SoftPart, ...]
     owners: tuple[int, ...]
 
 
 def shape_of(messages: Sequence[Message], tools: str) -> Shape:
     """Returns the structure of a conversation apart from its texts."""
-    texts: list[str] = []
+    texts: list[str | SoftPart] = []
     owners: list[int] = []
     key: list[Any] = []
 
@@ -87,9 +87,16 @@ def shape_of(messages: Sequence[Message], tools: str) -> Shape:
         start = text.index(core)
         return (text[:start], text[start + len(core) :], True)
 
+    def shown(part: Part, message: int) -> Any:
+        if isinstance(part, SoftPart):
+            texts.append(part)
+            owners.append(message)
+            return ("", "", True)
+        return slot(part.text, message) if isinstance(part, TextPart) else part.modality
+
     for index, message in enumerate(messages):
         reasoning = slot(message.reasoning, index)
-        parts = tuple(slot(part.text, index) if isinstance(part, TextPart) else part.modality for part in message.parts)
+        parts = tuple([shown(part, index) for part in message.parts])
         calls: list[str] = []
         for call in message.tool_calls:
             structure, strings = leaves_of(call.arguments)
@@ -202,9 +209,10 @@ class SkeletonMaker:
                 # Templates drop earlier reasoning, so it need not show.
                 plain["reasoning_content"] = mark(message.reasoning, index, "")
             parts = [
-                {"type": "text", "text": mark(part.text, index, role=message.role)}
-                if isinstance(part, TextPart)
-                else {"type": part.modality}
+                {"type": part.modality}
+                if isinstance(part, Medium)
+                # Soft tokens stand where a text of one mark would.
+                else {"type": "text", "text": mark(_words(part), index, role=message.role)}
                 for part in message.parts
             ]
             only_text = all(part["type"] == "text" for part in parts)
@@ -313,6 +321,10 @@ class SkeletonMaker:
 def media_of(messages: Sequence[Message]) -> list[Medium]:
     """Returns the media of a conversation in reading order."""
     return [part for message in messages for part in message.parts if isinstance(part, Medium)]
+
+
+def _words(part: TextPart | SoftPart) -> str:
+    return "soft" if isinstance(part, SoftPart) else part.text
 
 
 def _shared(one: str, other: str) -> int:

@@ -14,9 +14,12 @@ import torch
 
 from mmtune.encoding.collate import Collator
 from mmtune.encoding.processor import pad_token_id, tokenizer_of
-from mmtune.evaluation.generation import answer_losses, generate_texts, stop_ids
+from mmtune.evaluation.generation import generate_texts, stop_ids
+from mmtune.evaluation.options import by_media, score_words
 from mmtune.evaluation.ranking import Question, Words, rank
 from mmtune.evaluation.rows import EvalRows
+from mmtune.evaluation.scoring import RowScorer
+from mmtune.models.soft_tokens import soft_tokens
 
 _CACHE_BYTES = 256 << 20
 _STOP_ROWS = 32
@@ -40,6 +43,7 @@ class Asking:
         words: Label words by source, for ranking.
         should_stop: Asked between batches; true ends it with ``generation.Stopped``.
         progress: Total and label to a context with an ``advance``.
+        note: Told what a person should know.
     """
 
     media_root: Path
@@ -50,6 +54,7 @@ class Asking:
     words: Words
     should_stop: Callable[[], bool]
     progress: Callable[[int, str], AbstractContextManager[Any]]
+    note: Callable[[str], None]
 
 
 def ask_each(
@@ -70,19 +75,29 @@ def ask_each(
     losses: dict[str, Losses] = {}
     for name, load in models.items():
         model = load()
+        scorer = _scorer(model, processor, asking)
+        soft = soft_tokens(model) is not None
         for way, rows in ways.items():
             label = f"{name}, {way}" if way else name
-            texts[label] = answers_of(label, model, processor, rows, asking)
+            shown = rows if soft else rows.without_soft_tokens()
+            texts[label] = answers_of(label, model, processor, shown, asking, scorer)
             if asking.loss:
-                losses[label] = _losses(label, model, processor, rows, asking)
-        del model
+                losses[label] = _losses(label, scorer, shown, asking)
+        del model, scorer
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return texts, losses
 
 
-def answers_of(name: str, model: Any, processor: Any, rows: EvalRows, asking: Asking) -> list[str]:
+def _scorer(model: Any, processor: Any, asking: Asking) -> RowScorer:
+    collate = Collator(processor, media_root=asking.media_root, cache_bytes=_CACHE_BYTES)
+    return RowScorer(model, collate, batch_rows=asking.batch_rows, should_stop=asking.should_stop, note=asking.note)
+
+
+def answers_of(
+    name: str, model: Any, processor: Any, rows: EvalRows, asking: Asking, scorer: RowScorer | None = None
+) -> list[str]:
     """Returns one model's answers to the kept rows.
 
     Args:
@@ -91,33 +106,23 @@ def answers_of(name: str, model: Any, processor: Any, rows: EvalRows, asking: As
         processor: Its processor.
         rows: Already examined.
         asking: How they are asked.
+        scorer: Of the model's options; made where it is None.
 
     Raises:
         Stopped: ``should_stop`` said so.
     """
-    ranked = _ranked(name, model, processor, rows, asking) if asking.rank else {}
+    ranked = _ranked(name, scorer or _scorer(model, processor, asking), rows, asking) if asking.rank else {}
     free = [row for row in range(len(rows.kept)) if row not in ranked]
     said = dict(zip(free, _generated(name, model, processor, rows, asking, free), strict=True))
     return [ranked[row] if row in ranked else said[row] for row in range(len(rows.kept))]
 
 
-def _ranked(name: str, model: Any, processor: Any, rows: EvalRows, asking: Asking) -> dict[int, str]:
+def _ranked(name: str, scorer: RowScorer, rows: EvalRows, asking: Asking) -> dict[int, str]:
     """Returns the likeliest option of every row that has options."""
 
     def score(asked: Sequence[tuple[Question, int]]) -> np.ndarray:
         with asking.progress(len(asked), f"eval {name} options") as bar:
-            nll, _ = answer_losses(
-                model,
-                lambda chosen: [
-                    rows.encode(asked[at][0].conversation(asked[at][1]), asked[at][0].tools) for at in chosen
-                ],
-                Collator(processor, media_root=asking.media_root, cache_bytes=_CACHE_BYTES),
-                sizes=[rows.row_sizes[question.row] for question, _ in asked],
-                batch_rows=asking.batch_rows,
-                should_stop=asking.should_stop,
-                advance=bar.advance,
-            )
-        return -nll
+            return score_words(scorer, rows.encode, asked, bar.advance)
 
     examples = {row: example for row in range(len(rows.kept)) if (example := rows.example(row)).options}
     return rank(examples, asking.words, score)
@@ -145,14 +150,8 @@ def _generated(
         )
 
 
-def _losses(name: str, model: Any, processor: Any, rows: EvalRows, asking: Asking) -> Losses:
+def _losses(name: str, scorer: RowScorer, rows: EvalRows, asking: Asking) -> Losses:
+    order = by_media([rows.example(row).media for row in range(len(rows.kept))])
     with asking.progress(len(rows.kept), f"eval {name} loss") as bar:
-        return answer_losses(
-            model,
-            rows.conversations,
-            Collator(processor, media_root=asking.media_root, cache_bytes=_CACHE_BYTES),
-            sizes=rows.row_sizes,
-            batch_rows=asking.batch_rows,
-            should_stop=asking.should_stop,
-            advance=bar.advance,
-        )
+        logprob, tokens = scorer(rows.conversations, order, bar.advance)
+    return -logprob, tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from typing import Any
 
 from mmtune.choice import chosen
@@ -130,6 +131,12 @@ class EvalRows:
             self.prompt_sizes.append(prompt.input_ids.size)
             self.dropped.append(fitted.dropped)
             yield example
+
+    def without_soft_tokens(self) -> EvalRows:
+        """Returns the same rows as a model without a soft prompt is asked them."""
+        other = copy(self)
+        other._renderer = self._renderer.without_soft_tokens()
+        return other
 
     def example(self, row: int) -> Example:
         """Returns the example of a kept row."""

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmtune.models.soft_prompt import BESIDE, lora_beside
+from mmtune.models.soft_tokens import save_soft_tokens, soft_tokens
 from mmtune.models.spread import is_sharded, own_part, spread_like, whole
 from mmtune.models.towers import check_towers, linear_names, tower_of
 
@@ -152,10 +154,20 @@ def save_tuned(model: Any, folder: Path, state: dict[str, torch.Tensor] | None =
         folder: Where to.
         state: Its ``whole_state``.
     """
+    soft = soft_tokens(model)
+    if soft is not None:
+        save_soft_tokens(soft, folder)
+        if not hasattr(model, "peft_config"):
+            return
     if hasattr(model, "pissa_start"):
         _save_pissa(model, folder)
     else:
-        model.save_pretrained(str(folder), **({} if state is None else {"state_dict": state}))
+        lora = lora_beside(model)
+        if lora is not None:
+            lora.save_pretrained(str(folder))
+        own = folder if lora is None else folder / BESIDE
+        model.save_pretrained(str(own), **({} if state is None else {"state_dict": state}))
+        (own / "README.md").unlink(missing_ok=True)
     # PEFT writes a model card with a generated text; ours is the manifest.
     (folder / "README.md").unlink(missing_ok=True)
 

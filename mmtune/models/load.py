@@ -197,20 +197,27 @@ def load_tuned(base: str, folder: Path, **settings: Any) -> Any:
 
     Args:
         base: Folder or hub id of the base model.
-        folder: ``adapter/``: a PEFT folder, or a whole model after full tuning.
+        folder: ``adapter/``: a PEFT folder, soft tokens, or a whole model after full tuning.
         settings: Passed on to ``load_model``.
 
     Raises:
         IntegrityError: The adapter's weights do not fit the base.
     """
+    from mmtune.models.soft_tokens import FILE, load_soft_tokens
+
+    soft = (folder / FILE).is_file()
     if not (folder / "adapter_config.json").is_file():
+        if soft:
+            return load_soft_tokens(load_model(base, **settings), folder)
         return load_model(str(folder), **{**settings, "revision": None})
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
-    from mmtune.models.soft_prompt import logits_of_own_tokens
+    from mmtune.models.soft_prompt import BESIDE, join_lora, logits_of_own_tokens
 
     model = load_model(base, **settings)
+    if soft:
+        load_soft_tokens(model, folder)
     try:
         tuned = PeftModel.from_pretrained(model, str(folder))
     except (RuntimeError, ValueError, KeyError) as error:
@@ -224,6 +231,9 @@ def load_tuned(base: str, folder: Path, **settings: Any) -> Any:
             "tune again from this base",
             "adapter_mismatch",
         )
+    if (folder / BESIDE).is_dir():
+        prompted = PeftModel.from_pretrained(tuned.get_base_model(), str(folder / BESIDE))
+        tuned = join_lora(prompted, tuned)
     return logits_of_own_tokens(tuned).eval()
 
 

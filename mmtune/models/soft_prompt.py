@@ -7,7 +7,8 @@ the first token; prefix tuning (arXiv:2101.00190) puts learned keys and values i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mmtune.errors import CapabilityError
@@ -17,15 +18,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 METHODS = ("prompt", "p_tuning", "prefix")
+BESIDE = "soft_prompt"
+"""Folder within a LoRA adapter that holds the soft prompt which was trained with it."""
 
 
-def add_soft_prompt(model: PreTrainedModel, method: str, *, virtual_tokens: int, base_path: str = "") -> Any:
+def add_soft_prompt(
+    model: PreTrainedModel,
+    method: str,
+    *,
+    virtual_tokens: int,
+    init: str = "random",
+    text_ids: Sequence[int] = (),
+    base_path: str = "",
+) -> Any:
     """Returns the model wrapped by PEFT, with fresh virtual tokens and everything else frozen.
 
     Args:
         model: The base model.
         method: One of ``METHODS``.
-        virtual_tokens: How many vectors are learned.
+        virtual_tokens: How many vectors are learned; those of a text are as many as its tokens.
+        init: ``random``; ``vocabulary`` starts ``prompt`` with the embeddings of tokens drawn; ``text`` starts
+            ``prompt`` and ``prefix`` as if the text stood typed before every row.
+        text_ids: Tokens of that text.
         base_path: Recorded in the adapter.
 
     Raises:
@@ -45,10 +59,71 @@ def add_soft_prompt(model: PreTrainedModel, method: str, *, virtual_tokens: int,
         "p_tuning": peft.PromptEncoderConfig,
         "prefix": peft.PrefixTuningConfig,
     }
-    config = kinds[method](task_type="CAUSAL_LM", num_virtual_tokens=virtual_tokens)
+    count = len(text_ids) if init == "text" else virtual_tokens
+    config = kinds[method](task_type="CAUSAL_LM", num_virtual_tokens=count)
+    start = None if init == "random" else _start(model, method, count, text_ids)
     wrapped = peft.get_peft_model(model, config)
+    if start is not None:
+        weight = wrapped.prompt_encoder["default"].embedding.weight
+        weight.data.copy_(start.reshape(weight.shape))
     wrapped.peft_config["default"].base_model_name_or_path = base_path
     return logits_of_own_tokens(wrapped)
+
+
+def _start(model: Any, method: str, count: int, text_ids: Sequence[int]) -> torch.Tensor:
+    """Returns what virtual tokens start as: embeddings ``(V, H)``, or keys and values ``(V, layers, 2, heads, width)``.
+
+    Args:
+        model: The base model, on the CPU.
+        method: ``prompt`` or ``prefix``.
+        count: V.
+        text_ids: ``(V,)`` tokens to start from; drawn from the vocabulary where there are none.
+    """
+    import torch
+
+    embed = model.get_input_embeddings()
+    drawn = torch.randint(0, embed.num_embeddings, (count,))
+    ids = torch.tensor(list(text_ids)) if text_ids else drawn
+    with torch.no_grad():
+        if method == "prompt":
+            return embed(ids).float()
+        training = model.training
+        made = model.eval()(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], use_cache=True)
+        model.train(training)
+    layers = [torch.stack((layer.keys[0], layer.values[0])) for layer in made.past_key_values.layers]
+    return torch.stack(layers).permute(3, 0, 1, 2, 4).float()
+
+
+def add_beside(adapted: Any, **settings: Any) -> Any:
+    """Returns a model whose LoRA adapters and virtual tokens train together; each is saved as an adapter of its own.
+
+    Args:
+        adapted: The model that ``add_lora`` returned.
+        settings: Of ``add_soft_prompt``, for method ``prompt``.
+
+    Raises:
+        CapabilityError: As ``add_soft_prompt`` does.
+    """
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    with warnings.catch_warnings():
+        # PEFT takes a second adapter for a mistake.
+        warnings.filterwarnings("ignore", "You are trying to modify a model with PEFT for a second time")
+        wrapped = add_soft_prompt(adapted.get_base_model(), "prompt", **settings)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    return join_lora(wrapped, adapted)
+
+
+def join_lora(wrapped: Any, adapted: Any) -> Any:
+    """Returns a model with a soft prompt that knows the LoRA model around the same base, to be saved with it."""
+    # In a list, or its parameters would go by two names.
+    wrapped.lora_beside = [adapted]
+    return wrapped
+
+
+def lora_beside(model: Any) -> Any | None:
+    """Returns the LoRA model around the base of a model with a soft prompt, or None."""
+    return next(iter(vars(model).get("lora_beside", ())), None)
 
 
 def _shifted(model: PreTrainedModel) -> str:

@@ -31,7 +31,7 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
     ("audio", r"audio_tower|audio_model|audio_encoder|audio_embed|speech_encoder|encoder_audio"),
     ("vision", r"vision_tower|vision_model|visual|vision_encoder|image_encoder|image_embed|vision_embed_tokens"),
 )
-_ADAPTERS = ((".lora_", "lora"), (".ia3_", "ia3"), ("prompt_encoder.", "prompt"))
+_ADAPTERS = ((".lora_", "lora"), (".ia3_", "ia3"), ("prompt_encoder.", "prompt"), ("soft_tokens.", "prompt"))
 _COMPILED = tuple((tower, re.compile(rf"(^|\.)({pattern})(\.|$)")) for tower, pattern in _PATTERNS)
 
 

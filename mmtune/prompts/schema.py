@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mmtune.records import MODALITIES, Example, Medium, Message, Modality, Part, TextPart, ToolCall
+from mmtune.records import MODALITIES, Example, Medium, Message, Modality, Part, SoftPart, TextPart, ToolCall
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -146,10 +146,7 @@ def _message_to_row(message: Message) -> dict[str, Any]:
     calls = [{"name": call.name, "arguments": call.arguments} for call in message.tool_calls]
     return {
         "role": message.role,
-        "content": [
-            {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": part.modality, "text": None}
-            for part in message.parts
-        ],
+        "content": [_part_to_row(part) for part in message.parts],
         "reasoning": message.reasoning,
         "tool_calls": json.dumps(calls, ensure_ascii=False) if calls else "",
         "name": message.name,
@@ -157,10 +154,20 @@ def _message_to_row(message: Message) -> dict[str, Any]:
     }
 
 
+def _part_to_row(part: Part) -> dict[str, str | None]:
+    if isinstance(part, SoftPart):
+        return {"type": "soft", "text": str(part.tokens)}
+    return {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": part.modality, "text": None}
+
+
+def _row_to_part(row: Mapping[str, Any], media: Mapping[Modality, Any]) -> Part:
+    if row["type"] == "soft":
+        return SoftPart(int(row["text"]))
+    return TextPart(row["text"]) if row["type"] == "text" else next(media[row["type"]])
+
+
 def _row_to_message(row: Mapping[str, Any], media: Mapping[Modality, Any]) -> Message:
-    parts: list[Part] = [
-        TextPart(part["text"]) if part["type"] == "text" else next(media[part["type"]]) for part in row["content"]
-    ]
+    parts = [_row_to_part(part, media) for part in row["content"]]
     calls = json.loads(row["tool_calls"]) if row["tool_calls"] else ()
     return Message(
         row["role"],

@@ -23,6 +23,7 @@ from mmtune.prompts.forms import (
     Template,
     fill_slots,
     missing_slots,
+    parts_of,
     raw_values,
     slot_values,
 )
@@ -298,8 +299,7 @@ def _turns(record: Record, filled: Filled, style: Style, *, train: bool = True) 
         taught = f"{record.rationale.strip()}\nThe answer is {taught}"
     before, marked, after = prompt.partition(MEDIA)
     texts = (before, after) if marked else ("", before)
-    parts: list[Part] = [TextPart(texts[0])] if texts[0] else []
-    parts += [*record.media, *([TextPart(texts[1])] if texts[1] else [])]
+    parts: list[Part] = [*parts_of(texts[0]), *record.media, *parts_of(texts[1])]
     turns = [Message("user", tuple(parts))] if parts else []
     return [*turns, *([Message("assistant", (TextPart(taught),), train=train)] if taught else [])]
 

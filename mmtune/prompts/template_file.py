@@ -18,6 +18,7 @@ FLAN's pairs of input and target by task, as data::
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ from mmtune.prompts.forms import Template
 
 _MOST_BYTES = 4 << 20
 _ANSWER = {"answer", "target"}
+_SOFT = re.compile(r"\s*[1-9][0-9]{0,2}")
 
 
 class _Loader(yaml.SafeLoader):
@@ -122,6 +124,8 @@ def _names(path: Path, text: str) -> set[str]:
         found = [(name, more, turn) for _, name, more, turn in string.Formatter().parse(text) if name is not None]
     except ValueError as error:
         raise _bad(path, f"has a brace that does not fit in {text!r}: {error}") from error
+    # {soft: 8} is no slot, see ``forms``.
+    found = [one for one in found if not (one[0] == "soft" and _SOFT.fullmatch(one[1] or "") and not one[2])]
     odd = next((name for name, more, turn in found if not name.isidentifier() or more or turn), None)
     if odd is not None:
         raise _bad(path, f"has the slot {odd!r}, which is no plain name")

@@ -8,7 +8,7 @@ from mmtune.recipe.build import TEMPLATE_DRAWS, Build
 from mmtune.recipe.evaluation import Eval
 from mmtune.recipe.exemplars import BuildExemplars, Exemplars
 from mmtune.recipe.extract import BASE, Extract
-from mmtune.recipe.finetune import Augment, Features, Finetune, Lora
+from mmtune.recipe.finetune import Augment, Features, Finetune, Lora, SoftPrompt
 from mmtune.recipe.mixture import Mixture
 from mmtune.recipe.pretrain import Pretrain
 from mmtune.recipe.prompt import Bbt, Prompt, Rl, Writer
@@ -35,6 +35,7 @@ __all__ = [
     "Prompt",
     "Recipe",
     "Rl",
+    "SoftPrompt",
     "Source",
     "Tokenize",
     "Writer",

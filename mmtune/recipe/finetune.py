@@ -31,6 +31,27 @@ class Lora(Section):
     """LoRA+ (arXiv:2402.12354): learning rate of B over that of A; the paper takes 16."""
 
 
+class SoftPrompt(Section):
+    """finetune.soft_prompt: what virtual tokens start from; beside method lora, virtual tokens that train with it."""
+
+    init: Literal["random", "vocabulary", "text"] = "random"
+    """random; vocabulary: embeddings of random tokens (method prompt, or beside lora); text: as if the text stood typed
+    before every row, with as many virtual tokens as it has tokens (not p_tuning)."""
+    text: str = ""
+    """The text of init text."""
+    learning_rate: Annotated[float, Field(gt=0, le=10)] | None = None
+    """Peak learning rate of the virtual tokens beside method lora, which want a higher one than adapters; else
+    finetune.learning_rate."""
+
+    @model_validator(mode="after")
+    def _has_its_text(self) -> SoftPrompt:
+        if self.init == "text" and not self.text.strip():
+            raise ValueError("init text starts from a text: give it as text")
+        if self.init != "text" and self.text:
+            raise ValueError("text is what init text starts from: set init: text, or leave text out")
+        return self
+
+
 class Augment(Section):
     """finetune.augment: what may happen to an image while training; validation and eval see it as it is."""
 
@@ -64,7 +85,9 @@ class Finetune(Section):
     """lora trains adapters; full trains the weights of the chosen towers. On the language model alone: ia3 trains
     factors on keys, values and MLP; prompt and p_tuning virtual tokens; prefix virtual keys and values."""
     virtual_tokens: Annotated[int, Field(ge=1, le=1024)] = 20
-    """Virtual tokens of prompt, p_tuning and prefix."""
+    """Virtual tokens of prompt, p_tuning and prefix, and of soft_prompt beside lora."""
+    soft_prompt: SoftPrompt | None = None
+    """What virtual tokens start from. With method lora, virtual tokens before every row train beside the adapters."""
     quantize: Literal["none", "nf4"] = "none"
     """nf4: QLoRA; the frozen language model rests in 4 bits, its head and the towers do not (needs mmtune[qlora])."""
     lora: Lora = Lora()
@@ -164,12 +187,27 @@ class Finetune(Section):
         self._shards()
         if self.lora.init == "pissa" and (self.lora.dora or self.lora.rslora or self.quantize != "none"):
             raise ValueError("lora.init pissa does not go with dora, rslora or quantize")
+        if self.soft_prompt is not None:
+            self._starts(self.soft_prompt)
         if self.method == "prefix" and self.checkpointing:
             raise ValueError("checkpointing does not go with method prefix, which fills the key-value cache")
         idle = sorted(set(self.tower_rates) - set(self.train))
         if idle:
             raise ValueError(f"tower_rates names {', '.join(idle)}, which does not train")
         return self
+
+    def _starts(self, prompt: SoftPrompt) -> None:
+        """Says what a soft prompt does not go with."""
+        if self.method not in ("lora", "prompt", "p_tuning", "prefix"):
+            raise ValueError(f"soft_prompt does not go with method {self.method}, which has no virtual tokens")
+        known = {"p_tuning": ("random",), "prefix": ("random", "text")}.get(self.method)
+        if known is not None and prompt.init not in known:
+            names = " or ".join(known)
+            raise ValueError(f"soft_prompt.init of method {self.method} is {names}, not {prompt.init}")
+        if prompt.learning_rate is not None and self.method != "lora":
+            raise ValueError("soft_prompt.learning_rate is for virtual tokens beside lora: set finetune.learning_rate")
+        if self.method == "lora" and (self.lora.init == "pissa" or self.shard != "none" or self.offload):
+            raise ValueError("a soft_prompt beside lora does not go with lora.init pissa, shard or offload")
 
     def _shards(self) -> None:
         """Says what does not go with spread weights."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtune.errors import DataError
+from mmtune.records import SOFT_ID
 from mmtune.storage import is_finished, open_split, read_manifest
 
 _STAGES = ("features", "instructions", "prompt", "tokens", "adapter", "report")
@@ -102,10 +103,11 @@ def _tree(value: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
             continue
         end = at + 1
         starts = {span[0] for span in spans}
-        same = (branch[at], labels[at] != -100)
-        while end < len(ids) and end not in starts and (branch[end], labels[end] != -100) == same:
+        same = (branch[at], labels[at] != -100, ids[at] >= SOFT_ID)
+        while end < len(ids) and end not in starts and (branch[end], labels[end] != -100, ids[end] >= SOFT_ID) == same:
             end += 1
-        runs.append({"branch": same[0], "loss": same[1], "text": tokenizer.decode(ids[at:end])})
+        text = f"[{end - at} soft tokens]" if same[2] else tokenizer.decode(ids[at:end])
+        runs.append({"branch": same[0], "loss": same[1], "text": text})
         at = end
     return {"length": value["length"], "example_ids": value["example_ids"], "runs": runs}
 

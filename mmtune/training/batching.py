@@ -12,15 +12,15 @@ import torch
 
 from mmtune.errors import CapabilityError
 from mmtune.models.attention import FLEX
+from mmtune.models.mask_rules import MaskRules, mask_rules
+from mmtune.models.rope_index import rope_index
 from mmtune.training.data import PackedBatches, RowBatches, Trees, row_sizes, tree_sizes
 from mmtune.training.loss import answer_loss
 from mmtune.training.packing import Packing, TreeLengths, tree_costs, tree_lengths, tree_modalities
 from mmtune.training.plan import Plan, row_batches
-from mmtune.training.rope_index import rope_index
 from mmtune.training.tree_batch import TreeCollator
 from mmtune.training.tree_blocks import BLOCK
 from mmtune.training.tree_check import TreeCheck, check_trees, trees_to_check
-from mmtune.training.tree_mask import MaskRules, mask_rules
 
 if TYPE_CHECKING:
     import pyarrow as pa

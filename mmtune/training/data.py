@@ -15,6 +15,7 @@ from mmtune.choice import chosen
 from mmtune.encoding.render import EncodedRow
 from mmtune.encoding.tree import Tree, row_to_span, row_to_tree, some_branches, tree_rows, tree_to_row
 from mmtune.features.shards import Item
+from mmtune.records import SOFT_ID
 from mmtune.training.packing import Packing
 from mmtune.training.plan import TreeSizes
 from mmtune.training.tree_batch import TreeCollator
@@ -55,6 +56,13 @@ def _branches(table: pa.Table) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndar
             media = np.zeros_like(counts)
             np.add.at(media, own[starts[one:end]], lengths[one:end])
             yield counts, targets, media
+
+
+def soft_token_count(table: pa.Table) -> int:
+    """Returns how many soft tokens the rows of a split count up to; 0 without any."""
+    ids = table.column("input_ids")
+    highest = max((pc.max(chunk.values).as_py() or 0 for chunk in ids.chunks), default=0)
+    return max(int(highest) - SOFT_ID + 1, 0)
 
 
 def some_rows(table: pa.Table, limit: int) -> pa.Table:

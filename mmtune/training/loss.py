@@ -13,9 +13,10 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from mmtune.models.encoder_outputs import encoder_outputs_in
+from mmtune.models.label_tokens import only_label_tokens
+from mmtune.models.mask_rules import MaskRules
 from mmtune.models.soft_prompt import is_prefix, run_behind_virtual_tokens, virtual_tokens
-from mmtune.training.label_tokens import only_label_tokens
-from mmtune.training.tree_mask import MaskRules, attention_mask, behind_virtual_tokens
+from mmtune.training.tree_mask import attention_mask, behind_virtual_tokens
 
 IGNORED = -100
 # Most logits that stand in fp32 at once (64 MiB).

@@ -81,6 +81,7 @@ def make_optimizer(
     name: str = "adamw",
     tower_rates: Mapping[Any, float] | None = None,
     plus_ratio: float = 1.0,
+    prompt_rate: float | None = None,
 ) -> Optimizer:
     """Returns AdamW, AdamW with its moments in 8 bits, or Muon with AdamW for what Muon is not made for.
 
@@ -97,6 +98,7 @@ def make_optimizer(
         name: ``adamw``, ``adamw_8bit`` or ``muon``.
         tower_rates: Peak learning rates of single towers, in place of ``rate``.
         plus_ratio: LoRA+ (arXiv:2402.12354): rate of LoRA's B over that of its A.
+        prompt_rate: Peak learning rate of virtual tokens, in place of ``rate``.
 
     Raises:
         CapabilityError: ``adamw_8bit`` without bitsandbytes.
@@ -104,7 +106,10 @@ def make_optimizer(
     scales: dict[torch.nn.Parameter, float] = {}
     for parameter_name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            scale = (tower_rates or {}).get(tower_of(parameter_name), rate) / rate
+            own = (tower_rates or {}).get(tower_of(parameter_name), rate)
+            if prompt_rate is not None and ("prompt_encoder." in parameter_name or "soft_tokens." in parameter_name):
+                own = prompt_rate
+            scale = own / rate
             is_b = ".lora_B." in parameter_name or ".lora_embedding_B." in parameter_name
             scales[parameter] = scale * (plus_ratio if is_b else 1.0)
 

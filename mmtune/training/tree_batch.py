@@ -14,7 +14,7 @@ import torch
 from mmtune.encoding.collate import Collator
 from mmtune.encoding.render import IGNORED, EncodedRow
 from mmtune.encoding.tree import Tree, tree_rows
-from mmtune.training.rope_index import RopeIndex
+from mmtune.models.rope_index import RopeIndex
 from mmtune.training.tree_blocks import flex_parts
 
 LAYOUT = ("tree", "branch", "place", "block")

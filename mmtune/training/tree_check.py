@@ -14,11 +14,11 @@ from mmtune.encoding.render import EncodedRow
 from mmtune.encoding.tree import Tree, tree_rows
 from mmtune.errors import CapabilityError
 from mmtune.models.attention import attention_by, text_attention
+from mmtune.models.mask_rules import MaskRules, mask_rules
 from mmtune.training.loss import answer_loss
 from mmtune.training.packing import TreeLengths
 from mmtune.training.sharding import gradient_norm
 from mmtune.training.tree_batch import TreeCollator
-from mmtune.training.tree_mask import MaskRules, mask_rules
 
 Batch = Mapping[str, torch.Tensor]
 # In fp32 the difference is about 1e-6. Coarser types are measured against themselves: what the

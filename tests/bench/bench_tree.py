@@ -26,13 +26,13 @@ from mmtune.encoding.render import EncodedRow, MediaSpan
 from mmtune.encoding.tree import Tree, build_trees, tree_rows
 from mmtune.models.adapter import add_lora
 from mmtune.models.attention import use_text_attention
+from mmtune.models.mask_rules import mask_rules
+from mmtune.models.rope_index import rope_index
 from mmtune.records import Medium
 from mmtune.training.loss import answer_loss
 from mmtune.training.packing import Packing, TreeLengths
-from mmtune.training.rope_index import rope_index
 from mmtune.training.tree_batch import TreeCollator
 from mmtune.training.tree_blocks import BLOCK
-from mmtune.training.tree_mask import mask_rules
 
 QUESTION_TOKENS, ANSWER_TOKENS = 12, 4
 

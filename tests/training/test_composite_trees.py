@@ -101,7 +101,7 @@ def test_frames_are_told_their_second(tiny_family: Any, media: Any, served: Any,
 def test_modality_dropout_leaves_the_loss_finite(tiny_family: Any, media: Any, served: Any) -> None:
     family = deepcopy(tiny_family("composite_hybrid"))
     family.model.config.fusion = {**family.model.config.fusion, "modality_dropout": 0.5}
-    from mmtune.training.tree_mask import mask_rules
+    from mmtune.models.mask_rules import mask_rules
 
     batch = TreeCollator(Collator(family.processor, media_root=Path()))([trees_of(family, media, served)])
     rules = mask_rules(family.model)

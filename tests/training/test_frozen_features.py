@@ -17,13 +17,13 @@ from mmtune.features.shards import Item, item_name
 from mmtune.models.adapter import add_lora, train_fully
 from mmtune.models.encoder_outputs import encoder_outputs, takes_none
 from mmtune.models.left_out import put_back, release
+from mmtune.models.mask_rules import mask_rules
+from mmtune.models.rope_index import rope_index
 from mmtune.models.towers import tower_of
 from mmtune.training import frozen_features
 from mmtune.training.frozen_features import DistinctMedia, Maker, distinct_media
 from mmtune.training.loss import answer_loss
-from mmtune.training.rope_index import rope_index
 from mmtune.training.tree_batch import TreeCollator
-from mmtune.training.tree_mask import mask_rules
 from tests.training.test_tree_batch import apart, error, gradients, trees_of
 
 # The images of the other families are cut into tiles that depend on their conversation, or there are none.

@@ -11,8 +11,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from mmtune.encoding.collate import Collator
+from mmtune.models.label_tokens import only_label_tokens
 from mmtune.records import Message, TextPart
-from mmtune.training.label_tokens import only_label_tokens
 from mmtune.training.loss import answer_loss, next_labels
 
 

@@ -13,15 +13,15 @@ import pytest
 from mmtune.encoding.collate import Collator
 from mmtune.encoding.tree import TREE_SCHEMA, build_trees, tree_rows, tree_to_row
 from mmtune.media.augment import Augmentation
+from mmtune.models.mask_rules import mask_rules
+from mmtune.models.rope_index import rope_index
 from mmtune.records import Message, TextPart
 from mmtune.training.batching import Split, packed_trees, rows_apart
 from mmtune.training.data import PackedBatches, RowBatches, Trees, row_sizes, some_rows, tree_sizes
 from mmtune.training.loss import answer_loss
 from mmtune.training.packing import Packing, tree_costs, tree_lengths
 from mmtune.training.plan import Plan
-from mmtune.training.rope_index import rope_index
 from mmtune.training.tree_batch import TreeCollator
-from mmtune.training.tree_mask import mask_rules
 
 WORDS = ("cat", "dog", "left", "picture", "hello world", "three of them")
 

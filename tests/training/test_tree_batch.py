@@ -13,13 +13,13 @@ from mmtune.encoding.render import EncodedRow
 from mmtune.encoding.tree import Tree, build_trees, tree_rows
 from mmtune.errors import CapabilityError
 from mmtune.models.attention import FLEX, use_text_attention
+from mmtune.models.mask_rules import mask_rules
+from mmtune.models.rope_index import rope_index
 from mmtune.records import Message, TextPart
 from mmtune.training import tree_pieces
 from mmtune.training.loss import answer_loss
-from mmtune.training.rope_index import rope_index
 from mmtune.training.tree_batch import TreeCollator
 from mmtune.training.tree_blocks import BLOCK
-from mmtune.training.tree_mask import mask_rules
 
 QUESTIONS = ["What colour is the cat?", "How many?", "Is it red, or is it blue, or white?", "Where is it?"]
 # Fusions that hide modalities, or ask what a token sees.

@@ -11,10 +11,10 @@ import torch
 
 from mmtune.encoding.collate import Collator
 from mmtune.encoding.tree import build_trees
+from mmtune.models.rope_index import rope_index
 from mmtune.records import Message, TextPart
 from mmtune.training import tree_check
 from mmtune.training.packing import TreeLengths
-from mmtune.training.rope_index import rope_index
 from mmtune.training.tree_batch import TreeCollator
 from mmtune.training.tree_check import check_trees, trees_to_check
 

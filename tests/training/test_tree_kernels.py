@@ -12,13 +12,13 @@ from mmtune.encoding.collate import Collator
 from mmtune.encoding.tree import build_trees
 from mmtune.errors import CapabilityError
 from mmtune.models.attention import FLEX, is_flex, text_attention
+from mmtune.models.mask_rules import mask_rules
+from mmtune.models.rope_index import rope_index
 from mmtune.records import Message, TextPart
-from mmtune.training.rope_index import rope_index
 from mmtune.training.tree_batch import TreeCollator
 from mmtune.training.tree_blocks import BLOCK
 from mmtune.training.tree_check import TreeCheck, check_trees
 from mmtune.training.tree_kernels import kernels_to_try, prove
-from mmtune.training.tree_mask import mask_rules
 
 EXACT, WRONG = TreeCheck(True, 0.0, 0.0, 1e-4), TreeCheck(False, 0.5, 0.5, 1e-4, "loss differs")
 

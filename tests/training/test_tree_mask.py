@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmtune.errors import CapabilityError
+from mmtune.models.mask_rules import MaskRules, mask_rules
 from mmtune.training import tree_mask
-from mmtune.training.tree_mask import MaskRules, attention_mask, dense_mask, mask_rules
+from mmtune.training.tree_mask import attention_mask, dense_mask
 from tests.training.forests import IMAGE, forests, layout_of
 
 

@@ -221,6 +221,7 @@ def _answers(
             words=label_words(plan.instructions.config["sources"]),
             should_stop=lambda: bool(stop),
             progress=console.progress,
+            note=console.note,
         )
         try:
             plain = {name: load for name, load in models.items() if not is_prompted(name)}

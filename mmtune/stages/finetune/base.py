@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from mmtune.recipe import Finetune, Recipe
+from mmtune.recipe import Finetune, Recipe, SoftPrompt
 from mmtune.talk import Talk
 
 
@@ -51,12 +51,14 @@ def model_to_train(
     path: str,
     absent: Sequence[str],
     load: Callable[..., Any],
+    tokenizer: Any,
+    soft: int,
     row_tokens: float,
     console: Talk,
 ) -> Any:
     """Returns the model with what trains, without the towers of the media in ``absent``.
 
-    ``row_tokens`` is the mean length of the training rows.
+    Rows have ``soft`` tokens of their own, and are ``row_tokens`` long in the mean.
     """
     import torch
 
@@ -90,7 +92,15 @@ def model_to_train(
             lora=lora,
             virtual_tokens=settings.virtual_tokens,
             base_path=path,
+            soft_prompt=None if settings.soft_prompt is None else _start(settings.soft_prompt, tokenizer),
+            soft_tokens=soft,
         )
+
+
+def _start(prompt: SoftPrompt, tokenizer: Any) -> dict[str, Any]:
+    """Returns what virtual tokens start from."""
+    ids = tokenizer(prompt.text, add_special_tokens=False)["input_ids"] if prompt.init == "text" else []
+    return {"init": prompt.init, "text_ids": ids}
 
 
 def place(model: Any, settings: Finetune, accelerator: Any, console: Talk) -> None:

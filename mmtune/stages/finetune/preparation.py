@@ -67,11 +67,12 @@ def prepare(
         DataError: A split is empty.
         IntegrityError: The processor is not the one of tokens/.
     """
+    from mmtune.encoding.processor import tokenizer_of
     from mmtune.models.attention import is_flex
     from mmtune.models.left_out import set_aside
     from mmtune.training.batching import packed_trees, rows_apart
     from mmtune.training.checkpoints import CheckpointFolder
-    from mmtune.training.data import row_sizes
+    from mmtune.training.data import row_sizes, soft_token_count
     from mmtune.training.step_size import LIMITS, StepSize, planned_size
 
     _trackers_are_here(settings.trackers)
@@ -91,8 +92,9 @@ def prepare(
         accelerator,
     )
     absent = [one.kind for one in wanted if one.found]
+    soft = max(soft_token_count(split.table) for split in splits.values())
     row_tokens = float(row_sizes(splits["train"].table)[0].tokens.mean())
-    model = model_to_train(recipe, settings, path, absent, load, row_tokens, console)
+    model = model_to_train(recipe, settings, path, absent, load, tokenizer_of(processor), soft, row_tokens, console)
     show_towers(model, console)
     with set_aside(model):
         place(model, settings, accelerator, console)
@@ -116,8 +118,8 @@ def prepare(
     optimizer = _optimizer(model, settings, accelerator)
     # Bins are of another length under FlexAttention.
     batches = ("trees for FlexAttention" if is_flex(model) else "trees") if as_trees else "rows"
-    found = {"step_size": asdict(size), "precision": precision, "batches": batches, "features": kinds}
-    whole = _identity(identity, found)
+    decided = {"step_size": asdict(size), "precision": precision, "batches": batches, "features": kinds}
+    whole = _identity(identity, decided)
     parts = (recipe, settings, tokens, model, optimizer, accelerator, batching, held_out, checkpoints, whole)
     return Run(*parts, processor, means.load)
 
@@ -188,6 +190,7 @@ def _optimizer(model: Any, settings: Finetune, accelerator: Any) -> Any:
         beta2=settings.beta2,
         tower_rates=settings.tower_rates,
         plus_ratio=settings.lora.plus_ratio,
+        prompt_rate=settings.soft_prompt.learning_rate if settings.soft_prompt else None,
     )
     return _by_deepspeed(model, make, settings, accelerator) if _goes_deep(settings) else make(model)
 
