@@ -136,7 +136,8 @@ def _publish(run: Run, outcome: Any, state: Any, console: Talk, staging: Staging
         "steps": outcome.step,
         "loss": next((row["loss"] for row in reversed(rows) if "loss" in row), None),
         "val_loss": next((row["val_loss"] for row in reversed(rows) if "val_loss" in row), None),
-        **shares(outcome.seconds),
+        # A run that had only to publish took no step to have shares of.
+        **(shares(outcome.seconds) if outcome.rows else {}),
         **outcome.teamwork,
         "media_root": run.tokens.facts.get("media_root"),
         "eos_token_ids": stop_ids(run.model, tokenizer_of(run.processor)),
@@ -144,7 +145,8 @@ def _publish(run: Run, outcome: Any, state: Any, console: Talk, staging: Staging
     timings = {f"{name}_seconds": round(value, 3) for name, value in outcome.seconds.items()}
     staging.publish(rows={"train": int(run.train.plan.sizes.rows.sum())}, facts=facts, timings=timings)
     run.checkpoints.clear()
-    shutil.rmtree(run.checkpoints.folder.parent, ignore_errors=True)
+    if not any(run.checkpoints.folder.parent.iterdir()):
+        shutil.rmtree(run.checkpoints.folder.parent)
     losses = [f"{name} {facts[key]:.4f}" for name, key in (("loss", "loss"), ("val loss", "val_loss")) if facts[key]]
     console.say(f"finetune: wrote {staging.target} ({', '.join(losses) or 'no loss logged'})")
     return {"stage": "finetune", "cached": False, "target": str(staging.target), **facts}
