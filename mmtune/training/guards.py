@@ -107,7 +107,7 @@ class Spikes:
         return mean if spike else None
 
     def state(self) -> dict[str, float]:
-        """Returns the running numbers that a checkpoint keeps, so that a resumed run notices what the unbroken one does."""
+        """Returns the running numbers that a checkpoint keeps: a resumed run notices what the unbroken one does."""
         return {"spike_mean": self._mean, "spike_variance": self._variance, "spike_steps": self._steps}
 
     def restore(self, state: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed or out of disk lose no step that was saved, leave nothing behind, end in the same bytes."""
+"""Runs that are stopped, killed or out of disk lose no saved step, leave nothing behind and end in the same bytes."""
 
 import errno
 import os

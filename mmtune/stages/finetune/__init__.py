@@ -18,9 +18,9 @@ from mmtune.stages.finetune.preparation import Run, prepare
 from mmtune.storage import Manifest, Staging, foresee, is_finished, open_stage, read_manifest
 from mmtune.talk import Talk
 from mmtune.training import launch as launching
-from mmtune.training.launch import is_launched, is_main
+from mmtune.training.launch import CPU_ONLY, is_launched, is_main, need_gpus
 
-__all__ = ["finetune", "is_launched", "is_main", "launch"]
+__all__ = ["CPU_ONLY", "finetune", "is_launched", "is_main", "launch", "need_gpus"]
 
 # Settings that change how a run is watched, not what it computes.
 _WATCHED = ("save_every", "keep", "log_every", "trackers", "workers", "rank_timeout_seconds", "pixels_gib")
