@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,54 @@ def numbers_of(folder: Path) -> list[list[Any]]:
     return [[(name, value) for name, value in line.items() if name not in speed] for line in lines_of(folder)]
 
 
-def started(recipe: Recipe, *flags: str, first: str = "") -> subprocess.Popen[str]:
-    """Starts ``mmtune finetune`` on a recipe, after the Python code ``first`` in the same process."""
+_RECORD = """
+import os
+if "RANK" in os.environ:
+    from tests.stages.tree_runs import record
+    record({folder!r}, setattr)
+"""
+
+
+def record(folder: Path | str, put: Callable[[Any, str, Any], None]) -> None:
+    """Lets the loop write the example ids that this process trains on, by step, into a folder."""
+    from mmtune.training import loop
+
+    accumulate, refuse = loop._accumulate, loop.refuse_non_finite
+    own: list[str] = []
+
+    def watched(*given: Any) -> Any:
+        _, _, accelerator, plan, chosen, _, hooks, *_ = given
+        shares = plan.shares(chosen, accelerator.process_index, accelerator.num_processes)
+        own[:] = [example for at, counts in shares if counts for example in hooks.ids(chosen[at])]
+        return accumulate(*given)
+
+    def refused(losses: Any, norm: Any, chosen: Any, *, step: int, **more: Any) -> None:
+        refuse(losses, norm, chosen, step=step, **more)
+        with open(Path(folder) / f"ids-{os.getpid()}.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps([step, own]) + "\n")
+
+    put(loop, "_accumulate", watched)
+    put(loop, "refuse_non_finite", refused)
+
+
+def ids_by_step(folder: Path) -> dict[int, list[str]]:
+    """The ids that ``record`` wrote, of all processes, sorted."""
+    found: dict[int, list[str]] = {}
+    for file in folder.glob("ids-*.jsonl"):
+        for step, own in map(json.loads, file.read_text().splitlines()):
+            found[step] = sorted([*found.get(step, []), *own])
+    return found
+
+
+def started(recipe: Recipe, *flags: str, first: str = "", recorded: Path | None = None) -> subprocess.Popen[str]:
+    """Starts ``mmtune finetune`` on a recipe.
+
+    Args:
+        recipe: The recipe; it is written into its run_dir.
+        flags: Of the command.
+        first: Python code that runs before it, in the same process.
+        recorded: Where launched processes ``record``.
+    """
     path = recipe.run_dir / "recipe.json"
     path.write_text(recipe.model_dump_json())
     arguments = ["finetune", str(path), *flags]
@@ -77,6 +124,12 @@ def started(recipe: Recipe, *flags: str, first: str = "") -> subprocess.Popen[st
     if first:
         run = ["-c", f"{first}\nfrom mmtune.__main__ import main\nmain()", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if recorded is not None:
+        # Python imports a module of this name in every process, those of a launcher among them.
+        recorded.mkdir(parents=True, exist_ok=True)
+        (recorded / "sitecustomize.py").write_text(_RECORD.format(folder=str(recorded)))
+        roots = [str(recorded), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, roots))
     return subprocess.Popen(
         [sys.executable, *run], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -132,6 +132,7 @@ def _publish(run: Run, outcome: Any, state: Any, console: Talk, staging: Staging
     facts = {
         "model": run.tokens.facts.get("model"),
         "method": run.settings.method,
+        "batches": run.identity["batches"],
         "towers": towers,
         "steps": outcome.step,
         "loss": next((row["loss"] for row in reversed(rows) if "loss" in row), None),
