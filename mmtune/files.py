@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,11 +52,23 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
     try:
         save_file(dict(tensors), path, metadata=dict(metadata) if metadata else None)
     except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
+        system = _system_error(error, str(path))
+        if system is None:
             raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        raise system from error
     sync(path)
+
+
+def _system_error(error: Exception, path: str | None = None) -> OSError | None:
+    """Returns the system's error in the text of an error of safetensors."""
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1])), path) if number else None
+
+
+def _kinds() -> tuple[type[Exception], ...]:
+    """Returns the errors of a write: the system's, and those of safetensors where it is in use."""
+    library = sys.modules.get("safetensors")
+    return (OSError, library.SafetensorError) if library else (OSError,)
 
 
 def sync(path: Path) -> None:
@@ -86,10 +99,11 @@ def disk_errors(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if error.errno in _EXHAUSTED:
+    except _kinds() as error:
+        system = error if isinstance(error, OSError) else _system_error(error)
+        if system is not None and system.errno in _EXHAUSTED:
             raise ResourceError(
-                f"{what}: {os.strerror(error.errno)}{f' ({error.filename})' if error.filename else ''}",
+                f"{what}: {os.strerror(system.errno)}{f' ({system.filename})' if system.filename else ''}",
                 "free some space (or raise the limit) and run the same command again",
             ) from error
         raise

@@ -84,8 +84,14 @@ class Talk:
         self.console.print(table)
 
     @contextmanager
-    def progress(self, total: int | None, label: str) -> Iterator[Counter]:
-        """Shows a bar on a terminal, a line every few seconds elsewhere."""
+    def progress(self, total: int | None, label: str, *, done: int = 0) -> Iterator[Counter]:
+        """Shows a bar on a terminal, a line every few seconds elsewhere.
+
+        Args:
+            total: How many there are.
+            label: What they are.
+            done: How many an earlier run did; the rate and the time left are of this run's own.
+        """
         if self.quiet:
             yield Counter(lambda n, note: None)
         elif self.console.is_terminal:
@@ -100,17 +106,17 @@ class Talk:
                 TextColumn("{task.fields[note]}"),
             )
             with Progress(*columns, console=self.console, transient=True) as bar:
-                task = bar.add_task(label, total=total, note="", rate="")
+                task = bar.add_task(label, total=total, completed=done, note="", rate="")
                 started = time.monotonic()
 
                 def advance(n: int, note: str) -> None:
-                    done = bar.tasks[0].completed + n
-                    rate = f"{done / max(time.monotonic() - started, 1e-6):.1f}/s"
+                    own = bar.tasks[0].completed + n - done
+                    rate = f"{own / max(time.monotonic() - started, 1e-6):.1f}/s"
                     bar.update(task, advance=n, note=note, rate=rate)
 
                 yield Counter(advance)
         else:
-            plain = _PlainProgress(self.console, total, label, self._every)
+            plain = _PlainProgress(self.console, total, label, self._every, done)
             yield Counter(plain.advance)
             plain.end()
 
@@ -118,10 +124,10 @@ class Talk:
 class _PlainProgress:
     """Progress as plain lines: ``finetune 120/2000 rate=8.1/s eta=00:03:52 loss=1.91``."""
 
-    def __init__(self, console: Console, total: int | None, label: str, every_seconds: float) -> None:
+    def __init__(self, console: Console, total: int | None, label: str, every_seconds: float, done: int) -> None:
         self._console, self._total, self._label, self._every = console, total, label, every_seconds
         self._started = self._last = time.monotonic()
-        self._done = self._said = 0
+        self._done = self._said = self._before = done
         self._note = ""
 
     def advance(self, n: int, note: str) -> None:
@@ -139,7 +145,7 @@ class _PlainProgress:
 
     def _print(self, now: float) -> None:
         self._said = self._done
-        rate = self._done / max(now - self._started, 1e-6)
+        rate = (self._done - self._before) / max(now - self._started, 1e-6)
         line = f"{self._label} {self._done}{f'/{self._total}' if self._total else ''} rate={rate:.1f}/s"
         if self._total and rate:
             left = int((self._total - self._done) / rate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from mmtune.cli.options import (
     finish,
     load,
 )
+from mmtune.errors import RecipeError
 from mmtune.talk import Talk
 
 
@@ -57,7 +59,7 @@ def finetune(
     overrides: Set = None,
     gpus: Annotated[int | None, typer.Option("--gpus", min=1, help="Train on this many GPUs of this machine.")] = None,
     cpu_processes: Annotated[
-        int | None, typer.Option("--cpu-processes", min=1, help="Train on this many CPU processes (gloo).")
+        int | None, typer.Option("--cpu-processes", min=1, help="Train on this many CPU processes (gloo), on no GPU.")
     ] = None,
     nodes: Annotated[
         int, typer.Option("--nodes", min=1, help="Machines; run the same command on each, on a shared run_dir.")
@@ -81,13 +83,20 @@ def finetune(
     from mmtune.stages import finetune as stage
 
     check_resume(resume)
+    if gpus is not None and cpu_processes is not None:
+        raise RecipeError("--gpus and --cpu-processes say different things", "give one of the two", "usage")
     loaded = load(recipe, overrides, seed)
     processes = gpus or cpu_processes or 1
     console = Talk(quiet or not stage.is_main())
     if processes * nodes > 1 and not stage.is_launched() and not dry_run:
-        cpu = gpus is None and cpu_processes is not None
-        stage.launch(sys.argv[1:], processes, cpu=cpu, nodes=nodes, rendezvous=rendezvous, console=console)
+        stage.launch(
+            sys.argv[1:], processes, cpu=cpu_processes is not None, nodes=nodes, rendezvous=rendezvous, console=console
+        )
         return
+    if gpus is not None and not stage.is_launched():
+        stage.need_gpus(gpus)
+    if cpu_processes is not None:
+        os.environ.update(stage.CPU_ONLY)
     result = stage.finetune(
         loaded, force=force, dry_run=dry_run, limit=limit, resume=resume, offline=offline, console=console
     )

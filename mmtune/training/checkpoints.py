@@ -82,8 +82,13 @@ class CheckpointFolder:
                 shutil.rmtree(aside, ignore_errors=True)
         self._read(target)
         for old in self._folders()[: -self._keep]:
-            shutil.rmtree(old)
+            self._remove(old)
         return target
+
+    def sweep(self) -> None:
+        """Removes what a killed run left half-written or half-removed; only the holder of the run's lock may."""
+        for left in self.folder.glob(".*tmp-*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def newest(self) -> Checkpoint | None:
         """Returns the newest checkpoint, verified, or None when there is none.
@@ -135,8 +140,16 @@ class CheckpointFolder:
         return (checkpoint.folder / "metrics.jsonl").read_text("utf-8")
 
     def clear(self) -> None:
-        """Removes every checkpoint."""
+        """Removes every checkpoint, the oldest first."""
+        for folder in self._folders():
+            self._remove(folder)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _remove(self, folder: Path) -> None:
+        """Removes a checkpoint; killed on the way, it leaves none that looks damaged."""
+        gone = self.folder / f".tmp-{os.getpid()}-{folder.name}"
+        folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
     def _folders(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step-*") if path.is_dir())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -105,3 +105,12 @@ class Spikes:
         self._mean += (1 - self._decay) * gap
         self._variance = self._decay * (self._variance + (1 - self._decay) * gap * gap)
         return mean if spike else None
+
+    def state(self) -> dict[str, float]:
+        """Returns the running numbers that a checkpoint keeps: a resumed run notices what the unbroken one does."""
+        return {"spike_mean": self._mean, "spike_variance": self._variance, "spike_steps": self._steps}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Takes up the numbers of a checkpoint."""
+        self._mean, self._variance = float(state["spike_mean"]), float(state["spike_variance"])
+        self._steps = int(state["spike_steps"])

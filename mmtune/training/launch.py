@@ -17,6 +17,8 @@ from pathlib import Path
 from mmtune.errors import EXIT_FILE, CapabilityError, MmtuneError, ResourceError
 
 LAUNCHED = "MMTUNE_LAUNCHED"
+CPU_ONLY = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+"""Environment of a process that takes no GPU, also where there is one."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -61,10 +63,9 @@ def launch_command(
 
 def launch_environment(processes: int, *, cpu: bool = False) -> dict[str, str]:
     """Returns the environment for the launched processes; the cores are shared among them."""
-    environment = dict(os.environ)
+    environment = {**os.environ, **(CPU_ONLY if cpu else {})}
     environment[LAUNCHED] = "1"
     if cpu:
-        environment["ACCELERATE_USE_CPU"] = "true"
         environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
     return environment
 
@@ -87,14 +88,7 @@ def launch(
         MmtuneError: What the first process to fail said.
     """
     if not cpu:
-        import torch
-
-        if torch.cuda.device_count() < processes:
-            raise CapabilityError(
-                f"--gpus {processes}: this machine has {torch.cuda.device_count()}",
-                f"use fewer, or train on CPU processes with --cpu-processes {processes}",
-                "gpus_missing",
-            )
+        need_gpus(processes)
     command = launch_command(processes, arguments, cpu=cpu, nodes=nodes)
     say("finetune: starting " + " ".join(command))
     with tempfile.TemporaryDirectory(prefix="mmtune-") as folder:
@@ -114,6 +108,23 @@ def launch(
             f"a process of this run died (the launcher ended with {code})",
             "look for its last words above; run the same command again to go on from the last checkpoint",
             "lost_process",
+        )
+
+
+def need_gpus(count: int) -> None:
+    """Refuses ``--gpus`` where this machine has fewer.
+
+    Raises:
+        CapabilityError: There are fewer.
+    """
+    import torch
+
+    found = torch.cuda.device_count()
+    if found < count:
+        raise CapabilityError(
+            f"--gpus {count}: this machine has {found or 'none'}",
+            f"{'use fewer, or ' if found else ''}train on CPU processes with --cpu-processes {count}",
+            "gpus_missing",
         )
 
 

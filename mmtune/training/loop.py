@@ -60,7 +60,7 @@ class Hooks:
         batch: Tree indices and the step to a padded batch with ``labels``; called from another thread.
         ids: Tree indices to the example ids in them.
         modalities: Tree indices to the kinds of media in them.
-        save: ``(step, metrics text, sums since its last line)`` writes a checkpoint.
+        save: ``(step, metrics text, sums that go on)`` writes a checkpoint.
         last_good: Names the last checkpoint in words.
         validate: Returns the validation loss, or None when there is no validation split; asks its argument
             between batches whether to stop, and then raises ``validation.Stopped``.
@@ -121,6 +121,11 @@ def train(
 ) -> Outcome:
     """Runs from step ``start`` to the end of the plan, or to a signal.
 
+    The last step is saved too: what comes after it (a validation, moving the weights into their published folder on a
+    full disk) may fail or be killed, and then no step is taken twice. It costs what any checkpoint does: little for
+    adapters, the weights and their optimizer state for full tuning. Saving comes before validating for the same
+    reason; a resumed run takes a validation loss that is due and not there.
+
     Raises:
         DivergedError: Loss or gradient is not finite; the weights are those of the last good step.
         IntegrityError: A frozen parameter moved, or a tower that trains did not.
@@ -137,10 +142,12 @@ def train(
     watch, engine = TowerWatch(model), engine_of(model, optimizer)
     if sums:
         window.restore(sums)
+        spikes.restore(sums)
+    saved = start
     model.train()
     with closing(feed(lambda named: hooks.batch(*named), mine, settings.workers)) as batches, StopFlag() as stop:
-        if start and not _validate(outcome, plan, settings, hooks, clock, model, accelerator, stop):
-            return _stopped(outcome, hooks, clock, window, stop)
+        if start and not _validate(outcome, plan, settings, hooks, clock, window, model, accelerator, stop):
+            return _stopped(outcome, clock, stop)
         for step, chosen in enumerate(steps, start=start):
             rate = learning_rate(
                 step,
@@ -167,20 +174,28 @@ def train(
             _warn_of_spike(spikes, losses, targets, chosen, step, hooks)
             window.add(sum(losses), targets, norm)
             _log(outcome, plan, settings, hooks, window, clock, rate, accelerator)
-            validated = _validate(outcome, plan, settings, hooks, clock, model, accelerator, stop)
-            if not validated or (outcome.step < plan.total_steps and _stop_wanted(stop, accelerator)):
-                return _stopped(outcome, hooks, clock, window, stop)
-            if outcome.step % settings.save_every == 0 and outcome.step < plan.total_steps:
-                clock.skip()
-                hooks.save(outcome.step, outcome.metrics, window.state())
-                clock.lap("save")
+            last = outcome.step == plan.total_steps
+            if last or outcome.step % settings.save_every == 0:
+                saved = _save(outcome, hooks, clock, window, spikes)
+            validated = _validate(outcome, plan, settings, hooks, clock, window, model, accelerator, stop)
+            if not validated or (not last and _stop_wanted(stop, accelerator)):
+                if saved < outcome.step:
+                    _save(outcome, hooks, clock, window, spikes)
+                return _stopped(outcome, clock, stop)
     outcome.seconds, outcome.teamwork = clock.stop(), clock.teamwork.facts()
     outcome.unseen = watch.waiting if outcome.step > start else set()
     return outcome
 
 
-def _stopped(outcome: Outcome, hooks: Hooks, clock: Clock, window: Window, stop: StopFlag) -> Outcome:
-    hooks.save(outcome.step, outcome.metrics, window.state())
+def _save(outcome: Outcome, hooks: Hooks, clock: Clock, window: Window, spikes: Spikes) -> int:
+    """Writes a checkpoint; returns its step."""
+    clock.skip()
+    hooks.save(outcome.step, outcome.metrics, {**window.state(), **spikes.state()})
+    window.leave_out(clock.lap("save"))
+    return outcome.step
+
+
+def _stopped(outcome: Outcome, clock: Clock, stop: StopFlag) -> Outcome:
     outcome.seconds, outcome.stopped_by = clock.stop(), stop.wanted or 15
     return outcome
 
@@ -286,6 +301,7 @@ def _validate(
     settings: LoopSettings,
     hooks: Hooks,
     clock: Clock,
+    window: Window,
     model: Any,
     accelerator: Accelerator,
     stop: StopFlag,
@@ -306,7 +322,7 @@ def _validate(
         return False
     finally:
         model.train()
-        clock.lap("validate")
+        window.leave_out(clock.lap("validate"))
     if value is not None:
         row = {**(row if same else {}), "step": step, "val_loss": value}
         outcome.metrics = "".join(f"{line}\n" for line in [*(lines[:-1] if same else lines), json.dumps(row)])

@@ -121,6 +121,10 @@ class Window:
         """Adds one step: summed loss, label tokens, norm of the gradient."""
         self._nll, self._targets, self._norm = self._nll + nll, self._targets + targets, norm
 
+    def leave_out(self, seconds: float) -> None:
+        """Takes seconds that just went into no step (a save, a validation) out of the rates of the next line."""
+        self._since += seconds
+
     def state(self) -> dict[str, float]:
         """Returns the sums that a checkpoint keeps, so that the next line after a resume speaks of all its steps."""
         return {"nll": self._nll, "targets": self._targets}

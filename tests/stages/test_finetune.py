@@ -484,26 +484,6 @@ def test_deepspeed_that_is_missing_is_named(fresh, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells a process of its parent's end on Linux only")
-@pytest.mark.parametrize("killed", ["the command", "its launcher"])
-def test_processes_of_a_killed_launcher_save_and_leave(two, fresh, killed):
-    child = two(max_steps=100_000, save_every=2)
-    folder = fresh().run_dir / "checkpoints" / "finetune"
-    wait_for(folder / "step-00000002" / "state.json", child)
-    below = psutil.Process(child.pid).children(recursive=True)
-    (launcher,) = psutil.Process(child.pid).children()
-    os.kill(child.pid if killed == "the command" else launcher.pid, signal.SIGKILL)
-    child.communicate(timeout=60)
-    gone, alive = psutil.wait_procs(below, timeout=60)
-    for process in alive:
-        process.kill()
-    assert not alive and len(gone) >= 3
-    # They ended by themselves at a step's end: what they saved is between two checkpoints of the schedule or on one.
-    assert any((step / "state.json").is_file() for step in folder.glob("step-*"))
-    assert not (fresh().run_dir / "adapter").exists()
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shard", "sent"), [("none", signal.SIGKILL), ("zero3", signal.SIGKILL), ("zero3", signal.SIGSTOP)]
 )

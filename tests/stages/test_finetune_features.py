@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import wave
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from mmtune.errors import IntegrityError
 from mmtune.models import load as loading
 from mmtune.recipe import Finetune, Model, Recipe, Source
 from mmtune.stages.build_data import build_data
@@ -92,7 +95,7 @@ def test_a_model_tuned_without_its_tower_is_saved_with_it(fresh):
     assert all(torch.equal(tuned[name], base[name]) == ("language_model" not in name) for name in base)
 
 
-@pytest.mark.parametrize("damage", ["touched", "gone", "other weights", "another medium"])
+@pytest.mark.parametrize("damage", ["touched", "gone", "other weights", "no proof"])
 def test_what_changed_since_the_proof_is_proved_again(fresh, damage, tmp_path):
     recipe = fresh(max_steps=8)
     said(recipe)
@@ -109,6 +112,78 @@ def test_what_changed_since_the_proof_is_proved_again(fresh, damage, tmp_path):
         (folder / "proof.json").write_text("[1, 2")
     assert "features stand for pixels; the loss of a batch differs" in said(recipe)
     assert "the vision tower is not loaded" in said(recipe)
+
+
+MADE = "features stand for pixels; the loss of a batch differs"
+NOT_LOADED = "the vision tower is not loaded"
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, tiny_vlm: Path) -> Any:
+    """A function from settings to a recipe over eight pictures and a model that a test may change."""
+    model, rows = tmp_path / "model", []
+    shutil.copytree(tiny_vlm, model)
+    for number in range(8):
+        picture(tmp_path / f"{number}.png", number)
+        rows += [{"q": word, "a": str(number), "image": f"{number}.png"} for word in ("How many?", "Where is it?")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"question": "q", "answer": "a", "image": "image"}
+    source = Source(id="s", reader="table", path=str(tmp_path / "rows.jsonl"), images=str(tmp_path), columns=columns)
+    common = {"batch_rows": 16, "max_steps": 6, "learning_rate": 0.01, "log_every": 1, "lora": {"r": 2}}
+
+    def make(**settings: Any) -> Recipe:
+        wish = Finetune.model_validate({**common, **settings})
+        return Recipe(run_dir=tmp_path, model=Model(path=str(model)), sources=(source,), finetune=wish)
+
+    build_data(make(), console=Talk(quiet=True))
+    tokenize(make(), console=Talk(quiet=True))
+    return make
+
+
+def picture(path: Path, seed: int) -> None:
+    """Writes a picture whose file is as long as that of any other seed."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, compress_level=0)
+
+
+def as_live(pictures: Any, numbers: Any) -> None:
+    """Checks that the numbers are those of a run on the pictures themselves."""
+    live = pictures(features={"use": "off"})
+    said(live)
+    assert numbers == [pytest.approx(row, rel=1e-5) for row in numbers_of(live)]
+
+
+def test_a_picture_that_changed_has_its_features_made_again(pictures, tmp_path):
+    recipe = pictures()
+    assert MADE in said(recipe) and NOT_LOADED in said(recipe)
+    before, size = numbers_of(recipe), (tmp_path / "3.png").stat().st_size
+    picture(tmp_path / "3.png", 99)
+    assert (tmp_path / "3.png").stat().st_size == size
+    assert MADE in said(recipe)
+    after = numbers_of(recipe)
+    assert after != before
+    as_live(pictures, after)
+    assert NOT_LOADED in said(recipe)
+
+
+def test_another_processor_has_all_features_made_again(pictures, tmp_path):
+    recipe = pictures()
+    said(recipe)
+    before, changed = numbers_of(recipe), 0
+    for file in (tmp_path / "model").glob("*processor*_config.json"):
+        text = json.loads(file.read_text())
+        own = text.get("image_processor", text)
+        if "image_mean" in own:
+            own["image_mean"], changed = [0.1, 0.2, 0.3], changed + 1
+            file.write_text(json.dumps(text))
+    assert changed
+    with pytest.raises(IntegrityError, match="the processor is not the one that tokens/ was made with"):
+        said(recipe)
+    tokenize(recipe, console=Talk(quiet=True))
+    assert MADE in said(recipe)
+    after = numbers_of(recipe)
+    assert after != before
+    as_live(pictures, after)
 
 
 def test_a_tower_that_was_left_out_comes_back_where_features_are_not_worth_it(fresh):

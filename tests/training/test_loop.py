@@ -228,6 +228,45 @@ def test_a_line_of_metrics_speaks_of_all_its_steps_after_a_resume():
     assert resumed.losses == pytest.approx(whole.losses, rel=1e-6)
 
 
+def test_rows_per_second_are_of_steps_alone(monkeypatch):
+    from mmtune.training import meter
+
+    now = [0.0]
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: now[0])
+
+    class Timed(Rows):
+        def batch(self, rows, step=None):
+            if step == 0:
+                # The clock may run only where the loop waits for it: every batch is made in the first second.
+                now[0] = 1.0
+            return super().batch(rows, step)
+
+    def pause(stopping):
+        now[0] += 100.0
+        return 0.5
+
+    result = run(tiny_model(), Timed(), steps=4, eval_every=1, log_every=4, validate=pause)
+    (row,) = [json.loads(line) for line in result.outcome.metrics.splitlines() if "loss" in json.loads(line)]
+    assert row["rows_per_second"] == pytest.approx(16.0)
+
+
+def test_a_resumed_run_notices_the_spike_that_the_unbroken_one_does():
+    def broken(start):
+        model, passes = train_fully(tiny_model(), ["llm"]), []
+
+        def jump(module, given):
+            passes.append(1)
+            return (given[0] * (40.0 if len(passes) > 29 else 1.0),)
+
+        model.lm_head.register_forward_pre_hook(jump)
+        first = run(model, Rows(), steps=start, rate=1e-3, save_every=start)
+        more = {"start": start, "optimizer": first.optimizer, "sums": first.sums[start]}
+        return run(model, Rows(), steps=31, rate=1e-3, **more).notes
+
+    late, early = broken(26), broken(5)
+    assert late and late == early and "around" in late[0]
+
+
 # What would ruin the weights is refused.
 
 

@@ -1,10 +1,10 @@
-"""What the processes' own seconds say of their teamwork."""
+"""Where the seconds go: what the processes' own say of their teamwork, and rates of what this run did."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmtune.training.meter import Clock, Teamwork
+from mmtune.training.meter import Clock, Teamwork, Window
 
 seconds = st.floats(0.001, 100)
 
@@ -42,3 +42,17 @@ def test_own_time_is_neither_exchange_nor_saving(monkeypatch):
     for part in ("sync", "optimizer", "save", "validate"):
         clock.lap(part)
     assert clock.own() == 1 and clock.own() == 0
+
+
+def test_rates_leave_out_what_went_into_no_step(monkeypatch):
+    from mmtune.training import meter
+
+    now = [0.0]
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: now[0])
+    window = Window()
+    for pause in (0, 30):
+        window.rows, window.tokens = 40, 400
+        now[0] += 2 + pause
+        window.leave_out(pause)
+        row = window.line(1, 0.1)
+        assert (row["rows_per_second"], row["tokens_per_second"]) == (20, 200)

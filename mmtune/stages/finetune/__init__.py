@@ -18,9 +18,9 @@ from mmtune.stages.finetune.preparation import Run, prepare
 from mmtune.storage import Manifest, Staging, foresee, is_finished, open_stage, read_manifest
 from mmtune.talk import Talk
 from mmtune.training import launch as launching
-from mmtune.training.launch import is_launched, is_main
+from mmtune.training.launch import CPU_ONLY, is_launched, is_main, need_gpus
 
-__all__ = ["finetune", "is_launched", "is_main", "launch"]
+__all__ = ["CPU_ONLY", "finetune", "is_launched", "is_main", "launch", "need_gpus"]
 
 # Settings that change how a run is watched, not what it computes.
 _WATCHED = ("save_every", "keep", "log_every", "trackers", "workers", "rank_timeout_seconds", "pixels_gib")
@@ -132,11 +132,13 @@ def _publish(run: Run, outcome: Any, state: Any, console: Talk, staging: Staging
     facts = {
         "model": run.tokens.facts.get("model"),
         "method": run.settings.method,
+        "batches": run.identity["batches"],
         "towers": towers,
         "steps": outcome.step,
         "loss": next((row["loss"] for row in reversed(rows) if "loss" in row), None),
         "val_loss": next((row["val_loss"] for row in reversed(rows) if "val_loss" in row), None),
-        **shares(outcome.seconds),
+        # A run that had only to publish took no step to have shares of.
+        **(shares(outcome.seconds) if outcome.rows else {}),
         **outcome.teamwork,
         "media_root": run.tokens.facts.get("media_root"),
         "eos_token_ids": stop_ids(run.model, tokenizer_of(run.processor)),
@@ -144,7 +146,8 @@ def _publish(run: Run, outcome: Any, state: Any, console: Talk, staging: Staging
     timings = {f"{name}_seconds": round(value, 3) for name, value in outcome.seconds.items()}
     staging.publish(rows={"train": int(run.train.plan.sizes.rows.sum())}, facts=facts, timings=timings)
     run.checkpoints.clear()
-    shutil.rmtree(run.checkpoints.folder.parent, ignore_errors=True)
+    if not any(run.checkpoints.folder.parent.iterdir()):
+        shutil.rmtree(run.checkpoints.folder.parent)
     losses = [f"{name} {facts[key]:.4f}" for name, key in (("loss", "loss"), ("val loss", "val_loss")) if facts[key]]
     console.say(f"finetune: wrote {staging.target} ({', '.join(losses) or 'no loss logged'})")
     return {"stage": "finetune", "cached": False, "target": str(staging.target), **facts}

@@ -19,6 +19,8 @@ def _resume_from(run: Run, resume: str, console: Talk) -> tuple[int, str, dict[s
     from mmtune.training.optimizer import load_optimizer_state
     from mmtune.training.ranks import wait_for_all
 
+    if run.accelerator.is_main_process:
+        run.checkpoints.sweep()
     if resume == "never":
         if run.accelerator.is_main_process:
             run.checkpoints.clear()
@@ -58,9 +60,9 @@ def follow(run: Run, resume: str, console: Talk) -> Any:
 
     start, metrics, sums = _resume_from(run, resume, console)
     settings, plan = run.settings, run.train.plan
-    _show_course(
-        run, rehearse(run.model, engine_of(run.model, run.optimizer), run.train, run.accelerator), start, console
-    )
+    if start < plan.total_steps:
+        largest = rehearse(run.model, engine_of(run.model, run.optimizer), run.train, run.accelerator)
+        _show_course(run, largest, start, console)
     if settings.trackers:
         run.accelerator.init_trackers("mmtune", config={"seed": run.recipe.seed})
     loop_settings = LoopSettings(
@@ -77,8 +79,7 @@ def follow(run: Run, resume: str, console: Talk) -> Any:
             run.model, run.accelerator.device, run.accelerator.num_processes, run.train.label_share
         ),
     )
-    with console.progress(plan.total_steps, "finetune") as bar:
-        bar.advance(start)
+    with console.progress(plan.total_steps, "finetune", done=start) as bar:
         outcome = train(
             run.model,
             run.optimizer,

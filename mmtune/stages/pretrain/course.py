@@ -50,8 +50,7 @@ def follow(run: Run, resume: str, console: Talk) -> Any:
         eval_every=settings.eval_every,
         workers=0,
     )
-    with console.progress(plan.total_steps, "pretrain") as bar:
-        bar.advance(start)
+    with console.progress(plan.total_steps, "pretrain", done=start) as bar:
         outcome = train(
             run.learner,
             run.optimizer,
@@ -81,6 +80,7 @@ def _resume_from(run: Run, resume: str, console: Talk) -> tuple[int, str, dict[s
     from mmtune.storage import changes
     from mmtune.training.optimizer import load_optimizer_state
 
+    run.checkpoints.sweep()
     if resume == "never":
         run.checkpoints.clear()
         return 0, "", {}

@@ -1,0 +1,76 @@
+"""Which processors a command line gets: as many as it asks for, or an error that says what there is."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from mmtune.__main__ import main
+from mmtune.stages import finetune as stage
+from mmtune.training import launch
+
+
+@pytest.fixture
+def called(tmp_path, monkeypatch, capsys):
+    """A function from flags to the exit code, the JSON document and what the stage saw; no stage runs."""
+    for name in launch.CPU_ONLY:
+        # Put back when the test is over, whatever the command sets.
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+        monkeypatch.delenv(name)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps({"run_dir": "run", "model": {"path": "m"}, "finetune": {}}))
+    seen = []
+
+    def trained(recipe, **given):
+        seen.append({name: os.environ.get(name) for name in launch.CPU_ONLY})
+        return {"stage": "finetune"}
+
+    monkeypatch.setattr(stage, "finetune", trained)
+
+    def call(*flags, gpus=0):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr("sys.argv", ["mmtune", "finetune", str(path), "--json", *map(str, flags)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out = capsys.readouterr()
+        return ended.value.code, json.loads(out.out), seen
+
+    return call
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("more", [(), ("--dry-run",)], ids=["run", "dry run"])
+def test_gpus_that_are_not_there_are_missed(called, count, more):
+    code, said, seen = called("--gpus", count, *more)
+    assert code == 4 and said["error"]["code"] == "gpus_missing" and "this machine has none" in said["error"]["message"]
+    assert f"--cpu-processes {count}" in said["error"]["hint"] and not seen
+
+
+def test_fewer_gpus_than_asked_for_are_counted(called):
+    code, said, seen = called("--gpus", 4, gpus=2)
+    assert code == 4 and "--gpus 4: this machine has 2" in said["error"]["message"] and not seen
+    assert "use fewer" in said["error"]["hint"]
+
+
+def test_one_gpu_that_is_there_is_taken(called):
+    code, _, seen = called("--gpus", 1, gpus=1)
+    assert code == 0 and seen == [dict.fromkeys(launch.CPU_ONLY)]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_gpus_and_cpu_processes_exclude_each_other(called, count):
+    code, said, seen = called("--gpus", 1, "--cpu-processes", count, gpus=8)
+    assert code == 2 and said["error"]["code"] == "usage" and not seen
+
+
+def test_one_cpu_process_takes_no_gpu(called):
+    code, _, seen = called("--cpu-processes", 1, gpus=1)
+    assert code == 0 and seen == [launch.CPU_ONLY]
+    assert seen[0]["CUDA_VISIBLE_DEVICES"] == "" and seen[0]["ACCELERATE_USE_CPU"] == "true"
+
+
+def test_several_cpu_processes_take_none_either():
+    environment = launch.launch_environment(2, cpu=True)
+    assert {name: environment[name] for name in launch.CPU_ONLY} == launch.CPU_ONLY
+    assert "ACCELERATE_USE_CPU" not in launch.launch_environment(2)

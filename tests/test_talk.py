@@ -1,0 +1,41 @@
+"""Progress speaks of this run alone: what an earlier one did counts as done, and as nothing else."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from mmtune import talk
+
+
+@pytest.fixture
+def now(monkeypatch):
+    seconds = [100.0]
+    monkeypatch.setattr(talk.time, "monotonic", lambda: seconds[0])
+    return seconds
+
+
+def test_the_time_left_after_a_resume_is_by_this_runs_own_rate(now):
+    console = talk.Talk(every_seconds=1.0)
+    console.console = Console(file=(said := io.StringIO()), width=160)
+    with console.progress(1000, "finetune", done=900) as bar:
+        now[0] += 10
+        bar.advance(20)
+    # 20 steps in 10 seconds, 80 to go.
+    assert said.getvalue() == "finetune 920/1000 rate=2.0/s eta=00:00:40\n"
+
+
+def test_a_bar_after_a_resume_begins_where_the_run_goes_on(now, monkeypatch):
+    console = talk.Talk()
+    console.console = Console(file=io.StringIO(), width=160, force_terminal=True)
+    seen = []
+    from rich import progress
+
+    update = progress.Progress.update
+    monkeypatch.setattr(
+        progress.Progress, "update", lambda self, task, **more: seen.append(more["rate"]) or update(self, task, **more)
+    )
+    with console.progress(1000, "finetune", done=900) as bar:
+        now[0] += 10
+        bar.advance(20)
+    assert seen == ["2.0/s"]
