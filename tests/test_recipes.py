@@ -26,7 +26,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def check_command(line: str) -> None:
+def assert_parses(line: str) -> None:
     """Parses a command line as the tool would, without running it; named recipes must be there."""
     words = shlex.split(line, comments=True)
     if words[0] == "make":
@@ -50,7 +50,7 @@ def test_a_recipe_loads_and_its_header_says_what_it_takes(path: Path):
     assert commands
     for part in commands:
         if not part.endswith(f" {path.name}"):
-            check_command(part)
+            assert_parses(part)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -78,7 +78,7 @@ def test_recipes_of_the_readme_load(text: str, tmp_path: Path):
 
 @pytest.mark.parametrize("line", [line for block in blocks("bash") for line in block.splitlines() if line.strip()])
 def test_commands_of_the_readme_parse(line: str):
-    check_command(line)
+    assert_parses(line)
 
 
 def test_commands_named_in_the_readme_exist():

@@ -18,7 +18,8 @@ from mmtune.evaluation.generation import answer_losses, generate_texts, stop_ids
 from mmtune.evaluation.ranking import Question, Words, rank
 from mmtune.evaluation.rows import EvalRows
 
-_CACHE_BYTES = 256 << 20
+CACHE_BYTES = 256 << 20
+"""Most bytes of media kept between batches."""
 _STOP_ROWS = 32
 """So many trained answers are looked at for the token that ends them."""
 
@@ -40,6 +41,7 @@ class Asking:
         words: Label words by source, for ranking.
         should_stop: Asked between batches; true ends it with ``generation.Stopped``.
         progress: Total and label to a context with an ``advance``.
+        missing: Modalities whose tokens nobody sees, of a model that takes them for missing then.
     """
 
     media_root: Path
@@ -50,10 +52,20 @@ class Asking:
     words: Words
     should_stop: Callable[[], bool]
     progress: Callable[[int, str], AbstractContextManager[Any]]
+    missing: tuple[str, ...] = ()
+
+    def collator(self, processor: Any, *, left: bool = False) -> Collator:
+        """Returns what makes batches of rows."""
+        made = Collator(processor, media_root=self.media_root, left=left, cache_bytes=CACHE_BYTES)
+        return made.without(self.missing) if self.missing else made
 
 
 def ask_each(
-    models: Mapping[str, Callable[[], Any]], processor: Any, rows: EvalRows, asking: Asking
+    models: Mapping[str, Callable[[], Any]],
+    processor: Any,
+    rows: EvalRows,
+    asking: Asking,
+    also: Callable[[str, Any], None] = lambda name, model: None,
 ) -> tuple[dict[str, list[str]], dict[str, Losses]]:
     """Returns every model's answers to the kept rows, and its losses when they are asked for.
 
@@ -62,6 +74,7 @@ def ask_each(
         processor: Their processor.
         rows: Already examined.
         asking: How they are asked.
+        also: Told of each model while it is in memory.
 
     Raises:
         Stopped: ``should_stop`` said so.
@@ -70,9 +83,10 @@ def ask_each(
     losses: dict[str, Losses] = {}
     for name, load in models.items():
         model = load()
-        texts[name] = _answers(name, model, processor, rows, asking)
+        texts[name] = answers_of(name, model, processor, rows, asking)
         if asking.loss:
-            losses[name] = _losses(name, model, processor, rows, asking)
+            losses[name] = losses_of(name, model, processor, rows, asking)
+        also(name, model)
         del model
         gc.collect()
         if torch.cuda.is_available():
@@ -80,7 +94,8 @@ def ask_each(
     return texts, losses
 
 
-def _answers(name: str, model: Any, processor: Any, rows: EvalRows, asking: Asking) -> list[str]:
+def answers_of(name: str, model: Any, processor: Any, rows: EvalRows, asking: Asking) -> list[str]:
+    """Returns a model's answers to the kept rows; arguments as in ``ask_each``."""
     ranked = _ranked(name, model, processor, rows, asking) if asking.rank else {}
     free = [row for row in range(len(rows.kept)) if row not in ranked]
     said = dict(zip(free, _generated(name, model, processor, rows, asking, free), strict=True))
@@ -97,7 +112,7 @@ def _ranked(name: str, model: Any, processor: Any, rows: EvalRows, asking: Askin
                 lambda chosen: [
                     rows.encode(asked[at][0].conversation(asked[at][1]), asked[at][0].tools) for at in chosen
                 ],
-                Collator(processor, media_root=asking.media_root, cache_bytes=_CACHE_BYTES),
+                asking.collator(processor),
                 sizes=[rows.row_sizes[question.row] for question, _ in asked],
                 batch_rows=asking.batch_rows,
                 should_stop=asking.should_stop,
@@ -120,7 +135,7 @@ def _generated(
             model,
             tokenizer,
             lambda numbers: rows.prompts([chosen[at] for at in numbers]),
-            Collator(processor, media_root=asking.media_root, left=True, cache_bytes=_CACHE_BYTES),
+            asking.collator(processor, left=True),
             sizes=[rows.prompt_sizes[row] for row in chosen],
             stops=stop_ids(model, tokenizer, rows.conversations(range(min(_STOP_ROWS, len(rows.kept))))),
             pad_id=pad_token_id(processor),
@@ -131,12 +146,13 @@ def _generated(
         )
 
 
-def _losses(name: str, model: Any, processor: Any, rows: EvalRows, asking: Asking) -> Losses:
+def losses_of(name: str, model: Any, processor: Any, rows: EvalRows, asking: Asking) -> Losses:
+    """Returns a model's losses on the reference answers of the kept rows; arguments as in ``ask_each``."""
     with asking.progress(len(rows.kept), f"eval {name} loss") as bar:
         return answer_losses(
             model,
             rows.conversations,
-            Collator(processor, media_root=asking.media_root, cache_bytes=_CACHE_BYTES),
+            asking.collator(processor),
             sizes=rows.row_sizes,
             batch_rows=asking.batch_rows,
             should_stop=asking.should_stop,

@@ -104,7 +104,7 @@ def generate_texts(
     for chosen in batches(sizes, batch_rows):
         if should_stop():
             raise Stopped
-        batch = _to_model(collate(rows(chosen)), model)
+        batch = to_model(collate(rows(chosen)), model)
         batch.pop("labels", None)
         with torch.inference_mode():
             out_BT = model.generate(**batch, generation_config=config)
@@ -149,7 +149,7 @@ def answer_losses(
     for chosen in batches(sizes, batch_rows):
         if should_stop():
             raise Stopped
-        batch = _to_model(collate(rows(chosen)), model)
+        batch = to_model(collate(rows(chosen)), model)
         with torch.inference_mode():
             sums_B, counts_B = _row_losses(model, batch, keeps)
         nll[chosen], tokens[chosen] = sums_B.double().cpu().numpy(), counts_B.cpu().numpy()
@@ -183,7 +183,7 @@ def _row_losses(model: Any, batch: dict[str, torch.Tensor], keeps: bool) -> tupl
     return sums_B, (targets_BK != -100).sum(1)
 
 
-def _to_model(batch: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+def to_model(batch: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
     """Returns the batch on the model's device, pixels and samples in the model's type."""
     parameter = next(model.parameters())
     floating = getattr(model, "dtype", parameter.dtype)

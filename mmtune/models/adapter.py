@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmtune.models.spread import is_sharded, own_part, spread_like, whole
-from mmtune.models.towers import check_towers, linear_names, tower_of
+from mmtune.models.towers import check_towers, linear_names, tower_of, whole_modules
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +29,8 @@ def add_lora(
 ) -> Any:
     """Returns the model wrapped by PEFT, with fresh adapters on the chosen linear layers.
 
+    The parts of a fusion are small and often fresh: they train whole, as copies that PEFT saves with the adapters.
+
     With ``pissa`` the adapters start as the principal components of the weights, which lose
     them (arXiv:2404.02948); ``save_tuned`` writes them as ordinary adapters for the untouched base.
 
@@ -45,7 +47,8 @@ def add_lora(
         use_rslora=rslora,
         use_dora=dora,
         init_lora_weights="pissa" if pissa else True,
-        target_modules=linear_names(model, towers, targets),
+        target_modules=linear_names(model, [tower for tower in towers if tower != "fusion"], targets),
+        modules_to_save=whole_modules(model, "fusion") if "fusion" in towers else None,
         bias="none",
     )
     wrapped = get_peft_model(model, config)

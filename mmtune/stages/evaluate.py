@@ -117,6 +117,7 @@ def _write(plan: _Plan, staging: Staging, console: Talk) -> dict[str, Any]:
     from mmtune.encoding.processor import load_processor
     from mmtune.encoding.render import Renderer
     from mmtune.evaluation.comparison import answered_rows, compare, perplexities
+    from mmtune.evaluation.looking import looked_report
     from mmtune.evaluation.rows import ChosenExamples, EvalRows
     from mmtune.prompts.schema import row_to_example
     from mmtune.reports.folder import write_report
@@ -144,7 +145,7 @@ def _write(plan: _Plan, staging: Staging, console: Talk) -> dict[str, Any]:
             log.write(reject)
     if not scored:
         raise DataError(f"no row can be asked: {log.counts}", "look at tokenize.max_length and the model", "no_rows")
-    texts, losses = _answers(plan, processor, rows, console)
+    texts, losses, looked = _answers(plan, processor, rows, console)
     sure = {"resamples": settings.bootstrap, "seed": recipe.seed}
     found = compare(scored, texts, **sure)
     few = sum("vqa_accuracy" in row.metrics and 0 < len(row.references) < 4 for row in scored)
@@ -157,6 +158,7 @@ def _write(plan: _Plan, staging: Staging, console: Talk) -> dict[str, Any]:
         "metrics": found.metrics,
         "groups": found.groups,
         "perplexity": perplexities(losses, [row.group for row in scored], **sure) if losses else None,
+        **looked_report(looked, scored, texts, losses, ablated=settings.compare[-1], kinds=settings.ablate, **sure),
         "training": _training_facts(plan),
         "manifests": _chain(recipe.run_dir),
         "notes": [_FEW_REFERENCES.format(few)] if few else [],
@@ -186,10 +188,11 @@ def _scored(rows: Any, settings: Eval, total: int, console: Talk) -> list[Any]:
 
 def _answers(
     plan: _Plan, processor: Any, rows: Any, console: Talk
-) -> tuple[dict[str, list[str]], dict[str, tuple[Any, Any]]]:
-    """Returns every model's answers, and the losses on the reference answers when they are asked for."""
+) -> tuple[dict[str, list[str]], dict[str, tuple[Any, Any]], dict[str, Any]]:
+    """Returns every model's answers, its losses on the references when they are asked for, and what else was seen."""
     from mmtune.evaluation.asking import Asking, ask_each
     from mmtune.evaluation.generation import Stopped
+    from mmtune.evaluation.looking import Looking
     from mmtune.training.signals import StopFlag
 
     settings = plan.settings
@@ -206,7 +209,9 @@ def _answers(
             progress=console.progress,
         )
         try:
-            return ask_each(models, processor, rows, asking)
+            looking = Looking(processor, rows, asking, settings.ablate, settings.compare[-1], plan.recipe.seed)
+            texts, losses = ask_each(models, processor, rows, asking, looking)
+            return texts, losses, looking.found
         except Stopped as stopped:
             error = Interrupted("eval was stopped by a signal; report/ was not touched", "run the same command again")
             error.exit_code = 130 if stop.wanted == 2 else 75
@@ -317,10 +322,13 @@ def _samples(plan: _Plan, answered: Sequence[Any], rows: Any, metrics: Mapping[s
 def _finish(plan: _Plan, report: Mapping[str, Any], target: Path, console: Talk, *, cached: bool) -> dict[str, Any]:
     """Prints the table and checks the gates; returns the result document."""
     from mmtune.evaluation.comparison import failed_gates
+    from mmtune.reports.extras import extra_tables
     from mmtune.reports.wording import headline, table_rows
 
     head, rows = table_rows(report)
     console.table(f"{plan.settings.split}, {report['n']:,} rows", head, rows)
+    for extra in extra_tables(report):
+        console.table(extra.title, extra.head, extra.rows)
     console.say(f"eval: {headline(report)}")
     page = target / "index.html"
     console.say(f"eval: wrote {page}" if not cached else f"eval: see {page}")
@@ -334,6 +342,7 @@ def _finish(plan: _Plan, report: Mapping[str, Any], target: Path, console: Talk,
         "metrics": report["metrics"],
         "sources": report["groups"].get("source", {}),
         "perplexity": report["perplexity"],
+        **{name: report[name] for name in ("fusion", "ablation")},
     }
     judged = plan.settings.compare[-1]
     missed = failed_gates(report["metrics"], judged, plan.settings.fail_under)

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from mmtune.models.composite.features import Media
 from mmtune.models.composite.fuse import Row
 from mmtune.models.composite.model import kinds_at, prompt_at
 
@@ -56,17 +57,9 @@ def encode_media(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, Enc
     words = model.get_input_embeddings()(ids)
     where = {name: model.placeholders(name, ids, words) for name in model.config.modalities}
     row = Row(words, kinds_at(where, words), batch["attention_mask"], prompt_at(batch.get("prompt_mask"), words), None)
-    parts: dict[str, list[torch.Tensor]] = {}
-    if "pixel_values" in batch:
-        asked = model.asked(row, where["image"], "image")
-        made = model.get_image_features(batch["pixel_values"], batch.get("frame_milliseconds"), asked)
-        parts["image"] = list(made.pooler_output)
-    if "input_features" in batch:
-        asked = model.asked(row, where["audio"], "audio")
-        made = model.get_audio_features(batch["input_features"], batch.get("feature_attention_mask"), asked)
-        parts["audio"] = list(made.pooler_output)
+    media = Media(*(batch.get(name) for name in MEDIA_INPUTS), encoded=None)
     found = {}
-    for name, own in parts.items():
+    for name, own in model.encode(media, where, row).items():
         row_of_token = where[name].nonzero()[:, 0]
         starts = torch.tensor([0, *(len(part) for part in own[:-1])], device=ids.device).cumsum(0)
         found[name] = EncodedMedia(torch.cat(own), row_of_token, row_of_token[starts])

@@ -1,0 +1,91 @@
+"""What is looked at beside the answers while a model is in memory: its branches, and what its answers rest on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mmtune.evaluation.ablation import Ablated, ablation_report, ask_again
+from mmtune.evaluation.asking import Asking, Losses
+from mmtune.evaluation.branches import Branches, branches_report, measure_branches
+from mmtune.evaluation.comparison import ScoredRow
+from mmtune.evaluation.rows import EvalRows
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What was seen of one model."""
+
+    branches: Branches | None
+    ablated: list[Ablated]
+
+
+class Looking:
+    """Looks at each model that ``ask_each`` has loaded.
+
+    Args:
+        processor: The models' processor.
+        rows: Already examined.
+        asking: How rows are asked.
+        kinds: What is taken away, see ``ablation.KINDS``.
+        judged: The model that it is taken away from.
+        seed: Of the order in which questions change places.
+
+    Attributes:
+        found: Model name to what was seen.
+    """
+
+    def __init__(
+        self, processor: Any, rows: EvalRows, asking: Asking, kinds: Sequence[str], judged: str, seed: int
+    ) -> None:
+        self._given = processor, rows, asking
+        self._kinds, self._judged, self._seed = kinds, judged, seed
+        self.found: dict[str, Looked] = {}
+
+    def __call__(self, name: str, model: Any) -> None:
+        """Looks at a model.
+
+        Raises:
+            Stopped: A signal came.
+        """
+        branches = measure_branches(name, model, *self._given)
+        kinds = self._kinds if name == self._judged else ()
+        self.found[name] = Looked(branches, ask_again(name, model, *self._given, kinds, self._seed) if kinds else [])
+
+
+def looked_report(
+    looked: Mapping[str, Looked],
+    rows: Sequence[ScoredRow],
+    texts: Mapping[str, Sequence[str]],
+    losses: Mapping[str, Losses],
+    *,
+    ablated: str,
+    kinds: Sequence[str],
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Returns the report's ``fusion`` (by model) and ``ablation``, None each where there is nothing to say.
+
+    Args:
+        looked: By model.
+        rows: The kept rows.
+        texts: Answers by model.
+        losses: Losses by model, where they were asked for.
+        ablated: The model that something was taken away from.
+        kinds: What was asked to be taken away; may be nothing.
+        resamples: Bootstrap samples.
+        seed: Of the bootstrap.
+    """
+    groups = [row.group for row in rows]
+    fusion = {
+        name: branches_report(own.branches, groups, resamples=resamples, seed=seed)
+        for name, own in looked.items()
+        if own.branches is not None
+    }
+    ablation = None
+    if kinds:
+        own = looked[ablated].ablated
+        given = (rows, ablated, texts[ablated], losses.get(ablated), own, kinds)
+        ablation = ablation_report(*given, resamples=resamples, seed=seed)
+    return {"fusion": fusion or None, "ablation": ablation}
