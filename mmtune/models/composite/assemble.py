@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -213,12 +213,43 @@ def _processor(model: Any, tokenizer: Any, given: Mapping[str, Any]) -> Any:
         tokenizer,
         image_processor=given.get("image"),
         feature_extractor=given.get("audio"),
+        chat_template=_chat_template(tokenizer, config.modalities),
         image_tokens=_image_tokens(model, given["image"]) if "image" in config.modalities else 0,
         audio_tokens=fixed,
         audio_convolutions=config.audio_convolutions,
         frame_times=config.frame_times,
         reads_prompt=config.reads_prompt,
     )
+
+
+def _chat_template(tokenizer: Any, modalities: Sequence[str]) -> str | None:
+    """Returns a chat template that shows media: the tokenizer's own, or the plain one of its control tokens.
+
+    Raises:
+        RecipeError: The tokenizer's own shows no media, and the plain one is not for it.
+    """
+    from jinja2 import TemplateError
+
+    from mmtune.models.composite.processor import CHAT_TEMPLATE
+
+    own: str | None = getattr(tokenizer, "chat_template", None)
+    if not own:
+        return None
+    talk = [{"role": "user", "content": [*({"type": name} for name in modalities), {"type": "text", "text": "?"}]}]
+    try:
+        text = str(tokenizer.apply_chat_template(talk, tokenize=False))
+    except (TemplateError, TypeError):
+        text = ""
+    hidden = [TOKENS[name] for name in modalities if TOKENS[name] not in text]
+    if not hidden:
+        return own
+    if not {"<|im_start|>", "<|im_end|>"} <= tokenizer.get_vocab().keys():
+        raise RecipeError(
+            f"the chat template of the language model shows no {' and no '.join(hidden)}",
+            "give a tokenizer whose chat_template shows image and audio parts by these tokens",
+            "no_media_in_template",
+        )
+    return CHAT_TEMPLATE
 
 
 def _image_tokens(model: Any, images: Any) -> int:
