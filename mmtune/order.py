@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from mmtune.errors import RecipeError
@@ -79,27 +79,30 @@ def run_stages(recipe: Recipe, stages: Iterator[Stage], *, force: bool, dry_run:
     return results
 
 
+PRETRAIN = ("assemble", "tokenize", "pretrain")
+"""What stands between instructions/ and base/: the parts joined, their tokens, the training."""
+
+
 def pretrain_stages(
-    recipe: Recipe, limit: int | None, resume: str, offline: bool, *, train: bool = True
+    recipe: Recipe, limit: int | None, resume: str, offline: bool, wanted: Collection[str] = PRETRAIN
 ) -> Iterator[Stage]:
-    """Yields what stands between instructions/ and base/: the parts joined, their tokens, the training.
+    """Yields the stages of ``PRETRAIN`` that are wanted, in order.
 
     Args:
         recipe: The recipe.
         limit: At most this many training rows.
         resume: ``auto`` or ``never``.
         offline: Never reach for the network.
-        train: Not only what tokenize needs.
+        wanted: Some of ``PRETRAIN``.
 
     Raises:
         RecipeError: The recipe has no ``pretrain``.
     """
     if recipe.pretrain is None:
         raise RecipeError("the recipe has no `pretrain` section", "add one: mmtune keys pretrain")
-    wanted = ("assemble", "tokenize", "pretrain") if train else ("assemble",)
     for name, stage, options in stages_of(recipe, None, offline):
         if name in wanted:
             more = {"limit": limit, "resume": resume} if name == "pretrain" else {}
             yield name, stage, {**options, **more}
-        if name == wanted[-1]:
+        if name == PRETRAIN[-1]:
             return

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 TOKENS = {"image": "<image>", "audio": "<audio>"}
 _TOWERS = {"image": "vision", "audio": "audio"}
+_NORMAL = ("image_mean", "image_std")
 
 
 def assemble(
@@ -137,9 +138,9 @@ def _preprocessor(modality: str, source: str | PretrainedConfig, offline: bool) 
     config: Any = source
     if modality == "image":
         edge = config.image_size
-        return transformers.CLIPImageProcessor(
-            size={"height": edge, "width": edge}, crop_size={"height": edge, "width": edge}
-        )
+        size, channels = {"height": edge, "width": edge}, getattr(config, "num_channels", 3)
+        normal = {name: [value] * channels for name in _NORMAL if (value := getattr(config, name, None)) is not None}
+        return transformers.CLIPImageProcessor(size=size, crop_size=size, **normal)
     if config.model_type == "whisper":
         seconds = config.max_source_positions * 2 * 160 // 16_000
         return transformers.WhisperFeatureExtractor(feature_size=config.num_mel_bins, chunk_length=seconds)
