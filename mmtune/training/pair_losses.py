@@ -113,12 +113,17 @@ def masked_loss(
         at = model.model.placeholders(name, ids, hidden_BTH)
         # Behind co-attention the media have a stream of their own.
         source_BTH = hidden_BTH if made.media_states is None else made.media_states
-        guessed, true = heads.region(source_BTH[at]), media[name].features.detach().float()
-        spread = true.var(0, correction=0).sum().clamp(min=1e-6)
-        own = masked_region_loss(guessed[None].float(), true[None], picked) / spread
+        guessed, true = heads.region(source_BTH[at]).float(), _standard(media[name].features.detach().float())
+        own = masked_region_loss(guessed[None], true[None], picked) / true.shape[-1]
         facts[f"masked_{name}"] = float(own.detach())
         loss = loss + own
     return loss, facts
+
+
+def _standard(features_MH: torch.Tensor) -> torch.Tensor:
+    """Returns features less the batch's mean, over its deviation: what a tower says of all media is not guessed at."""
+    deviation_H = features_MH.std(0, correction=0)
+    return (features_MH - features_MH.mean(0)) / deviation_H.clamp(min=max(float(0.1 * deviation_H.mean()), 1e-6))
 
 
 def match_loss_of(

@@ -178,6 +178,7 @@ def _fill(model: Any, language: Any, parts: Mapping[str, Any]) -> None:
 
 def _processor(model: Any, tokenizer: Any, given: Mapping[str, Any]) -> Any:
     from mmtune.models.composite.processor import CompositeProcessor
+    from mmtune.models.composite.template import template_of
 
     config = model.config
     for modality in config.modalities:
@@ -192,6 +193,7 @@ def _processor(model: Any, tokenizer: Any, given: Mapping[str, Any]) -> Any:
         tokenizer,
         image_processor=given.get("image"),
         feature_extractor=given.get("audio"),
+        chat_template=template_of(tokenizer, {name: TOKENS[name] for name in config.modalities}),
         image_tokens=_image_tokens(model, given["image"]) if "image" in config.modalities else 0,
         audio_tokens=fixed,
         audio_convolutions=config.audio_convolutions,

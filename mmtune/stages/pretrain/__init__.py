@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 from mmtune.errors import IntegrityError, RecipeError
@@ -122,7 +122,8 @@ def _publish(run: Run, outcome: Any, console: Talk, staging: Staging) -> dict[st
     timings = {f"{name}_seconds": round(value, 3) for name, value in outcome.seconds.items()}
     staging.publish(rows={"train": int(run.train.plan.sizes.rows.sum())}, facts=facts, timings=timings)
     run.checkpoints.clear()
-    if not any(run.checkpoints.folder.parent.iterdir()):
+    # Others may stand beside them.
+    with suppress(OSError):
         run.checkpoints.folder.parent.rmdir()
     for warning in _warnings(last):
         console.note(warning)
