@@ -22,6 +22,8 @@ NEEDS = {
     "eval": ("instructions", "adapter"),
 }
 """The folders that a stage of a run reads."""
+NEEDS_OF_BASE = {"tokenize": ("start",), "finetune": ("base",), "eval": ("base",)}
+"""More of them, where pretrain makes the base model."""
 
 Stage = tuple[str, Callable[..., dict[str, Any]], dict[str, Any]]
 
@@ -71,7 +73,8 @@ def run_stages(recipe: Recipe, stages: Iterator[Stage], *, force: bool, dry_run:
     """
     results: dict[str, Any] = {}
     for name, stage, options in stages:
-        missing = [folder for folder in NEEDS[name] if dry_run and not is_finished(recipe.run_dir / folder)]
+        needs = (*NEEDS[name], *(NEEDS_OF_BASE.get(name, ()) if recipe.pretrain is not None else ()))
+        missing = [folder for folder in needs if dry_run and not is_finished(recipe.run_dir / folder)]
         if missing:
             console.say(f"{name}: would run once {' and '.join(missing)} is there")
             continue

@@ -18,32 +18,7 @@ from mmtune.models.objectives.autoencoder import Autoencoder
 from mmtune.models.objectives.contrastive import Temperature, contrastive_loss
 from mmtune.training.code_game import GameHeads, game_losses
 from mmtune.training.paired import PARTS
-
-
-class Standard(nn.Module):
-    """Numbers less their mean, over their deviation, as they were in some first rows.
-
-    Fresh towers say nearly the same of every row: the mean of their features is a hundred times what differs from
-    row to row, and a code made of them as they are is a constant. What is decoded is standardised too, so that an
-    error of 1 per number is that of always guessing the mean, for every modality.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.mean: torch.Tensor
-        self.deviation: torch.Tensor
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("deviation", torch.ones(width))
-
-    def measure(self, values_ND: torch.Tensor) -> None:
-        """Takes mean and deviation of some values; a number that hardly varies is not blown up."""
-        deviation = values_ND.std(0, correction=0)
-        self.mean.copy_(values_ND.mean(0))
-        self.deviation.copy_(deviation.clamp(min=max(float(0.1 * deviation.mean()), 1e-6)))
-
-    def forward(self, values_BD: torch.Tensor) -> torch.Tensor:
-        """Returns the standardised values, ``(B, D)``."""
-        return (values_BD - self.mean) / self.deviation
+from mmtune.training.standard import Standard
 
 
 class CodeHeads(nn.Module):
@@ -84,9 +59,17 @@ class CodeHeads(nn.Module):
         game = "adversarial" in objectives
         self.game = GameHeads(parts, code_width, alternating=alternating, form=form) if game else None
 
-    def codes(self, pooled: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Returns ``(B, C)`` the code of every part from its pooled features ``(B, H)``."""
-        return {name: self.autoencoder.encoders[name](self.seen[name](own)) for name, own in pooled.items()}
+    def at(self, name: str, present_BK: torch.Tensor) -> torch.Tensor:
+        """Returns ``(B,)`` which rows have a part."""
+        return present_BK[:, self.parts.index(name)]
+
+    def read(self, pooled: Mapping[str, torch.Tensor], present_BK: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns ``(B, H)`` what is encoded by part: the features by the standard of their batch."""
+        found = {}
+        for name, own in pooled.items():
+            standard: Any = self.seen[name]
+            found[name] = standard.of_batch(own, self.at(name, present_BK))
+        return found
 
 
 def code_losses(
@@ -111,11 +94,12 @@ def code_losses(
     """
     losses: dict[str, torch.Tensor] = {}
     facts: dict[str, float] = {}
+    read = heads.read(pooled, present_BK)
     if len(heads.told):
-        losses["reconstruction"], own = _reconstruction(heads, pooled, present_BK, targets, dropout)
+        losses["reconstruction"], own = _reconstruction(heads, read, present_BK, targets, dropout)
         facts |= own
-    codes = heads.codes(pooled)
-    at = {name: present_BK[:, heads.parts.index(name)] for name in codes}
+    codes = {name: heads.autoencoder.encoders[name](own) for name, own in read.items()}
+    at = {name: heads.at(name, present_BK) for name in codes}
     if heads.game is not None:
         losses["adversarial"], own = game_losses(heads.game, codes, at, step)
         facts |= own
@@ -127,24 +111,27 @@ def code_losses(
 
 def _reconstruction(
     heads: Any,
-    pooled: Mapping[str, torch.Tensor],
+    read: Mapping[str, torch.Tensor],
     present_BK: torch.Tensor,
     targets: Mapping[str, torch.Tensor],
     dropout: float,
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Returns the sum over parts of the squared error per number, and the error of each, also from another alone."""
-    read = {name: heads.seen[name](own) for name, own in pooled.items()}
+    """Returns the sum over parts of the squared error, and the error of each, also from another alone.
+
+    The error of a part is that of its standardised numbers, of 1 where the mean is always guessed.
+    """
     told = {name: heads.told[name](own) for name, own in targets.items() if name in heads.told}
     kept_BK = modality_dropout(present_BK, dropout, torch.default_generator) if dropout else present_BK
     errors = heads.autoencoder.losses(read, present_BK, kept_BK, told)
-    each = {name: error / told[name].shape[-1] for name, error in errors.items()}
+    each = {name: error / (told[name].shape[-1] * heads.told[name].spread) for name, error in errors.items()}
     facts = {f"reconstruction_{name}": float(own.detach()) for name, own in each.items()}
     with torch.no_grad():
         for one, other in permutations(told, 2):
-            both = present_BK[:, heads.parts.index(one)] & present_BK[:, heads.parts.index(other)]
+            both = heads.at(one, present_BK) & heads.at(other, present_BK)
             if bool(both.any()):
                 made = heads.autoencoder.decoders[other](heads.autoencoder.encoders[one](read[one][both]))
-                facts[f"cross_{one}_{other}"] = float((made - told[other][both]).square().mean())
+                error = (made - told[other][both]).square().mean() / heads.told[other].spread
+                facts[f"cross_{one}_{other}"] = float(error)
     return (torch.stack(list(each.values())).sum() if each else _nothing(present_BK)), facts
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from mmtune.training.code_game import GameHeads, game_losses
-from mmtune.training.code_losses import CodeHeads, Standard, code_losses, same_rows
+from mmtune.training.code_losses import CodeHeads, code_losses, same_rows
+from mmtune.training.standard import Standard
 
 PARTS = ("image", "audio")
 
@@ -102,6 +103,25 @@ def test_the_standard_of_a_number_that_never_varies_blows_nothing_up():
     assert bool(standard(values + torch.tensor([0, 0, 1e-5]))[:, 2].abs().max() < 0.2)
 
 
+def test_the_standard_of_a_batch_is_batch_normalisation_of_the_rows_that_have_it():
+    torch.manual_seed(0)
+    values, here = 5 + 3 * torch.randn(12, 4, requires_grad=True), torch.arange(12) % 3 > 0
+    normal = torch.nn.BatchNorm1d(4, eps=1e-12, affine=False)
+    made, wanted = Standard(4).of_batch(values, here)[here], normal(values[here])
+    torch.testing.assert_close(made, wanted)
+    weights = torch.randn(8, 4)
+    ours, theirs = (
+        torch.autograd.grad((found * weights).sum(), values, retain_graph=True)[0] for found in (made, wanted)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    alone = Standard(4)
+    alone.measure(values.detach())
+    assert torch.equal(alone.of_batch(values, torch.arange(12) == 3), alone(values))
+    same = torch.ones(6, 4, requires_grad=True)
+    Standard(4).of_batch(same, torch.ones(6).bool()).sum().backward()
+    assert bool(same.grad.isfinite().all())
+
+
 def test_reconstruction_is_the_sum_of_squared_errors_per_number():
     torch.manual_seed(1)
     heads = CodeHeads({"reconstruction"}, PARTS, 12, 4, {"image": 10, "audio": 5})
@@ -110,14 +130,15 @@ def test_reconstruction_is_the_sum_of_squared_errors_per_number():
     present = torch.tensor([[1, 1], [1, 0], [0, 1], [1, 1], [1, 1], [1, 0]]).bool()
     keys = torch.zeros(6, 3, dtype=torch.long)
     losses, facts = code_losses(heads, pooled, present, told, keys, 0.0, 0)
+    read = heads.read(pooled, present)
     wanted = 0.0
     for row, (image, audio) in enumerate(present.tolist()):
         parts = [name for name, there in zip(PARTS, (image, audio), strict=True) if there]
-        code = sum(heads.autoencoder.encoders[name](pooled[name][row]) for name in parts) / len(parts)
+        code = sum(heads.autoencoder.encoders[name](read[name][row]) for name in parts) / len(parts)
         for name in parts:
             error = (heads.autoencoder.decoders[name](code) - told[name][row]).square().sum() / told[name].shape[1]
             wanted += error / int(present[:, PARTS.index(name)].sum())
     torch.testing.assert_close(losses["reconstruction"], wanted)
     both = present.all(1)
-    alone = heads.autoencoder.decoders["image"](heads.autoencoder.encoders["audio"](pooled["audio"][both]))
+    alone = heads.autoencoder.decoders["image"](heads.autoencoder.encoders["audio"](read["audio"][both]))
     assert facts["cross_audio_image"] == pytest.approx(float((alone - told["image"][both]).square().mean().detach()))
