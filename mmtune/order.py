@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from mmtune.errors import RecipeError
@@ -22,6 +22,8 @@ NEEDS = {
     "eval": ("instructions", "adapter"),
 }
 """The folders that a stage of a run reads."""
+NEEDS_OF_BASE = {"tokenize": ("start",), "finetune": ("base",), "eval": ("base",)}
+"""More of them, where pretrain makes the base model."""
 
 Stage = tuple[str, Callable[..., dict[str, Any]], dict[str, Any]]
 
@@ -71,7 +73,8 @@ def run_stages(recipe: Recipe, stages: Iterator[Stage], *, force: bool, dry_run:
     """
     results: dict[str, Any] = {}
     for name, stage, options in stages:
-        missing = [folder for folder in NEEDS[name] if dry_run and not is_finished(recipe.run_dir / folder)]
+        needs = (*NEEDS[name], *(NEEDS_OF_BASE.get(name, ()) if recipe.pretrain is not None else ()))
+        missing = [folder for folder in needs if dry_run and not is_finished(recipe.run_dir / folder)]
         if missing:
             console.say(f"{name}: would run once {' and '.join(missing)} is there")
             continue
@@ -79,27 +82,30 @@ def run_stages(recipe: Recipe, stages: Iterator[Stage], *, force: bool, dry_run:
     return results
 
 
+PRETRAIN = ("assemble", "tokenize", "pretrain")
+"""What stands between instructions/ and base/: the parts joined, their tokens, the training."""
+
+
 def pretrain_stages(
-    recipe: Recipe, limit: int | None, resume: str, offline: bool, *, train: bool = True
+    recipe: Recipe, limit: int | None, resume: str, offline: bool, wanted: Collection[str] = PRETRAIN
 ) -> Iterator[Stage]:
-    """Yields what stands between instructions/ and base/: the parts joined, their tokens, the training.
+    """Yields the stages of ``PRETRAIN`` that are wanted, in order.
 
     Args:
         recipe: The recipe.
         limit: At most this many training rows.
         resume: ``auto`` or ``never``.
         offline: Never reach for the network.
-        train: Not only what tokenize needs.
+        wanted: Some of ``PRETRAIN``.
 
     Raises:
         RecipeError: The recipe has no ``pretrain``.
     """
     if recipe.pretrain is None:
         raise RecipeError("the recipe has no `pretrain` section", "add one: mmtune keys pretrain")
-    wanted = ("assemble", "tokenize", "pretrain") if train else ("assemble",)
     for name, stage, options in stages_of(recipe, None, offline):
         if name in wanted:
             more = {"limit": limit, "resume": resume} if name == "pretrain" else {}
             yield name, stage, {**options, **more}
-        if name == wanted[-1]:
+        if name == PRETRAIN[-1]:
             return

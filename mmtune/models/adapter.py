@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmtune.models.save import save_model
 from mmtune.models.spread import is_sharded, own_part, spread_like, whole
 from mmtune.models.towers import check_towers, linear_names, tower_of, whole_modules
 
@@ -144,7 +145,7 @@ def save_tuned(model: Any, folder: Path, state: dict[str, torch.Tensor] | None =
     if hasattr(model, "pissa_start"):
         _save_pissa(model, folder)
     else:
-        model.save_pretrained(str(folder), **({} if state is None else {"state_dict": state}))
+        save_model(model, folder, **({} if state is None else {"state_dict": state}))
     # PEFT writes a model card with a generated text; ours is the manifest.
     (folder / "README.md").unlink(missing_ok=True)
 
@@ -157,6 +158,6 @@ def _save_pissa(model: Any, folder: Path) -> None:
     with TemporaryDirectory() as start:
         # The conversion reads the start from a folder whose config asks for no decomposition.
         config.init_lora_weights = True
-        model.save_pretrained(start, state_dict=model.pissa_start)
+        save_model(model, Path(start), state_dict=model.pissa_start)
         config.init_lora_weights = "pissa"
-        model.save_pretrained(str(folder), path_initial_model_for_weight_conversion=start)
+        save_model(model, folder, path_initial_model_for_weight_conversion=start)

@@ -59,13 +59,13 @@ class TowerRow:
     trainable: int
 
 
-def check_towers(model: nn.Module, train: Iterable[str]) -> None:
-    """Raises RecipeError when a tower to train does not exist in the model."""
+def check_towers(model: nn.Module, train: Iterable[str], section: str = "finetune") -> None:
+    """Raises RecipeError when a tower to train, by that section of the recipe, does not exist in the model."""
     present = {tower_of(name) for name, _ in model.named_parameters()}
     for tower in train:
         if tower not in present:
             raise RecipeError(
-                f"finetune.train names the tower `{tower}`, which this model does not have",
+                f"{section}.train names the tower `{tower}`, which this model does not have",
                 f"it has: {', '.join(t for t in TOWERS if t in present)}",
                 "no_such_tower",
             )

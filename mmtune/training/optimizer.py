@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -81,6 +81,7 @@ def make_optimizer(
     name: str = "adamw",
     tower_rates: Mapping[Any, float] | None = None,
     plus_ratio: float = 1.0,
+    tower: Callable[[str], str] = tower_of,
 ) -> Optimizer:
     """Returns AdamW, AdamW with its moments in 8 bits, or Muon with AdamW for what Muon is not made for.
 
@@ -97,6 +98,7 @@ def make_optimizer(
         name: ``adamw``, ``adamw_8bit`` or ``muon``.
         tower_rates: Peak learning rates of single towers, in place of ``rate``.
         plus_ratio: LoRA+ (arXiv:2402.12354): rate of LoRA's B over that of its A.
+        tower: Parameter name to its tower.
 
     Raises:
         CapabilityError: ``adamw_8bit`` without bitsandbytes.
@@ -104,7 +106,7 @@ def make_optimizer(
     scales: dict[torch.nn.Parameter, float] = {}
     for parameter_name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            scale = (tower_rates or {}).get(tower_of(parameter_name), rate) / rate
+            scale = (tower_rates or {}).get(tower(parameter_name), rate) / rate
             is_b = ".lora_B." in parameter_name or ".lora_embedding_B." in parameter_name
             scales[parameter] = scale * (plus_ratio if is_b else 1.0)
 

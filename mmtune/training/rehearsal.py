@@ -37,10 +37,12 @@ class Rehearsal:
     mean_share: float
 
 
-def rehearse(model: Any, engine: Plain | Zero, batching: Batching, accelerator: Any) -> Rehearsal:
+def rehearse(
+    model: Any, engine: Plain | Zero, batching: Batching, accelerator: Any, section: str = "finetune"
+) -> Rehearsal:
     """Runs forward and backward over the first epoch's micro batches with the most media tokens and the most tokens.
 
-    The model is left as it was.
+    The model is left as it was; ``section`` of the recipe is named in the advice where memory runs out.
 
     Raises:
         ResourceError: Memory ran out, with the ids of the examples.
@@ -53,7 +55,7 @@ def rehearse(model: Any, engine: Plain | Zero, batching: Batching, accelerator: 
     try:
         for number in heaviest(costs, np.asarray([plan.media(own) for own in batches]), again=device.type != "cpu"):
             units = batches[number]
-            tokens, seconds = _run(model, engine, batching, units, accelerator)
+            tokens, seconds = _run(model, engine, batching, units, accelerator, section)
     finally:
         engine.forget()
         model.train(training)
@@ -75,7 +77,7 @@ def heaviest(tokens: np.ndarray, media: np.ndarray, *, again: bool) -> list[int]
 
 
 def _run(
-    model: Any, engine: Plain | Zero, batching: Batching, units: np.ndarray, accelerator: Any
+    model: Any, engine: Plain | Zero, batching: Batching, units: np.ndarray, accelerator: Any, section: str
 ) -> tuple[int, float]:
     """Runs one micro batch; returns its tokens, padding included, and the seconds."""
     device = accelerator.device
@@ -86,7 +88,7 @@ def _run(
             return batching.loss(model, batch)
 
     began = time.perf_counter()
-    with memory_errors(units, batching.batches.ids):
+    with memory_errors(units, batching.batches.ids, section):
         loss, count = engine.run(forward)
         if loss.requires_grad:
             engine.backward(loss / max(count, 1), last=True)

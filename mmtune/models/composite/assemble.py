@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ _LAYERS = {
     "image": ("vision_feature_layer", "vision_feature_select_strategy"),
     "audio": ("audio_feature_layer",),
 }
+_NORMAL = ("image_mean", "image_std")
 
 
 def assemble(
@@ -159,9 +160,9 @@ def _preprocessor(modality: str, source: str | PretrainedConfig, offline: bool) 
     config: Any = source
     if modality == "image":
         edge = config.image_size
-        return transformers.CLIPImageProcessor(
-            size={"height": edge, "width": edge}, crop_size={"height": edge, "width": edge}
-        )
+        size, channels = {"height": edge, "width": edge}, getattr(config, "num_channels", 3)
+        normal = {name: [value] * channels for name in _NORMAL if (value := getattr(config, name, None)) is not None}
+        return transformers.CLIPImageProcessor(size=size, crop_size=size, **normal)
     if config.model_type == "whisper":
         seconds = config.max_source_positions * 2 * 160 // 16_000
         return transformers.WhisperFeatureExtractor(feature_size=config.num_mel_bins, chunk_length=seconds)
@@ -199,6 +200,7 @@ def _fill(model: Any, language: Any, parts: Mapping[str, Any]) -> None:
 
 def _processor(model: Any, tokenizer: Any, given: Mapping[str, Any]) -> Any:
     from mmtune.models.composite.processor import CompositeProcessor
+    from mmtune.models.composite.template import template_of
 
     config = model.config
     for modality in config.modalities:
@@ -213,43 +215,13 @@ def _processor(model: Any, tokenizer: Any, given: Mapping[str, Any]) -> Any:
         tokenizer,
         image_processor=given.get("image"),
         feature_extractor=given.get("audio"),
-        chat_template=_chat_template(tokenizer, config.modalities),
+        chat_template=template_of(tokenizer, {name: TOKENS[name] for name in config.modalities}),
         image_tokens=_image_tokens(model, given["image"]) if "image" in config.modalities else 0,
         audio_tokens=fixed,
         audio_convolutions=config.audio_convolutions,
         frame_times=config.frame_times,
         reads_prompt=config.reads_prompt,
     )
-
-
-def _chat_template(tokenizer: Any, modalities: Sequence[str]) -> str | None:
-    """Returns a chat template that shows media: the tokenizer's own, or the plain one of its control tokens.
-
-    Raises:
-        RecipeError: The tokenizer's own shows no media, and the plain one is not for it.
-    """
-    from jinja2 import TemplateError
-
-    from mmtune.models.composite.processor import CHAT_TEMPLATE
-
-    own: str | None = getattr(tokenizer, "chat_template", None)
-    if not own:
-        return None
-    talk = [{"role": "user", "content": [*({"type": name} for name in modalities), {"type": "text", "text": "?"}]}]
-    try:
-        text = str(tokenizer.apply_chat_template(talk, tokenize=False))
-    except (TemplateError, TypeError):
-        text = ""
-    hidden = [TOKENS[name] for name in modalities if TOKENS[name] not in text]
-    if not hidden:
-        return own
-    if not {"<|im_start|>", "<|im_end|>"} <= tokenizer.get_vocab().keys():
-        raise RecipeError(
-            f"the chat template of the language model shows no {' and no '.join(hidden)}",
-            "give a tokenizer whose chat_template shows image and audio parts by these tokens",
-            "no_media_in_template",
-        )
-    return CHAT_TEMPLATE
 
 
 def _image_tokens(model: Any, images: Any) -> int:

@@ -21,6 +21,7 @@ MEDIA_INPUTS = ("pixel_values", "frame_milliseconds", "input_features", "feature
 """What ``EncodedMedia.outputs`` stands in for."""
 _SIDE = 8
 """A picture is summed up by so many by so many means, a sound by so many spans of time."""
+_HASH = 2_654_435_761
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,23 @@ def summaries(
     return found
 
 
+def word_summary(ids_BT: torch.Tensor, words_BT: torch.Tensor) -> torch.Tensor:
+    """Returns ``(B, D)`` what each row's words are in short: how many fall into each of 64 bins, by their ids.
+
+    Feature hashing (Weinberger et al. 2009), so that a vocabulary of any size has one width.
+
+    Args:
+        ids_BT: Token ids.
+        words_BT: Which of them are words that count.
+    """
+    bins_BT = (ids_BT * _HASH % 2**32) * _SIDE**2 // 2**32
+    counts = torch.zeros(len(ids_BT), _SIDE**2, device=ids_BT.device)
+    return counts.scatter_add(1, bins_BT, words_BT.float())
+
+
 def summary_widths(config: Any) -> dict[str, int]:
-    """Returns D by modality of a composite model's config."""
-    found = {}
+    """Returns D by part, text among them, of a composite model's config."""
+    found = {"text": _SIDE**2}
     for name in config.modalities:
         if name == "image":
             found[name] = _SIDE**2 * int(getattr(config.vision_config, "num_channels", 3))

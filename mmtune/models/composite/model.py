@@ -59,6 +59,8 @@ class CompositeOutput(ModelOutput):
     """Which branches share a run of the language model."""
     fusion_state: Any = None
     """What the next call needs beside ``past_key_values``."""
+    media_states: torch.Tensor | None = None
+    """``(B, T, H)`` the media stream behind co-attention at its tokens, of early fusion in a call without a past."""
 
 
 class CompositePreTrainedModel(PreTrainedModel):
@@ -252,6 +254,7 @@ class CompositeModel(CompositePreTrainedModel):
             log_gate=run.log_gate,
             passes=run.passes,
             fusion_state=run.finished(made.past_key_values is not None),
+            media_states=run.media_states() if fusion_state is None else None,
         )
 
     def _learned(self) -> dict[str, nn.Module]:

@@ -31,6 +31,7 @@ class MediaStream:
         media_sees: ``(B, M, T)``, for co-attention.
         incoming: Per layer of co-attention, the media stream that comes into it.
         fixed: The media have met their prompt before; ``incoming`` is complete.
+        outgoing: The media stream behind the last layer of co-attention.
     """
 
     media: torch.Tensor
@@ -38,6 +39,7 @@ class MediaStream:
     media_sees: torch.Tensor | None = None
     incoming: dict[int, torch.Tensor] = field(default_factory=dict)
     fixed: bool = False
+    outgoing: torch.Tensor | None = None
 
 
 def add_blocks(model: nn.Module, config: Any) -> nn.ModuleDict:
@@ -95,4 +97,5 @@ class _Before:
         hidden, media = block(hidden, media, stream.text_sees, stream.media_sees)
         if self.after is not None and not stream.fixed:
             stream.incoming[self.after] = media
+        stream.outgoing = media
         return (hidden, *others), rest

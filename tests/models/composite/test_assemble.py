@@ -120,14 +120,3 @@ def test_parts_of_multimodal_models_are_taken(repository: Path) -> None:
     # The base's own template knows of no sound.
     talk = [{"role": "user", "content": [{"type": "audio"}, {"type": "image"}, {"type": "text", "text": "?"}]}]
     assert processor.apply_chat_template(talk) == "<|im_start|>user\n<audio><image>?<|im_end|>\n"
-
-
-def test_a_template_that_shows_no_media_is_refused(language: Path, repository: Path) -> None:
-    base, omni = (str(repository / "data" / name) for name in ("base", "omni"))
-    kept = assemble(omni, encoders={"image": base, "audio": omni})[1]
-    assert kept.chat_template == (repository / "data" / "omni" / "chat_template.jinja").read_text()
-    tokenizer = encoding_tests().byte_level(["<s>", "</s>"], eos_token="</s>")
-    tokenizer.chat_template = "{% for message in messages %}<s>{{ message.content }}</s>{% endfor %}"
-    config = t.Qwen2Config(**SMALL, vocab_size=len(tokenizer), num_key_value_heads=2)
-    with pytest.raises(RecipeError, match="shows no <image>"):
-        assemble(config, encoders={"image": base}, tokenizer=tokenizer)
