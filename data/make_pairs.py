@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 ROWS = {"train": 960, "val": 80, "test": 160}
 """Rows of either question."""
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-TWIN, AGREE = "Which digit is it?", "Are the two digits the same?"
+QUESTIONS = {"twin": "Which digit is it?", "agree": "Are the two digits the same?"}
 
 Row = dict[str, str]
 
@@ -48,22 +48,20 @@ def sounds_by_digit(split: str) -> dict[int, list[str]]:
     return {digit: [name for name in names if name.startswith(f"{word}_")] for digit, word in enumerate(WORDS)}
 
 
-def rows_of(split: str) -> Iterator[Row]:
-    """The rows of a split, drawn from its own seed."""
-    draw = random.Random(f"pairs {split}")
+def rows_of(kind: str, split: str) -> Iterator[Row]:
+    """The rows of a question and split, drawn from their own seed."""
+    draw = random.Random(f"{kind} {split}")
     pictures, sounds = pictures_by_digit(split), sounds_by_digit(split)
-    rows = []
     for number in range(ROWS[split]):
-        digit = number % len(WORDS)
-        rows.append(("twin", TWIN, str(digit), digit, digit))
-        seen, heard = number % 2, number // 2 % 2
-        rows.append(("agree", AGREE, "yes" if seen == heard else "no", seen, heard))
-    draw.shuffle(rows)
-    for place, (kind, question, answer, seen, heard) in enumerate(rows):
+        if kind == "twin":
+            seen = heard = number % len(WORDS)
+            answer = str(seen)
+        else:
+            seen, heard = number % 2, number // 2 % 2
+            answer = "yes" if seen == heard else "no"
         yield {
-            "id": f"{split}/{place}",
-            "question_type": kind,
-            "question": question,
+            "id": f"{kind}/{split}/{number}",
+            "question": QUESTIONS[kind],
             "answer": answer,
             "image": draw.choice(pictures[seen]),
             "audio": draw.choice(sounds[heard]),
@@ -76,10 +74,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "pairs" / "annotations")
     out: Path = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
-    for split in ROWS:
-        text = "".join(json.dumps(row) + "\n" for row in rows_of(split))
-        # Without a time and a name inside, the same rows are the same bytes.
-        (out / f"{split}.jsonl.gz").write_bytes(gzip.compress(text.encode(), 9, mtime=0))
+    for kind in QUESTIONS:
+        for split in ROWS:
+            text = "".join(json.dumps(row) + "\n" for row in rows_of(kind, split))
+            # Without a time and a name inside, the same rows are the same bytes.
+            (out / f"{kind}_{split}.jsonl.gz").write_bytes(gzip.compress(text.encode(), 9, mtime=0))
 
 
 if __name__ == "__main__":
