@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-SHIPPED = ("recipes", "data/base", "data/omni", "data/scenes", "data/sounds", "data/clips")
+SHIPPED = ("recipes", "data/base", "data/omni", "data/scenes", "data/sounds", "data/clips", "data/pairs")
 
 
 class BuildWithRecipes(build_py):

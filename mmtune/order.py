@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from mmtune.errors import RecipeError
@@ -23,6 +23,8 @@ NEEDS = {
     "eval": ("instructions",),
 }
 """The folders that a stage of any run reads; see ``_needs``."""
+NEEDS_OF_BASE = {"tokenize": ("start",), "prompt": ("base",), "finetune": ("base",), "eval": ("base",)}
+"""More of them, where pretrain makes the base model."""
 
 Stage = tuple[str, Callable[..., dict[str, Any]], dict[str, Any]]
 
@@ -95,38 +97,42 @@ def run_stages(recipe: Recipe, stages: Iterator[Stage], *, force: bool, dry_run:
 def _needs(name: str, recipe: Recipe) -> tuple[str, ...]:
     """Returns the folders that a stage of this recipe reads."""
     needs, exemplars = NEEDS[name], recipe.build.exemplars
+    if recipe.pretrain is not None:
+        needs += NEEDS_OF_BASE.get(name, ())
     if name == "build-data" and exemplars is not None and exemplars.method == "retrieval":
         needs += ("features",)
-    if name == "prompt" and recipe.prompt is not None:
-        needs += ("adapter",) if recipe.prompt.on == "tuned" else ()
-        needs += ("base",) if recipe.pretrain is not None else ()
+    if name == "prompt" and recipe.prompt is not None and recipe.prompt.on == "tuned":
+        needs += ("adapter",)
     if name == "eval" and recipe.eval is not None:
         needs += ("adapter",) if any(one.startswith("tuned") for one in recipe.eval.compare) else ()
         needs += ("prompt",) if any(one.endswith("prompt") for one in recipe.eval.compare) else ()
     return needs
 
 
+PRETRAIN = ("assemble", "tokenize", "pretrain")
+"""What stands between instructions/ and base/: the parts joined, their tokens, the training."""
+
+
 def pretrain_stages(
-    recipe: Recipe, limit: int | None, resume: str, offline: bool, *, train: bool = True
+    recipe: Recipe, limit: int | None, resume: str, offline: bool, wanted: Collection[str] = PRETRAIN
 ) -> Iterator[Stage]:
-    """Yields what stands between instructions/ and base/: the parts joined, their tokens, the training.
+    """Yields the stages of ``PRETRAIN`` that are wanted, in order.
 
     Args:
         recipe: The recipe.
         limit: At most this many training rows.
         resume: ``auto`` or ``never``.
         offline: Never reach for the network.
-        train: Not only what tokenize needs.
+        wanted: Some of ``PRETRAIN``.
 
     Raises:
         RecipeError: The recipe has no ``pretrain``.
     """
     if recipe.pretrain is None:
         raise RecipeError("the recipe has no `pretrain` section", "add one: mmtune keys pretrain")
-    wanted = ("assemble", "tokenize", "pretrain") if train else ("assemble",)
     for name, stage, options in stages_of(recipe, None, offline):
         if name in wanted:
             more = {"limit": limit, "resume": resume} if name == "pretrain" else {}
             yield name, stage, {**options, **more}
-        if name == wanted[-1]:
+        if name == PRETRAIN[-1]:
             return

@@ -99,6 +99,28 @@ def test_a_word_in_two_voices_is_nearer_to_itself_than_to_other_words() -> None:
     assert right >= 85, right
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_pairs_are_true_and_neither_medium_tells_whether_they_agree(split: str) -> None:
+    make_pairs = load_script("make_pairs")
+    scenes, rows = scenes_of(split), []
+    for kind in make_pairs.QUESTIONS:
+        own = rows_of("pairs", f"{kind}_{split}")
+        assert own == list(make_pairs.rows_of(kind, split))
+        rows += own
+    assert len({row["id"] for row in rows}) == len(rows) == 2 * make_pairs.ROWS[split]
+    met: Counter[tuple[int, int]] = Counter()
+    for row in rows:
+        (shown,) = scenes[int(row["image"].removesuffix(".png"))]["digits"]
+        said = make_pairs.WORDS.index(row["audio"].split("_")[0])
+        assert (DATA / "sounds" / split / row["audio"]).is_file()
+        if row["id"].startswith("twin"):
+            assert row["answer"] == str(shown["digit"]) == str(said)
+        else:
+            assert row["answer"] == ("yes" if shown["digit"] == said else "no")
+            met[shown["digit"], said] += 1
+    assert set(met) == {(0, 0), (0, 1), (1, 0), (1, 1)} and len(set(met.values())) == 1
+
+
 def decoded(path: Path) -> list[np.ndarray]:
     import av
 

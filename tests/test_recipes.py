@@ -13,8 +13,10 @@ import pytest
 import typer
 
 from mmtune.cli import app
+from mmtune.order import run_stages, stages_of
 from mmtune.recipe.text import load_recipe
 from mmtune.stages.init import copy_recipe, list_recipes
+from mmtune.talk import Talk
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -26,7 +28,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def check_command(line: str) -> None:
+def assert_parses(line: str) -> None:
     """Parses a command line as the tool would, without running it; named recipes must be there."""
     words = shlex.split(line, comments=True)
     if words[0] == "make":
@@ -50,7 +52,7 @@ def test_a_recipe_loads_and_its_header_says_what_it_takes(path: Path):
     assert commands
     for part in commands:
         if not part.endswith(f" {path.name}"):
-            check_command(part)
+            assert_parses(part)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -78,7 +80,7 @@ def test_recipes_of_the_readme_load(text: str, tmp_path: Path):
 
 @pytest.mark.parametrize("line", [line for block in blocks("bash") for line in block.splitlines() if line.strip()])
 def test_commands_of_the_readme_parse(line: str):
-    check_command(line)
+    assert_parses(line)
 
 
 def test_commands_named_in_the_readme_exist():
@@ -124,3 +126,19 @@ def test_an_installed_wheel_runs_a_recipe_without_a_checkout(unpacked: Path, tmp
     mmtune("build-data", "quickstart.yaml", "--limit", "5")
     mmtune("tokenize", "quickstart.yaml")
     assert (tmp_path / "runs" / "quickstart" / "tokens" / "manifest.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_quickstart_runs_on_the_omni_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As the README says it, cut short: from official files to a report of the tuned omni base."""
+    monkeypatch.chdir(ROOT)
+    short = ["finetune.max_steps=2", "finetune.batch_rows=8", "eval.limit=8", "eval.bootstrap=100", "seed=1"]
+    settings = ["model.path=data/omni", f"run_dir={tmp_path / 'run'}", *short]
+    recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", settings, environ={})
+    assert recipe.model is not None and recipe.model.path == str(ROOT / "data" / "omni")
+    console = Talk(quiet=True)
+    results = run_stages(recipe, stages_of(recipe, 24, True), force=False, dry_run=False, console=console)
+    assert list(results) == ["build-data", "tokenize", "finetune", "eval"] and results["eval"]["rows"] == 8
+    models = results["eval"]["metrics"]["vqa_accuracy"]["models"]
+    # It knows the old tasks; the comparison is new to it.
+    assert set(models) == {"base", "tuned"} and models["base"]["value"] > 20

@@ -73,7 +73,7 @@ def tokenize(
         from mmtune.order import pretrain_stages, run_stages
 
         # The processor comes with the parts that pretrain joins.
-        parts = pretrain_stages(loaded, limit, "auto", offline, train=False)
+        parts = pretrain_stages(loaded, limit, "auto", offline, ("assemble",))
         run_stages(loaded, parts, force=False, dry_run=dry_run, console=console)
     result = stage(loaded, force=force, dry_run=dry_run, limit=limit, offline=offline, console=console)
     finish("tokenize", result, as_json)

@@ -26,10 +26,17 @@ from mmtune.cli.options import (
 from mmtune.errors import RecipeError
 from mmtune.talk import Talk
 
+Gpus = Annotated[int | None, typer.Option("--gpus", min=1, help="Train on this many GPUs of this machine.")]
+CpuProcesses = Annotated[
+    int | None, typer.Option("--cpu-processes", min=1, help="Train on this many CPU processes (gloo), on no GPU.")
+]
+
 
 def pretrain(
     recipe: RecipePath = None,
     overrides: Set = None,
+    gpus: Gpus = None,
+    cpu_processes: CpuProcesses = None,
     resume: Resume = "auto",
     force: Force = False,
     dry_run: DryRun = False,
@@ -39,28 +46,35 @@ def pretrain(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Encoders and a language model, joined and trained on instructions/, to base/.
+    """Encoders and a language model, joined and trained on instructions/, to base/ with exact resume.
 
     Example: mmtune pretrain recipes/represent.yaml
     """
     from mmtune.order import pretrain_stages, run_stages
+    from mmtune.stages import pretrain as stage
 
     check_resume(resume)
-    loaded, console = load(recipe, overrides, seed), Talk(quiet)
+    loaded = load(recipe, overrides, seed)
+    processes, console = gpus or cpu_processes or 1, Talk(quiet or not stage.is_main())
+    several = processes > 1 and not stage.is_launched() and not dry_run
     results: dict[str, Any] = {}
-    for stage in pretrain_stages(loaded, limit, resume, offline):
-        again = force and stage[0] == "pretrain"
-        results |= run_stages(loaded, iter([stage]), force=again, dry_run=dry_run, console=console)
-    finish("pretrain", results.get("pretrain", {"stage": "pretrain", "dry_run": True}), as_json)
+    # One process alone joins the parts and tokenizes.
+    wanted = ("pretrain",) if stage.is_launched() else ("assemble", "tokenize", *(() if several else ("pretrain",)))
+    for step in pretrain_stages(loaded, limit, resume, offline, wanted):
+        again = force and step[0] == "pretrain"
+        results |= run_stages(loaded, iter([step]), force=again, dry_run=dry_run, console=console)
+    if several:
+        cpu = gpus is None and cpu_processes is not None
+        stage.launch(sys.argv[1:], processes, cpu=cpu, console=console)
+    elif stage.is_main():
+        finish("pretrain", results.get("pretrain", {"stage": "pretrain", "dry_run": True}), as_json)
 
 
 def finetune(
     recipe: RecipePath = None,
     overrides: Set = None,
-    gpus: Annotated[int | None, typer.Option("--gpus", min=1, help="Train on this many GPUs of this machine.")] = None,
-    cpu_processes: Annotated[
-        int | None, typer.Option("--cpu-processes", min=1, help="Train on this many CPU processes (gloo), on no GPU.")
-    ] = None,
+    gpus: Gpus = None,
+    cpu_processes: CpuProcesses = None,
     nodes: Annotated[
         int, typer.Option("--nodes", min=1, help="Machines; run the same command on each, on a shared run_dir.")
     ] = 1,

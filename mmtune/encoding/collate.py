@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -64,12 +64,19 @@ class Collator:
         self._cache = Cache(cache_bytes)
         self._features: Mapping[str, Features] = {}
         self._pixels: Features | None = None
+        self._missing: frozenset[str] = frozenset()
         self._types = getattr(processor, "return_mm_token_type_ids", False) or self._gemma
 
     def with_features(self, kind: str, features: Features) -> Collator:
         """Returns a collator that takes features in place of every ``image`` (with video frames) or ``audio``."""
         other = copy(self)
         other._features = {**self._features, kind: features}
+        return other
+
+    def without(self, modalities: Collection[str]) -> Collator:
+        """Returns a collator that hides the tokens of some modalities; all others keep their positions."""
+        other = copy(self)
+        other._missing = frozenset(modalities)
         return other
 
     def with_pixels(self, pixels: Features) -> Collator:
@@ -111,7 +118,20 @@ class Collator:
             "attention_mask": torch.from_numpy(mask),
             "labels": torch.from_numpy(labels),
         }
-        return {**batch, **self._token_types(batch), **self._prompt(batch)}
+        return self._hidden(rows, {**batch, **self._token_types(batch), **self._prompt(batch)})
+
+    def _hidden(self, rows: Sequence[EncodedRow], batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns the batch with a mask under which nobody sees the tokens of missing modalities."""
+        if not self._missing:
+            return batch
+        mask = batch["attention_mask"]
+        seen = mask.clone()
+        for index, row in enumerate(rows):
+            first = mask.shape[1] - row.input_ids.size if self._left else 0
+            for span in row.media:
+                if span.medium.modality in self._missing:
+                    seen[index, first + span.start : first + span.start + span.length] = 0
+        return {**batch, "attention_mask": seen, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
     def _prompt(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Returns where the first answer has not begun, for a family that reads the prompt in both directions."""

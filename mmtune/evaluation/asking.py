@@ -21,7 +21,8 @@ from mmtune.evaluation.rows import EvalRows
 from mmtune.evaluation.scoring import RowScorer
 from mmtune.models.soft_tokens import soft_tokens
 
-_CACHE_BYTES = 256 << 20
+CACHE_BYTES = 256 << 20
+"""Most bytes of media kept between batches."""
 _STOP_ROWS = 32
 """So many trained answers are looked at for the token that ends them."""
 
@@ -44,6 +45,7 @@ class Asking:
         should_stop: Asked between batches; true ends it with ``generation.Stopped``.
         progress: Total and label to a context with an ``advance``.
         note: Told what a person should know.
+        missing: Modalities whose tokens nobody sees, of a model that takes them for missing then.
     """
 
     media_root: Path
@@ -55,10 +57,20 @@ class Asking:
     should_stop: Callable[[], bool]
     progress: Callable[[int, str], AbstractContextManager[Any]]
     note: Callable[[str], None]
+    missing: tuple[str, ...] = ()
+
+    def collator(self, processor: Any, *, left: bool = False) -> Collator:
+        """Returns what makes batches of rows."""
+        made = Collator(processor, media_root=self.media_root, left=left, cache_bytes=CACHE_BYTES)
+        return made.without(self.missing) if self.missing else made
 
 
 def ask_each(
-    models: Mapping[str, Callable[[], Any]], processor: Any, ways: Mapping[str, EvalRows], asking: Asking
+    models: Mapping[str, Callable[[], Any]],
+    processor: Any,
+    ways: Mapping[str, EvalRows],
+    asking: Asking,
+    also: Callable[[str, Any], None] = lambda name, model: None,
 ) -> tuple[dict[str, list[str]], dict[str, Losses]]:
     """Returns every model's answers to the kept rows, and its losses when they are asked for, by model and way.
 
@@ -67,6 +79,7 @@ def ask_each(
         processor: Their processor.
         ways: Way of asking to the same rows in it, already examined; the empty one names no way.
         asking: How they are asked.
+        also: Told of each model while it is in memory.
 
     Raises:
         Stopped: ``should_stop`` said so.
@@ -82,7 +95,8 @@ def ask_each(
             shown = rows if soft else rows.without_soft_tokens()
             texts[label] = answers_of(label, model, processor, shown, asking, scorer)
             if asking.loss:
-                losses[label] = _losses(label, scorer, shown, asking)
+                losses[label] = losses_of(label, model, processor, shown, asking, scorer)
+        also(name, model)
         del model, scorer
         gc.collect()
         if torch.cuda.is_available():
@@ -91,7 +105,7 @@ def ask_each(
 
 
 def _scorer(model: Any, processor: Any, asking: Asking) -> RowScorer:
-    collate = Collator(processor, media_root=asking.media_root, cache_bytes=_CACHE_BYTES)
+    collate = asking.collator(processor)
     return RowScorer(model, collate, batch_rows=asking.batch_rows, should_stop=asking.should_stop, note=asking.note)
 
 
@@ -139,7 +153,7 @@ def _generated(
             model,
             tokenizer,
             lambda numbers: rows.prompts([chosen[at] for at in numbers]),
-            Collator(processor, media_root=asking.media_root, left=True, cache_bytes=_CACHE_BYTES),
+            asking.collator(processor, left=True),
             sizes=[rows.prompt_sizes[row] for row in chosen],
             stops=stop_ids(model, tokenizer, rows.conversations(range(min(_STOP_ROWS, len(rows.kept))))),
             pad_id=pad_token_id(processor),
@@ -150,7 +164,11 @@ def _generated(
         )
 
 
-def _losses(name: str, scorer: RowScorer, rows: EvalRows, asking: Asking) -> Losses:
+def losses_of(
+    name: str, model: Any, processor: Any, rows: EvalRows, asking: Asking, scorer: RowScorer | None = None
+) -> Losses:
+    """Returns a model's losses on the reference answers of the kept rows; arguments as in ``answers_of``."""
+    scorer = scorer or _scorer(model, processor, asking)
     order = by_media([rows.example(row).media for row in range(len(rows.kept))])
     with asking.progress(len(rows.kept), f"eval {name} loss") as bar:
         logprob, tokens = scorer(rows.conversations, order, bar.advance)

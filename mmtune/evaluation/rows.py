@@ -142,6 +142,21 @@ class EvalRows:
         """Returns the example of a kept row."""
         return self._example(self.kept[row])
 
+    def changed(self, rows: Sequence[int], change: Callable[[int, Example], Example]) -> EvalRows:
+        """Returns some kept rows as other examples, still to be examined.
+
+        Args:
+            rows: Numbers of kept rows.
+            change: Row number and example to what is asked instead.
+        """
+        return EvalRows(
+            len(rows),
+            lambda number: change(rows[number], self.example(rows[number])),
+            self._renderer,
+            max_length=self._max_length,
+            drop_turns=self._drop_turns,
+        )
+
     def encode(self, messages: Sequence[Message], tools: str) -> EncodedRow:
         """Returns a conversation of one's own making, with labels."""
         return self._renderer.encode(messages, tools)

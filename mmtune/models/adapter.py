@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmtune.models.save import save_model
 from mmtune.models.soft_prompt import BESIDE, lora_beside
 from mmtune.models.soft_tokens import save_soft_tokens, soft_tokens
 from mmtune.models.spread import is_sharded, own_part, spread_like, whole
-from mmtune.models.towers import check_towers, linear_names, tower_of
+from mmtune.models.towers import check_towers, linear_names, tower_of, whole_modules
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,8 @@ def add_lora(
 ) -> Any:
     """Returns the model wrapped by PEFT, with fresh adapters on the chosen linear layers.
 
+    The parts of a fusion are small and often fresh: they train whole, as copies that PEFT saves with the adapters.
+
     With ``pissa`` the adapters start as the principal components of the weights, which lose
     them (arXiv:2404.02948); ``save_tuned`` writes them as ordinary adapters for the untouched base.
 
@@ -48,7 +51,8 @@ def add_lora(
         use_rslora=rslora,
         use_dora=dora,
         init_lora_weights="pissa" if pissa else True,
-        target_modules=linear_names(model, towers, targets),
+        target_modules=linear_names(model, [tower for tower in towers if tower != "fusion"], targets),
+        modules_to_save=whole_modules(model, "fusion") if "fusion" in towers else None,
         bias="none",
     )
     wrapped = get_peft_model(model, config)
@@ -164,9 +168,9 @@ def save_tuned(model: Any, folder: Path, state: dict[str, torch.Tensor] | None =
     else:
         lora = lora_beside(model)
         if lora is not None:
-            lora.save_pretrained(str(folder))
+            save_model(lora, folder)
         own = folder if lora is None else folder / BESIDE
-        model.save_pretrained(str(own), **({} if state is None else {"state_dict": state}))
+        save_model(model, own, **({} if state is None else {"state_dict": state}))
         (own / "README.md").unlink(missing_ok=True)
     # PEFT writes a model card with a generated text; ours is the manifest.
     (folder / "README.md").unlink(missing_ok=True)
@@ -180,6 +184,6 @@ def _save_pissa(model: Any, folder: Path) -> None:
     with TemporaryDirectory() as start:
         # The conversion reads the start from a folder whose config asks for no decomposition.
         config.init_lora_weights = True
-        model.save_pretrained(start, state_dict=model.pissa_start)
+        save_model(model, Path(start), state_dict=model.pissa_start)
         config.init_lora_weights = "pissa"
-        model.save_pretrained(str(folder), path_initial_model_for_weight_conversion=start)
+        save_model(model, folder, path_initial_model_for_weight_conversion=start)

@@ -40,6 +40,10 @@ class PatchesConfig(PreTrainedConfig):
     image_size: int = 32
     patch_size: int = 8
     num_channels: int = 3
+    image_mean: float = 0.5
+    """Taken from pixels of 0 to 1. Where all pixels are far from it, all patches look alike behind the first norm."""
+    image_std: float = 0.5
+    """Pixels are divided by it."""
 
     @property
     def num_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""Which parameters belong to which tower: vision, audio, projector, llm.
+"""Which parameters belong to which tower: vision, audio, projector, fusion, llm.
 
 transformers names the parts of its multimodal models alike within a few words; the first
 pattern that matches a parameter's dotted name decides, and the rest is the language model.
@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-TOWERS = ("llm", "projector", "vision", "audio")
+TOWERS = ("llm", "projector", "vision", "audio", "fusion")
 
 # Order matters: a projector may sit inside a tower's module (Qwen's `visual.merger`).
 _PATTERNS: tuple[tuple[str, str], ...] = (
+    # What a composite model puts around its language model; a mixture of experts has gates too, deeper inside.
+    ("fusion", r"model\.(gate|segments|media_attention)"),
     (
         "projector",
         r"multi_?modal_projector|connector|aligner|mlp1|embed_vision|embed_audio|audio_projector"
@@ -32,6 +34,8 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
     ("vision", r"vision_tower|vision_model|visual|vision_encoder|image_encoder|image_embed|vision_embed_tokens"),
 )
 _ADAPTERS = ((".lora_", "lora"), (".ia3_", "ia3"), ("prompt_encoder.", "prompt"), ("soft_tokens.", "prompt"))
+# PEFT keeps the weights that a trained copy stands in for.
+_REPLACED = ".original_module."
 _COMPILED = tuple((tower, re.compile(rf"(^|\.)({pattern})(\.|$)")) for tower, pattern in _PATTERNS)
 
 
@@ -55,13 +59,13 @@ class TowerRow:
     trainable: int
 
 
-def check_towers(model: nn.Module, train: Iterable[str]) -> None:
-    """Raises RecipeError when a tower to train does not exist in the model."""
+def check_towers(model: nn.Module, train: Iterable[str], section: str = "finetune") -> None:
+    """Raises RecipeError when a tower to train, by that section of the recipe, does not exist in the model."""
     present = {tower_of(name) for name, _ in model.named_parameters()}
     for tower in train:
         if tower not in present:
             raise RecipeError(
-                f"finetune.train names the tower `{tower}`, which this model does not have",
+                f"{section}.train names the tower `{tower}`, which this model does not have",
                 f"it has: {', '.join(t for t in TOWERS if t in present)}",
                 "no_such_tower",
             )
@@ -75,6 +79,8 @@ def tower_table(model: nn.Module) -> list[TowerRow]:
     trainable = dict.fromkeys(TOWERS, 0)
     states = dict.fromkeys(TOWERS, "full")
     for name, parameter in model.named_parameters():
+        if _REPLACED in name:
+            continue
         tower = tower_of(name)
         total[tower] += numel(parameter)
         if parameter.requires_grad:
@@ -129,6 +135,18 @@ def linear_names(model: nn.Module, towers: Iterable[str], targets: Iterable[str]
         hint = f"near: {', '.join(near)}" if near else f"there are: {', '.join(sorted(known))}"
         raise RecipeError(f"{what} in {', '.join(sorted(wanted))}", hint, "no_targets")
     return sorted(found)
+
+
+def whole_modules(model: nn.Module, tower: str) -> list[str]:
+    """Returns the names of a tower's outermost modules that can be called."""
+    from torch import nn
+
+    found: list[str] = []
+    for name, module in model.named_modules():
+        within = any(name.startswith(f"{outer}.") for outer in found)
+        if tower_of(name) == tower and not within and not isinstance(module, nn.ModuleDict | nn.ModuleList):
+            found.append(name)
+    return found
 
 
 def fingerprints(model: nn.Module) -> dict[str, bytes]:

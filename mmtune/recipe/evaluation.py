@@ -49,8 +49,18 @@ class Eval(Section):
     stands what its exemplars alone would answer by majority."""
     loss: bool = True
     """Also report the perplexity of the reference answers."""
+    ablate: tuple[Literal["modality", "fusion", "shots", "instructions"], ...] = ()
+    """Ask the last model again without: modality (each medium in turn), fusion (each pass of a late or hybrid model
+    alone), shots (no exemplars), instructions (questions change places); intervals and tests on the same rows."""
     fail_under: dict[str, float] = {}
     """Metric name to the least score of the tuned model; below it the command exits with 9."""
+
+    @field_validator("ablate")
+    @classmethod
+    def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("one is named twice")
+        return value
 
     @field_validator("compare", "metrics", "shots", "exemplars")
     @classmethod

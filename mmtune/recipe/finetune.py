@@ -93,7 +93,8 @@ class Finetune(Section):
     lora: Lora = Lora()
     """Settings of the adapters."""
     train: tuple[Tower, ...] = ("llm",)
-    """Towers that train: llm, projector, vision, audio."""
+    """Towers that train: llm, projector, vision, audio, and of a composite model fusion (its gate, segments, attention
+    to media), which lora trains whole and saves in adapter/ too."""
     augment: Augment | None = None
     """Change training images a little at every step; for few images and a tower that trains."""
     features: Features = Features()
@@ -180,6 +181,10 @@ class Finetune(Section):
             raise ValueError(f"method {self.method} works on the language model alone: leave out train")
         if self.from_scratch and self.method != "full":
             raise ValueError("from_scratch goes with method full: an adapter fits only the weights it was trained on")
+        if self.method == "lora" and self.train == ("fusion",):
+            raise ValueError("train [fusion] alone has nothing for lora to adapt: add llm, or take method full")
+        if self.lora.init == "pissa" and "fusion" in self.train:
+            raise ValueError("lora.init pissa does not go with fusion in train")
         if self.optimizer == "muon" and self.method not in ("lora", "full"):
             raise ValueError(f"optimizer muon is for matrices; method {self.method} has none: leave it out")
         if self.quantize != "none" and self.method != "lora":

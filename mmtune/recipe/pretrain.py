@@ -75,14 +75,19 @@ class Parts(Section):
 
 
 class Codes(Section):
-    """pretrain.codes: one vector per modality of a row, for reconstruction, adversarial and contrastive."""
+    """pretrain.codes: one vector per part of a row, for reconstruction, adversarial and contrastive."""
 
     modalities: tuple[Part, ...] = ()
-    """Which; left out: all encoders, and text (the answer) where there is one encoder."""
+    """Which parts; left out: all encoders, and text (question and answer) where there is one encoder."""
     width: Annotated[int, Field(ge=1)] = 32
     """Numbers of a code."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
-    """Chance of each modality to be kept from the joint code that is decoded, so that others learn to fill it in."""
+    """Chance of each part to be kept from the joint code that is decoded, so that others learn to fill it in."""
+    game: Literal["reversal", "alternating"] = "reversal"
+    """Who moves in the adversarial game. reversal: both players in every step, the gradient of one reversed;
+    alternating: the discriminators in one step, encoders and generators in the next."""
+    form: Literal["minimax", "non_saturating"] = "non_saturating"
+    """What encoders and generators minimise in their turn of an alternating game; minimax is flat once they lose."""
 
 
 class Pretrain(Section):
@@ -91,11 +96,11 @@ class Pretrain(Section):
     build: Parts
     """The parts of the model."""
     objectives: dict[Objective, Weight] = {"caption": 1.0}
-    """Weights of what is minimised: caption (the answers), reconstruction (all media out of one code), adversarial (a
-    discriminator may not know a code's modality), contrastive (codes of a row find each other), masked (hidden words
-    of row are found), match (do media and text belong together)."""
+    """Weights of what is minimised: caption (the answers), reconstruction (every part out of one code), adversarial (a
+    discriminator may not know a code's part, and generators fill in the code of a missing one), contrastive (codes of
+    a row find each other), masked (hidden words and media are found), match (do media and text belong together)."""
     codes: Codes = Codes()
-    """One vector per modality, for the objectives that need them."""
+    """One vector per part of a row, for the objectives that need them."""
     train: Literal["all"] | tuple[Tower, ...] = "all"
     """Towers that train: all, or some of llm, projector, vision, audio."""
     unfreeze: dict[Part, Annotated[float, Field(gt=0)]] = {}

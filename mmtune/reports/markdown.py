@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from mmtune.reports.extras import extra_tables
 from mmtune.reports.wording import (
     FACET_LABELS,
     headline,
@@ -46,6 +47,7 @@ def write_markdown(report: Mapping[str, Any]) -> str:
         _scores(report),
         *_perplexity(report),
         *_groups(report),
+        *_extras(report),
         *_training(report),
         "## Made from",
         table(
@@ -135,6 +137,14 @@ def _groups(report: Mapping[str, Any]) -> list[str]:
         parts.append(table(_head(FACET_LABELS.get(facet, facet), rows[0][2]), shown, right=range(1, 9)))
         if len(rows) > _MOST_VALUES:
             parts.append(f"{len(rows) - _MOST_VALUES} more in `metrics.json`.")
+    return parts
+
+
+def _extras(report: Mapping[str, Any]) -> list[str]:
+    parts = []
+    for extra in extra_tables(report):
+        cells = ([escape(cell) for cell in row] for row in extra.rows)
+        parts += [f"## {extra.title}", table(extra.head, cells, right=range(2, len(extra.head))), extra.note]
     return parts
 
 

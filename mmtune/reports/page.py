@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from mmtune.reports import wording
+from mmtune.reports.extras import extra_tables
 from mmtune.reports.page_source import PAGE, STYLE
 from mmtune.reports.plots import interval_plot, loss_plot
 from mmtune.reports.samples import KINDS, Sample
@@ -48,6 +49,7 @@ def write_page(
         leading=next(iter(report["metrics"].values()), None),
         facets=_facets(report),
         kinds={KINDS[kind]: rows for kind, rows in shown.items() if rows},
+        extras=extra_tables(report),
         loss=loss_plot(loss_rows),
         dots=_dots,
     )

@@ -135,6 +135,16 @@ scores on a common axis from 0, with 95 % intervals</p>
 <p class="note">Over {{ "{:,}".format(report.perplexity.tokens) }} answer tokens; lower is better.</p>
 {% endif %}
 
+{% for extra in extras %}
+<h2>{{ extra.title }}</h2>
+<div class="scroll"><table>
+<thead><tr>{% for cell in extra.head %}<th{% if loop.index == 2 %} class="left"{% endif %}>{{ cell }}</th>{% endfor %}</tr></thead>
+<tbody>{% for row in extra.rows %}
+<tr>{% for cell in row %}<td{% if loop.index == 2 %} class="left"{% endif %}>{{ cell }}</td>{% endfor %}</tr>{% endfor %}
+</tbody></table></div>
+<p class="note">{{ extra.note }}</p>
+{% endfor %}
+
 {% if report.training %}
 <h2>Training</h2>
 {% if loss %}{{ loss }}<p class="note key"><span><i class="base"></i>training loss</span><span><i class="tuned"></i>validation loss</span>

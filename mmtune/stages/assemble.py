@@ -36,9 +36,11 @@ def assemble_stage(
     staging = open_stage(target, stage="assemble", config=config, force=force, say=console.say)
     if staging is None:
         return {"stage": "assemble", "cached": True, "target": str(target), **read_manifest(target).facts}
+    from mmtune.models.save import save_model
+
     with staging:
         model, processor = join(parts, recipe.seed, offline)
-        model.save_pretrained(str(staging.path))
+        save_model(model, staging.path)
         processor.save_pretrained(str(staging.path))
         facts = {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -10,7 +10,8 @@ from mmtune.errors import DataError
 from mmtune.records import SOFT_ID
 from mmtune.storage import is_finished, open_split, read_manifest
 
-_STAGES = ("features", "instructions", "prompt", "tokens", "adapter", "report")
+_STAGES = ("features", "instructions", "prompt", "start", "tokens", "base", "adapter", "report")
+_TRAINED = ("pretrain", "finetune")
 
 
 def describe(path: Path, *, row: int = 0, split: str | None = None) -> dict[str, Any]:
@@ -22,17 +23,17 @@ def describe(path: Path, *, row: int = 0, split: str | None = None) -> dict[str,
     if is_finished(path):
         return _stage(path, row, split)
     stages = {name: _brief(path / name) for name in _STAGES if is_finished(path / name)}
-    stopped = _stopped_at(path)
-    if not stages and stopped is None:
+    stopped = {f"{command}_stopped_after_step": _stopped_at(path, command) for command in _TRAINED}
+    if not stages and not any(step is not None for step in stopped.values()):
         raise DataError(f"{path} holds no finished stage", "give a stage folder or a run_dir", "nothing_there")
-    return {"run_dir": str(path), "stages": stages, "finetune_stopped_after_step": stopped}
+    return {"run_dir": str(path), "stages": stages, **stopped}
 
 
-def _stopped_at(run_dir: Path) -> int | None:
-    """Returns the step of the newest checkpoint of a finetune that did not end, or None."""
+def _stopped_at(run_dir: Path, command: str) -> int | None:
+    """Returns the step of the newest checkpoint of a training that did not end, or None."""
     from mmtune.training.checkpoints import CheckpointFolder
 
-    newest = CheckpointFolder(run_dir / "checkpoints" / "finetune", keep=1).newest()
+    newest = CheckpointFolder(run_dir / "checkpoints" / command, 1, command).newest()
     return None if newest is None else newest.step
 
 
@@ -88,7 +89,10 @@ def _tree(value: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     """Returns a tree as text per run of equal branch and loss, media tokens counted instead of spelt."""
     from mmtune.encoding.processor import load_processor, tokenizer_of
 
-    tokenizer = tokenizer_of(load_processor(facts["model"], offline=True))
+    model, start = Path(facts["model"]), Path(facts["model"]).parent / "start"
+    # A base that is still to be trained has its processor with its untrained parts.
+    path = start if not model.is_dir() and start.is_dir() else facts["model"]
+    tokenizer = tokenizer_of(load_processor(str(path), offline=True))
     spans = sorted((item["start"], item["start"] + item["length"], item) for item in value["media"])
     runs: list[dict[str, Any]] = []
     at = 0
@@ -119,9 +123,10 @@ def render(result: dict[str, Any]) -> str:
         for name, stage in result["stages"].items():
             rows = ", ".join(f"{split} {count:,}" for split, count in stage["rows"].items())
             lines.append(f"{name:13} {stage['hash']}  {rows}{_drops(stage['drops'])}")
-        if result["finetune_stopped_after_step"] is not None:
-            step = result["finetune_stopped_after_step"]
-            lines.append(f"{'finetune':13} not finished; the newest checkpoint is after step {step:,}")
+        for command in _TRAINED:
+            step = result[f"{command}_stopped_after_step"]
+            if step is not None:
+                lines.append(f"{command:13} not finished; the newest checkpoint is after step {step:,}")
         return "\n".join(lines)
     lines.append(f"{result['path']}  ({result['stage']}, {result['bytes'] / 1e6:.1f} MB, {result['hash'][:12]})")
     lines.append("rows      " + ", ".join(f"{split} {count:,}" for split, count in result["rows"].items()))

@@ -86,6 +86,14 @@ def is_finished(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
+def is_made(folder: Path, config: Mapping[str, Any], parents: Mapping[str, str]) -> bool:
+    """Says whether a folder holds a stage finished with these settings, made from these parents."""
+    if not is_finished(folder):
+        return False
+    made = read_manifest(folder)
+    return made.config == json.loads(json.dumps(config, default=str)) and made.parents == dict(parents)
+
+
 def read_manifest(folder: Path, *, made_by: str = "", verify: bool = False) -> Manifest:
     """Returns the manifest of a finished stage folder, its files' sizes checked.
 

@@ -44,10 +44,11 @@ class CheckpointFolder:
     Args:
         folder: Their parent folder.
         keep: How many stay.
+        command: The command that writes them, for the advice.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self._keep = folder, keep
+    def __init__(self, folder: Path, keep: int, command: str = "finetune") -> None:
+        self.folder, self._keep, self._command = folder, keep, command
 
     def save(
         self,
@@ -102,7 +103,7 @@ class CheckpointFolder:
         try:
             return self._read(folders[-1])
         except IntegrityError as error:
-            again = "start again: mmtune finetune --resume never"
+            again = f"start again: mmtune {self._command} --resume never"
             whole = next((folder for folder in reversed(folders[:-1]) if self._is_whole(folder)), None)
             if whole is not None:
                 again = f"delete {folders[-1]} and run the same command again to go on from {whole.name}, or {again}"

@@ -1,4 +1,4 @@
-"""Losses over one code per part of a row: reconstruction, the game over modalities, and contrast.
+"""Losses over one code per part of a row: reconstruction, contrast, and the games over codes.
 
 Shapes: B rows, K parts of a row (image, audio, text), H model width, C width of a code, D numbers of a summary.
 """
@@ -6,7 +6,7 @@ Shapes: B rows, K parts of a row (image, audio, text), H model width, C width of
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, permutations
 from typing import Any
 
 import torch
@@ -14,12 +14,11 @@ from torch import nn
 from torch.nn import functional
 
 from mmtune.models.fusion.gate import modality_dropout
-from mmtune.models.objectives.adversarial import Discriminator, discriminator_loss, game_facts, reverse_gradient
 from mmtune.models.objectives.autoencoder import Autoencoder
 from mmtune.models.objectives.contrastive import Temperature, contrastive_loss
+from mmtune.training.code_game import GameHeads, game_losses
 from mmtune.training.paired import PARTS
-
-_SMOOTHING = 0.1
+from mmtune.training.standard import Standard
 
 
 class CodeHeads(nn.Module):
@@ -32,6 +31,9 @@ class CodeHeads(nn.Module):
         width: int,
         code_width: int,
         target_widths: Mapping[str, int],
+        *,
+        alternating: bool = False,
+        form: str = "non_saturating",
     ) -> None:
         """Makes random heads.
 
@@ -40,18 +42,34 @@ class CodeHeads(nn.Module):
             parts: The parts that have a code.
             width: H.
             code_width: C.
-            target_widths: D by modality, for reconstruction.
+            target_widths: D by part, for reconstruction.
+            alternating: See ``GameHeads``.
+            form: See ``GameHeads``.
 
         Raises:
             RecipeError: The code is wider than all features together.
         """
         super().__init__()
         self.parts = tuple(parts)
-        decoded = target_widths if "reconstruction" in objectives else {}
+        decoded = dict(target_widths) if "reconstruction" in objectives else {}
+        self.seen = nn.ModuleDict({name: Standard(width) for name in parts})
+        self.told = nn.ModuleDict({name: Standard(own) for name, own in decoded.items()})
         self.autoencoder = Autoencoder(dict.fromkeys(parts, width), code_width, 2 * code_width, decoded)
-        self.rebuilds = bool(decoded)
-        self.discriminator = Discriminator(code_width, len(parts)) if "adversarial" in objectives else None
         self.temperature = Temperature() if "contrastive" in objectives else None
+        game = "adversarial" in objectives
+        self.game = GameHeads(parts, code_width, alternating=alternating, form=form) if game else None
+
+    def at(self, name: str, present_BK: torch.Tensor) -> torch.Tensor:
+        """Returns ``(B,)`` which rows have a part."""
+        return present_BK[:, self.parts.index(name)]
+
+    def read(self, pooled: Mapping[str, torch.Tensor], present_BK: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns ``(B, H)`` what is encoded by part: the features by the standard of their batch."""
+        found = {}
+        for name, own in pooled.items():
+            standard: Any = self.seen[name]
+            found[name] = standard.of_batch(own, self.at(name, present_BK))
+        return found
 
 
 def code_losses(
@@ -61,6 +79,7 @@ def code_losses(
     targets: Mapping[str, torch.Tensor],
     keys_BP: torch.Tensor,
     dropout: float,
+    step: int,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Returns losses by objective, and facts to log.
 
@@ -68,80 +87,88 @@ def code_losses(
         heads: ``CodeHeads``.
         pooled: ``(B, H)`` by part.
         present_BK: What each row has, a column per part of the heads.
-        targets: ``(B, D)`` by modality.
+        targets: ``(B, D)`` by part.
         keys_BP: From ``PairedBatches``.
         dropout: Chance of a part to be kept from the joint code.
+        step: Of the training, -1 outside of it.
     """
     losses: dict[str, torch.Tensor] = {}
     facts: dict[str, float] = {}
-    if heads.rebuilds:
-        kept_BK = modality_dropout(present_BK, dropout, torch.default_generator) if dropout else present_BK
-        errors = heads.autoencoder.losses(pooled, present_BK, kept_BK, targets)
-        # Per number, so that none counts for more because it has more of them.
-        each = {name: error / targets[name].shape[-1] for name, error in errors.items()}
-        losses["reconstruction"] = torch.stack(list(each.values())).sum() if each else _nothing(present_BK)
-        facts |= {f"reconstruction_{name}": float(own.detach()) for name, own in each.items()}
-    codes = {name: heads.autoencoder.encoders[name](own) for name, own in pooled.items()}
-    at = {name: present_BK[:, heads.parts.index(name)] for name in codes}
-    if heads.discriminator is not None:
-        losses["adversarial"], own = _game(heads, codes, at)
+    read = heads.read(pooled, present_BK)
+    if len(heads.told):
+        losses["reconstruction"], own = _reconstruction(heads, read, present_BK, targets, dropout)
+        facts |= own
+    codes = {name: heads.autoencoder.encoders[name](own) for name, own in read.items()}
+    at = {name: heads.at(name, present_BK) for name in codes}
+    if heads.game is not None:
+        losses["adversarial"], own = game_losses(heads.game, codes, at, step)
         facts |= own
     if heads.temperature is not None:
-        pairs = [
-            contrastive_loss(
-                codes[one][both], codes[other][both], heads.temperature(), _twins(keys_BP[both], one, other)
-            )
-            for one, other in combinations(codes, 2)
-            if int((both := at[one] & at[other]).sum()) > 1
-        ]
-        losses["contrastive"] = torch.stack(pairs).mean() if pairs else _nothing(present_BK)
-        facts |= _recalls(codes, at, keys_BP)
+        losses["contrastive"], own = _contrast(heads, codes, at, keys_BP)
+        facts |= own
     return losses, facts
+
+
+def _reconstruction(
+    heads: Any,
+    read: Mapping[str, torch.Tensor],
+    present_BK: torch.Tensor,
+    targets: Mapping[str, torch.Tensor],
+    dropout: float,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Returns the sum over parts of the squared error, and the error of each, also from another alone.
+
+    The error of a part is that of its standardised numbers, of 1 where the mean is always guessed.
+    """
+    told = {name: heads.told[name](own) for name, own in targets.items() if name in heads.told}
+    kept_BK = modality_dropout(present_BK, dropout, torch.default_generator) if dropout else present_BK
+    errors = heads.autoencoder.losses(read, present_BK, kept_BK, told)
+    each = {name: error / (told[name].shape[-1] * heads.told[name].spread) for name, error in errors.items()}
+    facts = {f"reconstruction_{name}": float(own.detach()) for name, own in each.items()}
+    with torch.no_grad():
+        for one, other in permutations(told, 2):
+            both = heads.at(one, present_BK) & heads.at(other, present_BK)
+            if bool(both.any()):
+                made = heads.autoencoder.decoders[other](heads.autoencoder.encoders[one](read[one][both]))
+                error = (made - told[other][both]).square().mean() / heads.told[other].spread
+                facts[f"cross_{one}_{other}"] = float(error)
+    return (torch.stack(list(each.values())).sum() if each else _nothing(present_BK)), facts
+
+
+def _contrast(
+    heads: Any, codes: Mapping[str, torch.Tensor], at: Mapping[str, torch.Tensor], keys_BP: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Returns the mean loss over pairs of parts, and per ordered pair the share of rows that find their own."""
+    losses, facts = [], {}
+    for one, other in combinations(codes, 2):
+        both = at[one] & at[other]
+        if int(both.sum()) > 1:
+            same_BB = same_rows(keys_BP[both], one, other)
+            sides = {one: codes[one][both], other: codes[other][both]}
+            losses.append(contrastive_loss(sides[one], sides[other], heads.temperature(), same_BB))
+            for asking, answering in ((one, other), (other, one)):
+                facts[f"recall_{asking}_{answering}"] = _recall(sides[asking], sides[answering], same_BB)
+    return (torch.stack(losses).mean() if losses else _nothing(keys_BP)), facts
+
+
+def same_rows(keys_BP: torch.Tensor, one: str, other: str) -> torch.Tensor:
+    """Returns bool ``(B, B)``: which rows share the one part or the other, and so fit each other as well.
+
+    Args:
+        keys_BP: From ``PairedBatches``.
+        one: A part.
+        other: Another one.
+    """
+    columns = [keys_BP[:, PARTS.index(name)] for name in (one, other)]
+    return torch.stack([own[:, None] == own[None] for own in columns]).any(0)
+
+
+@torch.no_grad()
+def _recall(asking_BC: torch.Tensor, answering_BC: torch.Tensor, same_BB: torch.Tensor) -> float:
+    asking, answering = (functional.normalize(own.float(), dim=-1) for own in (asking_BC, answering_BC))
+    nearest_B1 = (asking @ answering.T).argmax(1, keepdim=True)
+    return float(same_BB.gather(1, nearest_B1).float().mean())
 
 
 def _nothing(like: torch.Tensor) -> torch.Tensor:
     return torch.zeros((), device=like.device)
-
-
-def _game(
-    heads: Any, codes: Mapping[str, torch.Tensor], at: Mapping[str, torch.Tensor]
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """Returns the discriminator's loss, whose gradient reaches the encoders reversed, and where the game stands."""
-    own = [(heads.parts.index(name), code[at[name]]) for name, code in codes.items()]
-    codes_NC = torch.cat([code for _, code in own])
-    part_N = torch.cat([torch.full((len(code),), index, device=codes_NC.device) for index, code in own])
-    if not len(codes_NC):
-        return _nothing(codes_NC), {}
-    logits_NK = heads.discriminator(reverse_gradient(codes_NC))
-    found = game_facts(logits_NK.detach(), part_N, codes_NC.detach(), heads.parts)
-    facts = {"discriminator_accuracy": found.accuracy, "game_value": found.value}
-    facts |= {f"code_variance_{name}": value for name, value in found.variance.items()}
-    return discriminator_loss(logits_NK, part_N, smoothing=_SMOOTHING), facts
-
-
-def _twins(keys_BP: torch.Tensor, one: str, other: str) -> torch.Tensor:
-    """Returns ``(B,)`` groups of rows that share the one part or the other, also by way of a third row."""
-    groups_B = torch.arange(len(keys_BP), device=keys_BP.device)
-    columns = [keys_BP[:, PARTS.index(name)] for name in (one, other)]
-    shared_BB = torch.stack([own[:, None] == own[None] for own in columns]).any(0)
-    while True:
-        least_B = torch.where(shared_BB, groups_B[None], len(groups_B)).amin(1)
-        if torch.equal(least_B, groups_B):
-            return groups_B
-        groups_B = least_B
-
-
-@torch.no_grad()
-def _recalls(
-    codes: Mapping[str, torch.Tensor], at: Mapping[str, torch.Tensor], keys_BP: torch.Tensor
-) -> dict[str, float]:
-    """Returns, per ordered pair of parts, the share of rows whose nearest code of the other part is their own."""
-    found = {}
-    for one, other in [pair for two in combinations(codes, 2) for pair in (two, two[::-1])]:
-        both = at[one] & at[other]
-        if int(both.sum()) > 1:
-            asking, answering = (functional.normalize(codes[name][both].float(), dim=-1) for name in (one, other))
-            nearest = (asking @ answering.T).argmax(1)
-            key = keys_BP[both][:, PARTS.index(other)]
-            found[f"recall_{one}_{other}"] = float((key[nearest] == key).float().mean())
-    return found

@@ -54,3 +54,10 @@ class Plain:
 def engine_of(model: Any, optimizer: Optimizer | Zero) -> Plain | Zero:
     """Returns what takes the steps of an optimizer."""
     return optimizer if isinstance(optimizer, Zero) else Plain(model, optimizer)
+
+
+def precision_of(asked: str) -> str:
+    """Returns ``fp32`` or ``bf16``; ``auto`` is bf16 on a GPU that has it."""
+    if asked != "auto":
+        return asked
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"

@@ -13,6 +13,11 @@ from mmtune.errors import DivergedError, ResourceError
 _NAMED = 8
 # What a CPU allocation and the kernels of an accelerator say when memory runs out.
 _NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+_LESS = {
+    "finetune": "lower finetune.batch_tokens, batch_rows or batch_media_tokens and raise accumulate as much,"
+    " or set finetune.checkpointing",
+    "pretrain": "lower pretrain.batch_tokens or batch_rows and raise accumulate as much",
+}
 
 
 def refuse_non_finite(
@@ -23,6 +28,7 @@ def refuse_non_finite(
     step: int,
     ids: Callable[[np.ndarray], list[str]],
     last_good: str,
+    section: str = "finetune",
 ) -> None:
     """Raises when the loss or the gradient of a step is not finite; call it before the optimizer.
 
@@ -33,6 +39,7 @@ def refuse_non_finite(
         step: Steps done.
         ids: Tree indices to the example ids in them.
         last_good: Where the last checkpoint is, in words.
+        section: Of the recipe, for the advice.
 
     Raises:
         DivergedError: With the ids of the examples in the micro batches that were not finite.
@@ -44,14 +51,16 @@ def refuse_non_finite(
     raise DivergedError(
         f"the {'loss' if bad else 'gradient'} of step {step + 1} is not finite, its update was not made;"
         f" examples: {_some(names)}; last good checkpoint: {last_good}",
-        "lower finetune.learning_rate or look at these examples, then run the same command again",
+        f"lower {section}.learning_rate or look at these examples, then run the same command again",
         "non_finite",
     )
 
 
 @contextmanager
-def memory_errors(trees: np.ndarray, ids: Callable[[np.ndarray], list[str]]) -> Iterator[None]:
-    """Names the examples of a micro batch that does not fit into memory, and what to lower.
+def memory_errors(
+    trees: np.ndarray, ids: Callable[[np.ndarray], list[str]], section: str = "finetune"
+) -> Iterator[None]:
+    """Names the examples of a micro batch that does not fit into memory, and what to lower in the recipe's section.
 
     Raises:
         ResourceError: Memory ran out.
@@ -65,8 +74,7 @@ def memory_errors(trees: np.ndarray, ids: Callable[[np.ndarray], list[str]]) -> 
         raise ResourceError(
             f"memory ran out over a micro batch with the examples {_some(ids(trees))}:"
             f" {said.splitlines()[0] if said else type(error).__name__}",
-            "lower finetune.batch_tokens, batch_rows or batch_media_tokens and raise accumulate as much,"
-            " or set finetune.checkpointing",
+            _LESS[section],
             "out_of_memory",
         ) from error
 

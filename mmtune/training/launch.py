@@ -71,11 +71,18 @@ def launch_environment(processes: int, *, cpu: bool = False) -> dict[str, str]:
 
 
 def launch(
-    arguments: Sequence[str], processes: int, *, cpu: bool, say: Callable[[str], None], nodes: Nodes = Nodes()
+    what: str,
+    arguments: Sequence[str],
+    processes: int,
+    *,
+    cpu: bool,
+    say: Callable[[str], None],
+    nodes: Nodes = Nodes(),
 ) -> None:
     """Runs ``mmtune`` on several processes of this machine; returns when all of them have ended well.
 
     Args:
+        what: The command, for what is said.
         arguments: Arguments of ``mmtune`` itself.
         processes: How many.
         cpu: Use CPU processes with gloo.
@@ -90,7 +97,7 @@ def launch(
     if not cpu:
         need_gpus(processes)
     command = launch_command(processes, arguments, cpu=cpu, nodes=nodes)
-    say("finetune: starting " + " ".join(command))
+    say(f"{what}: starting " + " ".join(command))
     with tempfile.TemporaryDirectory(prefix="mmtune-") as folder:
         left = Path(folder) / "exit"
         environment = {**launch_environment(processes, cpu=cpu), EXIT_FILE: str(left)}

@@ -5,8 +5,10 @@ Shapes: B rows, T tokens, M media tokens, H model width, K parts of a row, C wid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,17 +21,40 @@ from mmtune.models.composite.encoded import (
     outputs,
     summaries,
     summary_widths,
+    word_summary,
 )
 from mmtune.models.objectives.weighted import check_weights, weighted_sum
 from mmtune.models.towers import tower_of
 from mmtune.training.code_losses import CodeHeads, code_losses
 from mmtune.training.loss import answer_loss
 from mmtune.training.pair_losses import MaskingHeads, MatchHead, TextMasking, masked_loss, match_loss_of
+from mmtune.training.ranks import sum_numbers
 from mmtune.training.tally import Tally
 
 CODED = ("reconstruction", "adversarial", "contrastive")
 """Objectives over one code per part of a row."""
 _OURS = ("keys", "step")
+# What joins the parts of a composite model, beside its projectors.
+_JOINS = re.compile(r"(^|\.)model\.(gate|segments|media_attention)\.")
+
+
+@dataclass(frozen=True)
+class CodeSettings:
+    """How a row's parts become codes.
+
+    Attributes:
+        parts: Of image, audio and text, those that have a code.
+        width: C.
+        dropout: Chance of a part to be kept from the joint code.
+        alternating: The players of the games move in turns.
+        form: Of the loss in the encoders' turn.
+    """
+
+    parts: tuple[str, ...] = ()
+    width: int = 32
+    dropout: float = 0.0
+    alternating: bool = False
+    form: str = "non_saturating"
 
 
 @dataclass(frozen=True)
@@ -38,19 +63,15 @@ class LearnerSettings:
 
     Attributes:
         weights: By objective, all above 0.
-        parts: Of image, audio and text, those that have a code.
-        code_width: C.
-        code_dropout: Chance of a part to be kept from the joint code.
-        masking: How text is masked, for ``masked``.
+        codes: For the objectives over codes.
+        text: What is a word and how words are masked.
         seed: Of the heads.
         frozen_steps: Steps for which a tower stays frozen first.
     """
 
     weights: Mapping[str, float]
-    parts: tuple[str, ...]
-    code_width: int
-    code_dropout: float
-    masking: TextMasking | None
+    codes: CodeSettings
+    text: TextMasking
     seed: int
     frozen_steps: Mapping[str, int]
 
@@ -70,23 +91,23 @@ class Learner(nn.Module):
         """
         super().__init__()
         check_weights(settings.weights)
-        self.model, self.settings, self.tally = model, settings, Tally()
-        width, weights = model.config.text_config.hidden_size, settings.weights
-        heads: dict[str, nn.Module] = {}
+        self.model, self.settings, self.tally, self._held_out = model, settings, Tally(), Tally()
+        self._pending: tuple[dict[str, float], int] | None = None
+        width, weights, codes = model.config.text_config.hidden_size, settings.weights, settings.codes
+        heads: dict[str, Callable[[], nn.Module]] = {}
         if set(CODED) & set(weights):
-            targets = {name: own for name, own in summary_widths(model.config).items() if name in settings.parts}
-            heads["codes"] = _seeded(
-                settings.seed, lambda: CodeHeads(weights, settings.parts, width, settings.code_width, targets)
-            )
+            targets = {name: own for name, own in summary_widths(model.config).items() if name in codes.parts}
+            rules = {"alternating": codes.alternating, "form": codes.form}
+            heads["codes"] = partial(CodeHeads, weights, codes.parts, width, codes.width, targets, **rules)
         if "masked" in weights:
-            heads["masked"] = _seeded(settings.seed, lambda: MaskingHeads(width))
+            heads["masked"] = partial(MaskingHeads, width)
         if "match" in weights:
-            heads["match"] = _seeded(settings.seed, lambda: MatchHead(width))
-        self.heads = nn.ModuleDict(heads)
+            heads["match"] = partial(MatchHead, width)
+        self.heads = nn.ModuleDict({name: _seeded(settings.seed, make) for name, make in heads.items()})
         self._staged = {
             name: parameter
             for name, parameter in model.named_parameters()
-            if tower_of(name) in settings.frozen_steps and parameter.requires_grad
+            if part_of(name) in settings.frozen_steps and parameter.requires_grad
         }
 
     def thaw(self) -> None:
@@ -96,7 +117,26 @@ class Learner(nn.Module):
 
     def _stage(self, step: int) -> None:
         for name, parameter in self._staged.items():
-            parameter.requires_grad_(step >= self.settings.frozen_steps[tower_of(name)])
+            parameter.requires_grad_(step >= self.settings.frozen_steps[part_of(name)])
+
+    @torch.no_grad()
+    def measure(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
+        """Takes what codes are made of, and what is decoded, in some batches as the standard of both."""
+        found: dict[tuple[str, str], list[torch.Tensor]] = {}
+        for batch in batches:
+            inputs, media = self._encoded(batch)
+            pooled, present_BK = self._pooled(inputs, media)
+            for kind, values in (("seen", pooled), ("told", self._told(inputs, media))):
+                for name in [name for name in self.heads["codes"].get_submodule(kind) if name in values]:
+                    here_B = present_BK[:, self.settings.codes.parts.index(name)]
+                    found.setdefault((kind, name), []).append(values[name][here_B].float())
+        for (kind, name), parts in found.items():
+            if sum(map(len, parts)):
+                self.heads["codes"].get_submodule(f"{kind}.{name}").measure(torch.cat(parts))
+
+    def _encoded(self, batch: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, EncodedMedia]]:
+        inputs = {name: value for name, value in batch.items() if name not in _OURS}
+        return inputs, encode_media(self.model.model, inputs)
 
     def losses(self, batch: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, float], int]:
         """Returns every objective's loss by name, facts to log, and the number of label tokens.
@@ -108,7 +148,7 @@ class Learner(nn.Module):
         inputs = {name: value for name, value in batch.items() if name not in _OURS}
         media: dict[str, EncodedMedia] = {}
         if set(weights) != {"caption"}:
-            media = encode_media(self.model.model, inputs)
+            inputs, media = self._encoded(batch)
         found: dict[str, torch.Tensor] = {}
         count = int((batch["labels"][:, 1:] != -100).sum())
         if "caption" in weights:
@@ -117,18 +157,12 @@ class Learner(nn.Module):
             found["caption"] = nll / max(count, 1)
         if "codes" in self.heads:
             pooled, present_BK = self._pooled(inputs, media)
-            made = code_losses(
-                self.heads["codes"],
-                pooled,
-                present_BK,
-                summaries(inputs, media, len(present_BK)),
-                batch["keys"],
-                self.settings.code_dropout if self.training else 0.0,
-            )
+            dropout = self.settings.codes.dropout if self.training else 0.0
+            told, step = self._told(inputs, media), int(batch["step"])
+            made = code_losses(self.heads["codes"], pooled, present_BK, told, batch["keys"], dropout, step)
             found, facts = found | made[0], facts | made[1]
         if "masked" in self.heads:
-            assert self.settings.masking is not None
-            found["masked"], own = masked_loss(self.model, self.heads["masked"], inputs, media, self.settings.masking)
+            found["masked"], own = masked_loss(self.model, self.heads["masked"], inputs, media, self.settings.text)
             facts |= own
         if "match" in self.heads:
             found["match"], own = match_loss_of(self.model, self.heads["match"], inputs, media, batch["keys"])
@@ -139,26 +173,54 @@ class Learner(nn.Module):
         self, inputs: Mapping[str, torch.Tensor], media: Mapping[str, EncodedMedia]
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Returns ``(B, H)`` by part, and ``(B, K)`` which rows have it."""
-        rows, parts = len(inputs["input_ids"]), self.settings.parts
+        rows, parts = len(inputs["input_ids"]), self.settings.codes.parts
         nothing = torch.zeros(rows, dtype=torch.bool, device=inputs["input_ids"].device)
         present = {name: own.present(rows) for name, own in media.items() if name in parts}
         pooled = {name: own.pooled(rows) for name, own in media.items() if name in parts}
         if "text" in parts:
-            pooled["text"], present["text"] = answer_vectors(self.model.model, inputs["labels"])
+            words_BT = self.settings.text.words(inputs)
+            pooled["text"], present["text"] = text_vectors(self.model.model, inputs["input_ids"], words_BT)
         return pooled, torch.stack([present.get(name, nothing) for name in parts], dim=1)
+
+    def _told(self, inputs: Mapping[str, torch.Tensor], media: Mapping[str, EncodedMedia]) -> dict[str, torch.Tensor]:
+        """Returns ``(B, D)`` what is decoded, by part."""
+        if "reconstruction" not in self.settings.weights:
+            return {}
+        parts, ids_BT = self.settings.codes.parts, inputs["input_ids"]
+        found = {name: own for name, own in summaries(inputs, media, len(ids_BT)).items() if name in parts}
+        if "text" in parts:
+            found["text"] = word_summary(ids_BT, self.settings.text.words(inputs))
+        return found
 
     def loss(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
         """Returns the weighted sum of the objectives times the label tokens, and their number, as the loop takes it.
 
-        While training, the parts are added to the line of metrics, and staged towers freeze or thaw.
+        While training, the parts wait to be ``counted``, and staged towers freeze or thaw.
         """
         if self.training:
             self._stage(int(batch["step"]))
         found, facts, count = self.losses(batch)
         total = weighted_sum(found, self.settings.weights)
+        facts = {f"loss_{name}": float(own.detach()) for name, own in found.items()} | facts
         if self.training:
-            self.tally.add({f"loss_{name}": float(own.detach()) for name, own in found.items()} | facts, count)
+            self._pending = facts, count
+        else:
+            self._held_out.add(facts, count)
         return total * count, count
+
+    def counted(self) -> None:
+        """Adds what the last training batch lost to the next line of metrics."""
+        assert self._pending is not None
+        self.tally.add(*self._pending)
+
+    def line(self) -> dict[str, float]:
+        """Returns the means since the last line over all processes, which all must ask."""
+        return self.tally.line(partial(sum_numbers, what="summing the parts of the loss"))
+
+    def held_out_line(self) -> dict[str, float]:
+        """Returns the means over the held-out batches since it was last asked, over all processes."""
+        found = self._held_out.line(partial(sum_numbers, what="summing the parts of the held-out loss"))
+        return {f"val_{name}": value for name, value in found.items()}
 
     def held_out_loss(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
         """Returns ``loss`` with the same draws whenever it is asked for."""
@@ -167,29 +229,40 @@ class Learner(nn.Module):
             return self.loss(batch)
 
 
+def part_of(name: str) -> str:
+    """Returns the tower of a parameter of a composite model, or of a learner by its name there.
+
+    What joins the parts counts as projector, and trains where the language model is frozen; a head is of no tower.
+    """
+    if name.startswith("heads."):
+        return "heads"
+    return "projector" if _JOINS.search(name) else tower_of(name)
+
+
 def with_features(inputs: Mapping[str, torch.Tensor], features: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Returns a composite model's inputs with features ``(M, H)`` by modality in place of media."""
     rest = {name: value for name, value in inputs.items() if name not in MEDIA_INPUTS}
     return {**rest, "mm_encoder_outputs": outputs(features)} if features else rest
 
 
-def answer_vectors(model: Any, labels_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns ``(B, H)`` the mean hidden state of each row's answer, read alone, and ``(B,)`` which rows have one.
+def text_vectors(model: Any, ids_BT: torch.Tensor, words_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns ``(B, H)`` the mean hidden state of each row's words, read alone, and ``(B,)`` which rows have any.
 
     Args:
         model: A ``CompositeModel``.
-        labels_BT: -100 outside the answers.
+        ids_BT: Token ids.
+        words_BT: Which of them are read.
     """
-    counts_B = (labels_BT != -100).sum(1)
+    counts_B = words_BT.sum(1)
     longest = max(int(counts_B.max()), 1)
-    order_BA = (labels_BT == -100).byte().argsort(dim=1, stable=True)[:, :longest]
-    inside_BA = torch.arange(longest, device=labels_BT.device) < counts_B[:, None]
-    # A row without an answer reads its padding; what comes of it is not counted.
-    ids_BA = labels_BT.gather(1, order_BA).masked_fill(~inside_BA, 0)
+    order_BA = (~words_BT).byte().argsort(dim=1, stable=True)[:, :longest]
+    inside_BA = torch.arange(longest, device=ids_BT.device) < counts_B[:, None]
+    # A row without a word reads its padding; what comes of it is not counted.
+    read_BA = ids_BT.gather(1, order_BA).masked_fill(~inside_BA, 0)
     seen_BA = inside_BA.clone()
     seen_BA[:, 0] = True
     hidden = model(
-        input_ids=ids_BA, attention_mask=seen_BA.long(), prompt_mask=seen_BA.long(), use_cache=False
+        input_ids=read_BA, attention_mask=seen_BA.long(), prompt_mask=seen_BA.long(), use_cache=False
     ).last_hidden_state.float()
     weights = inside_BA[..., None].float()
     return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1), counts_B > 0

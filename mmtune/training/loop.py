@@ -38,7 +38,10 @@ Trees = Sequence[int] | np.ndarray
 
 @dataclass(frozen=True, slots=True)
 class LoopSettings:
-    """What the loop itself needs to know; ``use_per_token`` as ``flops.utilisation_per_token`` gives it."""
+    """What the loop itself needs to know.
+
+    ``use_per_token`` is as ``flops.utilisation_per_token`` gives it; ``section`` of the recipe is named in advice.
+    """
 
     seed: int
     peak_rate: float
@@ -50,6 +53,11 @@ class LoopSettings:
     eval_every: int | None
     workers: int
     use_per_token: float | None = None
+    section: str = "finetune"
+
+
+def _nothing() -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,9 @@ class Hooks:
         note: Receives a warning.
         advance: ``(steps, note)`` moves the progress.
         loss: ``(model, batch)`` to the summed loss and the number of labels.
-        parts: What else stands in a line of metrics, over the steps since the last one.
+        parts: What else stands in a line of metrics, over the steps since the last one; asked on all processes.
+        held_out: What else stands beside a validation loss; asked on all processes.
+        counted: Told that the last batch counts: it is no repetition that keeps processes in step.
     """
 
     batch: Callable[[Trees, int], Batch]
@@ -82,6 +92,8 @@ class Hooks:
     advance: Callable[[int, str], None]
     loss: Callable[[Any, Batch], tuple[torch.Tensor, int]] = answer_loss
     parts: Callable[[], dict[str, float]] = dict
+    held_out: Callable[[], dict[str, float]] = dict
+    counted: Callable[[], None] = _nothing
 
 
 @dataclass
@@ -139,7 +151,7 @@ def train(
         for position, _ in plan.shares(chosen, rank, world)
     )
     outcome, clock, window, spikes = Outcome(start, metrics=metrics), Clock(), Window(), Spikes()
-    watch, engine = TowerWatch(model), engine_of(model, optimizer)
+    watch, engine = TowerWatch(model, settings.section), engine_of(model, optimizer)
     if sums:
         window.restore(sums)
         spikes.restore(sums)
@@ -159,10 +171,20 @@ def train(
             set_rate(optimizer, rate)
             torch.manual_seed(step_seed(settings.seed, step, rank))
             clock.skip()
-            losses = _accumulate(model, engine, accelerator, plan, chosen, batches, hooks, clock, window)
+            losses = _accumulate(
+                model, engine, accelerator, plan, chosen, batches, hooks, clock, window, settings.section
+            )
             norm = engine.norm(settings.clip)
-            refuse_non_finite(losses, norm, chosen, step=step, ids=hooks.ids, last_good=hooks.last_good())
-            with memory_errors(np.concatenate(chosen), hooks.ids):
+            refuse_non_finite(
+                losses,
+                norm,
+                chosen,
+                step=step,
+                ids=hooks.ids,
+                last_good=hooks.last_good(),
+                section=settings.section,
+            )
+            with memory_errors(np.concatenate(chosen), hooks.ids, settings.section):
                 engine.step()
             clock.lap("optimizer")
             outcome.step = step + 1
@@ -210,6 +232,7 @@ def _accumulate(
     hooks: Hooks,
     clock: Clock,
     window: Window,
+    section: str,
 ) -> list[float]:
     """Forward and backward over one step's micro batches; returns the global loss sum of each."""
     world, rank = accelerator.num_processes, accelerator.process_index
@@ -225,7 +248,7 @@ def _accumulate(
         made, trees = next(batches), chosen[position]
         window.rows += int(plan.sizes.rows[trees].sum()) * counts
         window.tokens += int(made["attention_mask"].sum()) * counts
-        with memory_errors(trees, hooks.ids):
+        with memory_errors(trees, hooks.ids, section):
             batch = {name: value.to(accelerator.device) for name, value in made.items()}
             clock.lap("wait")
             nll = engine.run(partial(loss_of, batch))
@@ -237,6 +260,7 @@ def _accumulate(
         clock.lap("backward")
         if counts:
             shared[position] = nll.detach()
+            hooks.counted()
     if world > 1 and accelerator.device.type == "cuda":
         # What is still queued is own work, not the exchange.
         torch.cuda.synchronize(accelerator.device)
@@ -324,7 +348,8 @@ def _validate(
         model.train()
         window.leave_out(clock.lap("validate"))
     if value is not None:
-        row = {**(row if same else {}), "step": step, "val_loss": value}
+        found = {"val_loss": value, **hooks.held_out()}
+        row = {**(row if same else {}), "step": step, **found}
         outcome.metrics = "".join(f"{line}\n" for line in [*(lines[:-1] if same else lines), json.dumps(row)])
-        hooks.log({"step": step, "val_loss": value})
+        hooks.log({"step": step, **found})
     return True

@@ -33,7 +33,9 @@ class TowerWatch:
         waiting: Trained towers without a verdict.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, section: str = "finetune") -> None:
+        """Takes the digests of the weights; ``section`` of the recipe is named in the advice."""
+        self._section = section
         self.waiting = {tower_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
         self._before = fingerprints(model)
         self._still: set[str] = set()
@@ -68,7 +70,7 @@ class TowerWatch:
             raise IntegrityError(
                 f"the {' and '.join(sorted(twice))} tower should train, and two steps with its media moved none of its"
                 " weights",
-                "raise finetune.learning_rate if it is tiny, else report this as a bug with the model's name",
+                f"raise {self._section}.learning_rate if it is tiny, else report this as a bug with the model's name",
                 "tower_still",
             )
         # The frozen ones have had their verdict; keep the digests of what is still waited for.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -82,6 +82,7 @@ def make_optimizer(
     tower_rates: Mapping[Any, float] | None = None,
     plus_ratio: float = 1.0,
     prompt_rate: float | None = None,
+    tower: Callable[[str], str] = tower_of,
 ) -> Optimizer:
     """Returns AdamW, AdamW with its moments in 8 bits, or Muon with AdamW for what Muon is not made for.
 
@@ -99,6 +100,7 @@ def make_optimizer(
         tower_rates: Peak learning rates of single towers, in place of ``rate``.
         plus_ratio: LoRA+ (arXiv:2402.12354): rate of LoRA's B over that of its A.
         prompt_rate: Peak learning rate of virtual tokens, in place of ``rate``.
+        tower: Parameter name to its tower.
 
     Raises:
         CapabilityError: ``adamw_8bit`` without bitsandbytes.
@@ -106,7 +108,7 @@ def make_optimizer(
     scales: dict[torch.nn.Parameter, float] = {}
     for parameter_name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            own = (tower_rates or {}).get(tower_of(parameter_name), rate)
+            own = (tower_rates or {}).get(tower(parameter_name), rate)
             if prompt_rate is not None and ("prompt_encoder." in parameter_name or "soft_tokens." in parameter_name):
                 own = prompt_rate
             scale = own / rate

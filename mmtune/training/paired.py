@@ -1,4 +1,4 @@
-"""Batches of separate rows that say which rows share a medium or an answer, and which step they belong to.
+"""Batches of separate rows that say which rows share a medium or their text, and which step they belong to.
 
 Shapes: B rows, K parts (image, audio, text).
 """
@@ -9,9 +9,10 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from mmtune.encoding.render import IGNORED, EncodedRow
+from mmtune.encoding.render import EncodedRow
 from mmtune.training.data import Numbers, RowBatches
 
 PARTS = ("image", "audio", "text")
@@ -22,8 +23,8 @@ PARTS = ("image", "audio", "text")
 class PairedBatches:
     """Row numbers to batches with ``keys`` ``(B, K)`` and ``step``.
 
-    Two rows have the same key of a part where they share its medium, or the answer; a row that lacks it has a key
-    of its own.
+    Two rows have the same key of a part where they share its medium, or question and answer; a row that lacks it
+    has a key of its own.
 
     Attributes:
         rows: The rows.
@@ -49,7 +50,10 @@ class PairedBatches:
 
 def _key(row: EncodedRow, part: str, number: int) -> int:
     if part == "text":
-        content = row.labels[row.labels != IGNORED].tobytes()
+        words = np.ones(row.input_ids.size, dtype=bool)
+        for span in row.media:
+            words[span.start : span.start + span.length] = False
+        content = row.input_ids[words].tobytes()
     else:
         own = [span for span in row.media if (span.medium.modality == "audio") == (part == "audio")]
         if not own:

@@ -7,7 +7,7 @@ gradient at all, as with one process.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -80,6 +80,20 @@ def sum_tensor(tensor: torch.Tensor, what: str) -> torch.Tensor:
         with together(what):
             distributed.all_reduce(tensor)
     return tensor
+
+
+def sum_numbers(numbers: Mapping[str, float], what: str) -> dict[str, float]:
+    """Returns the sums over all processes by name; a process need not have every name."""
+    if world_size() == 1:
+        return dict(numbers)
+    gathered: list[Any] = [None] * world_size()
+    with together(what):
+        distributed.all_gather_object(gathered, dict(numbers))
+    found: dict[str, float] = {}
+    for own in gathered:
+        for name, value in own.items():
+            found[name] = found.get(name, 0.0) + value
+    return found
 
 
 def wait_for_all(what: str) -> None:

@@ -37,10 +37,12 @@ class Rehearsal:
     mean_share: float
 
 
-def rehearse(model: Any, engine: Plain | Zero, batching: Batching, accelerator: Any) -> Rehearsal:
+def rehearse(
+    model: Any, engine: Plain | Zero, batching: Batching, accelerator: Any, section: str = "finetune"
+) -> Rehearsal:
     """Runs forward and backward over the first epoch's micro batches of the most media, label and other tokens.
 
-    The model is left as it was.
+    The model is left as it was; ``section`` of the recipe is named in the advice where memory runs out.
 
     Raises:
         ResourceError: Memory ran out, with the ids of the examples.
@@ -55,7 +57,7 @@ def rehearse(model: Any, engine: Plain | Zero, batching: Batching, accelerator: 
         targets = np.asarray([plan.targets([own]) for own in batches])
         for number in heaviest(costs, media, targets, again=device.type != "cpu"):
             units = batches[number]
-            tokens, seconds = _run(model, engine, batching, units, accelerator)
+            tokens, seconds = _run(model, engine, batching, units, accelerator, section)
     finally:
         engine.forget()
         model.train(training)
@@ -78,7 +80,7 @@ def heaviest(tokens: np.ndarray, media: np.ndarray, targets: np.ndarray, *, agai
 
 
 def _run(
-    model: Any, engine: Plain | Zero, batching: Batching, units: np.ndarray, accelerator: Any
+    model: Any, engine: Plain | Zero, batching: Batching, units: np.ndarray, accelerator: Any, section: str
 ) -> tuple[int, float]:
     """Runs one micro batch; returns its tokens, padding included, and the seconds."""
     device = accelerator.device
@@ -89,7 +91,7 @@ def _run(
             return batching.loss(model, batch)
 
     began = time.perf_counter()
-    with memory_errors(units, batching.batches.ids):
+    with memory_errors(units, batching.batches.ids, section):
         loss, count = engine.run(forward)
         if loss.requires_grad:
             engine.backward(loss / max(count, 1), last=True)

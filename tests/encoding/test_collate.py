@@ -74,7 +74,7 @@ def reference(family: Any, plain: Any, side: str) -> dict[str, torch.Tensor]:
     return dict(made)
 
 
-def same(found: dict[str, torch.Tensor], expected: dict[str, Any]) -> None:
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, Any]) -> None:
     # No call of a processor can know where the prompt ends, and when a frame was taken.
     assert set(found) - {"labels", "prompt_mask", "frame_milliseconds"} == set(expected)
     for name, value in expected.items():
@@ -88,7 +88,7 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, Any]) -> None:
 def test_image_batches(image_family: Any, media: Any, served: Any, batch: str, side: str) -> None:
     rows, plain = batch_of(image_family, media, served, BATCHES[batch], sound=False)
     found = Collator(image_family.processor, media_root=Path(), left=side == "left")(rows)
-    same(found, reference(image_family, plain, side))
+    assert_same(found, reference(image_family, plain, side))
     assert ((found["labels"] != -100) <= (found["attention_mask"] == 1)).all()
 
 
@@ -98,7 +98,7 @@ def test_audio_batches(audio_family: Any, media: Any, served: Any, batch: str) -
         pytest.skip("its own call wants one sound in every conversation")
     rows, plain = batch_of(audio_family, media, served, BATCHES[batch], sound=True)
     found = Collator(audio_family.processor, media_root=Path())(rows)
-    same(found, reference(audio_family, plain, "right"))
+    assert_same(found, reference(audio_family, plain, "right"))
 
 
 def test_a_changed_file_is_noticed(family_of: Any, media: Any, served: Any) -> None:
@@ -128,7 +128,7 @@ def test_images_change_by_step_and_only_while_training(family_of: Any, media: An
     rows, _ = batch_of(family, media, served, [[(60, 40)], [(60, 40), (28, 28)]], sound=False)
     plain = Collator(family.processor, media_root=Path())(rows)
     collate = Collator(family.processor, media_root=Path(), augment=Augmentation(0, 0.2, ("horizontal",)))
-    same(collate(rows), {name: value for name, value in plain.items() if name != "labels"})
+    assert_same(collate(rows), {name: value for name, value in plain.items() if name != "labels"})
     third = collate(rows, 3)
     assert torch.equal(third["input_ids"], plain["input_ids"])
     assert not torch.equal(third["pixel_values"], plain["pixel_values"])
@@ -136,7 +136,7 @@ def test_images_change_by_step_and_only_while_training(family_of: Any, media: An
     # The first row alone shows its image as it was among others.
     again = collate(rows[:1], 3)["pixel_values"]
     assert torch.equal(again.flatten(), third["pixel_values"].flatten()[: again.numel()])
-    same(collate(rows), {name: value for name, value in plain.items() if name != "labels"})
+    assert_same(collate(rows), {name: value for name, value in plain.items() if name != "labels"})
 
 
 def video_rows(family: Any, names: list[str]) -> list[Any]:
@@ -177,7 +177,7 @@ def test_a_video_is_decoded_once_while_it_fits(family_of: Any, opened: list[str]
         collate = Collator(family.processor, media_root=Path(), cache_bytes=room, augment=augment)
         first = collate(rows, 1)
         assert opened == ["a.mp4", "bb.mp4"]
-        same(collate(rows, 1), {key: value for key, value in first.items() if key != "labels"})
+        assert_same(collate(rows, 1), {key: value for key, value in first.items() if key != "labels"})
         assert len(opened) == 2 * decodes
 
 
@@ -191,7 +191,7 @@ def test_a_sound_is_decoded_and_resampled_once_while_it_fits(
         collate = Collator(family.processor, media_root=Path(), cache_bytes=room)
         first = collate(rows)
         assert len(opened) == 2
-        same(collate(rows), {key: value for key, value in first.items() if key != "labels"})
+        assert_same(collate(rows), {key: value for key, value in first.items() if key != "labels"})
         assert len(opened) == 2 * decodes
 
 
@@ -205,3 +205,26 @@ def test_what_is_kept_never_takes_more_than_its_room() -> None:
     assert (kept.get("a"), kept.get("b"), kept.get("c")) == ("a!", None, "c!")
     kept.put("a", "new", 10)
     assert (kept.get("a"), kept.get("c")) == ("new", None)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_missing_modalities_are_hidden_and_all_keep_their_places(
+    family_of: Any, media: Any, served: Any, left: bool
+) -> None:
+    family = family_of("composite")
+    made = [media.image(60, 40), media.audio(9_000)]
+    for medium, real in made:
+        served[medium.path] = real[medium.modality]
+    asked = (Message("user", (*(medium for medium, _ in made), TextPart("which?"))),)
+    rows = [family.renderer.encode(asked), family.renderer.encode((Message("user", (TextPart("hm?"),)),))]
+    collate = Collator(family.processor, media_root=Path(), left=left)
+    whole, deaf = collate(rows), collate.without(["audio", "video"])(rows)
+    heard = whole["input_ids"] == family.processor.audio_token_id
+    assert heard.any() and torch.equal(deaf["attention_mask"], whole["attention_mask"] * ~heard)
+    there = whole["attention_mask"].bool()
+    for index in range(2):
+        own = deaf["position_ids"][index, there[index]]
+        assert own.tolist() == list(range(len(own)))
+    for name in set(whole) - {"attention_mask"}:
+        assert torch.equal(deaf[name], whole[name]), name
+    assert torch.equal(collate(rows)["attention_mask"], whole["attention_mask"]), "a copy was made"

@@ -50,9 +50,9 @@ class Fusion(nn.Module):
         return mix(self.gate(torch.stack([part.any(1) for part in has], 1)), branches)
 
 
-def fit(mode, draw, classes, steps, present=(True, True)):
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
+def fit(mode, draw, classes, steps, present=(True, True), seed=0):
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     model = Fusion(mode, classes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)

@@ -24,6 +24,10 @@ from mmtune.models.towers import fingerprints, linear_names, moved_towers, tower
         ("model.text_model.layers.0.mlp.up_proj.weight", "llm"),
         ("base_model.model.model.visual.blocks.0.attn.qkv.lora_A.default.weight", "vision"),
         ("model.image_newline", "projector"),
+        ("model.gate.bias", "fusion"),
+        ("base_model.model.model.segments.modules_to_save.default.weight", "fusion"),
+        ("model.media_attention.2.text_attention.attention.query.weight", "fusion"),
+        ("model.language_model.layers.0.mlp.gate.weight", "llm"),
     ],
 )
 def test_names_of_the_families(name, tower):
@@ -75,7 +79,7 @@ def test_only_the_chosen_towers_move(train):
         frozen.add_(1.0)
     assert moved_towers(before, model)[2]
     states = {row.tower: row.state for row in tower_table(model)}
-    assert states == {t: "absent" if t == "audio" else "full" if t in train else "frozen" for t in states}
+    assert states == {t: "absent" if t in ("audio", "fusion") else "full" if t in train else "frozen" for t in states}
 
 
 def test_lora_counts():

@@ -8,6 +8,7 @@ from PIL import Image
 
 from mmtune.evaluation.comparison import ScoredRow, compare
 from mmtune.records import Medium
+from mmtune.reports.extras import extra_tables
 from mmtune.reports.facts import training_facts
 from mmtune.reports.markdown import escape, write_markdown
 from mmtune.reports.page import write_page
@@ -191,3 +192,31 @@ def test_training_facts_leave_out_what_is_unknown():
     )
     assert found["method"] == "LoRA, r 4, alpha 8" and found["trained parameters"] == "1,200"
     assert "validation loss" not in found and "steps" not in found
+
+
+def test_tables_of_what_answers_rest_on_are_the_same_everywhere(root):
+    weight, perplexity = {"value": 0.9, "low": 0.85, "high": 0.95}, {"value": 2.5, "low": 2.0, "high": 3.0}
+    joint = {"n": 40, "weight": weight, "perplexity": perplexity}
+    entry = {
+        "name": EVIL,
+        "kind": "modality",
+        "n": 40,
+        "metrics": make_report()["metrics"],
+        "perplexity": {"models": {"tuned": perplexity, EVIL: perplexity}, "loss_difference": {"p": 0.2}, "n": 40},
+    }
+    report = {
+        **make_report(),
+        "fusion": {"tuned": {"branches": {"joint": joint}, "gate_entropy": 0.4}},
+        "ablation": {"model": "tuned", "entries": [entry], "nothing": ["shots"]},
+    }
+    passes, rests = extra_tables(report)
+    assert passes.rows == [["tuned", "joint", "0.900", "0.850 to 0.950", "2.50", "2.00 to 3.00", "40"]]
+    assert rests.rows[0][:5] == [EVIL, "Exact match", "0.00", "75.00", "+75.00"] and rests.rows[1][1] == "Perplexity"
+    assert "Nothing to take away by: shots." in rests.note and "tuned 0.40" in passes.note
+    page, text = write_page(report, [sample(root)]), write_markdown(report)
+    tags = Tags()
+    tags.feed(page)
+    assert tags.open == [] and sum(tag == "img" for tag, _ in tags.seen) == 1
+    for shown in (page, text):
+        assert all(cell in shown for cell in (*passes.rows[0], rests.title, "+75.00"))
+    assert extra_tables(make_report()) == []

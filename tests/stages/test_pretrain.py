@@ -71,7 +71,8 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(recipe_at):
         assert len(parts) == 6 and all(value >= 0 for value in parts.values())
         total = sum(weight * parts[name] for name, weight in recipe.pretrain.weights.items())
         assert line["loss"] == pytest.approx(total, rel=1e-6)
-        assert line["reconstruction_image"] == line["loss_reconstruction"]
+        rebuilt = line["reconstruction_image"] + line["reconstruction_text"]
+        assert line["loss_reconstruction"] == pytest.approx(rebuilt, rel=1e-6)
 
 
 def test_weight_zero_is_bit_for_bit_no_objective(recipe_at):

@@ -10,13 +10,14 @@ from mmtune.stages.show import describe, render
 from mmtune.training.checkpoints import CheckpointFolder
 
 
-def test_a_training_that_stopped_is_named(tmp_path: Path) -> None:
-    folder = CheckpointFolder(tmp_path / "checkpoints" / "finetune", keep=2)
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_a_training_that_stopped_is_named(tmp_path: Path, command: str) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints" / command, keep=2)
     for step in (20, 40):
         folder.save(step, {"trainable": {"a": torch.zeros(2)}}, "", {})
     found = describe(tmp_path)
-    assert found["stages"] == {} and found["finetune_stopped_after_step"] == 40
-    assert "not finished; the newest checkpoint is after step 40" in render(found)
+    assert found["stages"] == {} and found[f"{command}_stopped_after_step"] == 40
+    assert f"{command:13} not finished; the newest checkpoint is after step 40" in render(found)
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmtune.errors import CapabilityError, RecipeError
+from mmtune.models.composite.parts import alone, is_multimodal, tower_of_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
 
 TOKENS = {"image": "<image>", "audio": "<audio>"}
 _TOWERS = {"image": "vision", "audio": "audio"}
+_LAYERS = {
+    "image": ("vision_feature_layer", "vision_feature_select_strategy"),
+    "audio": ("audio_feature_layer",),
+}
+_NORMAL = ("image_mean", "image_std")
 
 
 def assemble(
@@ -37,8 +43,10 @@ def assemble(
     per modality where it has none, and the language model rows for them (the mean of the others).
 
     Args:
-        text: Folder or hub id of a causal language model, or its config.
-        encoders: ``image`` and ``audio`` to a folder or hub id of an encoder, or its config.
+        text: Folder or hub id of a causal language model, or its config; of a multimodal model its language model is
+            taken.
+        encoders: ``image`` and ``audio`` to a folder or hub id of an encoder, or its config; of a multimodal model its
+            tower is taken.
         projectors: As in ``CompositeConfig``.
         fusion: As in ``CompositeConfig``.
         tokenizer: Of the language model, where ``text`` is a config.
@@ -76,7 +84,7 @@ def assemble(
         audio_convolutions=None if audio is None else convolutions_of(audio.config),
         projectors={name: dict(own) for name, own in (projectors or {}).items()},
         fusion=dict(fusion or {}),
-        **{"frame_times": "image" in parts, **settings},
+        **{"frame_times": "image" in parts, **_as_before(encoders, offline), **settings},
     )
     model = CompositeForConditionalGeneration(config)
     _fill(model, language, parts)
@@ -90,7 +98,7 @@ def _language_model(text: str | PretrainedConfig, offline: bool) -> Any:
         return AutoModelForCausalLM.from_config(deepcopy(text), dtype=torch.float32)
     from mmtune.models.load import load_model
 
-    return load_model(text, offline=offline)
+    return alone(load_model(text, offline=offline))
 
 
 def _tokenizer(text: str | PretrainedConfig, offline: bool) -> Any:
@@ -99,6 +107,19 @@ def _tokenizer(text: str | PretrainedConfig, offline: bool) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(text, local_files_only=offline, trust_remote_code=False)
+
+
+def _as_before(encoders: Mapping[str, str | PretrainedConfig], offline: bool) -> dict[str, Any]:
+    """Returns which layers of their towers multimodal models read, so that they are read again."""
+    from mmtune.models.load import load_config
+
+    found: dict[str, Any] = {}
+    for modality, source in encoders.items():
+        config: Any = load_config(source, offline=offline) if isinstance(source, str) else None
+        if config is not None and is_multimodal(config):
+            names = [name for name in _LAYERS[modality] if hasattr(config, name)]
+            found |= {name: getattr(config, name) for name in names}
+    return found
 
 
 def _encoder(modality: str, source: str | PretrainedConfig, offline: bool) -> Any:
@@ -111,6 +132,8 @@ def _encoder(modality: str, source: str | PretrainedConfig, offline: bool) -> An
     if not isinstance(source, str):
         return build_encoder(deepcopy(source))
     config: Any = load_config(source, offline=offline)
+    if is_multimodal(config):
+        return tower_of_model(source, f"{_TOWERS[modality]}_tower", offline)
     # Of CLIP and its like, the tower of the modality alone.
     config = getattr(config, f"{_TOWERS[modality]}_config", None) or config
     try:
@@ -137,9 +160,9 @@ def _preprocessor(modality: str, source: str | PretrainedConfig, offline: bool) 
     config: Any = source
     if modality == "image":
         edge = config.image_size
-        return transformers.CLIPImageProcessor(
-            size={"height": edge, "width": edge}, crop_size={"height": edge, "width": edge}
-        )
+        size, channels = {"height": edge, "width": edge}, getattr(config, "num_channels", 3)
+        normal = {name: [value] * channels for name in _NORMAL if (value := getattr(config, name, None)) is not None}
+        return transformers.CLIPImageProcessor(size=size, crop_size=size, **normal)
     if config.model_type == "whisper":
         seconds = config.max_source_positions * 2 * 160 // 16_000
         return transformers.WhisperFeatureExtractor(feature_size=config.num_mel_bins, chunk_length=seconds)
@@ -177,6 +200,7 @@ def _fill(model: Any, language: Any, parts: Mapping[str, Any]) -> None:
 
 def _processor(model: Any, tokenizer: Any, given: Mapping[str, Any]) -> Any:
     from mmtune.models.composite.processor import CompositeProcessor
+    from mmtune.models.composite.template import template_of
 
     config = model.config
     for modality in config.modalities:
@@ -191,6 +215,7 @@ def _processor(model: Any, tokenizer: Any, given: Mapping[str, Any]) -> Any:
         tokenizer,
         image_processor=given.get("image"),
         feature_extractor=given.get("audio"),
+        chat_template=template_of(tokenizer, {name: TOKENS[name] for name in config.modalities}),
         image_tokens=_image_tokens(model, given["image"]) if "image" in config.modalities else 0,
         audio_tokens=fixed,
         audio_convolutions=config.audio_convolutions,

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from mmtune.models.composite.features import Media
 from mmtune.models.composite.fuse import Row
 from mmtune.models.composite.model import kinds_at, prompt_at
 
@@ -20,6 +21,7 @@ MEDIA_INPUTS = ("pixel_values", "frame_milliseconds", "input_features", "feature
 """What ``EncodedMedia.outputs`` stands in for."""
 _SIDE = 8
 """A picture is summed up by so many by so many means, a sound by so many spans of time."""
+_HASH = 2_654_435_761
 
 
 @dataclass(frozen=True)
@@ -56,17 +58,9 @@ def encode_media(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, Enc
     words = model.get_input_embeddings()(ids)
     where = {name: model.placeholders(name, ids, words) for name in model.config.modalities}
     row = Row(words, kinds_at(where, words), batch["attention_mask"], prompt_at(batch.get("prompt_mask"), words), None)
-    parts: dict[str, list[torch.Tensor]] = {}
-    if "pixel_values" in batch:
-        asked = model.asked(row, where["image"], "image")
-        made = model.get_image_features(batch["pixel_values"], batch.get("frame_milliseconds"), asked)
-        parts["image"] = list(made.pooler_output)
-    if "input_features" in batch:
-        asked = model.asked(row, where["audio"], "audio")
-        made = model.get_audio_features(batch["input_features"], batch.get("feature_attention_mask"), asked)
-        parts["audio"] = list(made.pooler_output)
+    media = Media(*(batch.get(name) for name in MEDIA_INPUTS), encoded=None)
     found = {}
-    for name, own in parts.items():
+    for name, own in model.encode(media, where, row).items():
         row_of_token = where[name].nonzero()[:, 0]
         starts = torch.tensor([0, *(len(part) for part in own[:-1])], device=ids.device).cumsum(0)
         found[name] = EncodedMedia(torch.cat(own), row_of_token, row_of_token[starts])
@@ -106,9 +100,23 @@ def summaries(
     return found
 
 
+def word_summary(ids_BT: torch.Tensor, words_BT: torch.Tensor) -> torch.Tensor:
+    """Returns ``(B, D)`` what each row's words are in short: how many fall into each of 64 bins, by their ids.
+
+    Feature hashing (Weinberger et al. 2009), so that a vocabulary of any size has one width.
+
+    Args:
+        ids_BT: Token ids.
+        words_BT: Which of them are words that count.
+    """
+    bins_BT = (ids_BT * _HASH % 2**32) * _SIDE**2 // 2**32
+    counts = torch.zeros(len(ids_BT), _SIDE**2, device=ids_BT.device)
+    return counts.scatter_add(1, bins_BT, words_BT.float())
+
+
 def summary_widths(config: Any) -> dict[str, int]:
-    """Returns D by modality of a composite model's config."""
-    found = {}
+    """Returns D by part, text among them, of a composite model's config."""
+    found = {"text": _SIDE**2}
     for name in config.modalities:
         if name == "image":
             found[name] = _SIDE**2 * int(getattr(config.vision_config, "num_channels", 3))

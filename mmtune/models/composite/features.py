@@ -5,13 +5,26 @@ Shapes: N media, F tokens of an encoder, D its width, M tokens of a medium, H mo
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmtune.models.composite.encoders import convolved, encoder_width, hears_samples, hidden_states, leading_tokens
 from mmtune.models.fusion.projector import build_projector, projected_tokens
+
+
+@dataclass(frozen=True)
+class Media:
+    """The media of a call, see ``CompositeModel.forward``."""
+
+    pixel_values: torch.Tensor | None
+    frame_milliseconds: torch.Tensor | None
+    input_features: torch.Tensor | None
+    feature_attention_mask: torch.Tensor | None
+    encoded: dict[str, BaseModelOutputWithPooling] | None
 
 
 def projector_of(config: Any, modality: str) -> nn.Module:

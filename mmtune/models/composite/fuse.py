@@ -82,6 +82,17 @@ class Run:
             return None
         return gate_of_passes(self.log_gate, self.passes.of_branch, self.passes.count)
 
+    def media_states(self) -> torch.Tensor | None:
+        """Returns ``(B, T, H)`` the media stream behind co-attention at its tokens, of one pass; None without one."""
+        if self.stream is None or self.stream.outgoing is None or self.passes.count > 1 or self.state.index is None:
+            return None
+        states, index = self.stream.outgoing, self.state.index
+        # What stands behind the last medium goes to a place that is cut off.
+        length = self.embeds.shape[1]
+        at = index.masked_fill(index < 0, length)[..., None].expand_as(states)
+        spread = states.new_zeros(len(states), length + 1, states.shape[-1])
+        return spread.scatter(1, at, states)[:, :length]
+
     def finished(self, keep: bool) -> FusionState | None:
         """Returns the state for later tokens, where they will come."""
         if not keep:

@@ -21,6 +21,7 @@ from mmtune.errors import CapabilityError
 from mmtune.models.composite.config import MODALITIES, CompositeConfig
 from mmtune.models.composite.encoders import build_encoder
 from mmtune.models.composite.features import (
+    Media,
     patch_features,
     projected_sounds,
     projector_of,
@@ -58,6 +59,8 @@ class CompositeOutput(ModelOutput):
     """Which branches share a run of the language model."""
     fusion_state: Any = None
     """What the next call needs beside ``past_key_values``."""
+    media_states: torch.Tensor | None = None
+    """``(B, T, H)`` the media stream behind co-attention at its tokens, of early fusion in a call without a past."""
 
 
 class CompositePreTrainedModel(PreTrainedModel):
@@ -158,21 +161,26 @@ class CompositeModel(CompositePreTrainedModel):
         Raises:
             ValueError: Pixels were given, and features in place of them; or features do not fit their placeholders.
         """
-        found: dict[str, Any] = {name: made.pooler_output for name, made in (media.encoded or {}).items() if made}
-        if media.pixel_values is not None and "image" in found:
+        given = {name: made.pooler_output for name, made in (media.encoded or {}).items() if made}
+        if media.pixel_values is not None and "image" in given:
             raise ValueError("both pixel_values and the image's mm_encoder_outputs were given; give one of them")
-        asked = {name: self.asked(row, where[name], name) for name in self.config.modalities}
-        if media.pixel_values is not None:
-            made = self.get_image_features(media.pixel_values, media.frame_milliseconds, asked["image"])
-            found["image"] = made.pooler_output
-        if media.input_features is not None:
-            made = self.get_audio_features(media.input_features, media.feature_attention_mask, asked["audio"])
-            found["audio"] = made.pooler_output
+        found: dict[str, Any] = {**given, **self.encode(media, where, row)}
         features = {name: torch.cat(list(parts)) for name, parts in found.items()}
         for name, own in features.items():
             if int(where[name].sum()) != len(own):
                 raise ValueError(f"{int(where[name].sum())} {name} tokens and {len(own)} {name} features")
         return features
+
+    def encode(self, media: Media, where: dict[str, torch.Tensor], row: Row | None) -> dict[str, list[torch.Tensor]]:
+        """Returns what towers and projectors make of each medium, ``(tokens, H)``, by modality; arguments as above."""
+        found = {}
+        if media.pixel_values is not None:
+            asked = self.asked(row, where["image"], "image")
+            found["image"] = self.get_image_features(media.pixel_values, media.frame_milliseconds, asked)
+        if media.input_features is not None:
+            asked = self.asked(row, where["audio"], "audio")
+            found["audio"] = self.get_audio_features(media.input_features, media.feature_attention_mask, asked)
+        return {name: list(made.pooler_output) for name, made in found.items()}  # type: ignore[arg-type]
 
     def asked(self, row: Row | None, places_BT: torch.Tensor, modality: str) -> torch.Tensor | None:
         """Returns ``(N, H)`` what each medium is asked about, where the resampler reads it."""
@@ -246,6 +254,7 @@ class CompositeModel(CompositePreTrainedModel):
             log_gate=run.log_gate,
             passes=run.passes,
             fusion_state=run.finished(made.past_key_values is not None),
+            media_states=run.media_states() if fusion_state is None else None,
         )
 
     def _learned(self) -> dict[str, nn.Module]:
@@ -283,17 +292,6 @@ def prompt_at(prompt_mask: torch.Tensor | None, words: torch.Tensor) -> torch.Te
     if prompt_mask is None:
         return torch.ones(rows, length, dtype=torch.bool, device=words.device)
     return nn.functional.pad(prompt_mask.bool(), (length - prompt_mask.shape[1], 0), value=True)
-
-
-@dataclass(frozen=True)
-class Media:
-    """The media of a call, see ``CompositeModel.forward``."""
-
-    pixel_values: torch.Tensor | None
-    frame_milliseconds: torch.Tensor | None
-    input_features: torch.Tensor | None
-    feature_attention_mask: torch.Tensor | None
-    encoded: dict[str, BaseModelOutputWithPooling] | None
 
 
 class CompositeForConditionalGeneration(CompositePreTrainedModel, GenerationMixin):

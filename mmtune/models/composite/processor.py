@@ -13,16 +13,8 @@ from transformers import ProcessorMixin
 
 import mmtune.models.log_mel  # noqa: F401  (its feature extractor becomes known to AutoFeatureExtractor)
 from mmtune.models.composite.encoders import convolved
+from mmtune.models.composite.template import PLAIN
 
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}{{- '<|im_start|>' + message.role + '\\n' -}}"
-    "{%- if message.content is string -%}{{- message.content -}}{%- else -%}"
-    "{%- for part in message.content -%}"
-    "{%- if part.type == 'image' -%}{{- '<image>' -}}{%- elif part.type == 'audio' -%}{{- '<audio>' -}}"
-    "{%- else -%}{{- part.text -}}{%- endif -%}{%- endfor -%}{%- endif -%}"
-    "{{- '<|im_end|>\\n' -}}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
-)
 _PARTS = ("image_processor", "feature_extractor")
 
 
@@ -65,7 +57,7 @@ class CompositeProcessor(ProcessorMixin):
         for name in ("image", "audio"):
             token = getattr(self, f"{name}_token")
             setattr(self, f"{name}_token_id", token and tokenizer.convert_tokens_to_ids(token))
-        template = chat_template or getattr(tokenizer, "chat_template", None) or CHAT_TEMPLATE
+        template = chat_template or getattr(tokenizer, "chat_template", None) or PLAIN
         super().__init__(tokenizer, image_processor, feature_extractor, chat_template=template)
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:

@@ -5,14 +5,17 @@ Shapes: B rows, T tokens, K branches, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from mmtune.models.composite.config import CompositeConfig
 from mmtune.models.composite.head import MixingHead
-from mmtune.models.fusion.gate import gate_entropy
+from mmtune.models.encoder_outputs import base_of
+from mmtune.models.fusion.gate import gate_entropy, one_hot_gate
 
 
 @dataclass(frozen=True)
@@ -67,3 +70,39 @@ def branch_scores(model: Any, batch: Mapping[str, torch.Tensor]) -> BranchScores
 
     entropy_B1 = by_row(gate_entropy(log_gate_NK)[:, None]) / counts_B1
     return BranchScores(config.branches, by_row(nll_NK), by_row(log_gate_NK.exp()) / counts_B1, entropy_B1[:, 0])
+
+
+def branches_of(model: Any) -> tuple[str, ...]:
+    """Returns what the gate of a model mixes; nothing for one that has no gate, or stands behind a soft prompt.
+
+    Args:
+        model: Any transformers or PEFT model.
+    """
+    config = base_of(model).config
+    adapters = getattr(model, "peft_config", {}).values()
+    # A branch is run on the base, which does not see virtual tokens.
+    if not isinstance(config, CompositeConfig) or any(adapter.is_prompt_learning for adapter in adapters):
+        return ()
+    return config.branches if len(config.branches) > 1 else ()
+
+
+def sees_by_mask(model: Any) -> bool:
+    """Says whether a model takes media that the attention mask hides for missing, as it does in training."""
+    return isinstance(base_of(model).config, CompositeConfig)
+
+
+@contextmanager
+def only_branch(model: Any, branch: str) -> Iterator[None]:
+    """Lets one branch answer alone, whatever the gate has learned, until the context ends.
+
+    Args:
+        model: A composite model of late or hybrid fusion, or its PEFT model.
+        branch: One of its branches.
+    """
+    base = base_of(model)
+    place = base.config.branches.index(branch)
+    hook = base.model.gate.register_forward_hook(lambda gate, args, made: one_hot_gate(place, args[0]))
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -31,6 +31,7 @@ class MediaStream:
         media_sees: ``(B, M, T)``, for co-attention.
         incoming: Per layer of co-attention, the media stream that comes into it.
         fixed: The media have met their prompt before; ``incoming`` is complete.
+        outgoing: The media stream behind the last layer of co-attention.
     """
 
     media: torch.Tensor
@@ -38,6 +39,7 @@ class MediaStream:
     media_sees: torch.Tensor | None = None
     incoming: dict[int, torch.Tensor] = field(default_factory=dict)
     fixed: bool = False
+    outgoing: torch.Tensor | None = None
 
 
 def add_blocks(model: nn.Module, config: Any) -> nn.ModuleDict:
@@ -56,25 +58,25 @@ def add_blocks(model: nn.Module, config: Any) -> nn.ModuleDict:
     width, heads = config.text_config.hidden_size, config.text_config.num_attention_heads
     chosen = sorted(config.fusion["layers"])
     blocks = nn.ModuleDict()
+    kind = config.fusion["attention"]
     for place, layer in enumerate(layers):
-        block = None
         if place in chosen:
-            block = (
-                GatedCrossAttention(width, heads, width)
-                if config.fusion["attention"] == "cross"
-                else CoAttention(width, width, heads)
+            blocks[str(place)] = (
+                GatedCrossAttention(width, heads, width) if kind == "cross" else CoAttention(width, width, heads)
             )
-            blocks[str(place)] = block
         after = next((later for later in chosen if later > place), None)
-        layer.register_forward_pre_hook(_Before(place, block, after), with_kwargs=True)
+        layer.register_forward_pre_hook(_Before(place, blocks, kind, after), with_kwargs=True)
     return blocks
 
 
 class _Before:
-    """Runs before a layer: takes the stream out of its arguments and lets the block change the hidden states."""
+    """Runs before a layer: takes the stream out of its arguments and lets its block change the hidden states.
 
-    def __init__(self, place: int, block: Any, after: int | None) -> None:
-        self.place, self.block, self.after = place, block, after
+    The block is looked up at every call: PEFT puts a copy that trains in its place.
+    """
+
+    def __init__(self, place: int, blocks: nn.ModuleDict, kind: str, after: int | None) -> None:
+        self.place, self.blocks, self.kind, self.after = place, blocks, kind, after
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if ARGUMENT not in kwargs:
@@ -85,13 +87,15 @@ class _Before:
             )
         rest = {name: value for name, value in kwargs.items() if name != ARGUMENT}
         stream: MediaStream = kwargs[ARGUMENT]
-        if self.block is None:
+        if str(self.place) not in self.blocks:
             return args, rest
+        block = self.blocks[str(self.place)]
         hidden, *others = args
-        if isinstance(self.block, GatedCrossAttention):
-            return (self.block(hidden, stream.media, stream.text_sees), *others), rest
+        if self.kind == "cross":
+            return (block(hidden, stream.media, stream.text_sees), *others), rest
         media = stream.incoming.setdefault(self.place, stream.media)
-        hidden, media = self.block(hidden, media, stream.text_sees, stream.media_sees)
+        hidden, media = block(hidden, media, stream.text_sees, stream.media_sees)
         if self.after is not None and not stream.fixed:
             stream.incoming[self.after] = media
+        stream.outgoing = media
         return (hidden, *others), rest

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 
 def contrastive_loss(
-    one_BD: torch.Tensor, other_BD: torch.Tensor, scale: torch.Tensor | float, group_B: torch.Tensor | None = None
+    one_BD: torch.Tensor, other_BD: torch.Tensor, scale: torch.Tensor | float, same_BB: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Returns the symmetric InfoNCE loss of CLIP (Radford et al. 2021), a scalar in fp32.
 
@@ -21,14 +21,14 @@ def contrastive_loss(
         one_BD: Vectors of one modality; row i belongs to row i of ``other_BD``.
         other_BD: Vectors of the other modality.
         scale: Factor on the cosines, the inverse of the temperature.
-        group_B: Rows of one group share a medium or a text and are not each other's negatives.
+        same_BB: Bool, symmetric: two rows share the medium or the text, and so are not each other's negatives. What a
+            third row has in common with both changes nothing.
     """
     one, other = functional.normalize(one_BD.float(), dim=-1), functional.normalize(other_BD.float(), dim=-1)
     logits_BB = scale * (one @ other.T)
     rows = torch.arange(logits_BB.shape[0], device=logits_BB.device)
-    if group_B is not None:
-        twins = (group_B[:, None] == group_B[None]) & (rows[:, None] != rows[None])
-        logits_BB = logits_BB.masked_fill(twins, -torch.inf)
+    if same_BB is not None:
+        logits_BB = logits_BB.masked_fill(same_BB & (rows[:, None] != rows[None]), -torch.inf)
     return (functional.cross_entropy(logits_BB, rows) + functional.cross_entropy(logits_BB.T, rows)) / 2
 
 

@@ -98,7 +98,9 @@ def masked_class_loss(logits_BNC: torch.Tensor, classes_BNC: torch.Tensor, chose
     return divergence_BN.masked_fill(~chosen_BN, 0.0).sum() / chosen_BN.sum().clamp(min=1)
 
 
-def match_pairs(group_B: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def match_pairs(
+    group_B: torch.Tensor, generator: torch.Generator, able_BB: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns which row's media to show beside each text, and whether they match, both ``(B,)``.
 
     Half of the rows, by chance, get the media of another group of the batch.
@@ -106,9 +108,10 @@ def match_pairs(group_B: torch.Tensor, generator: torch.Generator) -> tuple[torc
     Args:
         group_B: Integers; rows of one group share their media.
         generator: On the CPU, so every device draws the same.
+        able_BB: Bool: whose media each row can be shown with; None for all.
     """
     swap_B = (torch.rand(group_B.shape, generator=generator) < 0.5).to(group_B.device)
-    other_B, found_B = other_rows(group_B, generator)
+    other_B, found_B = other_rows(group_B, generator, able_BB)
     swap_B = swap_B & found_B
     rows = torch.arange(len(group_B), device=group_B.device)
     return torch.where(swap_B, other_B, rows), ~swap_B

@@ -126,6 +126,7 @@ def _write(plan: _Plan, staging: Staging, console: Talk) -> dict[str, Any]:
     from mmtune.encoding.processor import load_processor
     from mmtune.encoding.render import Renderer
     from mmtune.evaluation.comparison import answered_rows, compare, perplexities
+    from mmtune.evaluation.looking import looked_report
     from mmtune.evaluation.rows import ChosenExamples, EvalRows
     from mmtune.prompts.schema import row_to_example
     from mmtune.reports.folder import write_report
@@ -156,7 +157,7 @@ def _write(plan: _Plan, staging: Staging, console: Talk) -> dict[str, Any]:
         raise DataError(f"no row can be asked: {log.counts}", "look at tokenize.max_length and the model", "no_rows")
     asked = asked_rows(recipe, settings, rows, make, plan.instructions, plan.features)
     prompted = prompted_rows(recipe, rows, make, plan.instructions) if plan.prompt is not None else None
-    texts, losses = _answers(plan, processor, asked.rows, prompted, console)
+    texts, losses, looked = _answers(plan, processor, asked.rows, prompted, console)
     texts = {**{answerer("vote", way): said for way, said in asked.votes.items()}, **texts}
     sure = {"resamples": settings.bootstrap, "seed": recipe.seed}
     found = compare(scored, texts, **sure)
@@ -172,6 +173,7 @@ def _write(plan: _Plan, staging: Staging, console: Talk) -> dict[str, Any]:
         "metrics": found.metrics,
         "groups": found.groups,
         "perplexity": perplexities(losses, [row.group for row in scored], **sure) if losses else None,
+        **looked_report(looked.found, scored, texts, losses, ablated=looked.judged, kinds=settings.ablate, **sure),
         "training": _training_facts(plan),
         "manifests": _chain(recipe.run_dir),
         "notes": [*notes, *notes_of(asked.facts, len(scored))],
@@ -202,10 +204,11 @@ def _scored(rows: Any, settings: Eval, total: int, console: Talk) -> list[Any]:
 
 def _answers(
     plan: _Plan, processor: Any, ways: Mapping[str, Any], prompted: Any, console: Talk
-) -> tuple[dict[str, list[str]], dict[str, tuple[Any, Any]]]:
-    """Returns every model's answers, and the losses on the reference answers when they are asked for."""
+) -> tuple[dict[str, list[str]], dict[str, tuple[Any, Any]], Any]:
+    """Returns every model's answers, its losses on the references when they are asked for, and what else was seen."""
     from mmtune.evaluation.asking import Asking, ask_each
     from mmtune.evaluation.generation import Stopped
+    from mmtune.evaluation.looking import Looking
     from mmtune.evaluation.ranking import label_words
     from mmtune.training.signals import StopFlag
 
@@ -225,13 +228,14 @@ def _answers(
         )
         try:
             plain = {name: load for name, load in models.items() if not is_prompted(name)}
-            texts, losses = ask_each(plain, processor, ways, asking)
+            looking = Looking(processor, ways, asking, settings.ablate, list(plain)[-1:], plan.recipe.seed)
+            texts, losses = ask_each(plain, processor, ways, asking, looking)
             if prompted is not None:
                 asked = {name: load for name, load in models.items() if is_prompted(name)}
                 said, more = ask_each(asked, processor, {"": prompted.rows}, prompted.asking(asking))
                 texts |= {name: prompted.answers(answers) for name, answers in said.items()}
                 losses |= {} if prompted.unaskable else more
-            return in_order(texts, settings.compare), in_order(losses, settings.compare)
+            return in_order(texts, settings.compare), in_order(losses, settings.compare), looking
         except Stopped as stopped:
             error = Interrupted("eval was stopped by a signal; report/ was not touched", "run the same command again")
             error.exit_code = 130 if stop.wanted == 2 else 75
@@ -330,10 +334,13 @@ def _samples(plan: _Plan, answered: Sequence[Any], rows: Any, metrics: Mapping[s
 def _finish(plan: _Plan, report: Mapping[str, Any], target: Path, console: Talk, *, cached: bool) -> dict[str, Any]:
     """Prints the table and checks the gates; returns the result document."""
     from mmtune.evaluation.comparison import failed_gates
+    from mmtune.reports.extras import extra_tables
     from mmtune.reports.wording import headline, steps, table_rows
 
     head, rows = table_rows(report)
     console.table(f"{plan.settings.split}, {report['n']:,} rows", head, rows)
+    for extra in extra_tables(report):
+        console.table(extra.title, extra.head, extra.rows)
     console.say(f"eval: {headline(report)}")
     for line in steps(report):
         console.say(f"eval: {line}")
@@ -349,6 +356,7 @@ def _finish(plan: _Plan, report: Mapping[str, Any], target: Path, console: Talk,
         "metrics": report["metrics"],
         "sources": report["groups"].get("source", {}),
         "perplexity": report["perplexity"],
+        **{name: report[name] for name in ("fusion", "ablation")},
     }
     judged = report["run"]["compare"][-1]
     missed = failed_gates(report["metrics"], judged, plan.settings.fail_under)

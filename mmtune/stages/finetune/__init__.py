@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 from mmtune.errors import IntegrityError, RecipeError
@@ -15,7 +14,7 @@ from mmtune.models.digest import weights_digest
 from mmtune.recipe import Finetune, Recipe
 from mmtune.stages.finetune.course import follow
 from mmtune.stages.finetune.preparation import Run, prepare
-from mmtune.storage import Manifest, Staging, foresee, is_finished, open_stage, read_manifest
+from mmtune.storage import Manifest, Staging, foresee, is_made, open_stage, read_manifest
 from mmtune.talk import Talk
 from mmtune.training import launch as launching
 from mmtune.training.launch import CPU_ONLY, is_launched, is_main, need_gpus
@@ -75,7 +74,7 @@ def finetune(
     staging: Staging | None = None
     if is_main():
         staging = open_stage(target, stage="finetune", config=config, parents=parents, force=force, on_change="refuse")
-    if staging is None and (is_main() or (not force and _is_made(target, config, parents))):
+    if staging is None and (is_main() or (not force and is_made(target, config, parents))):
         console.say(f"finetune: {target} is up to date (same settings, same tokens); nothing to do")
         return {"stage": "finetune", "cached": True, "target": str(target), **read_manifest(target).facts}
     from mmtune.models.adapter import whole_state
@@ -93,14 +92,6 @@ def finetune(
         if staging is None:
             return {"stage": "finetune", "rank": run.accelerator.process_index}
         return _publish(run, outcome, state, console, staging)
-
-
-def _is_made(target: Path, config: dict[str, Any], parents: dict[str, str]) -> bool:
-    """Says what the first process finds too, so that the others do not wait for it."""
-    if not is_finished(target):
-        return False
-    made = read_manifest(target)
-    return made.config == json.loads(json.dumps(config, default=str)) and made.parents == parents
 
 
 def model_path(recipe: Recipe, tokens: Manifest) -> str:
@@ -169,4 +160,4 @@ def launch(
             "no_rendezvous",
         )
     machines = launching.Nodes(nodes, rendezvous or "", f"mmtune-{rendezvous}")
-    launching.launch(arguments, processes, cpu=cpu, say=console.say, nodes=machines)
+    launching.launch("finetune", arguments, processes, cpu=cpu, say=console.say, nodes=machines)

@@ -73,10 +73,11 @@ def prepare(
     from mmtune.training.batching import packed_trees, rows_apart
     from mmtune.training.checkpoints import CheckpointFolder
     from mmtune.training.data import row_sizes, soft_token_count
+    from mmtune.training.engine import precision_of
     from mmtune.training.step_size import LIMITS, StepSize, planned_size
 
     _trackers_are_here(settings.trackers)
-    precision = _precision(settings.precision)
+    precision = precision_of(settings.precision)
     accelerator = _accelerator(recipe, settings, precision)
     processor = _processor(recipe, tokens, path, offline)
     splits = {"train": _split(recipe, tokens, processor, "train", limit, settings.augment)}
@@ -291,14 +292,6 @@ def _trackers_are_here(names: Sequence[str]) -> None:
         raise CapabilityError(
             f"the tracker {' and '.join(absent)} is not installed", "pip install 'mmtune[trackers]', or leave it out"
         )
-
-
-def _precision(asked: str) -> str:
-    import torch
-
-    if asked != "auto":
-        return asked
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
 
 
 def _split(

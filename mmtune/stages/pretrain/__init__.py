@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
+from contextlib import nullcontext, suppress
 from typing import Any
 
 from mmtune.errors import IntegrityError, RecipeError
@@ -11,13 +12,26 @@ from mmtune.models.digest import weights_digest
 from mmtune.recipe import Recipe
 from mmtune.stages.pretrain.course import follow
 from mmtune.stages.pretrain.preparation import Run, prepare
-from mmtune.storage import Staging, foresee, open_stage, read_manifest
+from mmtune.storage import Staging, foresee, is_made, open_stage, read_manifest
 from mmtune.talk import Talk
+from mmtune.training import launch as launching
+from mmtune.training.launch import is_launched, is_main
+
+__all__ = ["is_launched", "is_main", "launch", "pretrain"]
 
 # What every line of metrics has; the others are named by the objectives.
-_USUAL = ("step", "loss", "val_loss", "learning_rate", "grad_norm", "rows_per_second", "tokens_per_second")
+_USUAL = (
+    "step",
+    "loss",
+    "val_loss",
+    "learning_rate",
+    "grad_norm",
+    "rows_per_second",
+    "tokens_per_second",
+    "wait_share",
+)
 # Settings that change how a run is watched, not what it computes.
-_FREE = ("build", "save_every", "keep", "log_every")
+_FREE = ("save_every", "keep", "log_every")
 
 
 def pretrain(
@@ -40,6 +54,8 @@ def pretrain(
     """
     if recipe.pretrain is None:
         raise RecipeError("the recipe has no `pretrain` section", "add one: mmtune keys pretrain")
+    if is_launched():
+        launching.end_with(os.getppid())
     start = read_manifest(recipe.run_dir / "start", made_by="pretrain")
     tokens = read_manifest(recipe.run_dir / "tokens", made_by="tokenize")
     made_for = str(tokens.facts.get("model", ""))
@@ -57,12 +73,18 @@ def pretrain(
     if dry_run:
         console.say(foresee(target, **stage, force=force, on_change="refuse"))
         return {"stage": "pretrain", "dry_run": True, "target": str(target), "config": config, "rows": tokens.rows}
-    staging = open_stage(target, **stage, force=force, on_change="refuse", say=console.say)
-    if staging is None:
+    staging: Staging | None = None
+    if is_main():
+        staging = open_stage(target, **stage, force=force, on_change="refuse", say=console.say)
+    if staging is None and (is_main() or (not force and is_made(target, config, parents))):
         return {"stage": "pretrain", "cached": True, "target": str(target), **read_manifest(target).facts}
-    with staging:
-        run = prepare(recipe, tokens, {"config": config, "tokens": tokens.hash}, limit, offline, console)
+    from mmtune.training.ranks import meeting
+
+    with staging or nullcontext(), meeting("training"):
+        run = prepare(recipe, tokens, {"config": config, **parents}, limit, offline, console)
         outcome = follow(run, resume, console)
+        if staging is None:
+            return {"stage": "pretrain", "rank": run.accelerator.process_index}
         return _publish(run, outcome, console, staging)
 
 
@@ -73,38 +95,69 @@ def _weights(recipe: Recipe) -> dict[str, float]:
 
 
 def _publish(run: Run, outcome: Any, console: Talk, staging: Staging) -> dict[str, Any]:
-    from mmtune.models.objectives.adversarial import GameFacts, game_warnings
+    from mmtune.models.save import save_model
     from mmtune.models.towers import tower_table
     from mmtune.training.meter import shares
 
     run.learner.thaw()
     model = run.learner.model
-    model.save_pretrained(str(staging.path))
+    save_model(model, staging.path)
     run.processor.save_pretrained(str(staging.path))
     (staging.path / "metrics.jsonl").write_text(outcome.metrics, "utf-8")
     lines = [json.loads(line) for line in outcome.metrics.splitlines()]
+    held_out: dict[str, Any] = next((line for line in reversed(lines) if "val_loss" in line), {})
     last: dict[str, Any] = next((line for line in reversed(lines) if "loss" in line), {})
     facts = {
         "towers": {row.tower: {"state": row.state, "trainable": row.trainable} for row in tower_table(model)},
         "objectives": dict(run.learner.settings.weights),
         "steps": outcome.step,
         "loss": last.get("loss"),
-        "val_loss": next((line["val_loss"] for line in reversed(lines) if "val_loss" in line), None),
-        "last": {name: last[name] for name in sorted(last) if name not in (*_USUAL, "wait_share")},
+        "val_loss": held_out.get("val_loss"),
+        "last": _own_of(last, held_out=False),
+        "held_out": _own_of(held_out, held_out=True),
         **shares(outcome.seconds),
+        **outcome.teamwork,
         "media_root": run.tokens.facts.get("media_root"),
     }
     timings = {f"{name}_seconds": round(value, 3) for name, value in outcome.seconds.items()}
     staging.publish(rows={"train": int(run.train.plan.sizes.rows.sum())}, facts=facts, timings=timings)
     run.checkpoints.clear()
-    if not any(run.checkpoints.folder.parent.iterdir()):
-        shutil.rmtree(run.checkpoints.folder.parent)
-    if "discriminator_accuracy" in last:
-        prefix = "code_variance_"
-        spread = {name.removeprefix(prefix): last[name] for name in last if name.startswith(prefix)}
-        for warning in game_warnings(GameFacts(last["discriminator_accuracy"], last["game_value"], spread)):
-            console.note(warning)
+    # Others may stand beside them.
+    with suppress(OSError):
+        run.checkpoints.folder.parent.rmdir()
+    for warning in _warnings(last):
+        console.note(warning)
     losses = [f"{name} {facts[key]:.4f}" for name, key in (("loss", "loss"), ("val loss", "val_loss")) if facts[key]]
     parts = [f"{name} {value:.4f}" for name, value in facts["last"].items()]
     console.say(f"pretrain: wrote {staging.target} ({', '.join([*losses, *parts])})")
     return {"stage": "pretrain", "cached": False, "target": str(staging.target), **facts}
+
+
+def _own_of(line: dict[str, Any], *, held_out: bool) -> dict[str, Any]:
+    """Returns what the objectives say in a line of metrics: of training steps, or of held-out rows."""
+    own = {name: value for name, value in sorted(line.items()) if name not in _USUAL}
+    return {name.removeprefix("val_"): own[name] for name in own if name.startswith("val_") == held_out}
+
+
+def _warnings(last: dict[str, Any]) -> list[str]:
+    """Returns signs of an adversarial game gone wrong in the last line of metrics."""
+    from mmtune.models.objectives.adversarial import GameFacts, game_warnings
+
+    if "discriminator_accuracy" not in last:
+        return []
+    spread = {
+        prefix + name.removeprefix(f"{kind}_variance_"): last[name]
+        for kind, prefix in (("code", ""), ("filled", "filled-in "))
+        for name in last
+        if name.startswith(f"{kind}_variance_")
+    }
+    return game_warnings(GameFacts(last["discriminator_accuracy"], last["game_value"], spread))
+
+
+def launch(arguments: list[str], processes: int, *, cpu: bool, console: Talk) -> None:
+    """Runs the same command on several processes of this machine.
+
+    Raises:
+        MmtuneError: What the first process to fail said.
+    """
+    launching.launch("pretrain", arguments, processes, cpu=cpu, say=console.say)

@@ -1,12 +1,10 @@
-"""The course of pretraining: resumed where it stopped, watched, saved, and ended by its last step or a signal."""
+"""The course of pretrain: what is shown before it, and how it is watched."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from mmtune.errors import IntegrityError, Interrupted
 from mmtune.stages.pretrain.preparation import Run
 from mmtune.talk import Talk
 
@@ -19,27 +17,37 @@ def follow(run: Run, resume: str, console: Talk) -> Any:
         IntegrityError: The checkpoint belongs to another run.
         Interrupted: A signal came; the state is saved.
     """
+    from mmtune.storage import changes
+    from mmtune.training.course import end, go_on, standing_of
     from mmtune.training.engine import engine_of
-    from mmtune.training.loop import LoopSettings, train
     from mmtune.training.rehearsal import rehearse
 
-    start, metrics, sums = _resume_from(run, resume, console)
-    settings, plan = run.settings, run.train.plan
-    engine = engine_of(run.learner, run.optimizer)
-    largest = rehearse(run.learner, engine, run.train, run.accelerator)
-    run.learner.tally.line()
-    run.learner.tally.restore(sums)
-    seconds = largest.seconds * largest.mean_share * plan.micro_batches * (plan.total_steps - start)
-    table = [
-        ("rows", f"{int(plan.sizes.rows.sum()):,}"),
-        ("steps", f"{plan.total_steps:,}" + (f", {start:,} of them done" if start else "")),
-        ("objectives", ", ".join(f"{name} {weight:g}" for name, weight in run.learner.settings.weights.items())),
-        ("largest micro batch", f"{largest.rows:,} rows, {largest.tokens:,} tokens"),
-        ("memory at its peak", f"{largest.peak_bytes / (1 << 30):.2f} GiB"),
-        ("time", f"about {timedelta(seconds=round(seconds))} by that batch alone"),
-    ]
-    console.table("the course", ("what", "how much"), table)
-    loop_settings = LoopSettings(
+    course = _course(run)
+    standing = standing_of(course, resume, changes, console.say, _also(run))
+    if run.accelerator.is_main_process:
+        # Sums of all processes: one of them takes them up.
+        run.learner.tally.restore(standing.sums or {})
+    if standing.step < run.train.plan.total_steps:
+        engine = engine_of(run.learner, run.optimizer)
+        largest = rehearse(run.learner, engine, run.train, run.accelerator, "pretrain")
+        _show_course(run, largest, standing.step, console)
+    with console.progress(run.train.plan.total_steps, "pretrain", done=standing.step) as bar:
+        outcome = go_on(course, standing, note=console.note, advance=bar.advance)
+    end(course, outcome)
+    return outcome
+
+
+def _also(run: Run) -> str:
+    return " (accumulate may change where accumulate times processes stays)" if run.settings.accumulate > 1 else ""
+
+
+def _course(run: Run) -> Any:
+    from mmtune.training.course import Course
+    from mmtune.training.loop import LoopSettings
+    from mmtune.training.ranks import sum_numbers
+
+    settings, learner = run.settings, run.learner
+    loop = LoopSettings(
         seed=run.recipe.seed,
         peak_rate=settings.learning_rate,
         schedule=settings.schedule,
@@ -49,89 +57,32 @@ def follow(run: Run, resume: str, console: Talk) -> Any:
         log_every=settings.log_every,
         eval_every=settings.eval_every,
         workers=0,
+        section="pretrain",
     )
-    with console.progress(plan.total_steps, "pretrain", done=start) as bar:
-        outcome = train(
-            run.learner,
-            run.optimizer,
-            run.accelerator,
-            plan,
-            loop_settings,
-            _hooks(run, console, bar.advance),
-            start=start,
-            metrics=metrics,
-            sums=sums or None,
-        )
-    if outcome.unseen:
-        console.note(f"no row has media for the {' and '.join(sorted(outcome.unseen))} tower; it did not train")
-    if outcome.stopped_by:
-        error = Interrupted(
-            f"stopped by a signal after step {outcome.step} of {plan.total_steps}; the state is saved",
-            "run the same command again to go on",
-        )
-        error.exit_code = 130 if outcome.stopped_by == 2 else 75
-        raise error
-    return outcome
 
+    def keep() -> dict[str, float]:
+        learner.thaw()
+        return sum_numbers(learner.tally.state(), "saving a checkpoint")
 
-def _resume_from(run: Run, resume: str, console: Talk) -> tuple[int, str, dict[str, float]]:
-    """Puts the newest checkpoint back; returns its step, metrics and the sums since their last line."""
-    from mmtune.models.adapter import load_trainable_state
-    from mmtune.storage import changes
-    from mmtune.training.optimizer import load_optimizer_state
-
-    run.checkpoints.sweep()
-    if resume == "never":
-        run.checkpoints.clear()
-        return 0, "", {}
-    checkpoint = run.checkpoints.newest()
-    if checkpoint is None:
-        return 0, "", {}
-    different = changes(checkpoint.identity, run.identity)
-    if different:
-        raise IntegrityError(
-            "the checkpoint on disk belongs to another run: " + "; ".join(different),
-            "go back to those settings, or start again: mmtune pretrain --resume never",
-            "other_run",
-        )
-    load_trainable_state(run.learner, run.checkpoints.load(checkpoint, "trainable"))
-    load_optimizer_state(run.optimizer, run.learner, run.checkpoints.load(checkpoint, "optimizer"))
-    console.say(f"pretrain: resuming after step {checkpoint.step} of {run.train.plan.total_steps}")
-    return checkpoint.step, run.checkpoints.metrics(checkpoint), checkpoint.sums
-
-
-def _hooks(run: Run, console: Talk, advance: Callable[[int, str], None]) -> Any:
-    from mmtune.models.adapter import trainable_state
-    from mmtune.training.loop import Hooks
-    from mmtune.training.optimizer import optimizer_state
-    from mmtune.training.validation import validation_loss
-
-    def save(step: int, metrics: str, sums: dict[str, float]) -> None:
-        run.learner.thaw()
-        tensors = {
-            "trainable": trainable_state(run.learner),
-            "optimizer": optimizer_state(run.optimizer, run.learner),
-        }
-        run.checkpoints.save(step, tensors, metrics, run.identity, {**sums, **run.learner.tally.state()})
-
-    def validate(stopping: Callable[[], bool]) -> float | None:
-        if run.validate is None:
-            return None
-        held_out = run.validate
-        return validation_loss(
-            run.learner, run.accelerator, held_out.plan, held_out.batches.batch, held_out.loss, stopping=stopping
-        )
-
-    return Hooks(
-        batch=run.train.batches.batch,
-        loss=run.train.loss,
-        ids=run.train.batches.ids,
-        modalities=run.train.batches.modalities,
-        save=save,
-        last_good=run.checkpoints.newest_name,
-        validate=validate,
-        log=lambda row: None,
-        note=console.note,
-        advance=advance,
-        parts=run.learner.tally.line,
+    held_out, checkpoints = run.validate, run.checkpoints
+    parts = (learner, run.optimizer, run.accelerator, run.train, held_out, checkpoints, run.identity, loop)
+    return Course(
+        "pretrain", *parts, parts=learner.line, held_out_parts=learner.held_out_line, counted=learner.counted, keep=keep
     )
+
+
+def _show_course(run: Run, largest: Any, start: int, console: Talk) -> None:
+    """Prints what will be done, in one table."""
+    plan, world = run.train.plan, run.accelerator.num_processes
+    per_step = -(-plan.micro_batches // world)
+    seconds = largest.seconds * largest.mean_share * per_step * (plan.total_steps - start)
+    table = [
+        ("rows", f"{int(plan.sizes.rows.sum()):,}"),
+        ("steps", f"{plan.total_steps:,}" + (f", {start:,} of them done" if start else "")),
+        ("objectives", ", ".join(f"{name} {weight:g}" for name, weight in run.learner.settings.weights.items())),
+        ("processes", f"{world} on {run.accelerator.device}"),
+        ("largest micro batch", f"{largest.rows:,} rows, {largest.tokens:,} tokens"),
+        ("memory at its peak", f"{largest.peak_bytes / (1 << 30):.2f} GiB"),
+        ("time", f"about {timedelta(seconds=round(seconds))} by that batch alone"),
+    ]
+    console.table("the course", ("what", "how much"), table)

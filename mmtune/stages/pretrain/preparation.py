@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from mmtune.talk import Talk
 _TOWER_OF = {"text": "llm", "image": "vision", "audio": "audio"}
 # Media that a part's code is made of, by the number that ``tree_modalities`` gives them.
 _KINDS = {"image": 1 | 2, "audio": 4}
+# Rows that tell what is usual, for codes.
+_MEASURED = 256
 
 
 @dataclass
@@ -60,16 +62,15 @@ def prepare(
     from accelerate import Accelerator
 
     from mmtune.encoding.processor import load_processor, processor_fingerprint
-    from mmtune.models.adapter import train_fully
-    from mmtune.models.load import load_model
-    from mmtune.models.towers import tower_table
     from mmtune.training.checkpoints import CheckpointFolder
+    from mmtune.training.engine import precision_of
     from mmtune.training.learner import Learner
-    from mmtune.training.optimizer import make_optimizer
+    from mmtune.training.ranks import share_weights
+    from mmtune.training.step_size import StepSize
 
     settings, start = recipe.pretrain, str(recipe.run_dir / "start")
     assert settings is not None
-    precision = _precision(settings.precision)
+    precision = precision_of(settings.precision)
     accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
     image_budget = {name: getattr(recipe.tokenize, name) for name in ("min_image_pixels", "max_image_pixels")}
     processor = load_processor(start, offline=offline, **image_budget)
@@ -77,26 +78,18 @@ def prepare(
         raise IntegrityError(
             "the processor is not the one that tokens/ was made with", "run: mmtune tokenize", "other_processor"
         )
-    model = load_model(start, attn=recipe.model.attn if recipe.model else "auto", offline=offline)
-    present = [row.tower for row in tower_table(model) if row.parameters]
-    train_fully(model, present if settings.train == "all" else settings.train)
-    rows = [(row.tower, row.state, row.parameters, row.trainable) for row in tower_table(model)]
-    console.table("what trains", ("tower", "state", "parameters", "trainable"), rows)
-    train = _batching(recipe, tokens, processor, "train", limit)
-    val = _batching(recipe, tokens, processor, "val", settings.eval_rows) if tokens.rows.get("val") else None
+    model = _model(recipe, start, offline, console)
+    size = StepSize(accelerator.num_processes * settings.accumulate, settings.batch_tokens, settings.batch_rows)
+    train = _batching(recipe, tokens, processor, "train", size, limit)
+    val = _batching(recipe, tokens, processor, "val", size, settings.eval_rows) if tokens.rows.get("val") else None
     learner = Learner(model, _learner_settings(recipe, settings, processor, train.plan, console))
     _check_parts(recipe, learner.settings)
     learner.to(accelerator.device)
-    optimizer = make_optimizer(
-        learner,
-        name=settings.optimizer,
-        rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        beta2=settings.beta2,
-        tower_rates=settings.tower_rates,
-    )
-    identity = {**identity, "precision": precision}
-    checkpoints = CheckpointFolder(recipe.run_dir / "checkpoints" / "pretrain", settings.keep)
+    _measure(learner, train.batches, train.plan, accelerator)
+    share_weights(learner)
+    optimizer = _optimizer(learner, settings)
+    identity = _identity(identity, {"precision": precision, "step_size": asdict(size)})
+    checkpoints = CheckpointFolder(recipe.run_dir / "checkpoints" / "pretrain", settings.keep, "pretrain")
     train = replace(train, loss=lambda learner, batch: learner.loss(batch))
     held_out = None if val is None else replace(val, loss=lambda learner, batch: learner.held_out_loss(batch))
     return Run(
@@ -114,15 +107,65 @@ def prepare(
     )
 
 
-def _precision(asked: str) -> str:
-    import torch
+def _model(recipe: Recipe, start: str, offline: bool, console: Talk) -> Any:
+    """Returns the model in start/, with what trains of it."""
+    from mmtune.models.load import load_model
+    from mmtune.models.towers import check_towers, tower_table
+    from mmtune.training.learner import part_of
 
-    if asked != "auto":
-        return asked
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    settings = recipe.pretrain
+    assert settings is not None
+    model: Any = load_model(start, attn=recipe.model.attn if recipe.model else "auto", offline=offline)
+    present = [row.tower for row in tower_table(model) if row.parameters]
+    chosen = present if settings.train == "all" else settings.train
+    check_towers(model, chosen, "pretrain")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) in chosen)
+    rows = [(row.tower, row.state, row.parameters, row.trainable) for row in tower_table(model)]
+    console.table("what trains", ("tower", "state", "parameters", "trainable"), rows)
+    return model
 
 
-def _batching(recipe: Recipe, tokens: Manifest, processor: Any, split: str, limit: int | None) -> Any:
+def _measure(learner: Any, batches: Any, plan: Any, accelerator: Any) -> None:
+    """Lets the codes of a learner start from what the first rows are like."""
+    import numpy as np
+
+    if "codes" not in learner.heads:
+        return
+    count = plan.sizes.rows.size
+    rows = np.unique(np.linspace(0, count - 1, min(count, _MEASURED)).round().astype(int))
+    at_once = plan.batch_rows or _MEASURED
+    units = [rows[first : first + at_once] for first in range(0, rows.size, at_once)]
+    learner.eval()
+    with accelerator.autocast():
+        learner.measure(
+            {name: value.to(accelerator.device) for name, value in batches.batch(some).items()} for some in units
+        )
+
+
+def _optimizer(learner: Any, settings: Pretrain) -> Any:
+    from mmtune.training.learner import part_of
+    from mmtune.training.optimizer import make_optimizer
+
+    return make_optimizer(
+        learner,
+        name=settings.optimizer,
+        rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        beta2=settings.beta2,
+        tower_rates=settings.tower_rates,
+        tower=part_of,
+    )
+
+
+def _identity(identity: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a checkpoint must share with the run: accumulation may change where as much makes a step."""
+    config = identity["config"]
+    own = {name: value for name, value in config["pretrain"].items() if name != "accumulate"}
+    return {**identity, "config": {**config, "pretrain": own}, **found}
+
+
+def _batching(recipe: Recipe, tokens: Manifest, processor: Any, split: str, size: Any, limit: int | None) -> Any:
     from mmtune.encoding.collate import Collator
     from mmtune.training.batching import Split, rows_apart
     from mmtune.training.data import some_rows
@@ -134,9 +177,9 @@ def _batching(recipe: Recipe, tokens: Manifest, processor: Any, split: str, limi
     table = some_rows(table, limit) if limit else table
     if table.num_rows == 0:
         raise DataError(f"tokens/{split} has no rows", "look at tokens/rejects.jsonl", "no_rows")
-    course: dict[str, Any] = {"batch_tokens": settings.batch_tokens, "batch_rows": settings.batch_rows}
+    course: dict[str, Any] = {"batch_tokens": size.batch_tokens, "batch_rows": size.batch_rows}
     if split == "train":
-        own = {"epochs": settings.epochs, "max_steps": settings.max_steps, "micro_batches": settings.accumulate}
+        own = {"epochs": settings.epochs, "max_steps": settings.max_steps, "micro_batches": size.micro_batches}
         course |= {"seed": recipe.seed, **own}
     else:
         course |= {"seed": 0, "epochs": 1.0, "micro_batches": 1}
@@ -151,7 +194,7 @@ def _learner_settings(recipe: Recipe, settings: Pretrain, processor: Any, plan: 
     Raises:
         RecipeError: Nothing of the model would train at the beginning, or a code has no second part.
     """
-    from mmtune.training.learner import CODED, LearnerSettings
+    from mmtune.training.learner import CODED, CodeSettings, LearnerSettings
 
     parts = settings.codes.modalities or tuple(settings.build.encoders)
     if not settings.codes.modalities and len(parts) == 1:
@@ -163,10 +206,6 @@ def _learner_settings(recipe: Recipe, settings: Pretrain, processor: Any, plan: 
                 "name two in pretrain.codes.modalities, of text and the encoders",
                 "one_modality",
             )
-    if "reconstruction" in settings.weights and not set(parts) & set(_KINDS):
-        raise RecipeError(
-            "objective reconstruction needs the code of a medium", "add one to pretrain.codes.modalities", "no_modality"
-        )
     per_epoch = -(-len(plan.epoch_batches(0)) // plan.micro_batches)
     frozen = {_TOWER_OF[part]: round(epochs * per_epoch) for part, epochs in settings.unfreeze.items()}
     towers = {"llm", "projector", *(_TOWER_OF[name] for name in settings.build.encoders)}
@@ -180,16 +219,15 @@ def _learner_settings(recipe: Recipe, settings: Pretrain, processor: Any, plan: 
     for tower, steps in sorted(frozen.items()):
         when = f"trains from step {steps + 1} on" if steps < plan.total_steps else "never trains: the run is shorter"
         console.say(f"pretrain: the {tower} tower {when}")
-    masking = _masking(processor) if "masked" in settings.weights else None
-    return LearnerSettings(
-        settings.weights,
+    own = settings.codes
+    codes = CodeSettings(
         parts if set(CODED) & set(settings.weights) else (),
-        settings.codes.width,
-        settings.codes.dropout,
-        masking,
-        recipe.seed,
-        frozen,
+        own.width,
+        own.dropout,
+        own.game == "alternating",
+        own.form,
     )
+    return LearnerSettings(settings.weights, codes, _masking(processor), recipe.seed, frozen)
 
 
 def _masking(processor: Any) -> Any:
@@ -211,7 +249,7 @@ def _check_parts(recipe: Recipe, settings: Any) -> None:
     from mmtune.training.packing import tree_modalities
 
     kinds = tree_modalities(open_split(recipe.run_dir / "tokens" / "train"))
-    for part in settings.parts:
+    for part in settings.codes.parts:
         if part in _KINDS and not (kinds & _KINDS[part]).any():
             wanted = ", ".join(name for name in settings.weights if name not in ("caption", "masked", "match"))
             raise DataError(

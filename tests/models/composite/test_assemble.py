@@ -98,3 +98,25 @@ def test_parts_that_do_not_fit(language: Path) -> None:
             preprocessors={"image": encoding_tests()._clip(56)},
             vision_feature_layer=None,
         )
+
+
+def test_parts_of_multimodal_models_are_taken(repository: Path) -> None:
+    """The bundled bases apart: their towers and language models compute what they did, under a new projector."""
+    base, omni = (str(repository / "data" / name) for name in ("base", "omni"))
+    model, processor = assemble(base, encoders={"image": base, "audio": omni}, fusion={"mode": "hybrid"})
+    llava, composite = load_model(base), load_model(omni)
+    expected = dict(llava.named_parameters())
+    for name, own in model.named_parameters():
+        if name.startswith("model.vision_tower."):
+            assert torch.equal(own, expected[name]), name
+    for name, own in composite.model.audio_tower.named_parameters():
+        assert torch.equal(model.model.audio_tower.get_parameter(name), own), name
+    assert (model.config.vision_feature_layer, model.config.vision_feature_select_strategy) == (-1, "default")
+    ids = torch.randint(5, 800, (1, 9))
+    old = llava.config.text_config.vocab_size
+    torch.testing.assert_close(model(ids).logits[..., :old], llava(ids).logits)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert processor.image_tokens == 16 and processor.sound_tokens(8_000) > 0
+    # The base's own template knows of no sound.
+    talk = [{"role": "user", "content": [{"type": "audio"}, {"type": "image"}, {"type": "text", "text": "?"}]}]
+    assert processor.apply_chat_template(talk) == "<|im_start|>user\n<audio><image>?<|im_end|>\n"

@@ -265,3 +265,23 @@ def test_scores_of_the_branches(row: int | None) -> None:
     assert float(found.gate[-1, 2]) == 0.0 and (found.entropy >= 0).all()
     with pytest.raises(ValueError, match="one branch"):
         branch_scores(model_of("early"), given)
+
+
+@pytest.mark.parametrize("way", ["late", "hybrid", "hybrid_co"])
+def test_a_branch_answers_alone_while_it_is_asked_to(way: str) -> None:
+    from mmtune.models.composite.scores import branches_of, only_branch
+
+    model, one = model_of(way, instruction=False), row_of(batch(), 0)
+    usual, bias = log_probs(model, one), model.model.gate.bias.detach().clone()
+    for place, branch in enumerate(branches_of(model)):
+        with torch.no_grad():
+            model.model.gate.bias.fill_(-1e4)
+            model.model.gate.bias[place] = 0.0
+        expected = log_probs(model, one)
+        with torch.no_grad():
+            model.model.gate.bias.copy_(bias)
+        with only_branch(model, branch):
+            found = log_probs(model, one)
+        torch.testing.assert_close(found[:, 13:], expected[:, 13:], rtol=0, atol=1e-5)
+    assert torch.equal(log_probs(model, one), usual)
+    assert branches_of(model_of("early")) == ()

@@ -14,7 +14,7 @@ from mmtune.errors import RecipeError
 from mmtune.models.fusion.projector import PROJECTORS, build_projector, projected_tokens
 
 
-def same_results(ours, theirs, features, pairs, tolerance=1e-5):
+def assert_same_results(ours, theirs, features, pairs, tolerance=1e-5):
     """Values, gradients of the features and of each pair of weights agree."""
     mine, other = features.clone().requires_grad_(), features.clone().requires_grad_()
     found, wanted = ours(mine), theirs(other)
@@ -39,7 +39,7 @@ def test_mlp_is_llavas():
     theirs, ours = LlavaMultiModalProjector(config), build_projector("mlp", 10, 16)
     ours.load_state_dict(theirs.state_dict())
     pairs = list(zip(ours.parameters(), theirs.parameters(), strict=True))
-    same_results(ours, theirs, torch.randn(2, 5, 10), pairs)
+    assert_same_results(ours, theirs, torch.randn(2, 5, 10), pairs)
 
 
 def test_perceiver_is_idefics():
@@ -66,7 +66,7 @@ def test_perceiver_is_idefics():
     with torch.no_grad():
         for a, b in pairs:
             a.copy_(b)
-    same_results(ours, lambda features: theirs(ours.source(features)), torch.randn(2, 5, 10), pairs)
+    assert_same_results(ours, lambda features: theirs(ours.source(features)), torch.randn(2, 5, 10), pairs)
 
 
 QFORMER = {
@@ -132,7 +132,7 @@ def test_qformer_is_instructblips(instructed):
     # The last layer's own output for the instruction is read by nobody.
     used = [(a, b) for a, b in used if instructed or "instruction" not in name_of(ours, a)]
     used = [(a, b) for a, b in used if not name_of(ours, a).startswith("layers.1.instruction")]
-    same_results(lambda features: ours(features, seen, instruction), wanted, torch.randn(2, 5, 10), used)
+    assert_same_results(lambda features: ours(features, seen, instruction), wanted, torch.randn(2, 5, 10), used)
 
 
 def name_of(module: nn.Module, parameter: nn.Parameter) -> str:

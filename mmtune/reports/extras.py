@@ -1,0 +1,75 @@
+"""The tables that only some reports have: passes of a fusion, and what was taken away; the same cells everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mmtune.reports.wording import interval, label, number, p_value, signed
+
+
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """A table whose first two columns are words and all others numbers."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+    note: str
+
+
+def extra_tables(report: Mapping[str, Any]) -> list[Extra]:
+    """Returns the tables that a report has something for.
+
+    Args:
+        report: The report document.
+    """
+    return [*_passes(report.get("fusion")), *_ablation(report.get("ablation"))]
+
+
+def _passes(found: Mapping[str, Any] | None) -> Iterator[Extra]:
+    if not found:
+        return
+    rows = []
+    for model, own in found.items():
+        for branch, alone in own["branches"].items():
+            weight, perplexity = alone["weight"], alone["perplexity"]
+            cells = [f"{weight['value']:.3f}", f"{weight['low']:.3f} to {weight['high']:.3f}"]
+            rows.append([model, branch, *cells, number(perplexity["value"]), interval(perplexity), f"{alone['n']:,}"])
+    entropies = ", ".join(f"{model} {own['gate_entropy']:.2f}" for model, own in found.items())
+    yield Extra(
+        "Passes of the fusion",
+        ["model", "pass", "mean weight", "95 % interval", "perplexity alone", "95 % interval", "rows"],
+        rows,
+        "Each pass alone, on the rows that have what it reads; the weight is that of the gate. Mean entropy of the gate"
+        f" in nats (0: it has collapsed on one pass): {entropies}.",
+    )
+
+
+def _ablation(found: Mapping[str, Any] | None) -> Iterator[Extra]:
+    if not found:
+        return
+    absent = ", ".join(found["nothing"])
+    nothing = f" Nothing to take away by: {absent}." if absent else ""
+    rows = []
+    for entry in found["entries"]:
+        for metric, scored in entry["metrics"].items():
+            before, after = scored["models"].values()
+            change = scored["difference"]
+            values = [number(before["value"]), number(after["value"]), signed(change["value"])]
+            tail = [interval(change, sign=True), p_value(change["p"]), f"{scored['n']:,}"]
+            rows.append([entry["name"], label(metric), *values, *tail])
+        if perplexity := entry.get("perplexity"):
+            before, after = perplexity["models"].values()
+            values = [number(before["value"]), number(after["value"]), "", ""]
+            tail = [p_value(perplexity["loss_difference"]["p"]), f"{perplexity['n']:,}"]
+            rows.append([entry["name"], "Perplexity", *values, *tail])
+    yield Extra(
+        "What the answers rest on",
+        ["asked", "metric", found["model"], "then", "difference", "95 % interval", "p", "rows"],
+        rows,
+        "Each line asks the rows that have what is taken away once more; the difference is to the same model on the"
+        " same rows as they are. A modality is hidden by the mask where the model is trained for that, else left out"
+        " of the conversation. The commonest answer is that of each source among these rows." + nothing,
+    )

@@ -1,0 +1,130 @@
+"""The minimax games over codes: of which modality is it, and is it a real one or filled in?
+
+The first hides a code's modality from a discriminator. The second is a conditional adversarial net (Mirza and
+Osindero 2014) with a squared error beside it, as in pix2pix (Isola et al. 2017): from the code of a part that is
+there, and noise, a generator makes the code of one that is missing; a judge that sees both tells real from made.
+Shapes: B rows, N codes, C width of a code, Z width of the noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import permutations
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from mmtune.models.objectives.adversarial import (
+    CodeGenerator,
+    Discriminator,
+    discriminator_loss,
+    encoder_loss,
+    game_facts,
+    reverse_gradient,
+)
+
+_SMOOTHING = 0.1
+_NOISE = 8
+_BOTH, _OPPONENT, _OWN = "both", "opponent", "own"
+
+
+class GameHeads(nn.Module):
+    """The discriminator, and per ordered pair of parts a generator and its judge."""
+
+    def __init__(self, parts: Sequence[str], code_width: int, *, alternating: bool, form: str) -> None:
+        """Makes random heads.
+
+        Args:
+            parts: The parts that have a code.
+            code_width: C.
+            alternating: The two players move in turns, step by step; else both move in every step, the gradient of
+                the one reversed.
+            form: Of the loss in the encoders' and generators' turn, see ``encoder_loss``.
+        """
+        super().__init__()
+        self.parts, self.alternating, self.form = tuple(parts), alternating, form
+        self.discriminator = Discriminator(code_width, len(self.parts))
+        pairs = [f"{one}_{other}" for one, other in permutations(self.parts, 2)]
+        self.generators = nn.ModuleDict({pair: CodeGenerator(code_width, _NOISE) for pair in pairs})
+        self.judges = nn.ModuleDict({pair: Discriminator(2 * code_width, 2) for pair in pairs})
+
+    def fill(self, one: str, other: str, codes_BC: torch.Tensor) -> torch.Tensor:
+        """Returns ``(B, C)`` codes of the part ``other`` made from those of ``one``; the noise is torch's."""
+        noise_BZ = torch.randn(len(codes_BC), _NOISE, generator=torch.default_generator).to(codes_BC)
+        made: torch.Tensor = self.generators[f"{one}_{other}"](codes_BC, noise_BZ)
+        return made
+
+
+def game_losses(
+    heads: Any, codes: Mapping[str, torch.Tensor], at: Mapping[str, torch.Tensor], step: int
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Returns the loss of both games, and where they stand.
+
+    Args:
+        heads: ``GameHeads``.
+        codes: ``(B, C)`` by part.
+        at: ``(B,)`` which rows have the part.
+        step: Of the training, which says whose turn it is; -1 outside of it.
+    """
+    turn = _BOTH if not heads.alternating else _OWN if step % 2 and step > 0 else _OPPONENT
+    loss, facts = _modality_game(heads, codes, at, turn)
+    filled = []
+    for one, other in permutations(codes, 2):
+        both = at[one] & at[other]
+        if int(both.sum()) > 1:
+            own, about = _filling_game(heads, one, other, codes[one][both], codes[other][both], turn)
+            filled.append(own)
+            facts |= about
+    return (loss + torch.stack(filled).mean() if filled else loss), facts
+
+
+def _modality_game(
+    heads: Any, codes: Mapping[str, torch.Tensor], at: Mapping[str, torch.Tensor], turn: str
+) -> tuple[torch.Tensor, dict[str, float]]:
+    own = [(heads.parts.index(name), code[at[name]]) for name, code in codes.items()]
+    codes_NC = torch.cat([code for _, code in own])
+    if not len(codes_NC):
+        return torch.zeros((), device=codes_NC.device), {}
+    part_N = torch.cat([torch.full((len(code),), index, device=codes_NC.device) for index, code in own])
+    loss, logits_NK = _play(heads.discriminator, codes_NC, part_N, turn, heads.form)
+    found = game_facts(logits_NK, part_N, codes_NC.detach(), heads.parts)
+    facts = {"discriminator_accuracy": found.accuracy, "game_value": found.value}
+    return loss, facts | {f"code_variance_{name}": value for name, value in found.variance.items()}
+
+
+def _filling_game(
+    heads: Any, one: str, other: str, present_BC: torch.Tensor, true_BC: torch.Tensor, turn: str
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Returns the loss of filling in one part from another, and how well it goes.
+
+    The codes themselves are no players here: what is easily filled in is not what is wanted of them.
+    """
+    present_BC, true_BC = present_BC.detach(), true_BC.detach()
+    made_BC = heads.fill(one, other, present_BC)
+    shown_NC = torch.cat([torch.cat((present_BC, codes), dim=1) for codes in (true_BC, made_BC)])
+    made_N = torch.arange(2, device=shown_NC.device).repeat_interleave(len(present_BC))
+    loss, logits_N2 = _play(heads.judges[f"{one}_{other}"], shown_NC, made_N, turn, heads.form)
+    spread = true_BC.var(0, correction=0).sum().clamp(min=1e-6)
+    error = (made_BC - true_BC).square().sum(1).mean() / spread
+    found = game_facts(logits_N2, made_N, shown_NC.detach(), ("real", "made"))
+    pair = f"{one}_{other}"
+    facts = {
+        f"fill_error_{pair}": float(error.detach()),
+        f"judge_accuracy_{pair}": found.accuracy,
+        f"filled_variance_{pair}": float(made_BC.detach().var(0, correction=0).mean()),
+    }
+    return (loss if turn == _OPPONENT else loss + error), facts
+
+
+def _play(
+    opponent: nn.Module, codes_NC: torch.Tensor, class_N: torch.Tensor, turn: str, form: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the loss of the turn, and the opponent's logits without their gradient."""
+    if turn == _OWN:
+        fixed = {name: parameter.detach() for name, parameter in opponent.named_parameters()}
+        logits = functional_call(opponent, fixed, (codes_NC,))
+        return encoder_loss(logits, class_N, form), logits.detach()
+    logits = opponent(reverse_gradient(codes_NC) if turn == _BOTH else codes_NC.detach())
+    return discriminator_loss(logits, class_N, smoothing=_SMOOTHING), logits.detach()

@@ -1,0 +1,213 @@
+"""The course of a run, whatever it trains: gone on with where it stopped, watched, saved, and ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from mmtune.errors import IntegrityError, Interrupted
+from mmtune.models.adapter import load_trainable_state, trainable_state
+from mmtune.models.spread import is_sharded
+from mmtune.training.engine import engine_of
+from mmtune.training.loop import Hooks, LoopSettings, Outcome, train
+from mmtune.training.optimizer import load_optimizer_state, optimizer_state
+from mmtune.training.ranks import wait_for_all
+from mmtune.training.validation import validation_loss
+
+if TYPE_CHECKING:
+    from mmtune.training.batching import Batching
+    from mmtune.training.checkpoints import CheckpointFolder
+
+
+@dataclass(frozen=True)
+class Course:
+    """What one process needs to train, and to go on with it another time.
+
+    Attributes:
+        command: The command, and the section of the recipe that steers it.
+        model: What trains.
+        optimizer: Over its trainable parameters.
+        accelerator: The accelerator.
+        train: The batches of the training split.
+        held_out: Those of the validation split, or None.
+        checkpoints: Where they stand.
+        identity: What a checkpoint must share with this run.
+        settings: Of the loop.
+        parts: See ``Hooks.parts``.
+        held_out_parts: See ``Hooks.held_out``.
+        counted: See ``Hooks.counted``.
+        keep: Called by every process before a checkpoint is written; returns more sums for it.
+    """
+
+    command: str
+    model: Any
+    optimizer: Any
+    accelerator: Any
+    train: Batching
+    held_out: Batching | None
+    checkpoints: CheckpointFolder
+    identity: dict[str, Any]
+    settings: LoopSettings
+    parts: Callable[[], dict[str, float]] = dict
+    held_out_parts: Callable[[], dict[str, float]] = dict
+    counted: Callable[[], None] = lambda: None
+    keep: Callable[[], dict[str, float]] = dict
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a run has come.
+
+    Attributes:
+        step: Steps done.
+        metrics: Its lines of metrics.
+        sums: Since the last of these lines.
+    """
+
+    step: int = 0
+    metrics: str = ""
+    sums: Mapping[str, float] | None = None
+
+
+def standing_of(
+    course: Course,
+    resume: str,
+    differences: Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]],
+    say: Callable[[str], None],
+    also: str = "",
+) -> Standing:
+    """Returns where the run stands, the newest checkpoint put back into model and optimizer.
+
+    Args:
+        course: The run.
+        resume: ``auto``, or ``never``: start anew, and remove the checkpoints.
+        differences: What differs between two identities, in words.
+        say: Told that the run goes on.
+        also: Added to the advice to go back to the settings of a checkpoint.
+
+    Raises:
+        IntegrityError: The checkpoint belongs to another run, or is damaged.
+    """
+    if course.accelerator.is_main_process:
+        course.checkpoints.sweep()
+    if resume == "never":
+        if course.accelerator.is_main_process:
+            course.checkpoints.clear()
+        wait_for_all("clearing old checkpoints")
+        return Standing()
+    checkpoint = course.checkpoints.newest()
+    if checkpoint is None:
+        return Standing()
+    different = differences(checkpoint.identity, course.identity)
+    if different:
+        raise IntegrityError(
+            "the checkpoint on disk belongs to another run: " + "; ".join(different),
+            f"go back to those settings{also}, or start again: mmtune {course.command} --resume never",
+            "other_run",
+        )
+    load_trainable_state(course.model, course.checkpoints.load(checkpoint, "trainable"))
+    load_optimizer_state(course.optimizer, course.model, course.checkpoints.load(checkpoint, "optimizer"))
+    say(f"{course.command}: resuming after step {checkpoint.step} of {course.train.plan.total_steps}")
+    return Standing(checkpoint.step, course.checkpoints.metrics(checkpoint), checkpoint.sums)
+
+
+def go_on(
+    course: Course,
+    standing: Standing,
+    *,
+    note: Callable[[str], None],
+    advance: Callable[[int, str], None],
+    log: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> Outcome:
+    """Trains from where the run stands to its last step, or to a signal; returns the loop's outcome.
+
+    Args:
+        course: The run.
+        standing: From ``standing_of``.
+        note: Receives a warning.
+        advance: ``(steps, note)`` moves the progress.
+        log: Receives each line of metrics.
+
+    Raises:
+        DivergedError: Loss or gradient is not finite.
+    """
+    hooks = Hooks(
+        batch=course.train.batches.batch,
+        loss=course.train.loss,
+        ids=course.train.batches.ids,
+        modalities=course.train.batches.modalities,
+        save=partial(_save, course),
+        last_good=course.checkpoints.newest_name,
+        validate=partial(_validation_loss, course),
+        log=log,
+        note=note,
+        advance=advance,
+        parts=course.parts,
+        held_out=course.held_out_parts,
+        counted=course.counted,
+    )
+    outcome = train(
+        course.model,
+        course.optimizer,
+        course.accelerator,
+        course.train.plan,
+        course.settings,
+        hooks,
+        start=standing.step,
+        metrics=standing.metrics,
+        sums=dict(standing.sums or {}) or None,
+    )
+    if outcome.unseen:
+        note(f"no row has media for the {' and '.join(sorted(outcome.unseen))} tower; it did not train")
+    return outcome
+
+
+def end(course: Course, outcome: Outcome) -> None:
+    """Returns when all processes have come to the end of the run.
+
+    Raises:
+        Interrupted: A signal ended it; the state is saved.
+    """
+    wait_for_all("ending the run")
+    if outcome.stopped_by:
+        error = Interrupted(
+            f"stopped by a signal after step {outcome.step} of {course.train.plan.total_steps}; the state is saved",
+            "run the same command again to go on",
+        )
+        error.exit_code = 130 if outcome.stopped_by == 2 else 75
+        raise error
+
+
+def _save(course: Course, step: int, metrics: str, sums: dict[str, float]) -> None:
+    more, main = course.keep(), course.accelerator.is_main_process
+    tensors = {}
+    if main or is_sharded(course.model):
+        tensors = {
+            "trainable": trainable_state(course.model),
+            "optimizer": optimizer_state(course.optimizer, course.model),
+        }
+    if main:
+        course.checkpoints.save(step, tensors, metrics, course.identity, {**sums, **more})
+    wait_for_all("saving a checkpoint")
+
+
+def _validation_loss(course: Course, stopping: Callable[[], bool]) -> float | None:
+    """Returns the mean loss per label token on the validation split, or None without one."""
+    if course.held_out is None:
+        return None
+    held_out, engine = course.held_out, engine_of(course.model, course.optimizer)
+
+    def loss(model: Any, batch: Any) -> Any:
+        with course.accelerator.autocast():
+            return held_out.loss(model, batch)
+
+    return validation_loss(
+        course.model,
+        course.accelerator,
+        held_out.plan,
+        held_out.batches.batch,
+        lambda model, batch: engine.run(partial(loss, model, batch)),
+        stopping=stopping,
+    )

@@ -1,0 +1,144 @@
+"""The games over codes: whose turn moves what, and a generator that learns to fill in a missing part."""
+
+import pytest
+import torch
+
+from mmtune.training.code_game import GameHeads, game_losses
+from mmtune.training.code_losses import CodeHeads, code_losses, same_rows
+from mmtune.training.standard import Standard
+
+PARTS = ("image", "audio")
+
+
+def heads_of(**rules):
+    torch.manual_seed(0)
+    return GameHeads(PARTS, 6, **{"alternating": False, "form": "non_saturating", **rules})
+
+
+def rows(count, seed=0):
+    """Codes of two parts, one of which follows from the other up to noise."""
+    draw = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(6, 6, generator=torch.Generator().manual_seed(9)) / 6**0.5
+    audio = torch.randn(count, 6, generator=draw)
+    image = torch.tanh(audio @ mixing) + 0.1 * torch.randn(count, 6, generator=draw) + 1.0
+    return {"image": image, "audio": audio}, {name: torch.ones(count, dtype=torch.bool) for name in PARTS}
+
+
+def moved(heads, step):
+    """Which of encoders, discriminator, judges and generators get a gradient."""
+    codes, at = rows(16)
+    codes = {name: code.requires_grad_() for name, code in codes.items()}
+    heads.zero_grad()
+    loss, _ = game_losses(heads, codes, at, step)
+    loss.backward()
+    found = {"encoders": any(code.grad is not None and bool(code.grad.any()) for code in codes.values())}
+    for name in ("discriminator", "judges", "generators"):
+        found[name] = any(p.grad is not None and bool(p.grad.any()) for p in getattr(heads, name).parameters())
+    return found
+
+
+def test_both_players_move_under_reversal_and_in_turns_otherwise():
+    assert set(moved(heads_of(), 3).values()) == {True}
+    for form in ("minimax", "non_saturating"):
+        turns = heads_of(alternating=True, form=form)
+        opponents = {"encoders": False, "discriminator": True, "judges": True, "generators": False}
+        assert moved(turns, 4) == opponents == moved(turns, -1)
+        assert moved(turns, 5) == {name: not moves for name, moves in opponents.items()}
+
+
+def test_reversal_gives_encoders_the_negated_gradient_of_the_opponent():
+    codes, at = rows(16)
+    grads = []
+    for alternating in (False, True):
+        heads = heads_of(alternating=alternating, form="minimax")
+        heads.generators.requires_grad_(False)
+        own = {name: code.clone().requires_grad_() for name, code in codes.items()}
+        game_losses(heads, own, at, 1)[0].backward()
+        grads.append(own["image"].grad)
+    # The opponent's own loss is smoothed; its direction is the same but for that.
+    assert torch.nn.functional.cosine_similarity(*(g.flatten() for g in grads), dim=0) > 0.9
+
+
+@pytest.mark.parametrize("alternating", [False, True])
+def test_a_generator_fills_in_a_missing_part(alternating):
+    heads = heads_of(alternating=alternating)
+    optimizer = torch.optim.Adam(heads.parameters(), lr=3e-3, betas=(0.5, 0.99))
+    for step in range(600):
+        codes, at = rows(64, seed=step)
+        loss, facts = game_losses(heads, codes, at, step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    codes, at = rows(512, seed=10_000)
+    facts = game_losses(heads, codes, at, -1)[1]
+    # 1 is what the mean of all codes would do.
+    assert facts["fill_error_audio_image"] < 0.25
+    assert facts["filled_variance_audio_image"] > 0.5 * float(codes["image"].var(0).mean())
+    shuffled = heads.fill("audio", "image", codes["audio"].roll(1, 0))
+    wrong = (shuffled - codes["image"]).square().sum(1).mean() / codes["image"].var(0).sum()
+    assert wrong > 1.0
+
+
+def test_rows_without_a_pair_are_not_filled_and_none_at_all_costs_nothing():
+    codes, at = rows(8)
+    at["audio"] = torch.arange(8) >= 8
+    facts = game_losses(heads_of(), codes, at, 0)[1]
+    assert "fill_error_audio_image" not in facts and "discriminator_accuracy" in facts
+    loss, facts = game_losses(heads_of(), codes, {name: torch.zeros(8, dtype=torch.bool) for name in PARTS}, 0)
+    assert float(loss) == 0.0 and facts == {}
+
+
+def test_what_is_shared_is_compared_by_pairs():
+    keys = torch.tensor([[1, -1, 10], [1, -2, 11], [2, -3, 11], [3, -4, 12]])
+    wanted = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]]).bool()
+    assert torch.equal(same_rows(keys, "image", "text"), wanted)
+
+
+def test_the_standard_of_a_number_that_never_varies_blows_nothing_up():
+    standard = Standard(3)
+    values = torch.stack((torch.randn(200) * 1e-3 + 5, torch.randn(200) * 1e-3, torch.full((200,), 7.0)), 1)
+    standard.measure(values)
+    made = standard(values)
+    assert made[:, :2].std(0) == pytest.approx(torch.ones(2), abs=0.02) and made.mean(0).abs().max() < 1e-3
+    assert bool(standard(values + torch.tensor([0, 0, 1e-5]))[:, 2].abs().max() < 0.2)
+
+
+def test_the_standard_of_a_batch_is_batch_normalisation_of_the_rows_that_have_it():
+    torch.manual_seed(0)
+    values, here = 5 + 3 * torch.randn(12, 4, requires_grad=True), torch.arange(12) % 3 > 0
+    normal = torch.nn.BatchNorm1d(4, eps=1e-12, affine=False)
+    made, wanted = Standard(4).of_batch(values, here)[here], normal(values[here])
+    torch.testing.assert_close(made, wanted)
+    weights = torch.randn(8, 4)
+    ours, theirs = (
+        torch.autograd.grad((found * weights).sum(), values, retain_graph=True)[0] for found in (made, wanted)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    alone = Standard(4)
+    alone.measure(values.detach())
+    assert torch.equal(alone.of_batch(values, torch.arange(12) == 3), alone(values))
+    same = torch.ones(6, 4, requires_grad=True)
+    Standard(4).of_batch(same, torch.ones(6).bool()).sum().backward()
+    assert bool(same.grad.isfinite().all())
+
+
+def test_reconstruction_is_the_sum_of_squared_errors_per_number():
+    torch.manual_seed(1)
+    heads = CodeHeads({"reconstruction"}, PARTS, 12, 4, {"image": 10, "audio": 5})
+    pooled = {name: torch.randn(6, 12) for name in PARTS}
+    told = {"image": torch.randn(6, 10), "audio": torch.randn(6, 5)}
+    present = torch.tensor([[1, 1], [1, 0], [0, 1], [1, 1], [1, 1], [1, 0]]).bool()
+    keys = torch.zeros(6, 3, dtype=torch.long)
+    losses, facts = code_losses(heads, pooled, present, told, keys, 0.0, 0)
+    read = heads.read(pooled, present)
+    wanted = 0.0
+    for row, (image, audio) in enumerate(present.tolist()):
+        parts = [name for name, there in zip(PARTS, (image, audio), strict=True) if there]
+        code = sum(heads.autoencoder.encoders[name](read[name][row]) for name in parts) / len(parts)
+        for name in parts:
+            error = (heads.autoencoder.decoders[name](code) - told[name][row]).square().sum() / told[name].shape[1]
+            wanted += error / int(present[:, PARTS.index(name)].sum())
+    torch.testing.assert_close(losses["reconstruction"], wanted)
+    both = present.all(1)
+    alone = heads.autoencoder.decoders["image"](heads.autoencoder.encoders["audio"](read["audio"][both]))
+    assert facts["cross_audio_image"] == pytest.approx(float((alone - told["image"][both]).square().mean().detach()))
