@@ -17,7 +17,7 @@ from mmtune.evaluation.asking import Asking, Losses, answers_of, losses_of
 from mmtune.evaluation.comparison import ScoredRow, compare, perplexities
 from mmtune.evaluation.rows import EvalRows, question_of
 from mmtune.models.composite.scores import branches_of, only_branch, sees_by_mask
-from mmtune.records import MODALITIES, Example, Message, TextPart
+from mmtune.records import MODALITIES, Example, Medium, Message, TextPart
 
 KINDS = ("modality", "fusion", "shots", "instructions")
 """What can be taken away: a modality, all branches but one, exemplars, the right question."""
@@ -115,7 +115,7 @@ def plan_ablations(
 
 
 def _modalities(facts: Sequence[RowFacts], by_mask: bool) -> Iterator[Ablation]:
-    wanted = [(f"without {modality}", (modality,)) for modality in MODALITIES]
+    wanted: list[tuple[str, tuple[str, ...]]] = [(f"without {modality}", (modality,)) for modality in MODALITIES]
     if any(len(own.modalities) > 1 for own in facts):
         wanted.append(("without any medium", MODALITIES))
     for name, gone in wanted:
@@ -132,7 +132,8 @@ def _leave_out(gone: Sequence[str]) -> Callable[[int, Example], Example]:
 
 def _branches(facts: Sequence[RowFacts], branches: Sequence[str]) -> Iterator[Ablation]:
     for branch in branches:
-        read = {"joint": set(MODALITIES), "image": {"image", "video"}}.get(branch, {branch})
+        reads: dict[str, set[str]] = {"joint": set(MODALITIES), "image": {"image", "video"}}
+        read = reads.get(branch, {branch})
         rows = tuple(at for at, own in enumerate(facts) if own.modalities & read)
         yield Ablation("fusion", f"{branch} pass alone", rows, branch=branch)
 
@@ -141,8 +142,8 @@ def without_media(example: Example, modalities: Sequence[str]) -> Example:
     """Returns the example without its media of some modalities."""
 
     def kept(message: Message) -> Message:
-        parts = (part for part in message.parts if isinstance(part, TextPart) or part.modality not in modalities)
-        return replace(message, parts=tuple(parts))
+        gone = [isinstance(part, Medium) and part.modality in modalities for part in message.parts]
+        return replace(message, parts=tuple(part for part, own in zip(message.parts, gone, strict=True) if not own))
 
     return replace(example, messages=tuple(kept(message) for message in example.messages))
 

@@ -56,7 +56,7 @@ class Asking:
     words: Words
     should_stop: Callable[[], bool]
     progress: Callable[[int, str], AbstractContextManager[Any]]
-    note: Callable[[str], None]
+    note: Callable[[str], None] = lambda text: None
     missing: tuple[str, ...] = ()
 
     def collator(self, processor: Any, *, left: bool = False) -> Collator:

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from mmtune.models.label_tokens import parts_for_labels
 from mmtune.models.towers import tower_of
-from mmtune.training.label_tokens import parts_for_labels
 
 # Dense bf16 FLOP/s by a part of the device's name, from the vendor's data sheets; the first that fits.
 _PEAK_BF16 = {
