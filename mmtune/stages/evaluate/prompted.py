@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from mmtune.prompts.searched import SearchedPrompt, asked_with, moved, read_prompt
+from mmtune.errors import RecipeError
+from mmtune.prompts.searched import SOFT, SearchedPrompt, asked_with, moved, read_prompt
 from mmtune.recipe import Eval, Recipe
 from mmtune.records import Example
 from mmtune.storage import Manifest, read_manifest
@@ -24,10 +26,24 @@ def prompt_of(recipe: Recipe, settings: Eval) -> Manifest | None:
 
     Raises:
         DataError: It is not there.
+        RecipeError: It is soft tokens, and the tuned model is asked with it.
     """
     if not any(map(is_prompted, settings.compare)):
         return None
-    return read_manifest(recipe.run_dir / "prompt", made_by="prompt")
+    made = read_manifest(recipe.run_dir / "prompt", made_by="prompt")
+    if "tuned_best_prompt" in settings.compare and soft_tokens(recipe) is not None:
+        raise RecipeError(
+            "the prompt in prompt/ is soft tokens before the base, which the tuned model cannot stand behind",
+            "leave tuned_best_prompt out of eval.compare, or search words: prompt.method ape or rl",
+            "soft_prompt",
+        )
+    return made
+
+
+def soft_tokens(recipe: Recipe) -> Path | None:
+    """Returns the adapter with the soft tokens of the searched prompt, or None where it is words."""
+    folder = recipe.run_dir / "prompt" / SOFT
+    return folder if folder.is_dir() else None
 
 
 @dataclass(frozen=True)

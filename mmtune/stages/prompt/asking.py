@@ -54,11 +54,13 @@ class Asker:
         renderer: Encodes conversations.
         media_root: Of the rows.
         max_length: Longest conversation in tokens.
+        drop_turns: Let over-long conversations lose whole early turns.
         max_new_tokens: Longest answer.
         batch_rows: Rows at once.
         rank: Answer rows with options by the likeliest one.
         words: Label words by source, for ranking.
         should_stop: Asked between batches.
+        note: Told what a person should know, each thing once.
         calls: Pairs of prompt and row that were asked.
         collator: Of conversations; keeps decoded media.
     """
@@ -68,13 +70,16 @@ class Asker:
     renderer: Renderer
     media_root: Path
     max_length: int
+    drop_turns: bool
     max_new_tokens: int
     batch_rows: int
     rank: bool
     words: Words
     should_stop: Callable[[], bool]
+    note: Callable[[str], None]
     calls: int = 0
     collator: Collator = field(init=False)
+    _noted: set[str] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
         self.collator = Collator(self.processor, media_root=self.media_root, cache_bytes=_CACHE_BYTES)
@@ -94,7 +99,13 @@ class Asker:
         asked = [asked_with(prompt, example) for example in examples]
         at = [place for place, one in enumerate(asked) if isinstance(one, Example)]
         fitting = [one for one in asked if isinstance(one, Example)]
-        rows = EvalRows(len(fitting), fitting.__getitem__, self.renderer, max_length=self.max_length)
+        rows = EvalRows(
+            len(fitting),
+            fitting.__getitem__,
+            self.renderer,
+            max_length=self.max_length,
+            drop_turns=self.drop_turns,
+        )
         for _ in rows.examine():
             pass
         places = [at[number] for number in rows.kept]
@@ -120,8 +131,14 @@ class Asker:
             words=self._words(prompt),
             should_stop=self.should_stop,
             progress=_silent,
+            note=self._note_once,
         )
         return answers_of("prompt", self.model, self.processor, rows, asking)
+
+    def _note_once(self, line: str) -> None:
+        if line not in self._noted:
+            self._noted.add(line)
+            self.note(line)
 
     def _words(self, prompt: SearchedPrompt) -> Words:
         # Label words of the recipe belong to the labels as they are.
