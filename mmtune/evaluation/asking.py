@@ -40,7 +40,6 @@ class Asking:
         words: Label words by source, for ranking.
         should_stop: Asked between batches; true ends it with ``generation.Stopped``.
         progress: Total and label to a context with an ``advance``.
-        note: Told what a person should know.
     """
 
     media_root: Path
@@ -51,7 +50,6 @@ class Asking:
     words: Words
     should_stop: Callable[[], bool]
     progress: Callable[[int, str], AbstractContextManager[Any]]
-    note: Callable[[str], None]
 
 
 def ask_each(

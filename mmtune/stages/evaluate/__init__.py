@@ -12,7 +12,7 @@ from typing import Any
 from mmtune.errors import DataError, GateError, IntegrityError, Interrupted, RecipeError
 from mmtune.models.digest import weights_digest
 from mmtune.recipe import Eval, Recipe
-from mmtune.stages.evaluate.prompted import in_order, is_prompted, prompt_of, prompted_rows, soft_tokens
+from mmtune.stages.evaluate.prompted import in_order, is_prompted, prompt_of, prompted_rows
 from mmtune.storage import Manifest, RejectLog, Staging, foresee, is_finished, open_split, open_stage, read_manifest
 from mmtune.talk import Talk
 
@@ -213,7 +213,6 @@ def _answers(
             words=label_words(plan.instructions.config["sources"]),
             should_stop=lambda: bool(stop),
             progress=console.progress,
-            note=console.note,
         )
         try:
             plain = {name: load for name, load in models.items() if not is_prompted(name)}
@@ -232,6 +231,7 @@ def _answers(
 
 def _load(plan: _Plan, name: str) -> Any:
     from mmtune.models.load import load_to_answer
+    from mmtune.stages.evaluate.prompted import soft_tokens
 
     recipe = plan.recipe
     soft = soft_tokens(recipe) if is_prompted(name) else None
