@@ -93,6 +93,16 @@ def test_a_refusal_says_why(server: Server, reply: tuple):
         model(server)[0]("hi")
 
 
+def test_no_redirect_is_followed(server: Server):
+    other = Server()
+    other.replies = ["stolen"]
+    server.replies = [(302, {"Location": f"{other.url}/chat/completions"}, {})]
+    with pytest.raises(CapabilityError, match="refused with HTTP 302"):
+        model(server, key="secret")[0]("hi")
+    assert not other.heads
+    other.close()
+
+
 @pytest.mark.parametrize("text", [{"choices": []}, {"error": "x"}, [], {"choices": [{"message": {}}]}])
 def test_something_else_than_a_completion_is_named(server: Server, text: object):
     server.replies = [(200, {}, text)]
