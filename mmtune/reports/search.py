@@ -33,7 +33,9 @@ def search_facts(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "proposals_asked": sum(line["kind"] == "proposal" for line in lines),
         "calls": scores[-1]["calls"] if scores else 0,
         "rises": [{"calls": line["calls"], "best": line["best"]} for line in rises],
-        "prompts": [{"score": line["score"], "calls": line["calls"], **_told(line["candidate"])} for line in full[:_SHOWN]],
+        "prompts": [
+            {"score": line["score"], "calls": line["calls"], **_told(line["candidate"])} for line in full[:_SHOWN]
+        ],
     }
 
 
