@@ -26,24 +26,25 @@ def prompt_of(recipe: Recipe, settings: Eval) -> Manifest | None:
 
     Raises:
         DataError: It is not there.
-        RecipeError: It is soft tokens, and the tuned model is asked with it.
+        RecipeError: Its soft tokens stand before the base, and the tuned model is to be asked with them.
     """
     if not any(map(is_prompted, settings.compare)):
         return None
-    made = read_manifest(recipe.run_dir / "prompt", made_by="prompt")
-    if "tuned_best_prompt" in settings.compare and soft_tokens(recipe) is not None:
+    found = read_manifest(recipe.run_dir / "prompt", made_by="prompt")
+    if found.facts.get("soft") and "tuned_best_prompt" in settings.compare:
         raise RecipeError(
-            "the prompt in prompt/ is soft tokens before the base, which the tuned model cannot stand behind",
-            "leave tuned_best_prompt out of eval.compare, or search words: prompt.method ape or rl",
-            "soft_prompt",
+            "the prompt in prompt/ is soft tokens before the base; the tuned model cannot take them",
+            "leave tuned_best_prompt out of eval.compare",
+            "soft_before_tuned",
         )
-    return made
+    return found
 
 
-def soft_tokens(recipe: Recipe) -> Path | None:
-    """Returns the adapter with the soft tokens of the searched prompt, or None where it is words."""
-    folder = recipe.run_dir / "prompt" / SOFT
-    return folder if folder.is_dir() else None
+def adapter_of(recipe: Recipe, name: str, prompt: Manifest | None) -> Path | None:
+    """Returns the folder of the adapter that an answerer has, or None for the base itself."""
+    if is_prompted(name) and prompt is not None and prompt.facts.get("soft"):
+        return recipe.run_dir / "prompt" / SOFT
+    return recipe.run_dir / "adapter" if name.startswith("tuned") else None
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ class Prompted:
 
     def notes(self) -> list[str]:
         """Returns what the report says of it."""
-        notes = [f"The searched prompt: {self.prompt.instruction!r}."]
+        behind = " behind soft tokens" if self.prompt.soft else ""
+        notes = [f"The searched prompt: {self.prompt.instruction!r}{behind}."]
         if self.unaskable:
             notes.append(f"The searched prompt does not fit {self.unaskable:,} rows; they count as wrong.")
         return notes
