@@ -45,7 +45,7 @@ def recipe(tmp_path: Path, tiny_vlm: Path):
             }
             for split in ("train", "val")
         ]
-        prompt = {"method": "ape", "budget": 80, "dev": 8, "test": 10, "minibatch": 4, "population": 4}
+        prompt = {"method": "ape", "budget": 80, "dev": 8, "test": 10, "minibatch": 4, "population": 2}
         return Recipe(
             run_dir=tmp_path / name,
             model={"path": str(tiny_vlm)},
