@@ -270,7 +270,8 @@ def prompt_facts(prompt: SearchedPrompt) -> dict[str, Any]:
     for row in rows:
         for column in COLUMN.values():
             row[column] = [{**item, "bytes": _packed(item["bytes"])} for item in row[column]]
-    return {"instruction": prompt.instruction, "words": dict(prompt.words), "exemplars": rows}
+    soft = {"soft": list(prompt.soft)} if prompt.soft else {}
+    return {"instruction": prompt.instruction, "words": dict(prompt.words), "exemplars": rows, **soft}
 
 
 def read_prompt(path: Path) -> tuple[SearchedPrompt, str]:
@@ -289,7 +290,8 @@ def read_prompt(path: Path) -> tuple[SearchedPrompt, str]:
         rows = [_unpacked(row) for row in found["exemplars"]]
         words = {str(label): str(word) for label, word in found["words"].items()}
         exemplars = tuple(row_to_example(row) for row in rows)
-        return SearchedPrompt(found["instruction"], exemplars, words), str(value["media_root"])
+        soft = tuple(float(place) for place in found.get("soft", ()))
+        return SearchedPrompt(found["instruction"], exemplars, words, soft), str(value["media_root"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path} is no searched prompt: {error}", "give the prompt.json that `mmtune prompt` wrote", "bad_prompt"

@@ -129,7 +129,8 @@ class Prompt(Section):
     longest: Annotated[int, Field(ge=20)] = 600
     """Longest instruction in characters; a longer proposal is refused."""
     proposer: Literal["edits", "llm"] = "edits"
-    """edits: rewrites by rule and what the examples show, offline; llm: a chat model."""
+    """edits: rewrites by rule and what the examples show, offline; llm: a chat model, which is shown some training
+    rows."""
     llm: ProposerModel | None = None
     """The chat model of proposer llm."""
     rl: Rl = Rl()
@@ -154,9 +155,6 @@ class Prompt(Section):
             raise ValueError("space has verbalizer: give `verbalizers` to choose from")
         if "exemplars" in self.space and not self.shots:
             raise ValueError("space has exemplars: shots is at least 1")
-        for name in ("rl", "bbt"):
-            if name in self.model_fields_set and self.method != name:
-                raise ValueError(f"the section {name} is for method {name}: leave it out, or set the method")
         if self.method in ("rl", "bbt") and self.space != ("instruction",):
             raise ValueError(f"method {self.method} changes the instruction alone: leave out space")
         if self.method == "bbt" and self.on != "base":

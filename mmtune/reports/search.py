@@ -33,8 +33,15 @@ def search_facts(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "proposals_asked": sum(line["kind"] == "proposal" for line in lines),
         "calls": scores[-1]["calls"] if scores else 0,
         "rises": [{"calls": line["calls"], "best": line["best"]} for line in rises],
-        "prompts": [{"score": line["score"], "calls": line["calls"], **line["candidate"]} for line in full[:_SHOWN]],
+        "prompts": [
+            {"score": line["score"], "calls": line["calls"], **_told(line["candidate"])} for line in full[:_SHOWN]
+        ],
     }
+
+
+def _told(candidate: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what is said of a prompt: of soft tokens that they are some."""
+    return {"soft": True} if "z" in candidate else dict(candidate)
 
 
 def _before(scores: Sequence[Mapping[str, Any]], at: int) -> float:
@@ -76,7 +83,7 @@ def search_lines(name: str, facts: Mapping[str, Any]) -> list[str]:
         f"  |{sparkline(rises, facts['calls'])}|",
     ]
     for one in facts["prompts"]:
-        text = one.get("instruction", "")
+        text = one.get("instruction", "soft tokens")
         more = f" + {len(one['exemplars'])} exemplars" if one.get("exemplars") else ""
         more += f", words {one['verbalizer']}" if one.get("verbalizer") else ""
         shown = text if len(text) <= _MOST_CHARS else text[: _MOST_CHARS - 1] + "…"

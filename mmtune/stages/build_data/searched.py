@@ -21,7 +21,7 @@ def given_prompt(recipe: Recipe) -> tuple[SearchedPrompt, str] | None:
     """Returns the prompt that the recipe names, and the folder of its media; None where it names none.
 
     Raises:
-        RecipeError: It is the prompt that this run itself searches.
+        RecipeError: It is the prompt that this run itself searches, or one of soft tokens.
         DataError: The file holds no searched prompt.
     """
     if recipe.build.prompt is None:
@@ -33,7 +33,14 @@ def given_prompt(recipe: Recipe) -> tuple[SearchedPrompt, str] | None:
             "give this recipe another run_dir; eval.compare: [base, best_prompt] needs no build.prompt",
             "own_prompt",
         )
-    return read_prompt(path)
+    found, root = read_prompt(path)
+    if found.soft:
+        raise RecipeError(
+            f"build.prompt is {path}, whose soft tokens are no words that rows could hold",
+            "search with another method than bbt; its tokens are the adapter in the folder `soft` beside it",
+            "soft_prompt",
+        )
+    return found, root
 
 
 def prompt_roots(given: tuple[SearchedPrompt, str] | None) -> list[Mapping[Modality, str]]:

@@ -12,7 +12,7 @@ from typing import Any
 from mmtune.errors import DataError, GateError, IntegrityError, Interrupted, RecipeError
 from mmtune.models.digest import weights_digest
 from mmtune.recipe import Eval, Recipe
-from mmtune.stages.evaluate.prompted import in_order, is_prompted, prompt_of, prompted_rows
+from mmtune.stages.evaluate.prompted import adapter_of, in_order, is_prompted, prompt_of, prompted_rows
 from mmtune.stages.evaluate.shots import answerer, asked_rows, features_of, notes_of
 from mmtune.storage import Manifest, RejectLog, Staging, foresee, is_finished, open_split, open_stage, read_manifest
 from mmtune.talk import Talk
@@ -248,7 +248,7 @@ def _load(plan: _Plan, name: str) -> Any:
     recipe = plan.recipe
     return load_to_answer(
         plan.model,
-        recipe.run_dir / "adapter" if name.startswith("tuned") else None,
+        adapter_of(recipe, name, plan.prompt),
         precision=recipe.finetune.precision if recipe.finetune else "auto",
         revision=plan.revision,
         attn=recipe.model.attn if recipe.model else "auto",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from mmtune.prompts.searched import SearchedPrompt, asked_with, moved, read_prompt
+from mmtune.errors import RecipeError
+from mmtune.prompts.searched import SOFT, SearchedPrompt, asked_with, moved, read_prompt
 from mmtune.recipe import Eval, Recipe
 from mmtune.records import Example
 from mmtune.storage import Manifest, read_manifest
@@ -24,10 +26,25 @@ def prompt_of(recipe: Recipe, settings: Eval) -> Manifest | None:
 
     Raises:
         DataError: It is not there.
+        RecipeError: Its soft tokens stand before the base, and the tuned model is to be asked with them.
     """
     if not any(map(is_prompted, settings.compare)):
         return None
-    return read_manifest(recipe.run_dir / "prompt", made_by="prompt")
+    found = read_manifest(recipe.run_dir / "prompt", made_by="prompt")
+    if found.facts.get("soft") and "tuned_best_prompt" in settings.compare:
+        raise RecipeError(
+            "the prompt in prompt/ is soft tokens before the base; the tuned model cannot take them",
+            "leave tuned_best_prompt out of eval.compare",
+            "soft_before_tuned",
+        )
+    return found
+
+
+def adapter_of(recipe: Recipe, name: str, prompt: Manifest | None) -> Path | None:
+    """Returns the folder of the adapter that an answerer has, or None for the base itself."""
+    if is_prompted(name) and prompt is not None and prompt.facts.get("soft"):
+        return recipe.run_dir / "prompt" / SOFT
+    return recipe.run_dir / "adapter" if name.startswith("tuned") else None
 
 
 @dataclass(frozen=True)
@@ -64,7 +81,8 @@ class Prompted:
 
     def notes(self) -> list[str]:
         """Returns what the report says of it."""
-        notes = [f"The searched prompt: {self.prompt.instruction!r}."]
+        behind = " behind soft tokens" if self.prompt.soft else ""
+        notes = [f"The searched prompt: {self.prompt.instruction!r}{behind}."]
         if self.unaskable:
             notes.append(f"The searched prompt does not fit {self.unaskable:,} rows; they count as wrong.")
         return notes

@@ -100,7 +100,7 @@ def _publish(staging: Staging, document: Mapping[str, Any], kept: Path, instruct
         shutil.copy(trace, staging.path / trace.name)
     if document["soft"]:
         shutil.copytree(kept / document["soft"], staging.path / document["soft"])
-    facts = {key: document[key] for key in ("method", "model", "calls", "scores", "gap_dev_test", "media_root")}
+    facts = {key: document[key] for key in ("method", "model", "calls", "scores", "gap_dev_test", "media_root", "soft")}
     rows = {"dev": document["scores"]["best"]["dev"]["n"], "test": document["scores"]["best"]["test"]["n"]}
     staging.publish(
         rows=rows, drops=document["refused"], facts={**facts, "instruction": document["prompt"]["instruction"]}
@@ -119,6 +119,8 @@ def _brief(document: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what the command says of a prompt, its exemplars by their ids."""
     found = dict(document["prompt"])
     found["exemplars"] = [row["id"] for row in found["exemplars"]]
+    # Where the soft tokens are in their subspace says nothing to a reader; the adapter has them.
+    found.pop("soft", None)
     left_out = ("schema", "prompt", "media_root")
     return {"prompt": found, **{key: value for key, value in document.items() if key not in left_out}}
 

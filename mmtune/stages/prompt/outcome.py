@@ -96,6 +96,7 @@ def verdict(found: Mapping[str, Any]) -> str:
 def _more(prompt: Mapping[str, Any]) -> str:
     shown = f", {len(prompt['exemplars'])} exemplars" if prompt["exemplars"] else ""
     words = ", ".join(f"{label} = {word}" for label, word in prompt["words"].items())
+    shown += " behind soft tokens" if prompt.get("soft") else ""
     return f"{shown}{f', words {words}' if words else ''}"
 
 
