@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from mmtune.cli.options import (
     DryRun,
     Force,
@@ -23,6 +27,10 @@ from mmtune.talk import Talk
 def prompt(
     recipe: RecipePath = None,
     overrides: Set = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help="Override prompt.method: ape, opro, mipro, ...")
+    ] = None,
+    budget: Annotated[int | None, typer.Option("--budget", min=1, help="Override prompt.budget: model calls.")] = None,
     resume: Resume = "auto",
     force: Force = False,
     dry_run: DryRun = False,
@@ -34,12 +42,14 @@ def prompt(
 ) -> None:
     """Searches for a better prompt with a frozen model: instructions/ to prompt/.
 
-    Example: mmtune prompt recipes/prompt_blackbox.yaml --set prompt.method=gepa
+    Example: mmtune prompt recipes/prompt_blackbox.yaml --method gepa
     """
     from mmtune.stages.prompt import prompt as stage
 
     check_resume(resume)
-    loaded = load(recipe, overrides, seed)
+    own = {"prompt.method": method, "prompt.budget": budget}
+    changes = [f"{key}={value}" for key, value in own.items() if value is not None]
+    loaded = load(recipe, [*(overrides or ()), *changes], seed)
     result = stage(
         loaded, force=force, dry_run=dry_run, limit=limit, resume=resume, offline=offline, console=Talk(quiet)
     )

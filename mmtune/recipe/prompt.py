@@ -129,7 +129,8 @@ class Prompt(Section):
     longest: Annotated[int, Field(ge=20)] = 600
     """Longest instruction in characters; a longer proposal is refused."""
     proposer: Literal["edits", "llm"] = "edits"
-    """edits: rewrites by rule and what the examples show, offline; llm: a chat model."""
+    """edits: rewrites by rule and what the examples show, offline; llm: a chat model, which is shown some training
+    rows."""
     llm: ProposerModel | None = None
     """The chat model of proposer llm."""
     rl: Rl = Rl()

@@ -21,6 +21,7 @@ from mmtune.stages.prompt.rows import choose_rows
 from mmtune.stages.show import describe, render
 from mmtune.storage import is_finished, open_split, read_manifest
 from mmtune.talk import Talk
+from tests.chat_server import Server
 
 QUIET = Talk(quiet=True)
 WORDS = ("red", "yellow", "blue")
@@ -255,6 +256,29 @@ def test_what_cannot_be_searched_is_said_before_a_model_is_loaded(recipe, counte
     assert not counted
 
 
+def test_a_chat_model_proposes_and_is_not_asked_twice(recipe, monkeypatch: pytest.MonkeyPatch):
+    server = Server()
+    server.replies = [f"<PROMPT>Number {at}: {{prompt}}</PROMPT>" for at in range(200)]
+    llm = {"url": server.url, "model": "writer", "key_env": "MY_KEY"}
+    monkeypatch.setenv("MY_KEY", "secret")
+    given = recipe(prompt={"proposer": "llm", "llm": llm, "compare_random": False})
+    build_data(given, console=QUIET)
+    search_prompt(given, offline=True, console=QUIET)
+    found, asked = document(given), len(server.asked)
+    assert asked > 4 and found["instructions"]["best"].startswith(("Number", "{prompt}"))
+    assert "answer: " in server.asked[0]["messages"][0]["content"]
+    assert server.heads[0]["Authorization"] == "Bearer secret"
+    folder = given.run_dir / "prompt"
+    assert not any("secret" in file.read_text() for file in folder.iterdir() if file.is_file())
+    # As if it had been killed after its last line.
+    kept = given.run_dir / "checkpoints" / "prompt"
+    kept.mkdir(parents=True)
+    (kept / "trace.jsonl").write_bytes((folder / "trace.jsonl").read_bytes())
+    search_prompt(given, force=True, console=QUIET)
+    assert len(server.asked) == asked and {**document(given), "calls": 0} == {**found, "calls": 0}
+    server.close()
+
+
 def test_a_far_chat_model_is_not_asked_offline(recipe):
     given = recipe(prompt={"proposer": "llm", "llm": {"url": "http://far.example/v1", "model": "m"}})
     build_data(given, console=QUIET)
@@ -431,8 +455,12 @@ def test_the_command_prints_one_document(recipe, tmp_path: Path):
     build_data(given, console=QUIET)
     path = tmp_path / "recipe.json"
     path.write_text(given.model_dump_json(exclude_defaults=True))
-    done = CliRunner().invoke(app, ["prompt", str(path), "--json", "--quiet", "--limit", "6", "--seed", "4"])
+    done = CliRunner().invoke(
+        app,
+        ["prompt", str(path), "--json", "--quiet", "--limit", "6", "--seed", "4", "--method", "opro", "--budget", "70"],
+    )
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
-    assert found["schema"] == "mmtune.prompt/1" and found["seed"] == 4 and found["scores"]["best"]["dev"]["n"] == 6
+    assert (found["schema"], found["seed"], found["method"]) == ("mmtune.prompt/1", 4, "opro")
+    assert found["calls"]["budget"] == 70 and found["scores"]["best"]["dev"]["n"] == 6
     assert is_finished(given.run_dir / "prompt")

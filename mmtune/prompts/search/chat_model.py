@@ -18,6 +18,16 @@ _MOST_BYTES = 1 << 20
 _BUSY = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Follows none: a key is for the server that the recipe names."""
+
+    def redirect_request(self, *arguments: Any, **more: Any) -> None:
+        return None
+
+
+_OPEN = urllib.request.build_opener(_NoRedirect).open
+
+
 class _Busy(Exception):
     """Worth another try, after a pause of at least ``seconds``."""
 
@@ -82,7 +92,7 @@ class ChatModel:
         address = f"{self.url.rstrip('/')}/chat/completions"
         request = urllib.request.Request(address, json.dumps(body).encode(), headers)
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout_seconds) as answer:
+            with _OPEN(request, timeout=self.timeout_seconds) as answer:
                 raw = answer.read(_MOST_BYTES + 1)
         except urllib.error.HTTPError as error:
             said = error.read(400).decode("utf-8", "replace")

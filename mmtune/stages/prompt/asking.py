@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mmtune.encoding.collate import Collator
+from mmtune.encoding.processor import pad_token_id, tokenizer_of
 from mmtune.encoding.render import Renderer
 from mmtune.errors import RecipeError
 from mmtune.evaluation import CORPUS_METRICS, measure, metrics_of
-from mmtune.evaluation.asking import Asking, answers_of
-from mmtune.evaluation.generation import answer_losses
-from mmtune.evaluation.ranking import Words, label_scores, question_of_row
+from mmtune.evaluation.generation import answer_losses, generate_texts, stop_ids
+from mmtune.evaluation.ranking import Question, Words, label_scores, question_of_row, rank
 from mmtune.evaluation.rows import EvalRows
 from mmtune.prompts.search.reward import WRONG, piecewise
 from mmtune.prompts.searched import SearchedPrompt, asked_with
 from mmtune.records import Example
-from mmtune.talk import Counter
 
 _CACHE_BYTES = 256 << 20
+_STOP_ROWS = 32
+"""So many trained answers are looked at for the token that ends them."""
 _UNASKABLE = {"metric": 0.0, "gap": -1.0, "piecewise": -WRONG, "likelihood": 0.0}
 """Reward of a row that a prompt makes too long, or cannot word."""
 
@@ -54,13 +55,13 @@ class Asker:
         renderer: Encodes conversations.
         media_root: Of the rows.
         max_length: Longest conversation in tokens.
+        drop_turns: Let over-long conversations lose whole early turns.
         max_new_tokens: Longest answer.
         batch_rows: Rows at once.
         rank: Answer rows with options by the likeliest one.
         words: Label words by source, for ranking.
         should_stop: Asked between batches.
         calls: Pairs of prompt and row that were asked.
-        collator: Of conversations; keeps decoded media.
     """
 
     model: Any
@@ -68,16 +69,19 @@ class Asker:
     renderer: Renderer
     media_root: Path
     max_length: int
+    drop_turns: bool
     max_new_tokens: int
     batch_rows: int
     rank: bool
     words: Words
     should_stop: Callable[[], bool]
     calls: int = 0
-    collator: Collator = field(init=False)
+    _stops: list[int] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.collator = Collator(self.processor, media_root=self.media_root, cache_bytes=_CACHE_BYTES)
+        # They stay, and the media that they keep: the same rows are asked again and again.
+        made = partial(Collator, self.processor, media_root=self.media_root, cache_bytes=_CACHE_BYTES)
+        self._left, self._right = made(left=True), made()
 
     def answered(self, prompt: SearchedPrompt, examples: Sequence[Example], reward: str) -> Answered:
         """Returns rewards of rows asked with a prompt.
@@ -94,7 +98,13 @@ class Asker:
         asked = [asked_with(prompt, example) for example in examples]
         at = [place for place, one in enumerate(asked) if isinstance(one, Example)]
         fitting = [one for one in asked if isinstance(one, Example)]
-        rows = EvalRows(len(fitting), fitting.__getitem__, self.renderer, max_length=self.max_length)
+        rows = EvalRows(
+            len(fitting),
+            fitting.__getitem__,
+            self.renderer,
+            max_length=self.max_length,
+            drop_turns=self.drop_turns,
+        )
         for _ in rows.examine():
             pass
         places = [at[number] for number in rows.kept]
@@ -111,17 +121,46 @@ class Asker:
         return Answered(values, tuple(said), len(examples) - len(places))
 
     def _texts(self, prompt: SearchedPrompt, rows: EvalRows) -> list[str]:
-        asking = Asking(
-            media_root=self.media_root,
-            batch_rows=self.batch_rows,
+        """Returns the answers to kept rows as eval would: the likeliest option, or the model's own words."""
+        count = len(rows.kept)
+        listed = {row: one for row in range(count) if self.rank and (one := rows.example(row)).options}
+        ranked = rank(listed, self._words(prompt), partial(self._logprobs, rows))
+        free = [row for row in range(count) if row not in ranked]
+        said = dict(zip(free, self._generated(rows, free), strict=True))
+        return [ranked[row] if row in ranked else said[row] for row in range(count)]
+
+    def _generated(self, rows: EvalRows, chosen: Sequence[int]) -> list[str]:
+        if not chosen:
+            return []
+        tokenizer = tokenizer_of(self.processor)
+        if self._stops is None:
+            # What ends a trained answer is the same whatever it is asked with.
+            some = rows.conversations(range(min(_STOP_ROWS, len(rows.kept))))
+            self._stops = stop_ids(self.model, tokenizer, some)
+        return generate_texts(
+            self.model,
+            tokenizer,
+            lambda numbers: rows.prompts([chosen[at] for at in numbers]),
+            self._left,
+            sizes=[rows.prompt_sizes[row] for row in chosen],
+            stops=self._stops,
+            pad_id=pad_token_id(self.processor),
             max_new_tokens=self.max_new_tokens,
-            loss=False,
-            rank=self.rank,
-            words=self._words(prompt),
+            batch_rows=self.batch_rows,
             should_stop=self.should_stop,
-            progress=_silent,
         )
-        return answers_of("prompt", self.model, self.processor, rows, asking)
+
+    def _logprobs(self, rows: EvalRows, pairs: Sequence[tuple[Question, int]]) -> np.ndarray:
+        """Returns ``(N,)`` log-probabilities of words as answers to questions."""
+        nll, _ = answer_losses(
+            self.model,
+            lambda chosen: [rows.encode(pairs[at][0].conversation(pairs[at][1]), pairs[at][0].tools) for at in chosen],
+            self._right,
+            sizes=[rows.row_sizes[question.row] for question, _ in pairs],
+            batch_rows=self.batch_rows,
+            should_stop=self.should_stop,
+        )
+        return -nll
 
     def _words(self, prompt: SearchedPrompt) -> Words:
         # Label words of the recipe belong to the labels as they are.
@@ -132,19 +171,12 @@ class Asker:
         examples = [rows.example(row) for row in range(len(rows.kept))]
         questions = [question_of_row(row, one, self._words(prompt)) for row, one in enumerate(examples)]
         pairs = [(one, word) for one in questions if one is not None for word in range(len(one.words))]
-        nll, _ = answer_losses(
-            self.model,
-            lambda chosen: [rows.encode(pairs[at][0].conversation(pairs[at][1]), pairs[at][0].tools) for at in chosen],
-            self.collator,
-            sizes=[rows.row_sizes[question.row] for question, _ in pairs],
-            batch_rows=self.batch_rows,
-            should_stop=self.should_stop,
-        )
+        logprob_N = self._logprobs(rows, pairs)
         out, start = np.zeros(len(examples)), 0
         for row, (question, example) in enumerate(zip(questions, examples, strict=True)):
             assert question is not None, "rows without options are refused before the search"
             end = start + len(question.words)
-            score_L = label_scores(-nll[start:end], question.owners)
+            score_L = label_scores(logprob_N[start:end], question.owners)
             out[row] = gap(score_L, [option in example.references for option in example.options])
             start = end
         return out
@@ -154,7 +186,7 @@ class Asker:
         nll, tokens = answer_losses(
             self.model,
             rows.conversations,
-            self.collator,
+            self._right,
             sizes=rows.row_sizes,
             batch_rows=self.batch_rows,
             should_stop=self.should_stop,
@@ -210,8 +242,3 @@ def check_reward(reward: str, examples: Sequence[Example]) -> None:
             "name the options (a column, or =yes|no), or take reward: metric or likelihood",
             "no_options",
         )
-
-
-@contextmanager
-def _silent(total: int, label: str) -> Iterator[Counter]:
-    yield Counter(lambda n, note: None)

@@ -195,7 +195,7 @@ def follow(course: Course, kept: Path, identity: Mapping[str, Any], console: Tal
         Interrupted: A signal came; the trace stays.
     """
     from mmtune.evaluation.generation import Stopped
-    from mmtune.stages.prompt.outcome import Scoring, metric_names, say, scored
+    from mmtune.stages.prompt.outcome import Scoring, say, scored
     from mmtune.training.signals import StopFlag
 
     with StopFlag() as stop:
@@ -215,8 +215,24 @@ def follow(course: Course, kept: Path, identity: Mapping[str, Any], console: Tal
             )
             error.exit_code = 130 if stop.wanted == 2 else 75
             raise error from stopped
+    calls = {
+        "budget": course.settings.budget,
+        "search": found["best"].calls,
+        **({"random": found["random"].calls} if "random" in found else {}),
+        "report": asker.calls - searched,
+    }
+    document = {**_document(course, found, prompts, told), "calls": calls, "soft": SOFT if soft else None}
+    say(document, console)
+    return document
+
+
+def _document(
+    course: Course, found: Mapping[str, Found], prompts: Mapping[str, SearchedPrompt], told: Mapping[str, Any]
+) -> dict[str, Any]:
+    from mmtune.stages.prompt.outcome import metric_names
+
     scores = told["scores"]["best"]
-    document = {
+    return {
         "schema": SCHEMA,
         "method": course.settings.method,
         "space": list(course.settings.space),
@@ -232,18 +248,9 @@ def follow(course: Course, kept: Path, identity: Mapping[str, Any], console: Tal
         "rewards": {"start": found["best"].start.score, **{name: one.best.score for name, one in found.items()}},
         **told,
         "gap_dev_test": round(scores["dev"]["value"] - scores["test"]["value"], 4),
-        "calls": {
-            "budget": course.settings.budget,
-            "search": found["best"].calls,
-            **({"random": found["random"].calls} if "random" in found else {}),
-            "report": asker.calls - searched,
-        },
-        "soft": SOFT if soft else None,
         "tried": found["best"].tried,
         "refused": found["best"].refused,
     }
-    say(document, console)
-    return document
 
 
 def _asker(course: Course, should_stop: Callable[[], bool]) -> Any:
@@ -276,6 +283,7 @@ def _asker(course: Course, should_stop: Callable[[], bool]) -> Any:
         renderer=Renderer(processor, video_frames=tokenize.video_frames),
         media_root=course.media_root,
         max_length=tokenize.max_length,
+        drop_turns=tokenize.too_long == "drop_turns",
         max_new_tokens=asked.max_new_tokens,
         batch_rows=asked.batch_rows,
         rank=asked.answer == "rank",

@@ -1,10 +1,7 @@
 """A chat model as proposer, against a local server that answers, waits, refuses or babbles."""
 
-import json
 import random
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -25,55 +22,10 @@ from mmtune.prompts.search import (
 )
 from mmtune.prompts.search.chat_model import ChatModel
 from mmtune.prompts.search.llm import ChatProposer
+from tests.chat_server import Server
 
 SOLVED = tuple(Solved(str(at), f"question {at}", ("yes", "no")[at % 2]) for at in range(6))
 SPACE = Space(Candidate("{prompt}"), slots=frozenset({"prompt", "options"}), longest=80)
-
-
-class Server:
-    """Answers with what ``replies`` says, one after the other: text, or status and headers."""
-
-    def __init__(self) -> None:
-        self.replies: list[object] = []
-        self.asked: list[dict] = []
-        self.heads: list[dict] = []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.asked.append({"path": self.path, **body})
-                outer.heads.append(dict(self.headers))
-                reply = outer.replies.pop(0) if len(outer.replies) > 1 else outer.replies[0]
-                if isinstance(reply, float):
-                    outer.gone.wait(reply)
-                    reply = "late"
-                status, headers, text = reply if isinstance(reply, tuple) else (200, {}, reply)
-                if status == 200 and isinstance(text, str):
-                    text = {"choices": [{"message": {"role": "assistant", "content": text}}]}
-                raw = json.dumps(text).encode()
-                try:
-                    self.send_response(status)
-                    for name, value in headers.items():
-                        self.send_header(name, value)
-                    self.send_header("Content-Length", str(len(raw)))
-                    self.end_headers()
-                    self.wfile.write(raw)
-                except BrokenPipeError:
-                    pass
-
-            def log_message(self, *arguments: object) -> None:
-                pass
-
-        self.gone = threading.Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self.gone.set()
-        self._server.shutdown()
-        self._server.server_close()
 
 
 @pytest.fixture
@@ -139,6 +91,16 @@ def test_a_refusal_says_why(server: Server, reply: tuple):
     server.replies = [reply]
     with pytest.raises(CapabilityError, match=reply[2]["error"]):
         model(server)[0]("hi")
+
+
+def test_no_redirect_is_followed(server: Server):
+    other = Server()
+    other.replies = ["stolen"]
+    server.replies = [(302, {"Location": f"{other.url}/chat/completions"}, {})]
+    with pytest.raises(CapabilityError, match="refused with HTTP 302"):
+        model(server, key="secret")[0]("hi")
+    assert not other.heads
+    other.close()
 
 
 @pytest.mark.parametrize("text", [{"choices": []}, {"error": "x"}, [], {"choices": [{"message": {}}]}])

@@ -157,5 +157,45 @@ def test_minibatches_count_for_the_rows_that_they_ask(grid):
     assert scorer(one, [4]) == asked.rewards(one, [4])
 
 
+def test_a_budget_is_spent_to_the_last_call_and_no_further():
+    budget = Budget(5)
+    budget.spend(3)
+    with pytest.raises(Exhausted, match="3 calls asked for, 2 of 5 left"):
+        budget.spend(3)
+    budget.spend(2)
+    assert (budget.spent, budget.left) == (5, 0)
+
+
+def test_what_stands_behind_a_damaged_line_is_not_replayed(grid, tmp_path: Path):
+    whole = tmp_path / "whole.jsonl"
+    run(grid, "ape", 5, 600, whole)
+    damaged = tmp_path / "damaged.jsonl"
+    lines = whole.read_bytes().splitlines(keepends=True)
+    damaged.write_bytes(b"".join([*lines[:4], b'{"kind": "sc\n', *lines[5:]]))
+    *_, scorer = run(grid, "ape", 5, 600, damaged)
+    assert scorer.trace.replayed == 3 and damaged.read_bytes() == whole.read_bytes()
+
+
+def looks(lines: list[dict]) -> dict[str, float]:
+    """Returns key to mean reward of every first look."""
+    return {line["key"].partition("/")[0]: line["score"] for line in lines if not line["full"]}
+
+
+def test_ape_scores_the_best_quarter_of_a_round_on_all_rows(grid):
+    lines = run(grid, "ape", 6, 2000)[2].trace.lines[1:]
+    round_, chosen = lines[:8], lines[8:10]
+    assert all(not line["full"] for line in round_) and all(line["full"] for line in chosen)
+    found = looks(round_)
+    best = sorted(found, key=lambda key: -found[key])[:2]
+    assert [line["key"].partition("/")[0] for line in chosen] == best
+
+
+def test_mipro_scores_the_best_mean_of_its_trials_on_all_rows(grid):
+    lines = run(grid, "mipro", 6, 600)[2].trace.lines[1:]
+    first = next(at for at, line in enumerate(lines) if len(line["rows"]) > 6)
+    found = looks(lines[:first])
+    assert lines[first]["key"].partition("/")[0] == max(found, key=lambda key: found[key])
+
+
 def test_a_candidate_has_the_same_key_on_every_machine():
     assert Candidate("{prompt} ü", ("a",), 1).key == "0e1d8356e53c594e"
