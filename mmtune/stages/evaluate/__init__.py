@@ -156,7 +156,7 @@ def _write(plan: _Plan, staging: Staging, console: Talk) -> dict[str, Any]:
     sure = {"resamples": settings.bootstrap, "seed": recipe.seed}
     found = compare(scored, texts, **sure)
     few = sum("vqa_accuracy" in row.metrics and 0 < len(row.references) < 4 for row in scored)
-    report = {
+    report: dict[str, Any] = {
         "schema": SCHEMA,
         "run": {**_run_facts(plan), "compare": list(texts)},
         "exemplars": asked.facts,
