@@ -259,3 +259,16 @@ def test_bundled_data_stays_small() -> None:
 
     assert size(DATA / "scenes") < 6_000_000
     assert size(DATA / "base") < 10_000_000
+
+
+@pytest.mark.parametrize(("split", "count"), [("train", 468), ("test", 149)])
+def test_single_digit_pictures_are_listed_with_what_was_painted(split: str, count: int):
+    packed = gzip.decompress((ANNOTATIONS / f"single_{split}.jsonl.gz").read_bytes())
+    rows = [json.loads(line) for line in packed.decode().splitlines()]
+    scenes = {name: scene for name, scene in scenes_of(split).items() if len(scene["digits"]) == 1}
+    assert len(rows) == len(scenes) == count
+    for row in rows:
+        scene = scenes[int(row["id"])]
+        (digit,) = scene["digits"]
+        assert row["background"] == scene["background"] and row["image"] == f"{int(row['id']):012d}.png"
+        assert all(row[name] == str(digit[name]) for name in ("digit", "color", "corner"))

@@ -18,11 +18,13 @@ class Fitted:
     Attributes:
         messages: The turns that were kept.
         row: Their encoding.
+        ranks: Of the exemplars that were kept.
         dropped: Exemplars that were left out.
     """
 
     messages: Sequence[Message]
     row: EncodedRow
+    ranks: tuple[int, ...] = ()
     dropped: int = 0
 
 
@@ -52,7 +54,7 @@ def fit(
     while True:
         row = renderer.encode(messages, tools)
         if row.input_ids.size <= max_length:
-            return Fitted(messages, row, len(ranks) - len(left))
+            return Fitted(messages, row, tuple(left), len(ranks) - len(left))
         fewer = without_farthest(messages, left)
         if fewer is not None:
             messages, left = fewer

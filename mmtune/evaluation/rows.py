@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
 from mmtune.choice import chosen
@@ -139,8 +140,13 @@ class EvalRows:
         return other
 
     def example(self, row: int) -> Example:
-        """Returns the example of a kept row."""
-        return self._example(self.kept[row])
+        """Returns the example of a kept row, without the exemplars that do not fit."""
+        example = self._example(self.kept[row])
+        if not self.dropped[row]:
+            return example
+        fitted, ranks = self._fit(example), self._ranks(example)
+        shown = (name for name, rank in zip(example.exemplar_ids, ranks, strict=True) if rank in fitted.ranks)
+        return replace(example, messages=tuple(fitted.messages), exemplar_ids=tuple(shown))
 
     def changed(self, rows: Sequence[int], change: Callable[[int, Example], Example]) -> EvalRows:
         """Returns some kept rows as other examples, still to be examined.

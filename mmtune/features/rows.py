@@ -17,7 +17,6 @@ from mmtune.errors import DataError, IntegrityError, RecipeError
 from mmtune.features.index import Kind, SearchIndex, search_among
 from mmtune.features.neighbours import Metric, Vectors, prepared
 from mmtune.features.table import FeatureTable, open_features
-from mmtune.features.units import FeatureKind
 
 Known = tuple[str, str]
 """Kind and id of a unit of features/."""
@@ -38,7 +37,7 @@ class RowFeatures:
     """
 
     folder: Path
-    kinds: tuple[FeatureKind, ...]
+    kinds: tuple[str, ...]
     metric: Metric
     tables: Mapping[str, FeatureTable]
     pools: Mapping[str, Vectors]
@@ -90,7 +89,7 @@ class RowFeatures:
 
 def open_row_features(
     folder: Path,
-    kinds: Sequence[FeatureKind],
+    kinds: Sequence[str],
     *,
     made: Mapping[str, int],
     metric: Metric,
@@ -117,7 +116,7 @@ def open_row_features(
             "run: mmtune extract (with the same sources)",
             "features_stale",
         )
-    wanted = tuple(kinds) or tuple(kind for kind in made)
+    wanted: tuple[str, ...] = tuple(kinds) or tuple(made)
     for kind in wanted:
         if not made.get(kind):
             raise RecipeError(
@@ -127,7 +126,7 @@ def open_row_features(
             )
     tables = {kind: open_features(folder, kind) for kind in wanted}
     pools = {kind: prepared(one.pooled(), metric, f"the features of {kind}") for kind, one in tables.items()}
-    return RowFeatures(folder, wanted, metric, tables, pools, frozenset(_refused(folder / "rejects.jsonl")))  # type: ignore[arg-type]
+    return RowFeatures(folder, wanted, metric, tables, pools, frozenset(_refused(folder / "rejects.jsonl")))
 
 
 def _refused(path: Path) -> Iterator[str]:

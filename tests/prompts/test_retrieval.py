@@ -51,7 +51,8 @@ def problems(draw):
     def card(at: int) -> Card:
         some = kinds == "media" or (kinds == "both" and dice.random() < 0.5)
         media = tuple(sorted({f"m{dice.integers(12)}" for _ in range(dice.integers(1, 4))})) if some else ()
-        text = "" if media else f"t{dice.integers(20)}"
+        # A history of items alone has neither media nor a text.
+        text = "" if media or dice.random() < 0.2 else f"t{dice.integers(20)}"
         return Card(f"r{at}", "s", media, text, f"l{dice.integers(draw_labels)}")
 
     draw_labels = draw(st.integers(1, 6))
@@ -177,3 +178,19 @@ def test_how_they_stand():
 def test_labels_take_turns():
     assert in_turns(["a1", "a2", "a3", "b1", "c1"], 5, lambda row: row[0]) == ["a1", "b1", "c1", "a2", "a3"]
     assert in_turns([], 2, str) == []
+
+
+def test_balance_over_a_large_pool_looks_at_a_few_rows_only():
+    pool = [Card(f"r{at}", "s", text=f"t{at}", label="ab"[at % 2]) for at in range(500)]
+    vectors = np.linspace(1, 0, 500, dtype=np.float32)[:, None]
+    asked = []
+
+    def near(rows, number):
+        asked.append(number)
+        return nearest(vectors, np.ones((len(rows), 1), np.float32), number, "inner_product")
+
+    numbers = Numbers()
+    found = pick(
+        numbers.of([Card("q", "s")]), numbers.of(pool), near, lambda rows, others: others * 0.0, Wanted(4, balance=True)
+    )
+    assert found.tolist() == [[0, 1, 2, 3]] and asked == [12]

@@ -367,8 +367,9 @@ def test_few_shot_prompts_hold_the_exemplars_media_and_fit(tmp_path: Path, tiny_
     assert len(shorter.kept) == len(examples) and max(shorter.row_sizes) <= max(few.row_sizes) // 2
     assert short.facts[0]["dropped"] == sum(shorter.dropped) > 0
     for at in range(len(examples)):
-        left = shorter.prompts([at])[0].media
-        assert [span.medium.path for span in left] == media_of(few.example(at))[-len(left) :]
+        left = [span.medium.path for span in shorter.prompts([at])[0].media]
+        assert left == media_of(few.example(at))[-len(left) :] == media_of(shorter.example(at))
+        assert shorter.example(at).exemplar_ids == few.example(at).exemplar_ids[4 - len(left) :]
 
 
 def test_shots_without_training_rows_say_so(tmp_path: Path, tiny_vlm: Path):

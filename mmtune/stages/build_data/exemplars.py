@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mmtune.errors import RecipeError
+from mmtune.features.index import Kind
 from mmtune.features.rows import Known, RowSearch, open_row_features, search_rows
 from mmtune.features.units import units_of
 from mmtune.media.known import MediaPlace
@@ -150,26 +151,26 @@ class NearExemplars:
 
     def _pool(self, own: Pools, manifest: Manifest, seed: int) -> _Pool | None:
         rows = [row for records in own.values() for row in records]
-        vectors, has = self._vectors(rows)
-        rows = [row for row, there in zip(rows, has, strict=True) if there]
-        if not rows:
+        units, cards = self._looked_up(rows)
+        vectors, has = self._features.vectors(units, [row.id for row in rows])
+        kept = [at for at, there in enumerate(has) if there]
+        if not kept:
             return None
         index = manifest.config["index"]
-        kind = "exact" if index["kind"] == "none" else index["kind"]
+        kind: Kind = "exact" if index["kind"] == "none" else index["kind"]
         search = search_rows(vectors[has], kind=kind, metric=index["metric"], seed=seed)
-        return _Pool(tuple(rows), self._numbers.of([self._card(row) for row in rows]), search)
+        return _Pool(tuple(rows[at] for at in kept), self._numbers.of([cards[at] for at in kept]), search)
 
-    def _vectors(self, rows: Sequence[Record]) -> tuple[Any, Any]:
-        units: list[list[Known]] = []
+    def _looked_up(self, rows: Sequence[Record]) -> tuple[list[list[Known]], list[Card]]:
+        """Returns what every row is in features/, and its card."""
+        units, cards = [], []
         for row in rows:
-            units.append([(unit.kind, unit.id) for unit in units_of(row, self._places[row.source])])
-        return self._features.vectors(units, [row.id for row in rows])
-
-    def _card(self, row: Record) -> Card:
-        units = list(units_of(row, self._places[row.source]))
-        media = tuple(unit.id for unit in units if unit.medium is not None)
-        text = "" if media else next((unit.id for unit in units if unit.kind == "text"), "")
-        return Card(bare_id(row.id), row.source, media, text, answer_of(row))
+            found = list(units_of(row, self._places[row.source]))
+            media = tuple(unit.id for unit in found if unit.medium is not None)
+            text = "" if media else next((unit.id for unit in found if unit.kind == "text"), "")
+            units.append([(str(unit.kind), unit.id) for unit in found])
+            cards.append(Card(bare_id(row.id), row.source, media, text, answer_of(row)))
+        return units, cards
 
     def attach(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
         """Yields the chunks with the exemplars of their training rows, as many as a row may show.
@@ -196,14 +197,15 @@ class NearExemplars:
 
     def _nearest(self, rows: list[Record]) -> dict[str, tuple[Record, ...]]:
         pool = self._pools.get(rows[0].source)
-        vectors, has = self._vectors(rows)
+        units, cards = self._looked_up(rows)
+        vectors, has = self._features.vectors(units, [row.id for row in rows])
         self.without += int((~has).sum())
         if pool is None or not has.any():
             return {}
         asked = [row for row, there in zip(rows, has, strict=True) if there]
         own = vectors[has]
         picked = pick(
-            self._numbers.of([self._card(row) for row in asked]),
+            self._numbers.of([card for card, there in zip(cards, has, strict=True) if there]),
             pool.cards,
             lambda chosen, number: pool.search.near(own[chosen], number),
             pool.search.alike,

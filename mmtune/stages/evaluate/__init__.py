@@ -163,7 +163,7 @@ def _write(plan: _Plan, staging: Staging, console: Talk) -> dict[str, Any]:
     found = compare(scored, texts, **sure)
     few = sum("vqa_accuracy" in row.metrics and 0 < len(row.references) < 4 for row in scored)
     notes = [*([_FEW_REFERENCES.format(few)] if few else []), *(prompted.notes() if prompted else [])]
-    report = {
+    report: dict[str, Any] = {
         "schema": SCHEMA,
         "run": {**_run_facts(plan), "compare": list(texts)},
         "exemplars": asked.facts,
