@@ -21,7 +21,7 @@ from mmtune.errors import CapabilityError
 from mmtune.evaluation.generation import Stopped, answer_losses, to_model
 from mmtune.evaluation.trie_batch import run_tries, trie_batch
 from mmtune.models.label_tokens import only_label_tokens
-from mmtune.models.mask_rules import mask_rules
+from mmtune.models.mask_rules import MaskRules, mask_rules
 from mmtune.models.rope_index import rope_index
 
 _WINDOW = 1024
@@ -91,10 +91,12 @@ class RowScorer:
         self._exact: dict[frozenset[str], bool] = {}
         self._said: set[str] = set()
         self.calls = Calls()
+        self._rules: MaskRules | None = None
+        self._refused = ""
         try:
-            self._rules, self._refused = mask_rules(model), ""
+            self._rules = mask_rules(model)
         except CapabilityError as error:
-            self._rules, self._refused = None, str(error)
+            self._refused = str(error)
 
     def __call__(
         self,
@@ -230,13 +232,13 @@ class RowScorer:
             return f"the model refuses them ({first})"
         found = np.array([labels[trie.owners == number].sum() for number in chosen])
         alone = self._apart([rows[number] for number in chosen], 1)
-        error = float(np.abs(found - alone).max() / max(1.0, np.abs(alone).max()))
+        off = float(np.abs(found - alone).max() / max(1.0, np.abs(alone).max()))
         allowed = _TOLERANCE
-        if error > allowed and self._model.dtype != torch.float32:
+        if off > allowed and self._model.dtype != torch.float32:
             together = self._apart([rows[number] for number in chosen], len(chosen))
             noise = float(np.abs(together - alone).max() / max(1.0, np.abs(alone).max()))
             allowed = max(allowed, _TIMES_NOISE * noise)
-        return "" if error <= allowed else f"log-probabilities differ by {error:.1e} of 1"
+        return "" if off <= allowed else f"log-probabilities differ by {off:.1e} of 1"
 
     def _say(self, reason: str) -> None:
         if reason not in self._said:
