@@ -125,7 +125,7 @@ def _precision(asked: str) -> str:
 def _batching(recipe: Recipe, tokens: Manifest, processor: Any, split: str, limit: int | None) -> Any:
     from mmtune.encoding.collate import Collator
     from mmtune.training.batching import Split, rows_apart
-    from mmtune.training.data import soft_token_count, some_rows
+    from mmtune.training.data import some_rows
     from mmtune.training.paired import PairedBatches
 
     settings = recipe.pretrain
@@ -134,9 +134,6 @@ def _batching(recipe: Recipe, tokens: Manifest, processor: Any, split: str, limi
     table = some_rows(table, limit) if limit else table
     if table.num_rows == 0:
         raise DataError(f"tokens/{split} has no rows", "look at tokens/rejects.jsonl", "no_rows")
-    if soft_token_count(table):
-        hint = "take templates without {soft: n}; finetune trains them"
-        raise DataError("the templates have soft tokens, which pretrain does not train", hint, "soft_tokens_untrained")
     course: dict[str, Any] = {"batch_tokens": settings.batch_tokens, "batch_rows": settings.batch_rows}
     if split == "train":
         own = {"epochs": settings.epochs, "max_steps": settings.max_steps, "micro_batches": settings.accumulate}
