@@ -272,3 +272,14 @@ def test_single_digit_pictures_are_listed_with_what_was_painted(split: str, coun
         (digit,) = scene["digits"]
         assert row["background"] == scene["background"] and row["image"] == f"{int(row['id']):012d}.png"
         assert all(row[name] == str(digit[name]) for name in ("digit", "color", "corner"))
+
+
+def test_rows_without_a_question_tell_the_left_digit():
+    maker = load_script("make_left")
+    for split, count in maker.ROWS.items():
+        scenes = scenes_of(split)
+        lines = [json.loads(line) for line in (ANNOTATIONS / f"left_{split}.jsonl").read_text().splitlines()]
+        assert [tuple(line) for line in lines] == maker.rows(split) and len(lines) == count
+        for name, answer in lines:
+            assert (DATA / "scenes" / split / name).is_file()
+            assert answer == truth(maker.QUESTION, scenes[int(name.removesuffix(".png"))])

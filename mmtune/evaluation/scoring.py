@@ -20,8 +20,9 @@ from mmtune.encoding.trie import Trie, build_tries
 from mmtune.errors import CapabilityError
 from mmtune.evaluation.generation import Stopped, answer_losses, to_model
 from mmtune.evaluation.trie_batch import run_tries, trie_batch
+from mmtune.models.attention import attention_by, text_attention
 from mmtune.models.label_tokens import only_label_tokens
-from mmtune.models.mask_rules import mask_rules
+from mmtune.models.mask_rules import MaskRules, mask_rules
 from mmtune.models.rope_index import rope_index
 
 _WINDOW = 1024
@@ -31,9 +32,10 @@ _LONGEST = 4096
 _LOGITS = 1 << 24
 """Most logits that stand in fp32 at once (64 MiB)."""
 _TOLERANCE = 1e-4
-# Coarser types are measured against themselves, see ``training.tree_check``.
+# Coarser types are measured against themselves: what the rows differ by under another attention kernel and when they
+# are padded together, several times over.
 _TIMES_NOISE = 4.0
-_COMPARED = 3
+_COMPARED, _COMPARED_COARSE = 3, 8
 """Rows of a trie that are also run alone."""
 
 Scores = tuple[np.ndarray, np.ndarray]
@@ -91,10 +93,12 @@ class RowScorer:
         self._exact: dict[frozenset[str], bool] = {}
         self._said: set[str] = set()
         self.calls = Calls()
+        self._rules: MaskRules | None = None
+        self._refused = ""
         try:
-            self._rules, self._refused = mask_rules(model), ""
+            self._rules = mask_rules(model)
         except CapabilityError as error:
-            self._rules, self._refused = None, str(error)
+            self._refused = str(error)
 
     def __call__(
         self,
@@ -216,8 +220,9 @@ class RowScorer:
 
     def _differs(self, rows: Sequence[EncodedRow], trie: Trie) -> str:
         """Says why a trie may not stand for its rows, or nothing."""
-        places = sorted({0, (trie.rows.size - 1) // 2, trie.rows.size - 1})[:_COMPARED]
-        chosen = trie.rows[places]
+        coarse = self._model.dtype != torch.float32
+        count = min(_COMPARED_COARSE if coarse else _COMPARED, trie.rows.size)
+        chosen = trie.rows[np.linspace(0, trie.rows.size - 1, count).astype(int)]
         try:
             labels = self._run([trie])[0]
         except CapabilityError as error:
@@ -230,18 +235,28 @@ class RowScorer:
             return f"the model refuses them ({first})"
         found = np.array([labels[trie.owners == number].sum() for number in chosen])
         alone = self._apart([rows[number] for number in chosen], 1)
-        error = float(np.abs(found - alone).max() / max(1.0, np.abs(alone).max()))
+        off = _off(found, alone)
         allowed = _TOLERANCE
-        if error > allowed and self._model.dtype != torch.float32:
-            together = self._apart([rows[number] for number in chosen], len(chosen))
-            noise = float(np.abs(together - alone).max() / max(1.0, np.abs(alone).max()))
-            allowed = max(allowed, _TIMES_NOISE * noise)
-        return "" if error <= allowed else f"log-probabilities differ by {error:.1e} of 1"
+        if off > allowed and coarse:
+            allowed = max(allowed, _TIMES_NOISE * self._noise([rows[number] for number in chosen], alone))
+        return "" if off <= allowed else f"log-probabilities differ by {off:.1e} of 1"
+
+    def _noise(self, rows: Sequence[EncodedRow], alone: np.ndarray) -> float:
+        """Returns what rows differ by where mathematics says that they are the same."""
+        together = self._apart(rows, len(rows))
+        with attention_by(self._model, "sdpa" if text_attention(self._model) == "eager" else "eager"):
+            other = self._apart(rows, 1)
+        return max(_off(together, alone), _off(other, alone))
 
     def _say(self, reason: str) -> None:
         if reason not in self._said:
             self._said.add(reason)
             self._note(f"rows that begin alike are scored one by one: {reason}")
+
+
+def _off(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Returns the largest difference, of 1 or of the largest value."""
+    return float(np.abs(found - wanted).max() / max(1.0, np.abs(wanted).max()))
 
 
 def _kinds(trie: Trie) -> frozenset[str]:

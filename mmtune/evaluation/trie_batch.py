@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from mmtune.encoding.collate import Collator
-from mmtune.encoding.render import IGNORED, EncodedRow
+from mmtune.encoding.render import IGNORED, EncodedRow, MediaSpan
 from mmtune.encoding.trie import Trie
 from mmtune.models.mask_rules import MaskRules, in_form
 from mmtune.models.rope_index import RopeIndex
@@ -64,7 +64,7 @@ def run_tries(model: Any, batch: Mapping[str, torch.Tensor], rules: MaskRules) -
         batch: As ``trie_batch`` makes it.
         rules: Of its attention.
     """
-    inputs = {name: value for name, value in batch.items() if name not in LAYOUT}
+    inputs: dict[str, Any] = {name: value for name, value in batch.items() if name not in LAYOUT}
     count = virtual_tokens(model)
     first = count if is_prefix(model) else 0
     masks = {kind: in_form(_seen(batch, window, count), rules)[:, :, first:] for kind, window in rules.windows.items()}
@@ -118,7 +118,8 @@ def _conversations(trie: Trie) -> Iterator[EncodedRow]:
     Some families cut an image that is alone in its conversation into tiles, so the media of rows
     that share none are kept apart.
     """
-    labels, group = np.full_like(trie.input_ids, IGNORED), []
+    labels = np.full_like(trie.input_ids, IGNORED)
+    group: list[MediaSpan] = []
     spans = sorted(trie.media, key=lambda span: span.start)
     for at, (path, (start, end)) in enumerate(zip(trie.paths(), pairwise(trie.starts), strict=True)):
         before = path[: trie.shared[at]]

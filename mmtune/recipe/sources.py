@@ -50,7 +50,8 @@ class Source(Section):
     template: str | None = None
     """Name of one template, of the pool or of the file in templates, instead of a draw per row."""
     templates: str | None = None
-    """pool, first or a template file for this source; default: build.templates."""
+    """pool, first or a template file for this source; default: build.templates. In a pair of a file {soft: 8} are eight
+    learned vectors at that place, which finetune trains by method prompt or beside lora."""
     verbalizer: dict[str, str | tuple[str, ...]] = {}
     """Label to its word or words: the first is taught, all count when eval.answer is rank."""
 

@@ -191,3 +191,34 @@ def test_a_stop_is_obeyed(tiny_family: Any) -> None:
 def test_rows_are_ordered_by_what_they_show_first() -> None:
     a, b = Medium("image", "a.png"), Medium("image", "b.png")
     assert by_media([[a], [b], [a, b], [], [a], [b]]) == [3, 0, 4, 2, 1, 5]
+
+
+@pytest.mark.parametrize("name", ["text_llama3", "llava_bytes", "qwen3_vl", "gemma3", "internvl", "composite_late"])
+def test_a_coarse_type_is_measured_against_itself(name: str, tiny_family: Any, media: Any, served: Any) -> None:
+    family = tiny_family(name)
+    if hasattr(family.processor, "reads_prompt"):
+        family.processor = deepcopy(family.processor)
+        family.processor.reads_prompt = False
+    model = deepcopy(family.model).to(torch.bfloat16)
+    questions = questions_of(family, media, served)
+    notes: list[str] = []
+    scorer = RowScorer(model, Collator(family.processor, media_root=Path()), note=notes.append)
+    found = score_words(scorer, family.renderer.encode, pairs(questions))
+    expected, rows = alone(family, family.model, questions), alone(family, model, questions)
+    assert notes == []
+    # As far from fp32 as rows are.
+    assert np.abs(found - expected).max() < 2 * np.abs(rows - expected).max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wrong_positions_are_seen(dtype: torch.dtype, tiny_family: Any, media: Any, served: Any) -> None:
+    family = tiny_family("qwen2_vl")
+    notes: list[str] = []
+    model = deepcopy(family.model).to(dtype)
+    scorer = RowScorer(model, Collator(family.processor, media_root=Path()), note=notes.append)
+    scorer._rope = None
+    questions = questions_of(family, media, served)
+    found = score_words(scorer, family.renderer.encode, pairs(questions))
+    assert len(notes) == 1 and "differ" in notes[0]
+    if dtype == torch.float32:
+        assert found == pytest.approx(alone(family, model, questions), rel=1e-5)

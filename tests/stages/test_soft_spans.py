@@ -83,3 +83,5 @@ def test_from_recipe_to_report(recipe, tiny_vlm):
     }
     with pytest.raises(RecipeError, match="method prefix does not train"):
         finetune(recipe(method="prefix"), console=QUIET, force=True)
+    with pytest.raises(RecipeError, match="do not go with"):
+        finetune(recipe(method="lora", offload=True), console=QUIET, force=True)

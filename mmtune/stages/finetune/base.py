@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from mmtune.errors import RecipeError
 from mmtune.recipe import Finetune, Recipe, SoftPrompt
 from mmtune.talk import Talk
 
@@ -68,6 +69,11 @@ def model_to_train(
     from mmtune.models.method import with_method
     from mmtune.models.unused_layers import skip_unused_layers
 
+    if soft and (settings.shard != "none" or settings.offload):
+        raise RecipeError(
+            "the templates have soft tokens, which do not go with finetune.shard and offload",
+            "leave out shard and offload",
+        )
     torch.manual_seed(recipe.seed)
     behind = "projector" not in settings.train
     model: Any = load(partial(tower_weights, kinds=absent, with_projector=behind) if absent else None)
