@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from mmtune.recipe import Finetune, Model, Recipe, Source
+from mmtune.recipe import Finetune, Model, Recipe, Source, Tokenize
 from mmtune.stages.build_data import build_data
 from mmtune.stages.tokenize import tokenize
 from mmtune.talk import Talk
@@ -46,9 +46,9 @@ def tree_recipe(folder: Path, repository: Path, model: Path, **settings: Any) ->
     return Recipe(run_dir=folder, model=Model(path=str(model)), sources=tuple(sources), finetune=wish)
 
 
-def made_tokens(folder: Path, repository: Path, model: Path) -> Path:
+def made_tokens(folder: Path, repository: Path, model: Path, layout: str = "tree") -> Path:
     """Builds instructions/ and tokens/ in a folder; returns tokens/."""
-    recipe = tree_recipe(folder, repository, model)
+    recipe = tree_recipe(folder, repository, model).model_copy(update={"tokenize": Tokenize(layout=layout)})
     build_data(recipe, console=Talk(quiet=True))
     tokenize(recipe, console=Talk(quiet=True))
     return folder / "tokens"

@@ -40,6 +40,9 @@ def _resume_from(run: Run, resume: str, console: Talk) -> tuple[int, str, dict[s
     load_trainable_state(run.model, run.checkpoints.load(checkpoint, "trainable"))
     load_optimizer_state(run.optimizer, run.model, run.checkpoints.load(checkpoint, "optimizer"))
     console.say(f"finetune: resuming after step {checkpoint.step} of {run.train.plan.total_steps}")
+    other = changes(checkpoint.surroundings, run.surroundings)
+    if other:
+        console.note(f"the run goes on as it was but for rounding, under other surroundings: {'; '.join(other)}")
     return checkpoint.step, run.checkpoints.metrics(checkpoint), checkpoint.sums
 
 
@@ -155,7 +158,7 @@ def _hooks(run: Run, console: Talk, advance: Callable[[int, str], None]) -> Any:
         if run.accelerator.is_main_process or is_sharded(run.model):
             tensors = {"trainable": trainable_state(run.model), "optimizer": optimizer_state(run.optimizer, run.model)}
         if run.accelerator.is_main_process:
-            run.checkpoints.save(step, tensors, metrics, run.identity, sums)
+            run.checkpoints.save(step, tensors, metrics, run.identity, sums, run.surroundings)
         wait_for_all("saving a checkpoint")
 
     def log(row: dict[str, Any]) -> None:

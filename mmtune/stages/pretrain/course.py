@@ -97,6 +97,9 @@ def _resume_from(run: Run, resume: str, console: Talk) -> tuple[int, str, dict[s
     load_trainable_state(run.learner, run.checkpoints.load(checkpoint, "trainable"))
     load_optimizer_state(run.optimizer, run.learner, run.checkpoints.load(checkpoint, "optimizer"))
     console.say(f"pretrain: resuming after step {checkpoint.step} of {run.train.plan.total_steps}")
+    other = changes(checkpoint.surroundings, run.surroundings)
+    if other:
+        console.note(f"the run goes on as it was but for rounding, under other surroundings: {'; '.join(other)}")
     return checkpoint.step, run.checkpoints.metrics(checkpoint), checkpoint.sums
 
 
@@ -112,7 +115,8 @@ def _hooks(run: Run, console: Talk, advance: Callable[[int, str], None]) -> Any:
             "trainable": trainable_state(run.learner),
             "optimizer": optimizer_state(run.optimizer, run.learner),
         }
-        run.checkpoints.save(step, tensors, metrics, run.identity, {**sums, **run.learner.tally.state()})
+        kept = {**sums, **run.learner.tally.state()}
+        run.checkpoints.save(step, tensors, metrics, run.identity, kept, run.surroundings)
 
     def validate(stopping: Callable[[], bool]) -> float | None:
         if run.validate is None:

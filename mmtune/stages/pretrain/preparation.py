@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mmtune import __version__
 from mmtune.errors import DataError, IntegrityError, RecipeError
 from mmtune.recipe import Recipe
 from mmtune.recipe.pretrain import Pretrain
-from mmtune.storage import Manifest, open_split
+from mmtune.storage import Manifest, library_versions, open_split
 from mmtune.talk import Talk
 
 _TOWER_OF = {"text": "llm", "image": "vision", "audio": "audio"}
@@ -31,6 +32,7 @@ class Run:
     validate: Any
     checkpoints: Any
     identity: dict[str, Any]
+    surroundings: dict[str, Any]
     processor: Any
 
 
@@ -66,6 +68,7 @@ def prepare(
     from mmtune.training.checkpoints import CheckpointFolder
     from mmtune.training.learner import Learner
     from mmtune.training.optimizer import make_optimizer
+    from mmtune.training.surroundings import surroundings
 
     settings, start = recipe.pretrain, str(recipe.run_dir / "start")
     assert settings is not None
@@ -110,6 +113,7 @@ def prepare(
         held_out,
         checkpoints,
         identity,
+        surroundings(model, accelerator, {"mmtune": __version__, **library_versions()}),
         processor,
     )
 
