@@ -1,4 +1,4 @@
-"""Peak memory of LoRA where a frozen vision tower runs at every step, where its features are made, and where it is left out.
+"""Peak memory of LoRA where a frozen vision tower runs at every step, where its features are made, and without it.
 
     python tests/bench/bench_left_out.py
     python tests/bench/bench_left_out.py --layers 24 --images 40

@@ -296,7 +296,7 @@ def test_a_flipped_byte_in_a_checkpoint_ends_with_7_and_its_hint_leads_to_the_by
 @pytest.mark.parametrize("where", ["between steps", "in a step"])
 def test_a_killed_loader_ends_with_5_and_the_next_run_has_the_bytes(fresh, unbroken, cli, monkeypatch, where):
     recipe = fresh(workers=1)
-    warn, accumulate = loop._warn_of_spike, loop._accumulate
+    warn, accumulate, steps = loop._warn_of_spike, loop._accumulate, []
 
     def kill(*_):
         for worker in multiprocessing.active_children():
@@ -305,14 +305,22 @@ def test_a_killed_loader_ends_with_5_and_the_next_run_has_the_bytes(fresh, unbro
             worker.join(10)
             time.sleep(0.1)
 
+    def between(*given):
+        if given[4] == 2:
+            kill()
+        warn(*given)
+
+    def within(*given):
+        steps.append(1)
+        if len(steps) == 3:
+            kill()
+        return accumulate(*given)
+
     with monkeypatch.context() as patch:
         if where == "between steps":
-            patch.setattr(loop, "_warn_of_spike", lambda *given: (kill() if given[4] == 2 else None, warn(*given)))
+            patch.setattr(loop, "_warn_of_spike", between)
         else:
-            calls = iter(range(100))
-            patch.setattr(
-                loop, "_accumulate", lambda *given: (kill() if next(calls) == 2 else None, accumulate(*given))[1]
-            )
+            patch.setattr(loop, "_accumulate", within)
         code, error = cli(recipe)
     assert (code, error["code"]) == (5, "worker_died") and "finetune.workers" in error["hint"]
     assert state_of(recipe, 2).is_file() and not (recipe.run_dir / "adapter").exists()

@@ -13,12 +13,13 @@ from typing import Any
 
 import psutil
 
-from mmtune.recipe import Finetune, Model, Recipe, Source, Tokenize
+from mmtune.recipe import Build, Finetune, Model, Recipe, Source, Tokenize
 from mmtune.stages.build_data import build_data
 from mmtune.stages.tokenize import tokenize
 from mmtune.talk import Talk
 
-QUESTIONS = ("How many digits are in the picture?", "What is the background color?", "Is there a 7?")
+# Of like length, also by one wording: rows of them alone are not packed to save padding.
+QUESTIONS = ("How many digits are in the picture?", "What color is behind the digits?", "Is there a 7 in the picture?")
 ANSWERS = ("2", "black", "no")
 AS_TREES = "rows that share media train as one tree"
 COMMON = {"batch_rows": 6, "max_steps": 6, "learning_rate": 0.01, "log_every": 1, "save_every": 2}
@@ -43,7 +44,8 @@ def tree_recipe(folder: Path, repository: Path, model: Path, **settings: Any) ->
             Source(id=split, reader="table", split=split, path=str(table), images=str(scenes), columns=columns)
         )
     wish = Finetune.model_validate({**COMMON, **ONCE, **settings})
-    return Recipe(run_dir=folder, model=Model(path=str(model)), sources=tuple(sources), finetune=wish)
+    base, build = Model(path=str(model)), Build(templates="first")
+    return Recipe(run_dir=folder, model=base, sources=tuple(sources), build=build, finetune=wish)
 
 
 def made_tokens(folder: Path, repository: Path, model: Path, layout: str = "tree") -> Path:
