@@ -30,12 +30,14 @@ class Checkpoint:
         step: Optimizer steps it has seen.
         identity: Settings and parents of the run that wrote it.
         sums: Of the metrics since their last line.
+        surroundings: Of the run that wrote it, see ``surroundings``.
     """
 
     folder: Path
     step: int
     identity: Mapping[str, Any]
     sums: dict[str, float]
+    surroundings: Mapping[str, Any]
 
 
 class CheckpointFolder:
@@ -57,6 +59,7 @@ class CheckpointFolder:
         metrics: str,
         identity: Mapping[str, Any],
         sums: Mapping[str, float] | None = None,
+        surroundings: Mapping[str, Any] | None = None,
     ) -> Path:
         """Writes a checkpoint, verifies it, then removes the oldest beyond ``keep``.
 
@@ -76,8 +79,8 @@ class CheckpointFolder:
                 (aside / "metrics.jsonl").write_text(metrics, "utf-8")
                 sync(aside / "metrics.jsonl")
                 files = {file.name: file_digest(file) for file in sorted(aside.iterdir())}
-                about = {"step": step, "identity": dict(identity), "sums": dict(sums or {}), "files": files}
-                write_json(aside / STATE, about)
+                about = {"step": step, "identity": dict(identity), "sums": dict(sums or {})}
+                write_json(aside / STATE, {**about, "surroundings": dict(surroundings or {}), "files": files})
                 replace_folder(aside, target)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -158,11 +161,12 @@ class CheckpointFolder:
     def _read(self, folder: Path) -> Checkpoint:
         try:
             state = json.loads((folder / STATE).read_text("utf-8"))
-            files, step, identity, sums = state["files"], state["step"], state["identity"], state["sums"]
+            files, step, identity, sums = (state[name] for name in ("files", "step", "identity", "sums"))
+            surroundings = state["surroundings"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise IntegrityError(f"{folder} has no readable {STATE}", "", "damaged_checkpoint") from error
         for name, expected in files.items():
             path = folder / name
             if not path.is_file() or file_digest(path) != expected:
                 raise IntegrityError(f"{path} is missing or damaged", "", "damaged_checkpoint")
-        return Checkpoint(folder, step, identity, sums)
+        return Checkpoint(folder, step, identity, sums, surroundings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ class Course:
         checkpoints: Where they stand.
         identity: What a checkpoint must share with this run.
         settings: Of the loop.
+        surroundings: What may change between two checkpoints, and change the rounding with it.
         parts: See ``Hooks.parts``.
         held_out_parts: See ``Hooks.held_out``.
         counted: See ``Hooks.counted``.
@@ -50,6 +51,7 @@ class Course:
     checkpoints: CheckpointFolder
     identity: dict[str, Any]
     settings: LoopSettings
+    surroundings: Mapping[str, Any] = field(default_factory=dict)
     parts: Callable[[], dict[str, float]] = dict
     held_out_parts: Callable[[], dict[str, float]] = dict
     counted: Callable[[], None] = lambda: None
@@ -76,6 +78,7 @@ def standing_of(
     resume: str,
     differences: Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]],
     say: Callable[[str], None],
+    note: Callable[[str], None],
     also: str = "",
 ) -> Standing:
     """Returns where the run stands, the newest checkpoint put back into model and optimizer.
@@ -85,6 +88,7 @@ def standing_of(
         resume: ``auto``, or ``never``: start anew, and remove the checkpoints.
         differences: What differs between two identities, in words.
         say: Told that the run goes on.
+        note: Told under which other surroundings.
         also: Added to the advice to go back to the settings of a checkpoint.
 
     Raises:
@@ -110,6 +114,9 @@ def standing_of(
     load_trainable_state(course.model, course.checkpoints.load(checkpoint, "trainable"))
     load_optimizer_state(course.optimizer, course.model, course.checkpoints.load(checkpoint, "optimizer"))
     say(f"{course.command}: resuming after step {checkpoint.step} of {course.train.plan.total_steps}")
+    other = differences(checkpoint.surroundings, course.surroundings)
+    if other:
+        note(f"the run goes on as it was but for rounding, under other surroundings: {'; '.join(other)}")
     return Standing(checkpoint.step, course.checkpoints.metrics(checkpoint), checkpoint.sums)
 
 
@@ -189,7 +196,7 @@ def _save(course: Course, step: int, metrics: str, sums: dict[str, float]) -> No
             "optimizer": optimizer_state(course.optimizer, course.model),
         }
     if main:
-        course.checkpoints.save(step, tensors, metrics, course.identity, {**sums, **more})
+        course.checkpoints.save(step, tensors, metrics, course.identity, {**sums, **more}, course.surroundings)
     wait_for_all("saving a checkpoint")
 
 

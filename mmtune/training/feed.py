@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,6 +51,35 @@ def _by_thread(make: Callable[[Any], Batch], chosen: Iterable[Any]) -> Batches:
                 future.cancel()
 
 
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """Says wherever a loop hears of it that a process that makes its batches was killed.
+
+    PyTorch raises that from a signal handler: in the next batch, or in the middle of a step.
+
+    Raises:
+        ResourceError: One was killed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _was_killed(error):
+            raise
+        raise _killed_worker() from error
+
+
+def _was_killed(error: RuntimeError) -> bool:
+    return "DataLoader worker" in str(error)
+
+
+def _killed_worker() -> ResourceError:
+    return ResourceError(
+        "a process that loads media was killed, most likely for want of memory",
+        "lower finetune.workers and run the same command again; it goes on from the last checkpoint",
+        "worker_died",
+    )
+
+
 class _MicroBatches(torch.utils.data.Dataset):
     def __init__(self, make: Callable[[Any], Batch], chosen: list[Any]) -> None:
         self._make, self._chosen = make, chosen
@@ -85,15 +115,11 @@ def _by_processes(make: Callable[[Any], Batch], chosen: list[Any], workers: int)
                 raise batch
             yield batch
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not _was_killed(error):
             raise
         killed = True
     finally:
         # The loader ends its processes when nothing holds it any more; a traceback would hold this frame.
         del ready, loader
     if killed:
-        raise ResourceError(
-            "a process that loads media was killed, most likely for want of memory",
-            "lower finetune.workers and run the same command again; it goes on from the last checkpoint",
-            "worker_died",
-        )
+        raise _killed_worker()

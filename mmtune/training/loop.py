@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from mmtune.training.engine import Plain, engine_of
-from mmtune.training.feed import feed
+from mmtune.training.feed import feed, worker_errors
 from mmtune.training.guards import Spikes, memory_errors, refuse_non_finite
 from mmtune.training.loss import answer_loss
 from mmtune.training.meter import Clock, Window, meter_note
@@ -141,7 +141,7 @@ def train(
     Raises:
         DivergedError: Loss or gradient is not finite; the weights are those of the last good step.
         IntegrityError: A frozen parameter moved, or a tower that trains did not.
-        ResourceError: Another process of the run is gone or stuck.
+        ResourceError: Another process of the run is gone or stuck, or one that makes batches was killed.
     """
     world, rank = accelerator.num_processes, accelerator.process_index
     steps, early = itertools.tee(plan.steps(start))
@@ -157,7 +157,8 @@ def train(
         spikes.restore(sums)
     saved = start
     model.train()
-    with closing(feed(lambda named: hooks.batch(*named), mine, settings.workers)) as batches, StopFlag() as stop:
+    made = feed(lambda named: hooks.batch(*named), mine, settings.workers)
+    with worker_errors(), closing(made) as batches, StopFlag() as stop:
         if start and not _validate(outcome, plan, settings, hooks, clock, window, model, accelerator, stop):
             return _stopped(outcome, clock, stop)
         for step, chosen in enumerate(steps, start=start):

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mmtune.errors import IntegrityError
+from mmtune.models import digest
 from mmtune.models import load as loading
 from mmtune.recipe import Finetune, Model, Recipe, Source
 from mmtune.stages.build_data import build_data
@@ -180,6 +181,27 @@ def test_another_processor_has_all_features_made_again(pictures, tmp_path):
     with pytest.raises(IntegrityError, match="the processor is not the one that tokens/ was made with"):
         said(recipe)
     tokenize(recipe, console=Talk(quiet=True))
+    assert MADE in said(recipe)
+    after = numbers_of(recipe)
+    assert after != before
+    as_live(pictures, after)
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["small", "as a large file"])
+def test_a_base_whose_projector_alone_changed_is_another_base(pictures, tmp_path, monkeypatch, large):
+    if large:
+        monkeypatch.setattr(digest, "_SMALL", 0)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    recipe = pictures()
+    said(recipe)
+    before = numbers_of(recipe)
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    (name,) = (name for name in weights if name.endswith("multi_modal_projector.linear_2.bias"))
+    weights[name] += 0.5
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(IntegrityError, match=r"made with other settings or data: config\.weights: "):
+        finetune(recipe, console=Talk(quiet=True))
     assert MADE in said(recipe)
     after = numbers_of(recipe)
     assert after != before

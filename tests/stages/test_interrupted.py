@@ -1,14 +1,19 @@
 """Runs that are stopped, killed or out of disk lose no saved step, leave nothing behind and end in the same bytes."""
 
 import errno
+import json
+import multiprocessing
 import os
 import shutil
 import signal
+import time
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 
-from mmtune.errors import Interrupted
+from mmtune.__main__ import main
+from mmtune.errors import IntegrityError, Interrupted
 from mmtune.models import adapter
 from mmtune.stages.finetune import finetune
 from mmtune.talk import Talk
@@ -188,3 +193,143 @@ def test_a_stop_in_a_long_validation_ends_with_75_and_the_next_run_has_the_bytes
     assert "val_loss" not in (state_of(recipe, step).parent / "metrics.jsonl").read_text()
     assert f"resuming after step {step} of 6" in said(recipe)
     same(recipe, unbroken)
+
+
+# What a resumed run is known by, and what it says of its surroundings.
+
+
+def test_another_attention_kernel_is_another_run(fresh, unbroken, monkeypatch):
+    recipe = fresh()
+    asked = recipe.model_copy(update={"model": recipe.model.model_copy(update={"attn": "eager"})})
+    monkeypatch.setattr(loop, "_stop_wanted", lambda stop, accelerator: True)
+    with pytest.raises(Interrupted):
+        finetune(recipe, console=Talk(quiet=True))
+    with pytest.raises(IntegrityError, match=r'belongs to another run: config.attn: "auto" -> "eager"'):
+        finetune(asked, console=Talk(quiet=True))
+    monkeypatch.undo()
+    said(recipe)
+    with pytest.raises(IntegrityError, match=r'made with other settings or data: config.attn: "auto" -> "eager"'):
+        finetune(asked, console=Talk(quiet=True))
+    same(recipe, unbroken)
+
+
+def test_a_checkpoint_names_its_surroundings_and_a_run_under_others_says_so(fresh, unbroken, monkeypatch):
+    recipe = fresh()
+    polls = iter([False, False, True])
+    monkeypatch.setattr(loop, "_stop_wanted", lambda stop, accelerator: next(polls))
+    with pytest.raises(Interrupted):
+        finetune(recipe, console=Talk(quiet=True))
+    monkeypatch.undo()
+    file = state_of(recipe, 3)
+    state = json.loads(file.read_text())
+    under = state["surroundings"]
+    assert under["versions"]["torch"] == torch.__version__ and under["versions"]["mmtune"]
+    assert {name: under[name] for name in ("processes", "threads", "device", "shard")} == {
+        "processes": 1,
+        "threads": torch.get_num_threads(),
+        "device": "cpu",
+        "shard": "none",
+    }
+    assert under["attention"] == "sdpa"
+    under["threads"], under["versions"]["torch"] = 64, "1.0"
+    file.write_text(json.dumps(state))
+    talk = said(recipe)
+    assert f"under other surroundings: threads: 64 -> {torch.get_num_threads()}; versions.torch: " in talk
+    same(recipe, unbroken)
+
+
+def test_under_the_same_surroundings_nothing_is_said(fresh, monkeypatch):
+    recipe = fresh()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_stop_wanted", lambda stop, accelerator: True)
+        with pytest.raises(Interrupted):
+            finetune(recipe, console=Talk(quiet=True))
+    talk = said(recipe)
+    assert "resuming after step 1" in talk and "surroundings" not in talk
+
+
+# Bad input and bad luck, by the exit code of the command line.
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """A function from a recipe to the exit code of ``mmtune finetune`` and the error in its document."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def call(recipe):
+        AcceleratorState._reset_state()
+        path = recipe.run_dir / "recipe.json"
+        path.write_text(recipe.model_dump_json())
+        monkeypatch.setattr("sys.argv", ["mmtune", "finetune", str(path), "--json"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out = capsys.readouterr()
+        assert "Traceback" not in out.err
+        return ended.value.code, json.loads(out.out).get("error")
+
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_a_flipped_byte_in_a_checkpoint_ends_with_7_and_its_hint_leads_to_the_bytes(fresh, unbroken, cli, monkeypatch):
+    recipe = fresh()
+    polls = iter([False] * 4 + [True])
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_stop_wanted", lambda stop, accelerator: next(polls))
+        code, error = cli(recipe)
+        assert (code, error["code"]) == (75, "interrupted")
+    newest = state_of(recipe, 5).parent
+    file = newest / "optimizer.safetensors"
+    flipped = bytearray(file.read_bytes())
+    flipped[-3] ^= 4
+    file.write_bytes(flipped)
+    code, error = cli(recipe)
+    assert (code, error["code"]) == (7, "damaged_checkpoint") and str(file) in error["message"]
+    assert f"delete {newest} and run the same command again to go on from step-00000004" in error["hint"]
+    assert not (recipe.run_dir / "adapter").exists()
+    shutil.rmtree(newest)
+    assert cli(recipe) == (0, None)
+    same(recipe, unbroken)
+
+
+@pytest.mark.parametrize("where", ["between steps", "in a step"])
+def test_a_killed_loader_ends_with_5_and_the_next_run_has_the_bytes(fresh, unbroken, cli, monkeypatch, where):
+    recipe = fresh(workers=1)
+    warn, accumulate, steps = loop._warn_of_spike, loop._accumulate, []
+
+    def kill(*_):
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGKILL)
+            # The loader hears of it by a signal, wherever the loop then is.
+            worker.join(10)
+            time.sleep(0.1)
+
+    def between(*given):
+        if given[4] == 2:
+            kill()
+        warn(*given)
+
+    def within(*given):
+        steps.append(1)
+        if len(steps) == 3:
+            kill()
+        return accumulate(*given)
+
+    with monkeypatch.context() as patch:
+        if where == "between steps":
+            patch.setattr(loop, "_warn_of_spike", between)
+        else:
+            patch.setattr(loop, "_accumulate", within)
+        code, error = cli(recipe)
+    assert (code, error["code"]) == (5, "worker_died") and "finetune.workers" in error["hint"]
+    assert state_of(recipe, 2).is_file() and not (recipe.run_dir / "adapter").exists()
+    assert cli(recipe) == (0, None)
+    same(recipe, unbroken)
+
+
+def test_lora_targets_that_match_nothing_end_with_2(fresh, cli):
+    recipe = fresh(lora={"r": 2, "targets": ["q_prj"]})
+    code, error = cli(recipe)
+    assert (code, error["exit_code"]) == (2, 2) and "q_prj" in error["message"] and "q_proj" in error["hint"]
+    assert not (recipe.run_dir / "adapter").exists() and not (recipe.run_dir / "checkpoints").exists()

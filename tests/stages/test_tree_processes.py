@@ -1,6 +1,5 @@
 """Packed trees, killed, spread over processes and cut smaller: the same examples in every step, the same numbers."""
 
-import json
 import os
 import shutil
 import signal
@@ -41,7 +40,9 @@ PLAIN = {"lora": {"r": 2}}
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory, repository, tiny_vlm):
-    return made_tokens(tmp_path_factory.mktemp("made"), repository, tiny_vlm)
+    """tokens/ by layout."""
+    layouts = ("tree", "rows")
+    return {name: made_tokens(tmp_path_factory.mktemp(name), repository, tiny_vlm, name) for name in layouts}
 
 
 @pytest.fixture(autouse=True)
@@ -55,10 +56,10 @@ def own_precision():
 def fresh(tokens, tmp_path, repository, tiny_vlm):
     """A function from a name and settings to a recipe over the same tokens, in a run folder of its own."""
 
-    def make(name, **settings):
+    def make(name, layout="tree", **settings):
         recipe = tree_recipe(tmp_path / name, repository, tiny_vlm, **settings)
         if not (recipe.run_dir / "tokens").exists():
-            shutil.copytree(tokens, recipe.run_dir / "tokens")
+            shutil.copytree(tokens[layout], recipe.run_dir / "tokens")
         return recipe
 
     return make
@@ -72,9 +73,10 @@ def here(recipe):
     return "\n".join(console.lines)
 
 
-def as_trees(recipe, talk):
+def as_laid_out(recipe, talk, layout="tree"):
+    """Checks that a finished run trained trees, or rows where tokens/ has rows."""
     facts = read_manifest(recipe.run_dir / "adapter").facts
-    assert AS_TREES in talk and facts["batches"] == "trees"
+    assert (AS_TREES in talk) == (layout == "tree") and facts["batches"] == ("trees" if layout == "tree" else "rows")
     assert facts["steps"] == 12
 
 
@@ -94,48 +96,53 @@ def losses_of(recipe):
 )
 def test_killed_twice_trees_end_with_the_same_bytes(fresh, settings, flags):
     unbroken, killed = fresh("unbroken", **settings), fresh("killed", **settings)
-    as_trees(unbroken, ended(started(unbroken, *flags), 0))
+    as_laid_out(unbroken, ended(started(unbroken, *flags), 0))
     for step in (2, 6):
         child = started(killed, *flags)
         wait_for(state_of(killed, step), child)
         kill_all(child)
     talk = ended(started(killed, *flags), 0)
     assert "resuming after step" in talk
-    as_trees(killed, talk)
+    as_laid_out(killed, talk)
     assert adapter_bytes(killed.run_dir) == adapter_bytes(unbroken.run_dir)
     assert numbers_of(killed.run_dir) == numbers_of(unbroken.run_dir)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shard", ["none", "zero3"])
-def test_trees_stopped_on_two_processes_go_on_with_one_and_the_same_examples(fresh, tmp_path, monkeypatch, shard):
-    unbroken = fresh("unbroken", **HALVES, **PLAIN, accumulate=2)
-    changing = fresh("changing", **HALVES, **PLAIN, shard=shard)
+@pytest.mark.parametrize(("layout", "shard"), [("tree", "none"), ("tree", "zero3"), ("rows", "none")])
+def test_stopped_on_two_processes_it_goes_on_with_one_and_the_same_examples(
+    fresh, tmp_path, monkeypatch, layout, shard
+):
+    unbroken = fresh("unbroken", layout, **HALVES, **PLAIN, accumulate=2)
+    changing = fresh("changing", layout, **HALVES, **PLAIN, shard=shard)
     both = tmp_path / "both"
     child = started(changing, "--cpu-processes", "2", recorded=both)
     wait_for(state_of(changing, 4), child)
     child.send_signal(signal.SIGTERM)
-    assert AS_TREES in ended(child, 75)
+    ended(child, 75)
     begun = ids_by_step(both)
     record(both, monkeypatch.setattr)
-    as_trees(changing, here(fresh("changing", **HALVES, **PLAIN, accumulate=2)))
+    talk = here(fresh("changing", layout, **HALVES, **PLAIN, accumulate=2))
+    as_laid_out(changing, talk, layout)
+    assert "under other surroundings: processes: 2 -> 1" in talk and ("shard" in talk) == (shard == "zero3")
     monkeypatch.undo()
     record(tmp_path, monkeypatch.setattr)
-    as_trees(unbroken, here(unbroken))
+    as_laid_out(unbroken, here(unbroken), layout)
     found, expected = ids_by_step(both), ids_by_step(tmp_path)
     assert 4 <= len(begun) < 12 and sorted(found) == list(range(12))
-    assert all(len(ids) == 6 for ids in expected.values())
+    assert layout == "rows" or all(len(ids) == 6 for ids in expected.values())
     assert found == expected
     assert losses_of(changing) == pytest.approx(losses_of(unbroken), rel=1e-4)
 
 
-def test_trees_go_on_in_smaller_micro_batches_with_the_same_examples(fresh, tmp_path, monkeypatch):
+@pytest.mark.parametrize("layout", ["tree", "rows"])
+def test_it_goes_on_in_smaller_micro_batches_with_the_same_examples(fresh, tmp_path, monkeypatch, layout):
     runs = {name: tmp_path / f"ids of {name}" for name in ("whole", "cut")}
     for folder in runs.values():
         folder.mkdir()
-    whole, large = fresh("whole", **STEPS, **PLAIN), fresh("cut", **STEPS, **PLAIN)
+    whole, large = fresh("whole", layout, **STEPS, **PLAIN), fresh("cut", layout, **STEPS, **PLAIN)
     record(runs["whole"], monkeypatch.setattr)
-    as_trees(whole, here(whole))
+    as_laid_out(whole, here(whole), layout)
     monkeypatch.undo()
     record(runs["cut"], monkeypatch.setattr)
     polls = iter([False] * 4 + [True])
@@ -143,11 +150,10 @@ def test_trees_go_on_in_smaller_micro_batches_with_the_same_examples(fresh, tmp_
         patch.setattr(loop, "_stop_wanted", lambda stop, accelerator: next(polls))
         with pytest.raises(Interrupted):
             here(large)
-    small = fresh("cut", **HALVES, **PLAIN, accumulate=2)
+    small = fresh("cut", layout, **HALVES, **PLAIN, accumulate=2)
     talk = here(small)
     assert "resuming after step 5 of 12" in talk
-    as_trees(small, talk)
-    assert json.loads((small.run_dir / "tokens" / "manifest.json").read_text())["rows"]["train"] == 10
+    as_laid_out(small, talk, layout)
     found, expected = ids_by_step(runs["cut"]), ids_by_step(runs["whole"])
     assert found == expected and len(found) == 12
     assert losses_of(small) == pytest.approx(losses_of(whole), rel=1e-5)

@@ -13,12 +13,13 @@ from typing import Any
 
 import psutil
 
-from mmtune.recipe import Finetune, Model, Recipe, Source
+from mmtune.recipe import Build, Finetune, Model, Recipe, Source, Tokenize
 from mmtune.stages.build_data import build_data
 from mmtune.stages.tokenize import tokenize
 from mmtune.talk import Talk
 
-QUESTIONS = ("How many digits are in the picture?", "What is the background color?", "Is there a 7?")
+# Of like length, also by one wording: rows of them alone are not packed to save padding.
+QUESTIONS = ("How many digits are in the picture?", "What color is behind the digits?", "Is there a 7 in the picture?")
 ANSWERS = ("2", "black", "no")
 AS_TREES = "rows that share media train as one tree"
 COMMON = {"batch_rows": 6, "max_steps": 6, "learning_rate": 0.01, "log_every": 1, "save_every": 2}
@@ -43,12 +44,13 @@ def tree_recipe(folder: Path, repository: Path, model: Path, **settings: Any) ->
             Source(id=split, reader="table", split=split, path=str(table), images=str(scenes), columns=columns)
         )
     wish = Finetune.model_validate({**COMMON, **ONCE, **settings})
-    return Recipe(run_dir=folder, model=Model(path=str(model)), sources=tuple(sources), finetune=wish)
+    base, build = Model(path=str(model)), Build(templates="first")
+    return Recipe(run_dir=folder, model=base, sources=tuple(sources), build=build, finetune=wish)
 
 
-def made_tokens(folder: Path, repository: Path, model: Path) -> Path:
+def made_tokens(folder: Path, repository: Path, model: Path, layout: str = "tree") -> Path:
     """Builds instructions/ and tokens/ in a folder; returns tokens/."""
-    recipe = tree_recipe(folder, repository, model)
+    recipe = tree_recipe(folder, repository, model).model_copy(update={"tokenize": Tokenize(layout=layout)})
     build_data(recipe, console=Talk(quiet=True))
     tokenize(recipe, console=Talk(quiet=True))
     return folder / "tokens"
@@ -139,7 +141,8 @@ def ended(child: subprocess.Popen[str], code: int) -> str:
     """Waits for a run; returns what it said, once it has ended with a code."""
     _, talk = child.communicate(timeout=300)
     assert child.returncode == code, talk[-4000:]
-    assert "Traceback" not in talk, talk[-4000:]
+    # A launcher that is stopped prints a traceback of its own.
+    assert "Traceback" not in talk or "SignalException" in talk, talk[-4000:]
     return " ".join(talk.split())
 
 

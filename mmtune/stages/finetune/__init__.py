@@ -13,7 +13,7 @@ from mmtune.errors import IntegrityError, RecipeError
 from mmtune.models.digest import weights_digest
 from mmtune.recipe import Finetune, Recipe
 from mmtune.stages.finetune.course import follow
-from mmtune.stages.finetune.preparation import Run, prepare
+from mmtune.stages.finetune.preparation import SPREAD, Run, prepare
 from mmtune.storage import Manifest, Staging, foresee, is_made, open_stage, read_manifest
 from mmtune.talk import Talk
 from mmtune.training import launch as launching
@@ -23,7 +23,7 @@ __all__ = ["CPU_ONLY", "finetune", "is_launched", "is_main", "launch", "need_gpu
 
 # Settings that change how a run is watched, not what it computes.
 _WATCHED = ("save_every", "keep", "log_every", "trackers", "workers", "rank_timeout_seconds", "pixels_gib")
-_FREE = (*_WATCHED, "shard", "offload", "engine", "liger")
+_FREE = (*_WATCHED, *SPREAD)
 
 
 def finetune(
@@ -53,6 +53,7 @@ def finetune(
         "finetune": settings.model_dump(mode="json", exclude=set(_FREE)),
         "model": path,
         "revision": recipe.model.revision if recipe.model else None,
+        "attn": recipe.model.attn if recipe.model else "auto",
         "seed": recipe.seed,
         "limit": limit,
         "weights": weights_digest(path, revision=recipe.model.revision if recipe.model else None, offline=offline),

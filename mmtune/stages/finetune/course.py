@@ -26,7 +26,7 @@ def follow(run: Run, resume: str, console: Talk) -> Any:
     from mmtune.training.rehearsal import rehearse
 
     course = _course(run)
-    standing = standing_of(course, resume, changes, console.say, _ALSO)
+    standing = standing_of(course, resume, changes, console.say, console.note, _ALSO)
     if standing.step < run.train.plan.total_steps:
         largest = rehearse(run.model, engine_of(run.model, run.optimizer), run.train, run.accelerator)
         _show_course(run, largest, standing.step, console)
@@ -69,7 +69,7 @@ def _course(run: Run) -> Any:
     )
     held_out, checkpoints = run.validate, run.checkpoints
     parts = (run.model, run.optimizer, run.accelerator, run.train, held_out, checkpoints, run.identity, loop)
-    return Course("finetune", *parts)
+    return Course("finetune", *parts, surroundings=run.surroundings)
 
 
 def _say_speed(outcome: Any, processes: int, sharded: bool, console: Talk) -> None:

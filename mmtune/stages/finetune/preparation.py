@@ -8,15 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mmtune import __version__
 from mmtune.errors import CapabilityError, DataError, IntegrityError, RecipeError
 from mmtune.recipe import Augment, Finetune, Recipe
 from mmtune.stages.finetune.base import load_base, model_to_train, place, show_towers, weights_dtype
 from mmtune.stages.finetune.features import Means, use_features
 from mmtune.stages.finetune.pixels import use_pixels
 from mmtune.stages.finetune.wanted import wanted_features, with_proved
-from mmtune.storage import Manifest, open_split
+from mmtune.storage import Manifest, library_versions, open_split
 from mmtune.talk import Talk
 
+SPREAD = ("shard", "offload", "engine", "liger")
+"""Settings of where and by which kernels a run computes: free to change while it is stopped."""
 # Rows that share nothing are packed when padding would take more than this share of the tokens.
 _LEAST_PADDING = 0.1
 
@@ -35,6 +38,7 @@ class Run:
     validate: Any
     checkpoints: Any
     identity: dict[str, Any]
+    surroundings: dict[str, Any]
     processor: Any
     load: Callable[..., Any]
 
@@ -75,6 +79,7 @@ def prepare(
     from mmtune.training.data import row_sizes, soft_token_count
     from mmtune.training.engine import precision_of
     from mmtune.training.step_size import LIMITS, StepSize, planned_size
+    from mmtune.training.surroundings import surroundings
 
     _trackers_are_here(settings.trackers)
     precision = precision_of(settings.precision)
@@ -122,7 +127,9 @@ def prepare(
     decided = {"step_size": asdict(size), "precision": precision, "batches": batches, "features": kinds}
     whole = _identity(identity, decided)
     parts = (recipe, settings, tokens, model, optimizer, accelerator, batching, held_out, checkpoints, whole)
-    return Run(*parts, processor, means.load)
+    spread = {name: getattr(settings, name) for name in SPREAD}
+    under = surroundings(model, accelerator, {"mmtune": __version__, **library_versions()}, **spread)
+    return Run(*parts, under, processor, means.load)
 
 
 def _processor(recipe: Recipe, tokens: Manifest, path: str, offline: bool) -> Any:

@@ -23,7 +23,7 @@ def follow(run: Run, resume: str, console: Talk) -> Any:
     from mmtune.training.rehearsal import rehearse
 
     course = _course(run)
-    standing = standing_of(course, resume, changes, console.say, _also(run))
+    standing = standing_of(course, resume, changes, console.say, console.note, _also(run))
     if run.accelerator.is_main_process:
         # Sums of all processes: one of them takes them up.
         run.learner.tally.restore(standing.sums or {})
@@ -67,7 +67,13 @@ def _course(run: Run) -> Any:
     held_out, checkpoints = run.validate, run.checkpoints
     parts = (learner, run.optimizer, run.accelerator, run.train, held_out, checkpoints, run.identity, loop)
     return Course(
-        "pretrain", *parts, parts=learner.line, held_out_parts=learner.held_out_line, counted=learner.counted, keep=keep
+        "pretrain",
+        *parts,
+        surroundings=run.surroundings,
+        parts=learner.line,
+        held_out_parts=learner.held_out_line,
+        counted=learner.counted,
+        keep=keep,
     )
 
 

@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mmtune import __version__
 from mmtune.errors import DataError, IntegrityError, RecipeError
 from mmtune.recipe import Recipe
 from mmtune.recipe.pretrain import Pretrain
-from mmtune.storage import Manifest, open_split
+from mmtune.storage import Manifest, library_versions, open_split
 from mmtune.talk import Talk
 
 _TOWER_OF = {"text": "llm", "image": "vision", "audio": "audio"}
@@ -33,6 +34,7 @@ class Run:
     validate: Any
     checkpoints: Any
     identity: dict[str, Any]
+    surroundings: dict[str, Any]
     processor: Any
 
 
@@ -67,6 +69,7 @@ def prepare(
     from mmtune.training.learner import Learner
     from mmtune.training.ranks import share_weights
     from mmtune.training.step_size import StepSize
+    from mmtune.training.surroundings import surroundings
 
     settings, start = recipe.pretrain, str(recipe.run_dir / "start")
     assert settings is not None
@@ -103,6 +106,7 @@ def prepare(
         held_out,
         checkpoints,
         identity,
+        surroundings(model, accelerator, {"mmtune": __version__, **library_versions()}),
         processor,
     )
 
