@@ -165,7 +165,7 @@ def write_small(chosen: Chosen, folder: Path) -> Path:
         AutoModel.from_config(config).save_pretrained(folder)
     if kind == "image":
         square = {"height": config.image_size, "width": config.image_size}
-        normal = {name: [getattr(config, name)] * config.num_channels for name in ("image_mean", "image_std")}
+        normal: Any = {name: [getattr(config, name)] * config.num_channels for name in ("image_mean", "image_std")}
         ViTImageProcessorPil(size=square, **normal).save_pretrained(folder)
     elif kind == "audio":
         sampling = {name: getattr(config, name) for name in ("sampling_rate", "n_fft", "hop_length")}
