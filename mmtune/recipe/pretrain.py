@@ -14,6 +14,7 @@ Part = Literal["text", "image", "audio"]
 Objective = Literal["caption", "reconstruction", "adversarial", "contrastive", "masked", "match"]
 Weight = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, le=10)]
+_TOWERS: dict[str, Tower] = {"text": "llm", "image": "vision", "audio": "audio"}
 
 
 class Projector(Section):
@@ -156,6 +157,9 @@ class Pretrain(Section):
         if self.train != "all":
             if not self.train:
                 raise ValueError("train: name at least one tower; freezing everything would train nothing")
+            still = sorted(part for part in self.unfreeze if _TOWERS[part] not in self.train)
+            if still:
+                raise ValueError(f"unfreeze names {still[0]}, which does not train")
             idle = sorted(set(self.tower_rates) - set(self.train))
             if idle:
                 raise ValueError(f"tower_rates names {idle[0]}, which does not train")

@@ -25,7 +25,7 @@ _LAYERS = (
     "initializer_range",
 )
 SETTINGS = {
-    "image": (*_LAYERS, "image_size", "patch_size"),
+    "image": (*_LAYERS, "image_size", "patch_size", "image_mean", "image_std"),
     "audio": (*_LAYERS, "num_mel_bins", "sampling_rate", "n_fft", "hop_length"),
     "behaviour": (*_LAYERS, "window"),
 }
