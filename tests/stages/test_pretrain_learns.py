@@ -52,7 +52,9 @@ def test_codes_find_fill_in_and_rebuild_each_other(game, tmp_path, repository):
     # Nearest codes among 32 rows, and errors of 1 where the mean is always guessed.
     assert min(found["recall_image_text"], found["recall_text_image"]) > 0.5, found
     assert found["cross_text_image"] < 0.75 and found["reconstruction_image"] < 0.75, found
-    assert found["fill_error_text_image"] < 0.7 and found["fill_error_image_text"] < 0.85, found
+    # In turns, everyone moves half as often.
+    least = (0.7, 0.85) if game == "reversal" else (0.9, 1.0)
+    assert found["fill_error_text_image"] < least[0] and found["fill_error_image_text"] < least[1], found
     # No part's codes are one point, and the discriminator is not sure of them.
     assert min(value for name, value in found.items() if "variance" in name) > 5e-3, found
     assert found["discriminator_accuracy"] < 0.85, found
