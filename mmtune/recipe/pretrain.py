@@ -103,7 +103,8 @@ class Pretrain(Section):
     codes: Codes = Codes()
     """One vector per part of a row, for the objectives that need them."""
     train: Literal["all"] | tuple[Tower, ...] = "all"
-    """Towers that train: all, or some of llm, projector, vision, audio."""
+    """Towers that train: all, or some of llm, projector, vision, audio; what joins the parts (gate, segments, attention
+    to media) trains with the projector."""
     unfreeze: dict[Part, Annotated[float, Field(gt=0)]] = {}
     """Epochs for which a part stays frozen first, such as {image: 3, text: 5} (MMBT)."""
     epochs: Annotated[float, Field(gt=0)] = 1.0

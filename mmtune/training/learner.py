@@ -232,11 +232,11 @@ class Learner(nn.Module):
 def part_of(name: str) -> str:
     """Returns the tower of a parameter of a composite model, or of a learner by its name there.
 
-    What joins the parts counts as projector, and trains where the language model is frozen; a head is of no tower.
+    What joins the parts, such as a gate, is ``fusion``, and a head of an objective ``heads``.
     """
     if name.startswith("heads."):
         return "heads"
-    return "projector" if _JOINS.search(name) else tower_of(name)
+    return "fusion" if _JOINS.search(name) else tower_of(name)
 
 
 def with_features(inputs: Mapping[str, torch.Tensor], features: Mapping[str, torch.Tensor]) -> dict[str, Any]:

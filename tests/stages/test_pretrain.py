@@ -149,7 +149,7 @@ def test_heads_take_the_common_rate_and_a_missing_tower_is_named(recipe_at):
     from mmtune.training.learner import part_of
 
     assert part_of("heads.codes.autoencoder.encoders.audio.0.weight") == "heads"
-    assert part_of("model.model.gate.bias") == part_of("model.media_attention.0.gate") == "projector"
+    assert part_of("model.model.gate.bias") == part_of("model.media_attention.0.gate") == "fusion"
     assert part_of("model.model.language_model.layers.0.mlp.gate_proj.weight") == "llm"
     with pytest.raises(RecipeError, match=r"pretrain.train names the tower `audio`"):
         made(recipe_at("pretrain.train=[audio]", weights="{caption: 1}"))

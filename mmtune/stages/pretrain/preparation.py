@@ -119,8 +119,10 @@ def _model(recipe: Recipe, start: str, offline: bool, console: Talk) -> Any:
     present = [row.tower for row in tower_table(model) if row.parameters]
     chosen = present if settings.train == "all" else settings.train
     check_towers(model, chosen, "pretrain")
+    # What joins the parts is fresh, and no use as it is.
+    trains = {*chosen, *(("fusion",) if "projector" in chosen else ())}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in chosen)
+        parameter.requires_grad_(part_of(name) in trains)
     rows = [(row.tower, row.state, row.parameters, row.trainable) for row in tower_table(model)]
     console.table("what trains", ("tower", "state", "parameters", "trainable"), rows)
     return model
