@@ -169,6 +169,10 @@ class Learner(nn.Module):
             facts |= own
         return found, facts, count
 
+    def pooled(self, batch: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Returns ``(B, H)`` the mean feature of every part, and ``(B, K)`` which rows have it."""
+        return self._pooled(*self._encoded(batch))
+
     def _pooled(
         self, inputs: Mapping[str, torch.Tensor], media: Mapping[str, EncodedMedia]
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

@@ -85,7 +85,7 @@ def prepare(
     learner = Learner(model, _learner_settings(recipe, settings, processor, train.plan, console))
     _check_parts(recipe, learner.settings)
     learner.to(accelerator.device)
-    _measure(learner, train.batches, train.plan, accelerator)
+    measure(learner, train.batches, train.plan, accelerator)
     share_weights(learner)
     optimizer = _optimizer(learner, settings)
     identity = _identity(identity, {"precision": precision, "step_size": asdict(size)})
@@ -128,8 +128,8 @@ def _model(recipe: Recipe, start: str, offline: bool, console: Talk) -> Any:
     return model
 
 
-def _measure(learner: Any, batches: Any, plan: Any, accelerator: Any) -> None:
-    """Lets the codes of a learner start from what the first rows are like."""
+def measure(learner: Any, batches: Any, plan: Any, accelerator: Any) -> None:
+    """Lets the codes of a learner go by what some rows are like."""
     import numpy as np
 
     if "codes" not in learner.heads:
