@@ -72,6 +72,7 @@ def _course(run: Run) -> Any:
         surroundings=run.surroundings,
         parts=learner.line,
         held_out_parts=learner.held_out_line,
+        staged=tuple(learner.settings.frozen_steps),
         counted=learner.counted,
         keep=keep,
     )
