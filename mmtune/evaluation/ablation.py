@@ -115,7 +115,7 @@ def plan_ablations(
 
 
 def _modalities(facts: Sequence[RowFacts], by_mask: bool) -> Iterator[Ablation]:
-    wanted = [(f"without {modality}", (modality,)) for modality in MODALITIES]
+    wanted: list[tuple[str, tuple[str, ...]]] = [(f"without {modality}", (modality,)) for modality in MODALITIES]
     if any(len(own.modalities) > 1 for own in facts):
         wanted.append(("without any medium", MODALITIES))
     for name, gone in wanted:
@@ -132,7 +132,7 @@ def _leave_out(gone: Sequence[str]) -> Callable[[int, Example], Example]:
 
 def _branches(facts: Sequence[RowFacts], branches: Sequence[str]) -> Iterator[Ablation]:
     for branch in branches:
-        read = {"joint": set(MODALITIES), "image": {"image", "video"}}.get(branch, {branch})
+        read: set[str] = {"joint": set[str](MODALITIES), "image": {"image", "video"}}.get(branch, {branch})
         rows = tuple(at for at, own in enumerate(facts) if own.modalities & read)
         yield Ablation("fusion", f"{branch} pass alone", rows, branch=branch)
 
