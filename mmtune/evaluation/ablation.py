@@ -132,7 +132,8 @@ def _leave_out(gone: Sequence[str]) -> Callable[[int, Example], Example]:
 
 def _branches(facts: Sequence[RowFacts], branches: Sequence[str]) -> Iterator[Ablation]:
     for branch in branches:
-        read: set[str] = {"joint": set[str](MODALITIES), "image": {"image", "video"}}.get(branch, {branch})
+        reads: dict[str, set[str]] = {"joint": set(MODALITIES), "image": {"image", "video"}}
+        read = reads.get(branch, {branch})
         rows = tuple(at for at, own in enumerate(facts) if own.modalities & read)
         yield Ablation("fusion", f"{branch} pass alone", rows, branch=branch)
 
