@@ -11,6 +11,13 @@ from mmtune.models.fusion.single_stream import SingleStream
 from tests.models.digits import pairs, spoken_digits, twins, written_digits
 
 pytestmark = pytest.mark.slow
+# Floors are mean - 3 sd of recorded runs of seeds 0, 1 and 2 (one thread, torch 2.13.0 CPU):
+#   interaction  early .964 .976 .982   hybrid .959 .978 .975   late .483 .523 .483
+#   redundant    late .766 .761 .772, the better modality alone .729 .737 .734 (differences .037 .024 .038)
+#   one missing  hybrid - early, mean of both ways .046 .116 .053: the spread is as large as the effect, so three
+#                seeds run and their mean is held to mean - 3 standard errors
+INTERACTION = {"early": 0.947, "hybrid": 0.940}
+LATE_OVER_BEST, BEST_ALONE, HYBRID_OVER_EARLY = 0.009, 0.72, 0.005
 WIDTH = 32
 # Which modalities (written, spoken) each branch reads.
 BRANCHES = {
@@ -106,7 +113,7 @@ def redundant(written, spoken):
 def test_a_joint_pass_learns_an_interaction(digits, mode):
     model = fit(mode, interaction(*digits[0], 0.3), 2, 500)
     held_out = interaction(*digits[1], 0.0)
-    assert accuracy(model, held_out) >= 0.95
+    assert accuracy(model, held_out) >= INTERACTION[mode]
     assert abs(accuracy(model, held_out, (True, False)) - 0.5) < 0.1
 
 
@@ -121,12 +128,17 @@ def test_late_fusion_of_redundant_modalities_is_at_least_the_best_of_them(digits
         accuracy(fit("early", train, 10, 300, present), held_out, present) for present in ((True, False), (False, True))
     ]
     late = accuracy(fit("late", train, 10, 300), held_out)
-    assert late >= max(alone) > 0.6, (late, alone)
+    assert max(alone) >= BEST_ALONE and late >= max(alone) + LATE_OVER_BEST, (late, alone)
 
 
 def test_with_a_modality_missing_hybrid_is_at_least_early(digits):
     train, held_out = (redundant(*part) for part in digits)
-    early, hybrid = (fit(mode, train, 10, 300) for mode in ("early", "hybrid"))
-    for present in ((True, False), (False, True)):
-        found = accuracy(hybrid, held_out, present), accuracy(early, held_out, present)
-        assert found[0] >= found[1] > 0.2, (present, found)
+    differences = []
+    for seed in range(3):
+        early, hybrid = (fit(mode, train, 10, 300, seed=seed) for mode in ("early", "hybrid"))
+        found = [
+            accuracy(hybrid, held_out, present) - accuracy(early, held_out, present)
+            for present in ((True, False), (False, True))
+        ]
+        differences.append(sum(found) / 2)
+    assert sum(differences) / 3 >= HYBRID_OVER_EARLY, differences

@@ -58,7 +58,8 @@ def encode_media(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, Enc
     words = model.get_input_embeddings()(ids)
     where = {name: model.placeholders(name, ids, words) for name in model.config.modalities}
     row = Row(words, kinds_at(where, words), batch["attention_mask"], prompt_at(batch.get("prompt_mask"), words), None)
-    media = Media(*(batch.get(name) for name in MEDIA_INPUTS), encoded=None)
+    pixels, milliseconds, sounds, sound_mask = (batch.get(name) for name in MEDIA_INPUTS)
+    media = Media(pixels, milliseconds, sounds, sound_mask, None)
     found = {}
     for name, own in model.encode(media, where, row).items():
         row_of_token = where[name].nonzero()[:, 0]
