@@ -81,8 +81,9 @@ def _attention(module: Any, query: Any, key: Any, value: Any, attention_mask: An
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     rows = []
     for row, own in enumerate(cut):
-        given = (query, key, value) if len(cut) == 1 else tuple(x[row : row + 1] for x in (query, key, value))
-        made = [_of_piece(module, *given, piece, mask, options) for piece, mask in own]
+        # A slice of all rows would cost a copy in the backward pass.
+        q, k, v = (x if len(cut) == 1 else x[row : row + 1] for x in (query, key, value))
+        made = [_of_piece(module, q, k, v, piece, mask, options) for piece, mask in own]
         rows.append(made[0] if len(made) == 1 else torch.cat(made, dim=1))
     return rows[0] if len(rows) == 1 else torch.cat(rows), None
 
