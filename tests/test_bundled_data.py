@@ -78,17 +78,6 @@ def load_script(name: str) -> ModuleType:
     return module
 
 
-def test_rows_without_a_question_tell_the_left_digit():
-    maker = load_script("make_left")
-    for split, count in maker.ROWS.items():
-        scenes = scenes_of(split)
-        lines = [json.loads(line) for line in (ANNOTATIONS / f"left_{split}.jsonl").read_text().splitlines()]
-        assert [tuple(line) for line in lines] == maker.rows(split) and len(lines) == count
-        for name, answer in lines:
-            assert (DATA / "scenes" / split / name).is_file()
-            assert answer == truth(maker.QUESTION, scenes[int(name.removesuffix(".png"))])
-
-
 @pytest.mark.parametrize(("name", "split"), VQA_FILES)
 def test_vqa_files_follow_the_official_layout(name: str, split: str) -> None:
     questions, annotations = read(f"{name}_{split}_questions"), read(f"{name}_{split}_annotations")
@@ -270,3 +259,14 @@ def test_bundled_data_stays_small() -> None:
 
     assert size(DATA / "scenes") < 6_000_000
     assert size(DATA / "base") < 10_000_000
+
+
+def test_rows_without_a_question_tell_the_left_digit():
+    maker = load_script("make_left")
+    for split, count in maker.ROWS.items():
+        scenes = scenes_of(split)
+        lines = [json.loads(line) for line in (ANNOTATIONS / f"left_{split}.jsonl").read_text().splitlines()]
+        assert [tuple(line) for line in lines] == maker.rows(split) and len(lines) == count
+        for name, answer in lines:
+            assert (DATA / "scenes" / split / name).is_file()
+            assert answer == truth(maker.QUESTION, scenes[int(name.removesuffix(".png"))])
