@@ -7,7 +7,8 @@ do no I/O. This module imports nothing of mmtune and no torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -70,6 +71,21 @@ SOFT_ID = 1 << 24
 """Id of the first soft token in an encoded row, above every vocabulary; those of a message count up from it."""
 
 Part = TextPart | SoftPart | Medium
+_SOFT = re.compile("\0soft:([0-9]+)\0")
+
+
+def marked(parts: Iterable[Part]) -> str:
+    """Returns a prompt as one string, soft tokens as marks that no text can hold; media leave no trace."""
+    return "".join(
+        f"\0soft:{part.tokens}\0" if isinstance(part, SoftPart) else part.text if isinstance(part, TextPart) else ""
+        for part in parts
+    )
+
+
+def parts_of(prompt: str) -> tuple[TextPart | SoftPart, ...]:
+    """Returns the texts and the soft tokens of a ``marked`` prompt."""
+    pieces = enumerate(_SOFT.split(prompt))
+    return tuple(SoftPart(int(piece)) if at % 2 else TextPart(piece) for at, piece in pieces if piece)
 
 
 @dataclass(frozen=True, slots=True)

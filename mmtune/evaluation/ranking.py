@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mmtune.records import Example, Message, TextPart
+from mmtune.records import Example, Message, TextPart, parts_of
 
 Words = Mapping[str, Mapping[str, tuple[str, ...]]]
 """Source to option to all its words; an option that is not there is its own word."""
@@ -100,8 +100,8 @@ def question_of_row(row: int, example: Example, words: Words) -> Question | None
 
 
 def content_free(question: Question, prompt: str) -> Question:
-    """Returns the same question about nothing: its last turn is a prompt without content or media."""
-    asked = replace(question.turns[-1], parts=(TextPart(prompt),))
+    """Returns the same question about nothing: its last turn is a marked prompt without content or media."""
+    asked = replace(question.turns[-1], parts=parts_of(prompt) or (TextPart(""),))
     return replace(question, turns=(*question.turns[:-1], asked))
 
 

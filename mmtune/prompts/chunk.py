@@ -21,7 +21,7 @@ from mmtune.prompts.schema import example_to_row, instructions_schema
 from mmtune.prompts.searched import SLOTS, SearchedPrompt, asked_with, slots_text
 from mmtune.prompts.template import Style, Wordings, has_inverted, make_example, template_names
 from mmtune.prompts.verbalizer import Verbalizer, verbalized
-from mmtune.records import Example, Medium, Record, Reject
+from mmtune.records import Example, Medium, Record, Reject, marked
 
 _ODD = re.compile("[\0\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
 
@@ -207,7 +207,7 @@ class ChunkBuilder:
         asked = make_example(empty, seed=self.seed, wordings=wordings, system="", render=self.render)
         if isinstance(asked, Reject):
             return made
-        prompt = next((message.text for message in asked.messages if message.role == "user"), "")
+        prompt = next((marked(message.parts) for message in asked.messages if message.role == "user"), "")
         return replace(made, metadata={**made.metadata, "content_free": prompt.replace(MEDIA, "")})
 
 

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
-from mmtune.records import Record, Reject, SoftPart, TextPart
+from mmtune.records import Record, Reject, SoftPart, marked
 
 AnswerKind = Literal["text", "label", "number", "yes_no", "entities"]
 MEDIA = "\0media\0"
 """Stands where the media of a row go; a template that does not say where has them first."""
 _SLOT = re.compile(r"\{\{|\}\}|\{([A-Za-z_][A-Za-z0-9_]*)\}|\{soft:\s*([1-9][0-9]{0,2})\}")
-_SOFT = re.compile("\0soft:([0-9]+)\0")
 
 
 @lru_cache(maxsize=4096)
@@ -154,21 +153,10 @@ def fill_slots(template: Template, record: Record, values: Mapping[str, Any]) ->
     return Filled(prompt, taught, references, record.options)
 
 
-def parts_of(text: str) -> list[TextPart | SoftPart]:
-    """Returns a filled prompt as text and the soft tokens that its template has between; media are not looked for."""
-    parts: list[TextPart | SoftPart] = []
-    for at, piece in enumerate(_SOFT.split(text)):
-        if at % 2:
-            parts.append(SoftPart(int(piece)))
-        elif piece:
-            parts.append(TextPart(piece))
-    return parts
-
-
 def _fill(text: str, values: Mapping[str, Any]) -> str:
     def value(match: re.Match[str]) -> str:
         if match.group(2):
-            return f"\0soft:{match.group(2)}\0"
+            return marked((SoftPart(int(match.group(2))),))
         return str(values[match.group(1)]) if match.group(1) else match.group(0)[0]
 
     return _SLOT.sub(value, text)

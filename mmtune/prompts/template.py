@@ -23,13 +23,12 @@ from mmtune.prompts.forms import (
     Template,
     fill_slots,
     missing_slots,
-    parts_of,
     raw_values,
     slot_values,
 )
 from mmtune.prompts.pool_media import MEDIA_POOLS
 from mmtune.prompts.pool_text import TEXT_POOLS
-from mmtune.records import Example, Medium, Message, Part, Record, Reject, TextPart
+from mmtune.records import Example, Medium, Message, Part, Record, Reject, TextPart, parts_of
 
 POOLS: dict[str, tuple[Template, ...]] = {**MEDIA_POOLS, **TEXT_POOLS}
 """Pool to its wordings; the first is the one of ``templates: first``."""

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmtune.evaluation.ranking import calibrated, label_scores, rank
-from mmtune.records import Example, Medium, Message, TextPart
+from mmtune.records import Example, Medium, Message, SoftPart, TextPart, marked
 
 logs = st.floats(-30, 0)
 
@@ -68,3 +68,15 @@ def test_options_that_begin_alike_are_told_apart():
     assert rank({3: example("3", "p", ("New York", "New Delhi"))}, {}, model(table, calls)) == {3: "New Delhi"}
     question, word = calls[1]
     assert question.conversation(word)[-1].text == "New Delhi"
+
+
+def test_calibration_keeps_the_soft_tokens_of_the_template():
+    asked = example("0", "p", content_free=marked((SoftPart(2), TextPart("free"))))
+    calls: list = []
+
+    def score(pairs):
+        calls.extend(pairs)
+        return np.zeros(len(pairs))
+
+    rank({0: asked}, {}, score)
+    assert calls[-1][0].turns[-1].parts == (SoftPart(2), TextPart("free"))

@@ -8,7 +8,7 @@ from mmtune.errors import DataError
 from mmtune.prompts.schema import example_to_row, row_to_example
 from mmtune.prompts.template import Wordings, make_example
 from mmtune.prompts.template_file import load_templates
-from mmtune.records import Medium, Record, SoftPart, TextPart
+from mmtune.records import Medium, Record, SoftPart, TextPart, marked, parts_of
 
 
 def templates(tmp_path: Path, prompt: str):
@@ -22,24 +22,24 @@ def record(text: str = "Which one?") -> Record:
     return Record("s/1", "s", "vqa", "train", text=text, media=media, references=("red",), target="red")
 
 
-def parts_of(tmp_path: Path, prompt: str, text: str = "Which one?"):
+def shown(tmp_path: Path, prompt: str, text: str = "Which one?"):
     made = make_example(record(text), wordings=templates(tmp_path, prompt))
     assert row_to_example(example_to_row(made)) == made
     return made.messages[0].parts
 
 
 def test_soft_tokens_stand_where_the_template_has_them(tmp_path: Path):
-    found = parts_of(tmp_path, "{soft: 4}Look: {media}{soft:2} {question}")
+    found = shown(tmp_path, "{soft: 4}Look: {media}{soft:2} {question}")
     assert found[0] == SoftPart(4) and found[1] == TextPart("Look: ") and isinstance(found[2], Medium)
     assert found[3:] == (SoftPart(2), TextPart(" Which one?"))
 
 
 def test_a_template_of_soft_tokens_alone_says_something(tmp_path: Path):
-    assert parts_of(tmp_path, "{soft: 8}")[1:] == (SoftPart(8),)
+    assert shown(tmp_path, "{soft: 8}")[1:] == (SoftPart(8),)
 
 
 def test_the_text_of_a_row_is_never_read_as_soft_tokens(tmp_path: Path):
-    found = parts_of(tmp_path, "{question} {soft: 2}", text="Say {soft: 3}, please")
+    found = shown(tmp_path, "{question} {soft: 2}", text="Say {soft: 3}, please")
     assert found[1:] == (TextPart("Say {soft: 3}, please "), SoftPart(2))
 
 
@@ -47,3 +47,9 @@ def test_the_text_of_a_row_is_never_read_as_soft_tokens(tmp_path: Path):
 def test_what_is_no_number_of_tokens_is_refused(tmp_path: Path, prompt: str):
     with pytest.raises(DataError, match="no plain name"):
         templates(tmp_path, prompt)
+
+
+def test_a_marked_prompt_is_its_parts_without_media():
+    parts = (SoftPart(3), TextPart("Look: "), Medium("image", "a.png"), SoftPart(2), TextPart(" which?"))
+    assert parts_of(marked(parts)) == tuple(part for part in parts if not isinstance(part, Medium))
+    assert parts_of("plain") == (TextPart("plain"),) and parts_of("") == ()
