@@ -174,7 +174,7 @@ def _identity(identity: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]
 def _batching(recipe: Recipe, tokens: Manifest, processor: Any, split: str, size: Any, limit: int | None) -> Any:
     from mmtune.encoding.collate import Collator
     from mmtune.training.batching import Split, rows_apart
-    from mmtune.training.data import some_rows
+    from mmtune.training.data import soft_token_count, some_rows
     from mmtune.training.paired import PairedBatches
 
     settings = recipe.pretrain
@@ -183,6 +183,12 @@ def _batching(recipe: Recipe, tokens: Manifest, processor: Any, split: str, size
     table = some_rows(table, limit) if limit else table
     if table.num_rows == 0:
         raise DataError(f"tokens/{split} has no rows", "look at tokens/rejects.jsonl", "no_rows")
+    if soft_token_count(table):
+        raise DataError(
+            "tokens/ has soft tokens, which are learned by finetune",
+            "give pretrain templates without {soft: ...}",
+            "soft_tokens",
+        )
     course: dict[str, Any] = {"batch_tokens": size.batch_tokens, "batch_rows": size.batch_rows}
     if split == "train":
         own = {"epochs": settings.epochs, "max_steps": settings.max_steps, "micro_batches": size.micro_batches}
