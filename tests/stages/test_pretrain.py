@@ -119,6 +119,12 @@ def test_an_objective_without_its_media_is_refused(recipe_at):
         made(recipe_at(encoders="{" + IMAGE + ", audio: {hidden_size: 16, num_mel_bins: 16}}"))
 
 
+def test_soft_tokens_are_for_finetune(recipe_at, tmp_path):
+    (tmp_path / "t.yaml").write_text("mine:\n  - ['{soft: 2} {media}', '{answer}']\n")
+    with pytest.raises(DataError, match="learned by finetune"):
+        made(recipe_at(f"build.templates={tmp_path / 't.yaml'}"))
+
+
 def changed(recipe):
     """Names of the weights that are not those of start/."""
     before, after = (load_file(recipe.run_dir / stage / "model.safetensors") for stage in ("start", "base"))
