@@ -163,15 +163,15 @@ def test_a_save_that_was_killed_is_swept_by_the_next_run(fresh, unbroken, tmp_pa
 
 LONG = """
 import pathlib, time
-from mmtune.stages.finetune import course
-real = course._validation_loss
-def long(run, stopping):
+from mmtune.training import validation
+real = validation.validation_loss
+def long(*given, stopping):
     def asked():
         pathlib.Path({marker!r}).touch()
         time.sleep(0.5)
         return stopping()
-    return real(run, asked)
-course._validation_loss = long
+    return real(*given, stopping=asked)
+validation.validation_loss = long
 """
 
 
