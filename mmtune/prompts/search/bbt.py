@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +93,10 @@ def random_subspace(
 
 def evolution(settings: BbtSettings, population: int, seed: int) -> Any:
     """Returns CMA-ES at z = 0, with dice of its own."""
-    import cma
+    with warnings.catch_warnings():
+        # It misses matplotlib, for plots that nobody asks for.
+        warnings.simplefilter("ignore")
+        import cma
 
     rng = np.random.default_rng([seed, 1])
     options = {
