@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,16 +93,14 @@ def random_subspace(
 
 def evolution(settings: BbtSettings, population: int, seed: int) -> Any:
     """Returns CMA-ES at z = 0, with dice of its own."""
-    import cma
+    with warnings.catch_warnings():
+        # It misses matplotlib, for plots that nobody asks for.
+        warnings.simplefilter("ignore")
+        import cma
 
     rng = np.random.default_rng([seed, 1])
-    options = {
-        "popsize": population,
-        "randn": lambda *shape: rng.standard_normal(shape),
-        # Not a number: leave NumPy's global dice alone.
-        "seed": float("nan"),
-        "verbose": -9,
-    }
+    # With draws of our own cma leaves NumPy's global dice alone.
+    options = {"popsize": population, "randn": lambda *shape: rng.standard_normal(shape), "verbose": -9}
     return cma.CMAEvolutionStrategy(np.zeros(settings.dimension), settings.sigma, options)
 
 

@@ -41,8 +41,8 @@ def test_on_a_quadratic_it_finds_what_cma_finds():
 
 
 def test_the_same_dice_and_losses_are_cmas_own_run():
-    ours, theirs = evolution(BbtSettings(D, 0.5), 8, 3), evolution(BbtSettings(D, 0.5), 8, 3)
     before = np.random.get_state()[1].copy()
+    ours, theirs = evolution(BbtSettings(D, 0.5), 8, 3), evolution(BbtSettings(D, 0.5), 8, 3)
     for _ in range(5):
         a, b = ours.ask(), theirs.ask()
         assert np.array_equal(a, b)
