@@ -1,6 +1,6 @@
 """Prompt search against random search at equal calls, over seeds, on the bundled comparison that the base never learnt.
 
-    python tests/bench/bench_prompt.py [--methods ape,opro,mipro,gepa] [--seeds 5] [--budget 1500]
+    python tests/bench/bench_prompt.py [--methods ape,opro,mipro,gepa] [--seeds 5] [--first-seed 0] [--budget 1500]
 
 One line per method: mean score of the start, of the best prompt and of random search's best on test rows that nothing
 was chosen by, the difference to random search with its standard deviation over the seeds, and how many seeds were
@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--recipe", default=str(ROOT / "recipes" / "prompt_blackbox.yaml"))
     parser.add_argument("--methods", default="ape,opro,mipro,gepa")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--budget", type=int, default=1500)
     parser.add_argument("--set", action="append", default=[], help="override a key of the recipe")
     given = parser.parse_args()
@@ -43,7 +44,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for method in given.methods.split(","):
             results, started = [], time.monotonic()
-            for seed in range(given.seeds):
+            for seed in range(given.first_seed, given.first_seed + given.seeds):
                 changes = [f"run_dir={folder}", f"prompt.method={method}", f"prompt.budget={given.budget}"]
                 recipe = load_recipe(Path(given.recipe), [*changes, *given.set])
                 build_data(recipe, console=quiet)

@@ -17,6 +17,7 @@ from mmtune.stages.build_data import build_data
 from mmtune.stages.evaluate import evaluate
 from mmtune.stages.prompt import prompt as search_prompt
 from mmtune.stages.prompt.asking import Asker, gap
+from mmtune.stages.prompt.outcome import verdict
 from mmtune.stages.prompt.rows import choose_rows
 from mmtune.stages.show import describe, render
 from mmtune.storage import is_finished, open_split, read_manifest
@@ -45,7 +46,7 @@ def recipe(tmp_path: Path, tiny_vlm: Path):
             }
             for split in ("train", "val")
         ]
-        prompt = {"method": "ape", "budget": 80, "dev": 8, "test": 10, "minibatch": 4, "population": 4}
+        prompt = {"method": "ape", "budget": 80, "dev": 8, "test": 10, "minibatch": 4, "population": 2}
         return Recipe(
             run_dir=tmp_path / name,
             model={"path": str(tiny_vlm)},
@@ -284,6 +285,16 @@ def test_a_far_chat_model_is_not_asked_offline(recipe):
     build_data(given, console=QUIET)
     with pytest.raises(CapabilityError, match="--offline"):
         search_prompt(given, offline=True, console=QUIET)
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "p", "said"),
+    [(5.0, 1.0, 9.0, 0.0001, "better"), (-5.0, -9.0, -1.0, 0.01, "worse"), (5.0, -1.0, 9.0, 0.01, "a tie")],
+)
+def test_a_difference_is_clear_only_where_interval_and_test_agree(value, low, high, p, said):
+    text = verdict({"value": value, "low": low, "high": high, "p": p})
+    assert text.startswith(f"{said} ({value:+.2f}") and ("p < 0.001" in text) == (p < 0.001)
+    assert verdict({"value": 5.0, "low": 1.0, "high": 9.0, "p": 0.2}).startswith("a tie")
 
 
 def test_gap_is_that_of_the_right_option_and_the_best_wrong_one():

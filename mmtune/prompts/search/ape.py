@@ -1,8 +1,9 @@
 """APE: prompts induced from examples, filtered on few rows, and resampled around the best.
 
 Zhou et al. 2022, "Large Language Models Are Human-Level Prompt Engineers" (arXiv:2211.01910), with its iterative
-Monte Carlo search: a round scores its prompts on a random subset of rows, the best quarter on all of them, and the
-next round is made of variants of the best so far.
+Monte Carlo search: a round scores its prompts on a random subset of rows and the best few, a quarter of the population,
+on all of them; the next round is made of variants of the best so far. The first round looks at three times as many, for
+what it does not meet no variant will.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from mmtune.prompts.search.problem import Method, Problem
 from mmtune.prompts.search.scorer import Scorer
 from mmtune.prompts.search.space import Admission
 
+_FIRST = 3
+"""So many populations are induced to begin with."""
 _DRY_ROUNDS = 20
 """So many rounds without a new prompt end the search: the space is used up."""
 
@@ -20,7 +23,7 @@ def ape(problem: Problem, scorer: Scorer, admission: Admission) -> None:
     """Searches until the budget, or the space, is used up."""
     dice = problem.dice("ape")
     kept = max(1, problem.population // 4)
-    alive = _filled(problem, admission, problem.proposer.first(problem.population, dice))
+    alive = _filled(problem, admission, problem.proposer.first(_FIRST * problem.population, dice))
     dry = 0
     while dry < _DRY_ROUNDS:
         dry = 0 if alive else dry + 1
@@ -39,10 +42,15 @@ def _filled(problem: Problem, admission: Admission, proposed: list[Candidate]) -
     alive = admission(proposed)
     dice = problem.dice("ape fill")
     for _ in range(_DRY_ROUNDS):
-        if len(alive) >= problem.population:
+        missing = _FIRST * problem.population - len(alive)
+        if missing <= 0:
             break
-        alive += admission(problem.proposer.near(problem.space.start, problem.population - len(alive), dice))
+        alive += admission(problem.proposer.near(problem.space.start, missing, dice))
     return alive
 
 
-METHOD = Method(ape, lambda problem: problem.population * min(problem.minibatch, problem.rows) + problem.rows)
+def _least(problem: Problem) -> int:
+    return _FIRST * problem.population * min(problem.minibatch, problem.rows) + problem.rows
+
+
+METHOD = Method(ape, _least)

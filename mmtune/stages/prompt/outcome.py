@@ -89,8 +89,9 @@ def say(document: Mapping[str, Any], console: Talk) -> None:
 def verdict(found: Mapping[str, Any]) -> str:
     """Returns a difference in words: better or worse where the interval and the paired test agree, else a tie."""
     clear = (found["low"] > 0 or found["high"] < 0) and found["p"] < 0.05
+    p = "< 0.001" if found["p"] < 0.001 else f"= {found['p']:.3f}"
     word = ("better" if found["value"] > 0 else "worse") if clear else "a tie"
-    return f"{word} ({found['value']:+.2f}, 95 % {found['low']:+.2f} to {found['high']:+.2f}, p {found['p']:.3f})"
+    return f"{word} ({found['value']:+.2f}, 95 % {found['low']:+.2f} to {found['high']:+.2f}, p {p})"
 
 
 def _more(prompt: Mapping[str, Any]) -> str:
