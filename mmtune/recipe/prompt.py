@@ -57,8 +57,8 @@ class Rl(Section):
     """A word is drawn from so many likeliest at its position; 0 is all. RLPrompt takes 256."""
     hidden: Annotated[int, Field(ge=0, le=4096)] = 32
     """Units of an MLP over the frozen embedding of the word before, so that like words learn from each other; 0 learns
-    the logits of every position by themselves, which does for a short list of words, at a learning_rate of about 0.5."""
-    learning_rate: Annotated[float, Field(gt=0, le=10)] = 0.1
+    the logits of every position by themselves, which does for a short list of words."""
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 0.5
     """Adam's step size on the policy."""
     entropy: Annotated[float, Field(ge=0)] = 0.3
     """Weight of the policy's entropy: more keeps it trying."""
