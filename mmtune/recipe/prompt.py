@@ -55,11 +55,11 @@ class Rl(Section):
     """Words of a prompt."""
     top_k: Annotated[int, Field(ge=0)] = 0
     """A word is drawn from so many likeliest at its position; 0 is all. RLPrompt takes 256."""
-    hidden: Annotated[int, Field(ge=0, le=4096)] = 0
-    """Units of an MLP over the embedding of the word before; 0 learns every position by itself, which needs fewer
-    calls."""
+    hidden: Annotated[int, Field(ge=0, le=4096)] = 32
+    """Units of an MLP over the frozen embedding of the word before, so that like words learn from each other; 0 learns
+    the logits of every position by themselves, which does for a short list of words."""
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 0.5
-    """Adam's step size on the policy's logits."""
+    """Adam's step size on the policy."""
     entropy: Annotated[float, Field(ge=0)] = 0.3
     """Weight of the policy's entropy: more keeps it trying."""
     writer: Writer | None = None

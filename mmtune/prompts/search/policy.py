@@ -9,6 +9,7 @@ Shapes: C prompts, P positions, V words, D width of the embeddings, H hidden uni
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -118,12 +119,18 @@ def gradient(policy: Policy, ids_CP: np.ndarray, weight_C: np.ndarray, bonus: fl
     slope_CPV -= (bonus / len(ids_CP)) * probability_CPV * (finite_CPV + spread_CP1)
     out = {"place_PV": slope_CPV.sum(0)}
     if hidden_CPH is not None:
-        back_CPD = slope_CPV @ policy.embedding_VD
+        back_CPD = slope_CPV @ policy.embedding_VD * _scale(policy)
         out["out_HD"] = np.einsum("cph,cpd->hd", hidden_CPH, back_CPD)
         back_CPH = back_CPD @ policy.weights["out_HD"].T * (1.0 - hidden_CPH**2)
         out["shift_PH"] = back_CPH.sum(0)
         out["in_DH"] = np.einsum("cpd,cph->dh", before_CPD, back_CPH)
     return out
+
+
+def _scale(policy: Policy) -> float:
+    """Returns what makes a step of Adam move a logit by its step size at most, whatever the widths."""
+    hidden, width = policy.weights["out_HD"].shape
+    return 1.0 / (hidden * math.sqrt(width))
 
 
 def _entropy(logprob_CPV: np.ndarray) -> np.ndarray:
@@ -145,7 +152,7 @@ def _logprobs(policy: Policy, ids_CP: np.ndarray) -> np.ndarray:
     _, hidden_CPH = _inside(policy, ids_CP)
     logits_CPV = np.broadcast_to(policy.weights["place_PV"], (len(ids_CP), *policy.weights["place_PV"].shape))
     if hidden_CPH is not None:
-        logits_CPV = logits_CPV + hidden_CPH @ policy.weights["out_HD"] @ policy.embedding_VD.T
+        logits_CPV = logits_CPV + hidden_CPH @ policy.weights["out_HD"] @ policy.embedding_VD.T * _scale(policy)
     words = logits_CPV.shape[2]
     if 0 < policy.top_k < words:
         least_CP1 = np.partition(logits_CPV, words - policy.top_k, axis=2)[..., words - policy.top_k, None]
