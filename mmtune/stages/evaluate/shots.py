@@ -85,18 +85,25 @@ class TrainRows:
                 "add a source with `split: train` and run: mmtune build-data; or set eval.shots: 0",
                 "no_exemplars",
             )
-        self._examples = ChosenExamples(open_split(folder).to_batches(), row_to_example, MOST_ROWS)
+        table = open_split(folder)
+        self._examples = ChosenExamples(table.to_batches(), row_to_example, None)
         self.rows: list[int] = []
         self.cards: list[Card] = []
         self.units: list[list[Known]] = []
-        for at in range(len(self._examples)):
-            example = self._examples(at)
-            if exchange(example):
-                self.rows.append(at)
-                self.cards.append(card_of(example))
-                self.units.append(units_of_example(example))
+        kept = None
+        if table.num_rows > MOST_ROWS:
+            kept = set(chosen((str(name) for name in table.column("id")), MOST_ROWS))
+        for at, row in enumerate(row for batch in table.to_batches() for row in batch.to_pylist()):
+            if kept is None or at in kept:
+                self._see(at, row_to_example(row))
         if not self.rows:
             raise DataError("no training row can be an exemplar", "set eval.shots: 0", "no_exemplars")
+
+    def _see(self, at: int, example: Example) -> None:
+        if exchange(example):
+            self.rows.append(at)
+            self.cards.append(card_of(example))
+            self.units.append(units_of_example(example))
 
     def __call__(self, row: int) -> Example:
         """Returns a row by its number among those that may be shown."""
