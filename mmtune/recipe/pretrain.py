@@ -14,6 +14,7 @@ Part = Literal["text", "image", "audio"]
 Objective = Literal["caption", "reconstruction", "adversarial", "contrastive", "masked", "match"]
 Weight = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, le=10)]
+_TOWERS: dict[str, Tower] = {"text": "llm", "image": "vision", "audio": "audio"}
 
 
 class Projector(Section):
@@ -102,7 +103,8 @@ class Pretrain(Section):
     codes: Codes = Codes()
     """One vector per part of a row, for the objectives that need them."""
     train: Literal["all"] | tuple[Tower, ...] = "all"
-    """Towers that train: all, or some of llm, projector, vision, audio."""
+    """Towers that train: all, or some of llm, projector, vision, audio; what joins the parts (gate, segments, attention
+    to media) trains with the projector."""
     unfreeze: dict[Part, Annotated[float, Field(gt=0)]] = {}
     """Epochs for which a part stays frozen first, such as {image: 3, text: 5} (MMBT)."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
@@ -156,6 +158,9 @@ class Pretrain(Section):
         if self.train != "all":
             if not self.train:
                 raise ValueError("train: name at least one tower; freezing everything would train nothing")
+            still = sorted(part for part in self.unfreeze if _TOWERS[part] not in self.train)
+            if still:
+                raise ValueError(f"unfreeze names {still[0]}, which does not train")
             idle = sorted(set(self.tower_rates) - set(self.train))
             if idle:
                 raise ValueError(f"tower_rates names {idle[0]}, which does not train")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ class Course:
         settings: Of the loop.
         parts: See ``Hooks.parts``.
         held_out_parts: See ``Hooks.held_out``.
+        staged: Towers that start frozen, and may stay so to the end.
         counted: See ``Hooks.counted``.
         keep: Called by every process before a checkpoint is written; returns more sums for it.
     """
@@ -52,6 +53,7 @@ class Course:
     settings: LoopSettings
     parts: Callable[[], dict[str, float]] = dict
     held_out_parts: Callable[[], dict[str, float]] = dict
+    staged: Collection[str] = ()
     counted: Callable[[], None] = lambda: None
     keep: Callable[[], dict[str, float]] = dict
 
@@ -157,8 +159,9 @@ def go_on(
         metrics=standing.metrics,
         sums=dict(standing.sums or {}) or None,
     )
-    if outcome.unseen:
-        note(f"no row has media for the {' and '.join(sorted(outcome.unseen))} tower; it did not train")
+    unseen = sorted(outcome.unseen - set(course.staged))
+    if unseen:
+        note(f"no row has media for the {' and '.join(unseen)} tower; it did not train")
     return outcome
 
 

@@ -5,7 +5,6 @@ Shapes: B rows, T tokens, M media tokens, H model width, K parts of a row, C wid
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -34,8 +33,6 @@ from mmtune.training.tally import Tally
 CODED = ("reconstruction", "adversarial", "contrastive")
 """Objectives over one code per part of a row."""
 _OURS = ("keys", "step")
-# What joins the parts of a composite model, beside its projectors.
-_JOINS = re.compile(r"(^|\.)model\.(gate|segments|media_attention)\.")
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ class Learner(nn.Module):
         heads: dict[str, Callable[[], nn.Module]] = {}
         if set(CODED) & set(weights):
             targets = {name: own for name, own in summary_widths(model.config).items() if name in codes.parts}
-            rules = {"alternating": codes.alternating, "form": codes.form}
+            rules: Any = {"alternating": codes.alternating, "form": codes.form}
             heads["codes"] = partial(CodeHeads, weights, codes.parts, width, codes.width, targets, **rules)
         if "masked" in weights:
             heads["masked"] = partial(MaskingHeads, width)
@@ -122,17 +119,17 @@ class Learner(nn.Module):
     @torch.no_grad()
     def measure(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
         """Takes what codes are made of, and what is decoded, in some batches as the standard of both."""
+        heads: Any = self.heads["codes"]
         found: dict[tuple[str, str], list[torch.Tensor]] = {}
         for batch in batches:
             inputs, media = self._encoded(batch)
             pooled, present_BK = self._pooled(inputs, media)
             for kind, values in (("seen", pooled), ("told", self._told(inputs, media))):
-                for name in [name for name in self.heads["codes"].get_submodule(kind) if name in values]:
-                    here_B = present_BK[:, self.settings.codes.parts.index(name)]
-                    found.setdefault((kind, name), []).append(values[name][here_B].float())
+                for name, own in values.items():
+                    found.setdefault((kind, name), []).append(own[heads.at(name, present_BK)].float())
         for (kind, name), parts in found.items():
             if sum(map(len, parts)):
-                self.heads["codes"].get_submodule(f"{kind}.{name}").measure(torch.cat(parts))
+                getattr(heads, kind)[name].measure(torch.cat(parts))
 
     def _encoded(self, batch: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, EncodedMedia]]:
         inputs = {name: value for name, value in batch.items() if name not in _OURS}
@@ -168,6 +165,10 @@ class Learner(nn.Module):
             found["match"], own = match_loss_of(self.model, self.heads["match"], inputs, media, batch["keys"])
             facts |= own
         return found, facts, count
+
+    def pooled(self, batch: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Returns ``(B, H)`` the mean feature of every part, and ``(B, K)`` which rows have it."""
+        return self._pooled(*self._encoded(batch))
 
     def _pooled(
         self, inputs: Mapping[str, torch.Tensor], media: Mapping[str, EncodedMedia]
@@ -232,11 +233,11 @@ class Learner(nn.Module):
 def part_of(name: str) -> str:
     """Returns the tower of a parameter of a composite model, or of a learner by its name there.
 
-    What joins the parts counts as projector, and trains where the language model is frozen; a head is of no tower.
+    What joins the parts, such as a gate, is ``fusion``, and a head of an objective ``heads``.
     """
     if name.startswith("heads."):
         return "heads"
-    return "projector" if _JOINS.search(name) else tower_of(name)
+    return tower_of(name)
 
 
 def with_features(inputs: Mapping[str, torch.Tensor], features: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -4,6 +4,8 @@ import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from mmtune.errors import DataError, Interrupted, RecipeError
 from mmtune.recipe.text import load_recipe
@@ -104,6 +106,7 @@ def test_bad_recipes_are_named(recipe_at):
         (["pretrain.objectives={caption: 0}"], "sum to 0"),
         (["pretrain.build.encoders={smell: {}}"], "smell"),
         (["model.path=elsewhere"], "leave out model.path"),
+        (["pretrain.train=[llm]", "pretrain.unfreeze={image: 1}"], "image, which does not train"),
     ):
         with pytest.raises(RecipeError, match=said):
             recipe_at(*overrides)
@@ -114,3 +117,39 @@ def test_bad_recipes_are_named(recipe_at):
 def test_an_objective_without_its_media_is_refused(recipe_at):
     with pytest.raises(DataError, match="no training row has audio"):
         made(recipe_at(encoders="{" + IMAGE + ", audio: {hidden_size: 16, num_mel_bins: 16}}"))
+
+
+def changed(recipe):
+    """Names of the weights that are not those of start/."""
+    before, after = (load_file(recipe.run_dir / stage / "model.safetensors") for stage in ("start", "base"))
+    return {name for name, value in before.items() if not torch.equal(value, after[name])}
+
+
+def test_what_joins_the_parts_trains_where_the_language_model_is_frozen(recipe_at):
+    fusion = "pretrain.build.fusion={attention: cross, layers: [0]}"
+    recipe = recipe_at(fusion, "pretrain.train=[projector]", weights="{caption: 1}")
+    made(recipe)
+    moved = changed(recipe)
+    assert any("media_attention" in name for name in moved) and any("multi_modal_projector" in name for name in moved)
+    assert all("media_attention" in name or "multi_modal_projector" in name for name in moved), moved
+
+
+def test_a_staged_tower_stands_still_until_its_epoch(recipe_at):
+    # Sixteen rows by four: an epoch has four steps.
+    staged = ["pretrain.unfreeze={image: 1}", "pretrain.warmup=0"]
+    for steps, moves in ((4, False), (5, True)):
+        recipe = recipe_at(*staged, f"pretrain.max_steps={steps}", weights="{caption: 1}")
+        made(recipe, force=True)
+        moved = changed(recipe)
+        assert any("language_model" in name for name in moved)
+        assert any("vision_tower" in name for name in moved) == moves, steps
+
+
+def test_heads_take_the_common_rate_and_a_missing_tower_is_named(recipe_at):
+    from mmtune.training.learner import part_of
+
+    assert part_of("heads.codes.autoencoder.encoders.audio.0.weight") == "heads"
+    assert part_of("model.model.gate.bias") == part_of("model.media_attention.0.gate") == "fusion"
+    assert part_of("model.model.language_model.layers.0.mlp.gate_proj.weight") == "llm"
+    with pytest.raises(RecipeError, match=r"pretrain.train names the tower `audio`"):
+        made(recipe_at("pretrain.train=[audio]", weights="{caption: 1}"))

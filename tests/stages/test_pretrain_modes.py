@@ -61,7 +61,13 @@ pretrain:
   max_steps: 4
   batch_rows: 24
   log_every: 1
-finetune: {{lora: {{r: 2}}, max_steps: 2, batch_rows: 6, learning_rate: 0.01, log_every: 1}}
+finetune:
+  lora: {{r: 2}}
+  features: {{use: {features}}}
+  max_steps: 2
+  batch_rows: 6
+  learning_rate: 0.01
+  log_every: 1
 eval: {{split: test, compare: [base, tuned], max_new_tokens: 3, bootstrap: 100}}
 """
 ALL = "{caption: 1, reconstruction: 0.1, adversarial: 0.05, contrastive: 0.1, masked: 0.2, match: 0.2}"
@@ -96,7 +102,9 @@ def ran(request, tmp_path_factory, repository):
         with gzip.open(data / "sounds" / "annotations" / f"{split}.jsonl.gz", "rt", encoding="utf-8") as file:
             (folder / f"sounds_{split}.jsonl").write_text("".join(islice(file, 2 * rows)), "utf-8")
     path = folder / "recipe.yaml"
-    own = {"fusion": fusion, "projectors": projectors, "objectives": objectives}
+    # A resampler that reads the question runs at every step; elsewhere features stand for media.
+    features = "off" if projectors == RESAMPLED else "on"
+    own = {"fusion": fusion, "projectors": projectors, "objectives": objectives, "features": features}
     path.write_text(TEXT.format(folder=folder, data=data, sources=sources, **own), "utf-8")
     recipe, console = load_recipe(path, [], environ={}), Talk(quiet=True)
     run_stages(recipe, stages_of(recipe, None, True), force=False, dry_run=False, console=console)

@@ -161,7 +161,9 @@ def _preprocessor(modality: str, source: str | PretrainedConfig, offline: bool) 
     if modality == "image":
         edge = config.image_size
         size, channels = {"height": edge, "width": edge}, getattr(config, "num_channels", 3)
-        normal = {name: [value] * channels for name in _NORMAL if (value := getattr(config, name, None)) is not None}
+        normal: Any = {
+            name: [value] * channels for name in _NORMAL if (value := getattr(config, name, None)) is not None
+        }
         return transformers.CLIPImageProcessor(size=size, crop_size=size, **normal)
     if config.model_type == "whisper":
         seconds = config.max_source_positions * 2 * 160 // 16_000

@@ -25,7 +25,7 @@ _LAYERS = (
     "initializer_range",
 )
 SETTINGS = {
-    "image": (*_LAYERS, "image_size", "patch_size"),
+    "image": (*_LAYERS, "image_size", "patch_size", "image_mean", "image_std"),
     "audio": (*_LAYERS, "num_mel_bins", "sampling_rate", "n_fft", "hop_length"),
     "behaviour": (*_LAYERS, "window"),
 }
@@ -165,7 +165,7 @@ def write_small(chosen: Chosen, folder: Path) -> Path:
         AutoModel.from_config(config).save_pretrained(folder)
     if kind == "image":
         square = {"height": config.image_size, "width": config.image_size}
-        normal = {name: [getattr(config, name)] * config.num_channels for name in ("image_mean", "image_std")}
+        normal: Any = {name: [getattr(config, name)] * config.num_channels for name in ("image_mean", "image_std")}
         ViTImageProcessorPil(size=square, **normal).save_pretrained(folder)
     elif kind == "audio":
         sampling = {name: getattr(config, name) for name in ("sampling_rate", "n_fft", "hop_length")}

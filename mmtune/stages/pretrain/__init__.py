@@ -11,7 +11,7 @@ from mmtune.errors import IntegrityError, RecipeError
 from mmtune.models.digest import weights_digest
 from mmtune.recipe import Recipe
 from mmtune.stages.pretrain.course import follow
-from mmtune.stages.pretrain.preparation import Run, prepare
+from mmtune.stages.pretrain.preparation import Run, measure, prepare
 from mmtune.storage import Staging, foresee, is_made, open_stage, read_manifest
 from mmtune.talk import Talk
 from mmtune.training import launch as launching
@@ -97,11 +97,15 @@ def _weights(recipe: Recipe) -> dict[str, float]:
 def _publish(run: Run, outcome: Any, console: Talk, staging: Staging) -> dict[str, Any]:
     from mmtune.models.save import save_model
     from mmtune.models.towers import tower_table
+    from mmtune.training.heads import save_heads
     from mmtune.training.meter import shares
 
     run.learner.thaw()
     model = run.learner.model
     save_model(model, staging.path)
+    # By the standard of the finished model a row has a code without its batch.
+    measure(run.learner, run.train.batches, run.train.plan, run.accelerator)
+    save_heads(run.learner, staging.path)
     run.processor.save_pretrained(str(staging.path))
     (staging.path / "metrics.jsonl").write_text(outcome.metrics, "utf-8")
     lines = [json.loads(line) for line in outcome.metrics.splitlines()]

@@ -67,7 +67,13 @@ def _course(run: Run) -> Any:
     held_out, checkpoints = run.validate, run.checkpoints
     parts = (learner, run.optimizer, run.accelerator, run.train, held_out, checkpoints, run.identity, loop)
     return Course(
-        "pretrain", *parts, parts=learner.line, held_out_parts=learner.held_out_line, counted=learner.counted, keep=keep
+        "pretrain",
+        *parts,
+        parts=learner.line,
+        held_out_parts=learner.held_out_line,
+        staged=tuple(learner.settings.frozen_steps),
+        counted=learner.counted,
+        keep=keep,
     )
 
 

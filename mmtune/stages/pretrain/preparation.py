@@ -85,7 +85,7 @@ def prepare(
     learner = Learner(model, _learner_settings(recipe, settings, processor, train.plan, console))
     _check_parts(recipe, learner.settings)
     learner.to(accelerator.device)
-    _measure(learner, train.batches, train.plan, accelerator)
+    measure(learner, train.batches, train.plan, accelerator)
     share_weights(learner)
     optimizer = _optimizer(learner, settings)
     identity = _identity(identity, {"precision": precision, "step_size": asdict(size)})
@@ -119,15 +119,17 @@ def _model(recipe: Recipe, start: str, offline: bool, console: Talk) -> Any:
     present = [row.tower for row in tower_table(model) if row.parameters]
     chosen = present if settings.train == "all" else settings.train
     check_towers(model, chosen, "pretrain")
+    # What joins the parts is fresh, and no use as it is.
+    trains = {*chosen, *(("fusion",) if "projector" in chosen else ())}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in chosen)
+        parameter.requires_grad_(part_of(name) in trains)
     rows = [(row.tower, row.state, row.parameters, row.trainable) for row in tower_table(model)]
     console.table("what trains", ("tower", "state", "parameters", "trainable"), rows)
     return model
 
 
-def _measure(learner: Any, batches: Any, plan: Any, accelerator: Any) -> None:
-    """Lets the codes of a learner start from what the first rows are like."""
+def measure(learner: Any, batches: Any, plan: Any, accelerator: Any) -> None:
+    """Lets the codes of a learner go by what some rows are like."""
     import numpy as np
 
     if "codes" not in learner.heads:
