@@ -5,7 +5,6 @@ Shapes: B rows, T tokens, M media tokens, H model width, K parts of a row, C wid
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -34,8 +33,6 @@ from mmtune.training.tally import Tally
 CODED = ("reconstruction", "adversarial", "contrastive")
 """Objectives over one code per part of a row."""
 _OURS = ("keys", "step")
-# What joins the parts of a composite model, beside its projectors.
-_JOINS = re.compile(r"(^|\.)model\.(gate|segments|media_attention)\.")
 
 
 @dataclass(frozen=True)
@@ -240,7 +237,7 @@ def part_of(name: str) -> str:
     """
     if name.startswith("heads."):
         return "heads"
-    return "fusion" if _JOINS.search(name) else tower_of(name)
+    return tower_of(name)
 
 
 def with_features(inputs: Mapping[str, torch.Tensor], features: Mapping[str, torch.Tensor]) -> dict[str, Any]:
