@@ -63,6 +63,7 @@ def pretrain(
         raise IntegrityError(f"tokens/ was made for the model {made_for}", "run: mmtune tokenize", "other_model")
     config = {
         "pretrain": {**recipe.pretrain.model_dump(mode="json", exclude=set(_FREE)), "objectives": _weights(recipe)},
+        "attn": recipe.model.attn if recipe.model else "auto",
         "seed": recipe.seed,
         "limit": limit,
         "weights": weights_digest(str(recipe.run_dir / "start"), offline=offline),
