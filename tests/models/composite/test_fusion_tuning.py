@@ -16,6 +16,8 @@ from mmtune.models.load import load_tuned
 from mmtune.models.method import with_method
 from mmtune.models.towers import fingerprints, moved_towers, tower_of, tower_table
 from mmtune.recipe.finetune import Finetune
+from mmtune.stages.finetune.base import show_towers
+from mmtune.talk import Talk
 from tests.models.composite.test_fusion import batch, log_probs, model_of
 
 LORA = {"r": 2, "alpha": 4.0, "targets": None}
@@ -87,6 +89,9 @@ def test_without_its_name_fusion_stays_as_it_is(tmp_path: Path) -> None:
     assert not any(own.requires_grad for name, own in model.named_parameters() if tower_of(name) == "fusion")
     # Behind gates that stay shut the projectors get no gradient either.
     assert moved_towers(before, model)[0] == {"llm"}
+    console = Talk(quiet=True)
+    show_towers(model, console)
+    assert "add fusion to finetune.train" in console.lines[-1]
 
 
 def test_a_model_without_fusion_says_so(tmp_path: Path) -> None:
