@@ -53,17 +53,7 @@ def prompt(
     instructions = read_manifest(recipe.run_dir / "instructions", made_by="build-data")
     adapter = read_manifest(recipe.run_dir / "adapter", made_by="finetune") if settings.on == "tuned" else None
     path = _model_path(recipe, adapter)
-    config = {
-        "prompt": settings.model_dump(mode="json"),
-        "eval": (recipe.eval or Eval()).model_dump(
-            mode="json", include={"split", "answer", "max_new_tokens", "bootstrap"}
-        ),
-        "tokenize": recipe.tokenize.model_dump(mode="json", exclude={"workers", "layout"}),
-        "model": path,
-        "weights": weights_digest(path, revision=recipe.model.revision if recipe.model else None, offline=offline),
-        "seed": recipe.seed,
-        "limit": limit,
-    }
+    config = _config(recipe, settings, path, limit, offline)
     parents = {"instructions": instructions.hash, **({} if adapter is None else {"adapter": adapter.hash})}
     target = recipe.run_dir / "prompt"
     rows = choose_rows(
@@ -92,6 +82,20 @@ def prompt(
         _publish(staging, document, kept, instructions)
     console.say(f"prompt: wrote {target / 'prompt.json'}")
     return {"stage": "prompt", "cached": False, "target": str(target), **_brief(document)}
+
+
+def _config(recipe: Recipe, settings: Prompt, path: str, limit: int | None, offline: bool) -> dict[str, Any]:
+    """Returns everything that changes what is found, or what is said of it."""
+    asked = recipe.eval or Eval()
+    return {
+        "prompt": settings.model_dump(mode="json"),
+        "eval": asked.model_dump(mode="json", include={"split", "answer", "max_new_tokens", "bootstrap"}),
+        "tokenize": recipe.tokenize.model_dump(mode="json", exclude={"workers", "layout"}),
+        "model": path,
+        "weights": weights_digest(path, revision=recipe.model.revision if recipe.model else None, offline=offline),
+        "seed": recipe.seed,
+        "limit": limit,
+    }
 
 
 def _publish(staging: Staging, document: Mapping[str, Any], kept: Path, instructions: Manifest) -> None:

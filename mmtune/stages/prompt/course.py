@@ -31,7 +31,7 @@ from mmtune.prompts.searched import SCHEMA, SOFT, SearchedPrompt, prompt_facts
 from mmtune.recipe import Eval, Prompt, Recipe
 from mmtune.stages.prompt.own import method_name, own_settings
 from mmtune.stages.prompt.rows import Rows, answer_of, solved
-from mmtune.storage import Manifest
+from mmtune.storage import Manifest, read_manifest
 from mmtune.talk import Talk
 
 _LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -257,28 +257,18 @@ def _asker(course: Course, should_stop: Callable[[], bool]) -> Any:
     from mmtune.encoding.processor import load_processor
     from mmtune.encoding.render import Renderer
     from mmtune.evaluation.ranking import label_words
-    from mmtune.models.load import load_to_answer
     from mmtune.stages.prompt.asking import Asker
 
     recipe, tokenize, asked = course.recipe, course.recipe.tokenize, course.asked
-    revision = recipe.model.revision if recipe.model else None
     processor = load_processor(
         course.model,
-        revision=revision,
+        revision=recipe.model.revision if recipe.model else None,
         offline=course.offline,
         min_image_pixels=tokenize.min_image_pixels,
         max_image_pixels=tokenize.max_image_pixels,
     )
-    model = load_to_answer(
-        course.model,
-        recipe.run_dir / "adapter" if course.settings.on == "tuned" else None,
-        precision=recipe.finetune.precision if recipe.finetune else "auto",
-        revision=revision,
-        attn=recipe.model.attn if recipe.model else "auto",
-        offline=course.offline,
-    )
     asker = Asker(
-        model=model,
+        model=_model(course),
         processor=processor,
         renderer=Renderer(processor, video_frames=tokenize.video_frames),
         media_root=course.media_root,
@@ -295,6 +285,23 @@ def _asker(course: Course, should_stop: Callable[[], bool]) -> Any:
     from mmtune.stages.prompt.soft import soften
 
     return soften(asker, course.settings.bbt, recipe.seed, course.model)
+
+
+def _model(course: Course) -> Any:
+    from mmtune.models.load import load_to_answer
+
+    recipe, tuned = course.recipe, course.settings.on == "tuned"
+    folder = recipe.run_dir / "adapter"
+    return load_to_answer(
+        course.model,
+        folder if tuned else None,
+        precision=recipe.finetune.precision if recipe.finetune else "auto",
+        revision=recipe.model.revision if recipe.model else None,
+        attn=recipe.model.attn if recipe.model else "auto",
+        offline=course.offline,
+        # What was tuned on 4-bit weights is asked on them.
+        nf4=tuned and read_manifest(folder).config["finetune"].get("quantize") == "nf4",
+    )
 
 
 def _check_start(space: Space) -> None:
