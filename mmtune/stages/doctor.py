@@ -25,6 +25,7 @@ _EXTRAS: tuple[tuple[str, str, str], ...] = (
     ("faiss", "retrieval", "search in large pools"),
     ("liger_kernel", "fast", "fused GPU kernels"),
     ("trl", "preference", "preference tuning"),
+    ("cma", "prompt", "prompt search by black-box tuning"),
     ("optuna", "prompt", "prompt search by mipro"),
     ("gepa", "prompt", "prompt search by gepa"),
     ("tensorboard", "trackers", "tensorboard logs"),
