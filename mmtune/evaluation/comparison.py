@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mmtune.evaluation import NORMALISERS, Measured, measure
-from mmtune.evaluation.intervals import Interval, bootstrap, paired_difference
+from mmtune.evaluation.intervals import Interval, bootstrap, holm, paired_difference
 from mmtune.records import Prediction
 
 FACETS = ("source", "task", "template", "answer_type", "question_type")
@@ -103,7 +103,7 @@ def compare(
     Args:
         rows: The examples, in the order of the answers.
         texts: Model name to its answers; with two models the second is compared to the first, with more
-            each to the one before it.
+            each to the one before it and to the first.
         resamples: Bootstrap samples.
         seed: Of the bootstrap.
     """
@@ -188,7 +188,12 @@ def _entry(
     if len(measured) == 2:
         entry["difference"] = difference(*measured)
     elif len(measured) > 2:
-        entry["steps"] = [{"first": one, "second": two, **difference(one, two)} for one, two in pairwise(measured)]
+        # Each against the one before it, and against the first.
+        first_name, *others = measured
+        pairs = dict.fromkeys([*pairwise(measured), *((first_name, other) for other in others)])
+        tested = [{"first": one, "second": two, **difference(one, two)} for one, two in pairs]
+        adjusted = holm([one["p"] for one in tested])
+        entry["steps"] = [{**one, "p_holm": round(p, 6)} for one, p in zip(tested, adjusted, strict=True)]
     return entry
 
 

@@ -94,6 +94,16 @@ def bootstrap(
     return Interval(value, low, high, values_N.size, len(sums_G2))
 
 
+def holm(values: Sequence[float]) -> list[float]:
+    """Returns p-values that hold for all tests together (Holm 1979), in the order of the given ones."""
+    order = sorted(range(len(values)), key=lambda at: values[at])
+    out, least = [0.0] * len(values), 0.0
+    for rank, at in enumerate(order):
+        least = max(least, min(1.0, values[at] * (len(values) - rank)))
+        out[at] = least
+    return out
+
+
 def paired_difference(
     first: Numbers,
     second: Numbers,

@@ -77,19 +77,21 @@ def headline(report: Mapping[str, Any]) -> str:
     models = list(entry["models"])
     last = entry["models"][models[-1]]
     rows = f"{entry['n']:,} held-out {'row' if entry['n'] == 1 else 'rows'}"
-    if "difference" not in entry:
+    ends = [one for one in entry.get("steps", ()) if (one["first"], one["second"]) == (models[0], models[-1])]
+    found = entry.get("difference") or next(iter(ends), None)
+    if found is None:
         return (
             f"{label(name)} of {_who(models[-1])} is {number(last['value'])}"
             f" (95 % interval {interval(last)}) on {rows}."
         )
-    found, first = entry["difference"], entry["models"][models[0]]
+    first = entry["models"][models[0]]
     who = "tuning" if models == ["base", "tuned"] else f"{models[-1]!r} against {models[0]!r}"
     change = f"{label(name)} from {number(first['value'])} to {number(last['value'])}"
     sure = (
         f"a difference of {signed(found['value'])} (95 % interval {interval(found, sign=True)},"
         f" p {_p(found['p'])}) on {rows}"
     )
-    outcome = verdict(entry)
+    outcome = verdict({**entry, "difference": {**found, "p": found.get("p_holm", found["p"])}})
     if outcome == "unclear":
         return f"No clear effect: {who} moved {change}, {sure}."
     verb = "raised" if found["value"] > 0 else "lowered"
@@ -97,11 +99,12 @@ def headline(report: Mapping[str, Any]) -> str:
 
 
 def steps(report: Mapping[str, Any]) -> list[str]:
-    """Returns one line per paired test of three or more answerers: each against the one before it."""
+    """Returns one line per paired test of three or more answerers: each against the one before it and the first."""
     lines = []
     for name, entry in report["metrics"].items():
         for one in entry.get("steps", ()):
-            change = f"{signed(one['value'])} (95 % interval {interval(one, sign=True)}, p {_p(one['p'])})"
+            sure = f"95 % interval {interval(one, sign=True)}, p {_p(one['p'])}, {p_value(one['p_holm'])} by Holm"
+            change = f"{signed(one['value'])} ({sure})"
             lines.append(f"{label(name)}: {one['second']} against {one['first']} {change}.")
     return lines
 

@@ -8,9 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmtune.evaluation.intervals import bootstrap, paired_difference, sign_flip_p, sign_test
+from mmtune.evaluation.intervals import bootstrap, holm, paired_difference, sign_flip_p, sign_test
 
 scores = st.lists(st.sampled_from([0.0, 30.0, 60.0, 90.0, 100.0]), min_size=1, max_size=30)
+
+
+def test_several_tests_together():
+    """The textbook's example: each p-value times the tests that are left, never below the one before."""
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
 
 
 @settings(max_examples=40)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from mmtune.errors import CapabilityError, DataError, Interrupted, RecipeError
+from mmtune.errors import CapabilityError, DataError, IntegrityError, Interrupted, RecipeError
 from mmtune.prompts.schema import row_to_example
 from mmtune.prompts.searched import SearchedPrompt, asked_with, read_prompt
 from mmtune.recipe import Finetune, Recipe
@@ -350,8 +350,6 @@ def test_build_data_and_eval_ask_with_the_same_words(recipe):
     # Whatever won: the prompt of the test has all three parts.
     value = json.loads(path.read_text())
     pool = open_split(given.run_dir / "instructions" / "train").to_pylist()[:2]
-    for row in pool:
-        row.update({name: [] for name in ("images", "audios", "videos")})
     value["prompt"].update(exemplars=pool, words=words[0], instruction="Say {options}: {prompt} Now.")
     other = given.run_dir.parent / "mine.json"
     other.write_text(json.dumps(value))
@@ -394,6 +392,48 @@ def test_eval_scores_the_prompt_as_the_search_did(recipe):
     assert any("searched prompt" in note for note in metrics["notes"])
     assert [made["folder"] for made in metrics["manifests"]] == ["instructions", "prompt"]
     assert metrics["perplexity"]["models"].keys() == {"base", "best_prompt"}
+    # Other rows: some that chose the prompt may be held out now.
+    build_data(given, force=True, limit=5, console=QUIET)
+    with pytest.raises(IntegrityError, match="searched on other rows"):
+        evaluate(given, console=QUIET)
+
+
+def test_a_prompt_that_shows_pictures_words_rows_of_pictures(recipe, repository):
+    """Its media stand with another run; a row of a held-out source is refused."""
+    from mmtune.stages.build_data.searched import check_prompt
+
+    given = recipe()
+    build_data(given, console=QUIET)
+    search_prompt(given, console=QUIET)
+    notes, scenes = repository / "data" / "scenes" / "annotations", repository / "data" / "scenes"
+    source = {
+        "id": "compare",
+        "reader": "vqa_v2",
+        "questions": str(notes / "compare_train_questions.json"),
+        "annotations": str(notes / "compare_train_annotations.json"),
+        "images": str(scenes / "train"),
+        "limit": 4,
+    }
+    pictures = Recipe.model_validate({"run_dir": given.run_dir.parent / "pictures", "sources": [source]})
+    build_data(pictures, console=QUIET)
+    (shown,) = open_split(pictures.run_dir / "instructions" / "train").to_pylist()[:1]
+    value = json.loads((given.run_dir / "prompt" / "prompt.json").read_text())
+    value["prompt"]["exemplars"] = [shown]
+    value["media_root"] = read_manifest(pictures.run_dir / "instructions").facts["media_root"]
+    path = given.run_dir.parent / "mine.json"
+    path.write_text(json.dumps(value))
+    worded = pictures.model_copy(update={"build": pictures.build.model_copy(update={"prompt": str(path)})})
+    worded = worded.model_copy(update={"run_dir": given.run_dir.parent / "worded"})
+    build_data(worded, console=QUIET)
+    rows = [row_to_example(row) for row in open_split(worded.run_dir / "instructions" / "train").to_pylist()]
+    others = [row for row in rows if row.media[-1].path != shown["images"][0]["path"]]
+    assert others and all(len(row.media) == 2 for row in others)
+    root = Path(read_manifest(worded.run_dir / "instructions").facts["media_root"])
+    assert all((root / medium.path).is_file() for row in rows for medium in row.media)
+    prompt, _ = read_prompt(path)
+    check_prompt(prompt, {"kept": ("other",)})
+    with pytest.raises(RecipeError, match="the mixture holds out"):
+        check_prompt(prompt, {"kept": ("compare",)})
 
 
 def test_base_and_tuned_answer_with_and_without_the_prompt(recipe):
@@ -407,7 +447,11 @@ def test_base_and_tuned_answer_with_and_without_the_prompt(recipe):
     results = run_stages(given, stages_of(given, None, True), force=False, dry_run=False, console=QUIET)
     entry = results["eval"]["metrics"]["accuracy"]
     assert list(entry["models"]) == four
-    assert [(one["first"], one["second"]) for one in entry["steps"]] == list(pairwise(four))
+    assert [(one["first"], one["second"]) for one in entry["steps"]] == [
+        *pairwise(four),
+        *((four[0], other) for other in four[2:]),
+    ]
+    assert all(one["p"] <= one["p_holm"] <= 1 for one in entry["steps"])
     assert "tuned_best_prompt" in (given.run_dir / "report" / "index.html").read_text()
     assert "tuned_best_prompt" in (given.run_dir / "report" / "report.md").read_text()
     # A search on the tuned model comes behind its tuning.

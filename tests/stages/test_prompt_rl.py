@@ -16,6 +16,7 @@ from mmtune.stages.prompt import prompt as search_prompt
 from mmtune.stages.prompt.asking import Asker
 from mmtune.stages.prompt.words import _pieces
 from mmtune.stages.show import describe, render
+from mmtune.storage import read_manifest
 from mmtune.talk import Talk
 
 QUIET = Talk(quiet=True)
@@ -163,7 +164,12 @@ def test_soft_tokens_are_refused_where_there_is_no_place_for_them(recipe):
     build_data(given, console=QUIET)
     search_prompt(given, console=QUIET)
     with pytest.raises(RecipeError, match="soft tokens"):
-        prompt_of(given, Eval(compare=["base", "tuned_best_prompt"]))
+        prompt_of(
+            given,
+            Eval(compare=["base", "tuned_best_prompt"]),
+            read_manifest(given.run_dir / "instructions"),
+            given.model.path,
+        )
     other = recipe("other", build={"prompt": str(given.run_dir / "prompt" / "prompt.json")})
     with pytest.raises(RecipeError, match="soft tokens are no words"):
         build_data(other, console=QUIET)

@@ -42,7 +42,7 @@ from mmtune.stages.build_data.exemplars import (
 )
 from mmtune.stages.build_data.mixing import Mixed, plan_mixture
 from mmtune.stages.build_data.saying import say_result
-from mmtune.stages.build_data.searched import given_prompt, keeps_slots, placed, prompt_roots
+from mmtune.stages.build_data.searched import check_prompt, given_prompt, keeps_slots, placed, prompt_roots
 from mmtune.storage import (
     Manifest,
     RejectLog,
@@ -91,7 +91,8 @@ class _Sources:
 
     def homes(self) -> dict[str, tuple[int, MediaPlace]]:
         """Returns every training source's number, and where its media lie."""
-        train = enumerate(zip(self.recipe.sources, self.places, strict=True))
+        # After the sources' places stands that of a searched prompt's media.
+        train = enumerate(zip(self.recipe.sources, self.places, strict=False))
         return {source.id: (at, place) for at, (source, place) in train if source.split == "train"}
 
     def items(self, at: int) -> Iterator[Record | Reject]:
@@ -202,6 +203,8 @@ def _fill(
     build, schema = recipe.build, instructions_schema()
     tallies = [Tally() for _ in sources.files]
     mixed = _mix(recipe, sources, console)
+    if mixed is not None:
+        check_prompt(sources.prompt, mixed.held_out)
     shown = _exemplars(recipe, sources, mixed)
     writers: dict[str, SplitWriter] = {}
     overlap, known, odd = SplitOverlap(), KnownMedia(), 0

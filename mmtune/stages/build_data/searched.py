@@ -43,6 +43,26 @@ def given_prompt(recipe: Recipe) -> tuple[SearchedPrompt, str] | None:
     return found, root
 
 
+def check_prompt(prompt: SearchedPrompt | None, held_out: Mapping[str, tuple[str, ...]]) -> None:
+    """Refuses a prompt that shows rows of a held-out cluster.
+
+    Args:
+        prompt: The prompt, or None.
+        held_out: Held-out cluster to its sources.
+
+    Raises:
+        RecipeError: One of its exemplars is of a held-out source.
+    """
+    for cluster, sources in held_out.items():
+        shown = next((one.id for one in prompt.exemplars if one.source in sources), None) if prompt else None
+        if shown is not None:
+            raise RecipeError(
+                f"build.prompt shows {shown}, a row of {cluster}, which the mixture holds out",
+                "search the prompt without that source, or hold out another cluster",
+                "held_out_exemplar",
+            )
+
+
 def prompt_roots(given: tuple[SearchedPrompt, str] | None) -> list[Mapping[Modality, str]]:
     """Returns where the media of a prompt's exemplars lie, as the roots of one more source."""
     if given is None:

@@ -118,8 +118,9 @@ def _plan(recipe: Recipe, limit: int | None, offline: bool) -> _Plan:
     if not (asked or made_from):
         raise RecipeError("the recipe names no model", "add `model: {path: ...}`")
     least = [value for value in (limit, settings.limit) if value is not None]
-    most, features, prompt = min(least, default=None), features_of(recipe, settings), prompt_of(recipe, settings)
-    return _Plan(recipe, settings, instructions, adapter, features, prompt, made_from or asked, most, offline)
+    most, features, model = min(least, default=None), features_of(recipe, settings), made_from or asked
+    prompt = prompt_of(recipe, settings, instructions, model)
+    return _Plan(recipe, settings, instructions, adapter, features, prompt, model, most, offline)
 
 
 def _write(plan: _Plan, staging: Staging, console: Talk) -> dict[str, Any]:
@@ -234,7 +235,8 @@ def _answers(
                 asked = {name: load for name, load in models.items() if is_prompted(name)}
                 said, more = ask_each(asked, processor, {"": prompted.rows}, prompted.asking(asking))
                 texts |= {name: prompted.answers(answers) for name, answers in said.items()}
-                losses |= {} if prompted.unaskable else more
+                # Label words are other texts than the references: their losses say nothing beside those.
+                losses |= {} if prompted.unaskable or prompted.prompt.words else more
             return in_order(texts, settings.compare), in_order(losses, settings.compare), looking
         except Stopped as stopped:
             error = Interrupted("eval was stopped by a signal; report/ was not touched", "run the same command again")

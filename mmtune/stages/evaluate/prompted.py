@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mmtune.errors import RecipeError
+from mmtune.errors import IntegrityError, RecipeError
 from mmtune.prompts.searched import SOFT, SearchedPrompt, asked_with, moved, read_prompt
 from mmtune.recipe import Eval, Recipe
 from mmtune.records import Example
@@ -21,16 +21,31 @@ def is_prompted(name: str) -> bool:
     return name.endswith(_PROMPTED)
 
 
-def prompt_of(recipe: Recipe, settings: Eval) -> Manifest | None:
+def prompt_of(recipe: Recipe, settings: Eval, instructions: Manifest, model: str) -> Manifest | None:
     """Returns the manifest of prompt/, or None where nothing is asked with it.
+
+    Args:
+        recipe: Its ``run_dir`` holds prompt/.
+        settings: Its eval part.
+        instructions: The rows that are asked.
+        model: The base model.
 
     Raises:
         DataError: It is not there.
+        IntegrityError: It was searched on other rows, some of which may be held out now, or with another model.
         RecipeError: Its soft tokens stand before the base, and the tuned model is to be asked with them.
     """
     if not any(map(is_prompted, settings.compare)):
         return None
     found = read_manifest(recipe.run_dir / "prompt", made_by="prompt")
+    if found.parents.get("instructions") != instructions.hash:
+        raise IntegrityError(
+            "prompt/ was searched on other rows than instructions/ holds", "run: mmtune prompt", "other_rows"
+        )
+    if found.facts["model"] != model:
+        raise IntegrityError(
+            f"prompt/ was searched with {found.facts['model']}, eval asks {model}", "run: mmtune prompt", "other_model"
+        )
     if found.facts.get("soft") and "tuned_best_prompt" in settings.compare:
         raise RecipeError(
             "the prompt in prompt/ is soft tokens before the base; the tuned model cannot take them",

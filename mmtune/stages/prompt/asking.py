@@ -16,9 +16,12 @@ from mmtune.encoding.processor import pad_token_id, tokenizer_of
 from mmtune.encoding.render import Renderer
 from mmtune.errors import RecipeError
 from mmtune.evaluation import CORPUS_METRICS, measure, metrics_of
-from mmtune.evaluation.generation import answer_losses, generate_texts, stop_ids
+from mmtune.evaluation.generation import generate_texts, stop_ids
+from mmtune.evaluation.options import by_media, score_words
 from mmtune.evaluation.ranking import Question, Words, label_scores, question_of_row, rank
 from mmtune.evaluation.rows import EvalRows
+from mmtune.evaluation.scoring import RowScorer
+from mmtune.models.soft_tokens import soft_tokens
 from mmtune.prompts.search.reward import WRONG, piecewise
 from mmtune.prompts.searched import SearchedPrompt, asked_with
 from mmtune.records import Example
@@ -61,6 +64,7 @@ class Asker:
         rank: Answer rows with options by the likeliest one.
         words: Label words by source, for ranking.
         should_stop: Asked between batches.
+        note: Told what a person should know.
         calls: Pairs of prompt and row that were asked.
     """
 
@@ -75,13 +79,20 @@ class Asker:
     rank: bool
     words: Words
     should_stop: Callable[[], bool]
+    note: Callable[[str], None]
     calls: int = 0
     _stops: list[int] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         # They stay, and the media that they keep: the same rows are asked again and again.
         made = partial(Collator, self.processor, media_root=self.media_root, cache_bytes=_CACHE_BYTES)
-        self._left, self._right = made(left=True), made()
+        self._left = made(left=True)
+        if soft_tokens(self.model) is None:
+            self.renderer = self.renderer.without_soft_tokens()
+        # Beginnings that rows share run once; checked on real rows when it is first asked.
+        self._scorer = RowScorer(
+            self.model, made(), batch_rows=self.batch_rows, should_stop=self.should_stop, note=self.note
+        )
 
     def answered(self, prompt: SearchedPrompt, examples: Sequence[Example], reward: str) -> Answered:
         """Returns rewards of rows asked with a prompt.
@@ -152,15 +163,7 @@ class Asker:
 
     def _logprobs(self, rows: EvalRows, pairs: Sequence[tuple[Question, int]]) -> np.ndarray:
         """Returns ``(N,)`` log-probabilities of words as answers to questions."""
-        nll, _ = answer_losses(
-            self.model,
-            lambda chosen: [rows.encode(pairs[at][0].conversation(pairs[at][1]), pairs[at][0].tools) for at in chosen],
-            self._right,
-            sizes=[rows.row_sizes[question.row] for question, _ in pairs],
-            batch_rows=self.batch_rows,
-            should_stop=self.should_stop,
-        )
-        return -nll
+        return score_words(self._scorer, rows.encode, pairs)
 
     def _words(self, prompt: SearchedPrompt) -> Words:
         # Label words of the recipe belong to the labels as they are.
@@ -183,15 +186,9 @@ class Asker:
 
     def _likelihoods(self, rows: EvalRows) -> np.ndarray:
         """Returns ``(R,)`` geometric mean of the probabilities of the answer's tokens."""
-        nll, tokens = answer_losses(
-            self.model,
-            rows.conversations,
-            self._right,
-            sizes=rows.row_sizes,
-            batch_rows=self.batch_rows,
-            should_stop=self.should_stop,
-        )
-        return np.exp(-nll / np.maximum(tokens, 1))
+        order = by_media([rows.example(row).media for row in range(len(rows.kept))])
+        logprob, tokens = self._scorer(rows.conversations, order)
+        return np.exp(logprob / np.maximum(tokens, 1))
 
 
 def gap(score_L: np.ndarray, right_L: Sequence[bool]) -> float:

@@ -200,7 +200,7 @@ def follow(course: Course, kept: Path, identity: Mapping[str, Any], console: Tal
 
     with StopFlag() as stop:
         try:
-            asker = _asker(course, lambda: bool(stop))
+            asker = _asker(course, lambda: bool(stop), console.note)
             found = course.run(asker, kept, identity, console)
             searched, soft = asker.calls, isinstance(found["best"].best.candidate, SoftPrompt)
             if soft:
@@ -253,7 +253,7 @@ def _document(
     }
 
 
-def _asker(course: Course, should_stop: Callable[[], bool]) -> Any:
+def _asker(course: Course, should_stop: Callable[[], bool], note: Callable[[str], None]) -> Any:
     from mmtune.encoding.processor import load_processor
     from mmtune.encoding.render import Renderer
     from mmtune.evaluation.ranking import label_words
@@ -279,6 +279,7 @@ def _asker(course: Course, should_stop: Callable[[], bool]) -> Any:
         rank=asked.answer == "rank",
         words=label_words(course.instructions.config["sources"]),
         should_stop=should_stop,
+        note=note,
     )
     if course.settings.method != "bbt":
         return asker
