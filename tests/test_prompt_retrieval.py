@@ -11,7 +11,7 @@ import pytest
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_nearest_exemplars_beat_random_ones_and_these_beat_none(repository: Path, tmp_path: Path):
-    settings = {"run_dir": tmp_path / "run", "finetune.max_steps": 150, "eval.loss": "false", "eval.limit": 320}
+    settings = {"run_dir": tmp_path / "run", "eval.loss": "false"}
     overrides = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
     recipe = str(repository / "recipes" / "prompt_retrieval.yaml")
     command = [sys.executable, "-m", "mmtune", "run", recipe, "--json", "--offline", "-q", *overrides]
@@ -25,4 +25,5 @@ def test_the_nearest_exemplars_beat_random_ones_and_these_beat_none(repository: 
     # One word of sixteen fits where nothing says which game is played.
     assert scores["tuned"] < 15
     assert steps["tuned, 4 random"]["low"] > 0
-    assert steps["tuned, 4 retrieval"]["low"] > 10
+    # Three runs: 38.7 to 49.3, 44.5 to 55.3 in the middle.
+    assert steps["tuned, 4 retrieval"]["low"] > 25
