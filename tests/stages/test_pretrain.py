@@ -25,6 +25,7 @@ sources:
     annotations: {data}/scenes/annotations/compare_train_annotations.json
     images: {data}/scenes/train
     limit: 16
+{more}
 pretrain:
   build:
     text: {{hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1, num_attention_heads: 2}}
@@ -42,9 +43,9 @@ IMAGE = "image: {hidden_size: 16, intermediate_size: 16, image_size: 24, patch_s
 
 @pytest.fixture
 def recipe_at(tmp_path, repository):
-    def make(*overrides, weights=WEIGHTS, encoders="{" + IMAGE + "}"):
+    def make(*overrides, weights=WEIGHTS, encoders="{" + IMAGE + "}", more=""):
         path = tmp_path / "recipe.yaml"
-        text = TEXT.format(folder=tmp_path, data=repository / "data", weights=weights, encoders=encoders)
+        text = TEXT.format(folder=tmp_path, data=repository / "data", weights=weights, encoders=encoders, more=more)
         path.write_text(text, "utf-8")
         return load_recipe(path, list(overrides), environ={})
 
@@ -117,6 +118,21 @@ def test_bad_recipes_are_named(recipe_at):
 def test_an_objective_without_its_media_is_refused(recipe_at):
     with pytest.raises(DataError, match="no training row has audio"):
         made(recipe_at(encoders="{" + IMAGE + ", audio: {hidden_size: 16, num_mel_bins: 16}}"))
+
+
+def words_alone(folder, rows=16):
+    """The source of a table without media."""
+    lines = [json.dumps({"q": f"What is {number} and one?", "a": str(number + 1)}) for number in range(rows)]
+    (folder / "words.jsonl").write_text("\n".join(lines), "utf-8")
+    return f"  - {{id: w, reader: table, path: {folder}/words.jsonl, columns: {{question: q, answer: a}}}}"
+
+
+def test_what_joins_the_parts_waits_for_rows_with_media(recipe_at, tmp_path):
+    beside = "pretrain.build.fusion={attention: co, layers: [0]}"
+    for overrides in ([beside], ["pretrain.build.fusion={mode: hybrid}", "pretrain.train=[projector, fusion]"]):
+        recipe = recipe_at(*overrides, "pretrain.batch_rows=1", weights="{caption: 1}", more=words_alone(tmp_path))
+        made(recipe, force=True)
+        assert len(lines(recipe)) == 6
 
 
 def test_soft_tokens_are_for_finetune(recipe_at, tmp_path):
