@@ -66,9 +66,7 @@ def _load(path: str, kind: Kind, options: dict[str, Any]) -> Any:
         # The feature extractor of the small encoder becomes known; its module is slow to import.
         import mmtune.models.encoders  # noqa: F401
 
-    folder = Path(path)
-    if kind == "text" and folder.is_dir() and not any(next(folder.glob(name), None) for name in _TOKENIZER_FILES):
-        # transformers would make an empty tokenizer from the config alone.
+    if kind == "text" and lacks_tokenizer(path):
         raise _no_processor(path, kind, "there is no tokenizer.json")
     auto: Any = {"image": AutoImageProcessor, "audio": AutoFeatureExtractor, "text": AutoTokenizer}[kind]
     try:
@@ -88,6 +86,12 @@ def _load(path: str, kind: Kind, options: dict[str, Any]) -> Any:
                 "model_unavailable",
             ) from error
         raise _no_processor(path, kind, _first_line(error)) from error
+
+
+def lacks_tokenizer(path: str) -> bool:
+    """Says whether a folder has no tokenizer: transformers would make an empty one from the config alone."""
+    folder = Path(path)
+    return folder.is_dir() and not any(next(folder.glob(name), None) for name in _TOKENIZER_FILES)
 
 
 def _no_processor(path: str, kind: str, why: str) -> RecipeError:

@@ -188,7 +188,9 @@ class Learner(nn.Module):
         if "reconstruction" not in self.settings.weights:
             return {}
         parts, ids_BT = self.settings.codes.parts, inputs["input_ids"]
-        found = {name: own for name, own in summaries(inputs, media, len(ids_BT)).items() if name in parts}
+        found = {
+            name: own for name, own in summaries(self.model.config, inputs, media, len(ids_BT)).items() if name in parts
+        }
         if "text" in parts:
             found["text"] = word_summary(ids_BT, self.settings.text.words(inputs))
         return found

@@ -21,6 +21,8 @@ MEDIA_INPUTS = ("pixel_values", "frame_milliseconds", "input_features", "feature
 """What ``EncodedMedia.outputs`` stands in for."""
 _SIDE = 8
 """A picture is summed up by so many by so many means, a sound by so many spans of time."""
+_TIME_FIRST = ("audio-spectrogram-transformer",)
+"""Sound encoders that take spectra as (time, bands)."""
 _HASH = 2_654_435_761
 
 
@@ -74,7 +76,7 @@ def outputs(media: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def summaries(
-    batch: Mapping[str, torch.Tensor], media: Mapping[str, EncodedMedia], rows: int
+    config: Any, batch: Mapping[str, torch.Tensor], media: Mapping[str, EncodedMedia], rows: int
 ) -> dict[str, torch.Tensor]:
     """Returns ``(B, D)`` what each row's media are in short, by modality, as their encoders are given them.
 
@@ -82,6 +84,7 @@ def summaries(
     loudness of 64 spans).
 
     Args:
+        config: Of the composite model.
         batch: Pixels and sounds.
         media: Of the same batch.
         rows: B.
@@ -92,6 +95,8 @@ def summaries(
         found["image"] = _mean_by_row(fields, media["image"].row_of_medium, rows)
     if "audio" in media:
         sounds, mask = batch["input_features"].float(), batch.get("feature_attention_mask")
+        if sounds.ndim == 3 and (config.audio_config.model_type in _TIME_FIRST or sounds.shape[1] != _bands(config)):
+            sounds = sounds.transpose(1, 2)
         lengths = [sounds.shape[-1]] * len(sounds) if mask is None else mask.sum(-1).tolist()
         found["audio"] = _mean_by_row(
             torch.stack([_sound(one[..., :length]) for one, length in zip(sounds, lengths, strict=True)]),
@@ -122,9 +127,14 @@ def summary_widths(config: Any) -> dict[str, int]:
         if name == "image":
             found[name] = _SIDE**2 * int(getattr(config.vision_config, "num_channels", 3))
         else:
-            bands = getattr(config.audio_config, "num_mel_bins", None)
-            found[name] = _SIDE * int(bands) if bands else _SIDE**2
+            bands = _bands(config)
+            found[name] = _SIDE * bands if bands else _SIDE**2
     return found
+
+
+def _bands(config: Any) -> int:
+    """Returns the bands of a sound's spectrum; 0 where the encoder hears samples."""
+    return int(getattr(config.audio_config, "num_mel_bins", None) or 0)
 
 
 def _sound(sound: torch.Tensor) -> torch.Tensor:
