@@ -164,6 +164,11 @@ class Pretrain(Section):
             idle = sorted(set(self.tower_rates) - set(self.train))
             if idle:
                 raise ValueError(f"tower_rates names {idle[0]}, which does not train")
+        compared = [name for name in ("contrastive", "match") if self.objectives.get(name)]
+        if compared and self.batch_rows < 2:
+            raise ValueError(
+                f"objective {compared[0]} compares the rows of a micro batch: batch_rows must be 2 or more"
+            )
         early = [name for name in ("masked", "match") if self.objectives.get(name)]
         if early and self.build.fusion.mode != "early":
             raise ValueError(f"objective {early[0]} goes with build.fusion.mode early")

@@ -108,6 +108,7 @@ def test_bad_recipes_are_named(recipe_at):
         (["pretrain.build.encoders={smell: {}}"], "smell"),
         (["model.path=elsewhere"], "leave out model.path"),
         (["pretrain.train=[llm]", "pretrain.unfreeze={image: 1}"], "image, which does not train"),
+        (["pretrain.batch_rows=1"], "compares the rows of a micro batch"),
     ):
         with pytest.raises(RecipeError, match=said):
             recipe_at(*overrides)
@@ -118,6 +119,34 @@ def test_bad_recipes_are_named(recipe_at):
 def test_an_objective_without_its_media_is_refused(recipe_at):
     with pytest.raises(DataError, match="no training row has audio"):
         made(recipe_at(encoders="{" + IMAGE + ", audio: {hidden_size: 16, num_mel_bins: 16}}"))
+
+
+SOUNDS = """  - id: s
+    reader: table
+    path: {data}/sounds/annotations/train.jsonl.gz
+    columns: {{id: id, question: question, answer: answer, audio: audio}}
+    audios: {data}/sounds/train
+    limit: 8
+"""
+
+
+def test_codes_that_no_row_pairs_are_refused_or_said(recipe_at, repository):
+    both = {"encoders": "{" + IMAGE + ", audio: {hidden_size: 16, num_mel_bins: 16}}"}
+    both["more"] = SOUNDS.format(data=repository / "data")
+    with pytest.raises(DataError, match="contrastive needs rows with two of image, audio"):
+        made(recipe_at(**both, weights="{contrastive: 1}"))
+    recipe = recipe_at(**both, weights="{adversarial: 1}")
+    console = Talk(quiet=True)
+    pretrain(recipe, console=console)
+    assert any("adversarial learns to fill in no code" in line for line in console.lines)
+    assert not any(name.startswith("fill_error") for line in lines(recipe) for name in line)
+
+
+@pytest.mark.parametrize("name", ["masked", "match"])
+def test_what_compares_media_with_words_needs_media(recipe_at, tmp_path, name):
+    source = words_alone(tmp_path).strip("- \n")
+    with pytest.raises(DataError, match=f"objective {name} needs rows with media"):
+        made(recipe_at(f"sources=[{source}]", weights=f"{{caption: 1, {name}: 1}}"))
 
 
 def words_alone(folder, rows=16):
