@@ -149,7 +149,10 @@ class Learner(nn.Module):
         found: dict[str, torch.Tensor] = {}
         count = int((batch["labels"][:, 1:] != -100).sum())
         if "caption" in weights:
-            given = with_features(inputs, {name: own.features for name, own in media.items()}) if media else inputs
+            # A resampler that reads the question does so for the answers alone, so the towers run again.
+            config = self.model.config
+            reused = media and not any(config.resampler_reads(name) for name in config.modalities)
+            given = with_features(inputs, {name: own.features for name, own in media.items()}) if reused else inputs
             nll, count = answer_loss(self.model, given)
             found["caption"] = nll / max(count, 1)
         if "codes" in self.heads:
