@@ -164,6 +164,24 @@ def test_what_joins_the_parts_waits_for_rows_with_media(recipe_at, tmp_path):
         assert len(lines(recipe)) == 6
 
 
+def test_the_loss_of_each_task_stands_by_its_name_and_weighs_as_asked(recipe_at, tmp_path):
+    words = words_alone(tmp_path).replace("reader: table", "reader: table, task: question_answering")
+    first = []
+    for weights in ("{}", "{question_answering: 0}"):
+        recipe = recipe_at(f"pretrain.task_weights={weights}", weights="{caption: 1}", more=words)
+        made(recipe, force=True)
+        tasks = {name for line in lines(recipe) for name in line if name.startswith("loss_task_")}
+        assert len(tasks) == 2 and "loss_task_question_answering" in tasks
+        first.append(next(line for line in lines(recipe) if tasks <= set(line)))
+    (other,) = tasks - {"loss_task_question_answering"}
+    one, two = sorted((first[0][other], first[0]["loss_task_question_answering"]))
+    assert one < first[0]["loss"] < two
+    # Without a weight the one task alone is left.
+    assert first[1]["loss"] == pytest.approx(first[1][other], rel=1e-5)
+    with pytest.raises(RecipeError, match="the task nonsense, of which there is no row"):
+        made(recipe_at("pretrain.task_weights={nonsense: 1}", more=words), force=True)
+
+
 def test_soft_tokens_are_for_finetune(recipe_at, tmp_path):
     (tmp_path / "t.yaml").write_text("mine:\n  - ['{soft: 2} {media}', '{answer}']\n")
     with pytest.raises(DataError, match="learned by finetune"):

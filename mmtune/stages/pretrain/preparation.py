@@ -10,6 +10,7 @@ from mmtune import __version__
 from mmtune.errors import DataError, IntegrityError, RecipeError
 from mmtune.recipe import Recipe
 from mmtune.recipe.pretrain import Pretrain
+from mmtune.stages.pretrain.tasks import Tasks, tasks_of
 from mmtune.storage import Manifest, library_versions, open_split
 from mmtune.talk import Talk
 
@@ -83,9 +84,14 @@ def prepare(
         )
     model = _model(recipe, start, offline, console)
     size = StepSize(accelerator.num_processes * settings.accumulate, settings.batch_tokens, settings.batch_rows)
-    train = _batching(recipe, tokens, processor, "train", size, limit)
-    val = _batching(recipe, tokens, processor, "val", size, settings.eval_rows) if tokens.rows.get("val") else None
-    learner = Learner(model, _learner_settings(recipe, settings, processor, train.plan, console))
+    splits = [split for split in ("train", "val") if tokens.rows.get(split)]
+    tasks = tasks_of(recipe, splits, settings.task_weights)
+    train = _batching(recipe, tokens, processor, "train", size, limit, tasks)
+    val = None
+    if "val" in splits:
+        val = _batching(recipe, tokens, processor, "val", size, settings.eval_rows, tasks)
+    asked = _learner_settings(recipe, settings, processor, train.plan, console)
+    learner = Learner(model, replace(asked, tasks=tasks.weights))
     _check_rows(recipe, learner.settings, console)
     learner.to(accelerator.device)
     measure(learner, train.batches, train.plan, accelerator)
@@ -171,7 +177,9 @@ def _identity(identity: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]
     return {**identity, "config": {**config, "pretrain": own}, **found}
 
 
-def _batching(recipe: Recipe, tokens: Manifest, processor: Any, split: str, size: Any, limit: int | None) -> Any:
+def _batching(
+    recipe: Recipe, tokens: Manifest, processor: Any, split: str, size: Any, limit: int | None, tasks: Tasks
+) -> Any:
     from mmtune.encoding.collate import Collator
     from mmtune.training.batching import Split, rows_apart
     from mmtune.training.data import soft_token_count, some_rows
@@ -197,7 +205,8 @@ def _batching(recipe: Recipe, tokens: Manifest, processor: Any, split: str, size
         course |= {"seed": 0, "epochs": 1.0, "micro_batches": 1}
     collate = Collator(processor, media_root=Path(tokens.facts["media_root"]))
     made: Any = rows_apart(Split(table, collate), course)
-    return replace(made, batches=PairedBatches(made.batches))
+    rows = made.batches
+    return replace(made, batches=PairedBatches(rows, tasks.numbers(rows.ids(range(len(rows.at))))))
 
 
 def _learner_settings(recipe: Recipe, settings: Pretrain, processor: Any, plan: Any, console: Talk) -> Any:
