@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from mmtune.encoding.refused import Refused
+from mmtune.models.inputs import longest_sound
 from mmtune.records import Medium
 
 Stub = dict[str, Any]
@@ -143,6 +144,24 @@ _AUDIO_STUBS: dict[str, Callable[[Any, int], dict[str, Any]]] = {
 }
 
 
+def _whole_windows(processor: Any) -> int:
+    own = processor.feature_extractor
+    return int(processor.max_audio_len // own.chunk_length) * int(own.sampling_rate * own.chunk_length)
+
+
+def _one_window(processor: Any) -> int:
+    return longest_sound(processor.feature_extractor)
+
+
+# Of the families that cut off the end of a longer sound without a word: samples; 0 where there is no longest.
+_LONGEST: dict[str, Callable[[Any], int]] = {
+    "Qwen2AudioProcessor": _one_window,
+    "Qwen2_5OmniProcessor": _one_window,
+    "AudioFlamingo3Processor": _whole_windows,
+    "CompositeProcessor": _one_window,
+}
+
+
 def family(processor: Any, table: dict[str, Any]) -> Any:
     """Returns the entry of the nearest class of a processor, or None."""
     for cls in type(processor).__mro__:
@@ -195,10 +214,12 @@ class MediaCounter:
                 each when there are several).
 
         Raises:
-            Refused: The header is missing, or the processor refuses such a medium.
+            Refused: The header is missing, the processor refuses such a medium, or would cut the end of a sound off.
         """
         if medium.modality == "audio":
-            key: tuple[Any, ...] = (audio_samples(medium, self._processor._audio_processor.sampling_rate),)
+            rate = self._processor._audio_processor.sampling_rate
+            key: tuple[Any, ...] = (audio_samples(medium, rate),)
+            self._check_length(medium, key[0], rate)
         else:
             key = (medium.height, medium.width, images == 1)
         if min(key[:2]) <= 0:
@@ -232,6 +253,15 @@ class MediaCounter:
     def _say(self, note: str) -> None:
         if note not in self.notes:
             self.notes.append(note)
+
+    def _check_length(self, medium: Medium, samples: int, rate_hz: int) -> None:
+        longest = family(self._processor, _LONGEST)
+        most = longest(self._processor) if longest else 0
+        if most and samples > most:
+            raise Refused(
+                "media_too_long",
+                f"{medium.path} is {samples / rate_hz:.1f} s long; the model hears {most / rate_hz:g} s of a sound",
+            )
 
     def _count(self, modality: str, key: tuple[Any, ...]) -> str | Refused:
         try:

@@ -96,6 +96,8 @@ class _Block(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.heads = config.num_attention_heads
+        if width % self.heads:
+            raise ValueError(f"hidden_size {width} is not a multiple of num_attention_heads {self.heads}")
         self.layer_norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
         self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)

@@ -35,10 +35,12 @@ class Preparation:
     Attributes:
         inputs: An RGB image, mono float32 samples, a text or a sequence of items to arrays of a batch of one.
         sampling_rate_hz: That sounds must have; 0 for other kinds.
+        longest_samples: Of a sound, of which more would be cut off; 0 where nothing is.
     """
 
     inputs: Callable[[Any], Inputs]
     sampling_rate_hz: int = 0
+    longest_samples: int = 0
 
 
 def load_preparation(path: str, kind: Kind, *, revision: str | None = None, offline: bool = False) -> Preparation:
@@ -55,7 +57,7 @@ def load_preparation(path: str, kind: Kind, *, revision: str | None = None, offl
     if kind == "image":
         return Preparation(partial(_image, processor))
     if kind == "audio":
-        return Preparation(partial(_audio, processor), int(processor.sampling_rate))
+        return Preparation(partial(_audio, processor), int(processor.sampling_rate), longest_sound(processor))
     return Preparation(partial(_text, processor, _longest(path, processor, options)))
 
 
@@ -66,9 +68,7 @@ def _load(path: str, kind: Kind, options: dict[str, Any]) -> Any:
         # The feature extractor of the small encoder becomes known; its module is slow to import.
         import mmtune.models.encoders  # noqa: F401
 
-    folder = Path(path)
-    if kind == "text" and folder.is_dir() and not any(next(folder.glob(name), None) for name in _TOKENIZER_FILES):
-        # transformers would make an empty tokenizer from the config alone.
+    if kind == "text" and lacks_tokenizer(path):
         raise _no_processor(path, kind, "there is no tokenizer.json")
     auto: Any = {"image": AutoImageProcessor, "audio": AutoFeatureExtractor, "text": AutoTokenizer}[kind]
     try:
@@ -88,6 +88,26 @@ def _load(path: str, kind: Kind, options: dict[str, Any]) -> Any:
                 "model_unavailable",
             ) from error
         raise _no_processor(path, kind, _first_line(error)) from error
+
+
+def longest_sound(extractor: Any) -> int:
+    """Returns the samples of the longest sound that a feature extractor takes whole; 0 where there is no longest.
+
+    Whisper's and AST's cut the rest off without a word.
+    """
+    if hasattr(extractor, "nb_max_frames"):
+        return int(extractor.n_samples)
+    if type(extractor).__name__ == "ASTFeatureExtractor":
+        # Kaldi's frames: 25 ms every 10 ms, and what is too short for one more is not heard anywhere.
+        window, hop = (extractor.sampling_rate * milliseconds // 1000 for milliseconds in (25, 10))
+        return int(window + extractor.max_length * hop - 1)
+    return 0
+
+
+def lacks_tokenizer(path: str) -> bool:
+    """Says whether a folder has no tokenizer: transformers would make an empty one from the config alone."""
+    folder = Path(path)
+    return folder.is_dir() and not any(next(folder.glob(name), None) for name in _TOKENIZER_FILES)
 
 
 def _no_processor(path: str, kind: str, why: str) -> RecipeError:

@@ -100,6 +100,8 @@ class Pretrain(Section):
     """Weights of what is minimised: caption (the answers), reconstruction (every part out of one code), adversarial (a
     discriminator may not know a code's part, and generators fill in the code of a missing one), contrastive (codes of
     a row find each other), masked (hidden words and media are found), match (do media and text belong together)."""
+    task_weights: dict[str, Weight] = {}
+    """Weights of the label tokens of tasks in caption, by the task's name; 1 for others. Within a micro batch."""
     codes: Codes = Codes()
     """One vector per part of a row, for the objectives that need them."""
     train: Literal["all"] | tuple[Tower, ...] = "all"
@@ -164,6 +166,11 @@ class Pretrain(Section):
             idle = sorted(set(self.tower_rates) - set(self.train))
             if idle:
                 raise ValueError(f"tower_rates names {idle[0]}, which does not train")
+        compared = [name for name in ("contrastive", "match") if self.objectives.get(name)]
+        if compared and self.batch_rows < 2:
+            raise ValueError(
+                f"objective {compared[0]} compares the rows of a micro batch: batch_rows must be 2 or more"
+            )
         early = [name for name in ("masked", "match") if self.objectives.get(name)]
         if early and self.build.fusion.mode != "early":
             raise ValueError(f"objective {early[0]} goes with build.fusion.mode early")

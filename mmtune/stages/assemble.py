@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mmtune.errors import RecipeError
+from mmtune.errors import MmtuneError, RecipeError
 from mmtune.models.digest import weights_digest
 from mmtune.recipe import Recipe
 from mmtune.recipe.pretrain import Parts
@@ -59,7 +59,20 @@ def _digests(parts: Parts, offline: bool) -> dict[str, str]:
     """Returns what changes when a pretrained part does."""
     named: dict[str, Any] = {"text": parts.text}
     named.update({str(name): given for name, given in parts.encoders.items()})
-    return {name: weights_digest(path, offline=offline) for name, path in named.items() if isinstance(path, str)}
+    return {name: _digest(name, path, offline) for name, path in named.items() if isinstance(path, str)}
+
+
+def _digest(name: str, path: str, offline: bool) -> str:
+    """Returns the digest of a part's weights; an error names the part's own key."""
+    from mmtune.models.load import load_config
+
+    key = "pretrain.build.text" if name == "text" else f"pretrain.build.encoders.{name}"
+    try:
+        load_config(path, offline=offline)
+        return weights_digest(path, offline=offline)
+    except MmtuneError as error:
+        hint = error.hint.replace("model.path", key)
+        raise type(error)(f"{key}: {error.message}", hint, error.code) from error
 
 
 def join(parts: Parts, seed: int, offline: bool) -> tuple[Any, Any]:
@@ -109,9 +122,14 @@ def join(parts: Parts, seed: int, offline: bool) -> tuple[Any, Any]:
 
 def _tokenizer(path: str, offline: bool) -> Any:
     from mmtune.encoding.processor import load_processor, tokenizer_of
+    from mmtune.models.inputs import lacks_tokenizer
 
     if path.startswith(("/", ".")) and not Path(path).is_dir():
         raise RecipeError(f"pretrain.build.tokenizer: {path} is not there", "give a folder or hub id", "model_missing")
+    if lacks_tokenizer(path):
+        raise RecipeError(
+            f"pretrain.build.tokenizer: {path} has no tokenizer.json", "save a tokenizer there", "no_tokenizer"
+        )
     return tokenizer_of(load_processor(path, offline=offline))
 
 
@@ -121,7 +139,8 @@ def _language_config(values: dict[str, Any], tokenizer: Any) -> Any:
 
 
 def _config(key: str, values: dict[str, Any]) -> Any:
-    """Returns a transformers config, refusing a name that it does not have."""
+    """Returns a transformers config, refusing a name that it does not have and a value that it does not take."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     kind = str(values["model_type"])
@@ -137,4 +156,19 @@ def _config(key: str, values: dict[str, Any]) -> Any:
         raise RecipeError(
             f"pretrain.build.{key}: a config of {kind} has no {strange[0]!r}", "check the spelling", "no_such_setting"
         )
-    return AutoConfig.for_model(kind, **settings)
+    if kind in _SMALL.values():
+        for name, value in settings.items():
+            if type(getattr(plain, name)) is int and (type(value) is not int or value < 1):
+                raise RecipeError(
+                    f"pretrain.build.{key}.{name}: {value!r} is no number of 1 or more",
+                    "check the values",
+                    "bad_setting",
+                )
+    try:
+        return AutoConfig.for_model(kind, **settings)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        # The last line says what is wrong, those before it who found it.
+        why = str(error).strip().splitlines()[-1].strip()
+        raise RecipeError(
+            f"pretrain.build.{key}: a config of {kind} refuses this: {why}", "check the values", "bad_setting"
+        ) from error

@@ -6,7 +6,7 @@ Shapes: B rows, T tokens, M media tokens, H model width, K parts of a row, C wid
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -22,17 +22,18 @@ from mmtune.models.composite.encoded import (
     summary_widths,
     word_summary,
 )
+from mmtune.models.objectives.tasks import task_losses
 from mmtune.models.objectives.weighted import check_weights, weighted_sum
 from mmtune.models.towers import tower_of
 from mmtune.training.code_losses import CodeHeads, code_losses
-from mmtune.training.loss import answer_loss
+from mmtune.training.loss import answer_loss, answer_losses
 from mmtune.training.pair_losses import MaskingHeads, MatchHead, TextMasking, masked_loss, match_loss_of
 from mmtune.training.ranks import sum_numbers
 from mmtune.training.tally import Tally
 
 CODED = ("reconstruction", "adversarial", "contrastive")
 """Objectives over one code per part of a row."""
-_OURS = ("keys", "step")
+_OURS = ("keys", "step", "tasks")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class LearnerSettings:
         text: What is a word and how words are masked.
         seed: Of the heads.
         frozen_steps: Steps for which a tower stays frozen first.
+        tasks: Weight of each task's label tokens by its name, in the order of the batches' numbers; empty where there
+            is one task.
     """
 
     weights: Mapping[str, float]
@@ -71,6 +74,7 @@ class LearnerSettings:
     text: TextMasking
     seed: int
     frozen_steps: Mapping[str, int]
+    tasks: Mapping[str, float] = field(default_factory=dict)
 
 
 class Learner(nn.Module):
@@ -89,7 +93,8 @@ class Learner(nn.Module):
         super().__init__()
         check_weights(settings.weights)
         self.model, self.settings, self.tally, self._held_out = model, settings, Tally(), Tally()
-        self._pending: tuple[dict[str, float], int] | None = None
+        self._pending: list[tuple[dict[str, float], float]] = []
+        self._by_task: list[tuple[dict[str, float], float]] = []
         width, weights, codes = model.config.text_config.hidden_size, settings.weights, settings.codes
         heads: dict[str, Callable[[], nn.Module]] = {}
         if set(CODED) & set(weights):
@@ -149,9 +154,11 @@ class Learner(nn.Module):
         found: dict[str, torch.Tensor] = {}
         count = int((batch["labels"][:, 1:] != -100).sum())
         if "caption" in weights:
-            given = with_features(inputs, {name: own.features for name, own in media.items()}) if media else inputs
-            nll, count = answer_loss(self.model, given)
-            found["caption"] = nll / max(count, 1)
+            # A resampler that reads the question does so for the answers alone, so the towers run again.
+            config = self.model.config
+            reused = media and not any(config.resampler_reads(name) for name in config.modalities)
+            given = with_features(inputs, {name: own.features for name, own in media.items()}) if reused else inputs
+            found["caption"] = self._caption(given, batch.get("tasks"))
         if "codes" in self.heads:
             pooled, present_BK = self._pooled(inputs, media)
             dropout = self.settings.codes.dropout if self.training else 0.0
@@ -165,6 +172,20 @@ class Learner(nn.Module):
             found["match"], own = match_loss_of(self.model, self.heads["match"], inputs, media, batch["keys"])
             facts |= own
         return found, facts, count
+
+    def _caption(self, given: Mapping[str, torch.Tensor], tasks_B: torch.Tensor | None) -> torch.Tensor:
+        """Returns the mean loss of the label tokens, by the weights of their tasks, and notes each task's own."""
+        self._by_task = []
+        if tasks_B is None:
+            nll, count = answer_loss(self.model, given)
+            return nll / max(count, 1)
+        losses_N, row_N = answer_losses(self.model, given)
+        task_N = tasks_B[row_N]
+        parts = task_losses(losses_N.detach(), task_N, list(self.settings.tasks))
+        for name, (total, count) in parts.items():
+            self._by_task.append(({f"loss_task_{name}": float(total) / count}, count))
+        weights_N = losses_N.new_tensor(list(self.settings.tasks.values()))[task_N]
+        return (losses_N * weights_N).sum() / weights_N.sum().clamp(min=1e-9)
 
     def pooled(self, batch: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Returns ``(B, H)`` the mean feature of every part, and ``(B, K)`` which rows have it."""
@@ -188,7 +209,9 @@ class Learner(nn.Module):
         if "reconstruction" not in self.settings.weights:
             return {}
         parts, ids_BT = self.settings.codes.parts, inputs["input_ids"]
-        found = {name: own for name, own in summaries(inputs, media, len(ids_BT)).items() if name in parts}
+        found = {
+            name: own for name, own in summaries(self.model.config, inputs, media, len(ids_BT)).items() if name in parts
+        }
         if "text" in parts:
             found["text"] = word_summary(ids_BT, self.settings.text.words(inputs))
         return found
@@ -203,16 +226,18 @@ class Learner(nn.Module):
         found, facts, count = self.losses(batch)
         total = weighted_sum(found, self.settings.weights)
         facts = {f"loss_{name}": float(own.detach()) for name, own in found.items()} | facts
+        said = [(facts, float(count)), *self._by_task]
         if self.training:
-            self._pending = facts, count
+            self._pending = said
         else:
-            self._held_out.add(facts, count)
+            for own in said:
+                self._held_out.add(*own)
         return total * count, count
 
     def counted(self) -> None:
         """Adds what the last training batch lost to the next line of metrics."""
-        assert self._pending is not None
-        self.tally.add(*self._pending)
+        for own in self._pending:
+            self.tally.add(*own)
 
     def line(self) -> dict[str, float]:
         """Returns the means since the last line over all processes, which all must ask."""

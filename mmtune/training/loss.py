@@ -28,7 +28,22 @@ _OURS = ("labels", "next_labels", "layout", "spans", "tiles")
 def answer_loss(
     model: Any, batch: Mapping[str, torch.Tensor], rules: MaskRules | None = None
 ) -> tuple[torch.Tensor, int]:
-    """Returns the summed cross-entropy in fp32 over the label tokens, and their number.
+    """Returns the summed cross-entropy in fp32 over the label tokens, and their number; arguments as below."""
+    logits_NV, targets_N = _label_logits(model, batch, rules)
+    return chunked_cross_entropy(logits_NV, targets_N), targets_N.numel()
+
+
+def answer_losses(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the cross-entropy in fp32 of every label token of separate rows, ``(N,)``, and its row."""
+    logits_NV, targets_N = _label_logits(model, batch, None)
+    row_N = (next_labels(batch["labels"]) != IGNORED).nonzero()[:, 0]
+    return chunked_cross_entropy(logits_NV, targets_N, "none"), row_N
+
+
+def _label_logits(
+    model: Any, batch: Mapping[str, torch.Tensor], rules: MaskRules | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns ``(N, V)`` logits where there is a label, and the labels.
 
     Args:
         model: Called with the batch less its labels and its layout, features in the place of media.
@@ -46,8 +61,7 @@ def answer_loss(
             assert rules is not None
             made = _run_packed(model, inputs, batch, rules)
         logits_NV = made.logits[0]
-    targets_N = next_BT[bears_BT]
-    return chunked_cross_entropy(logits_NV, targets_N), targets_N.numel()
+    return logits_NV, next_BT[bears_BT]
 
 
 def next_labels(labels_BT: torch.Tensor) -> torch.Tensor:
@@ -64,16 +78,16 @@ def _run_packed(model: Any, inputs: Mapping[str, Any], batch: Mapping[str, torch
     return run_behind_virtual_tokens(model, {**inputs, "attention_mask": mask})
 
 
-def chunked_cross_entropy(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    """Returns the sum of ``-log p(target)`` in fp32; probabilities are never all held at once."""
+def chunked_cross_entropy(logits_NV: torch.Tensor, targets_N: torch.Tensor, reduction: str = "sum") -> torch.Tensor:
+    """Returns the sum of ``-log p(target)`` in fp32, or each by ``none``; probabilities are never all held at once."""
     size = max(_CHUNK_LOGITS // max(logits_NV.shape[-1], 1), 1)
     if logits_NV.shape[0] <= size:
-        return _cross_entropy(logits_NV, targets_N)
+        return _cross_entropy(logits_NV, targets_N, reduction)
     parts = zip(logits_NV.split(size), targets_N.split(size), strict=True)
     # The fp32 copy of a chunk is made again in the backward pass.
-    sums = [checkpoint(_cross_entropy, *part, use_reentrant=False) for part in parts]
-    return torch.stack(sums).sum()
+    made = [checkpoint(_cross_entropy, *part, reduction, use_reentrant=False) for part in parts]
+    return torch.cat(made) if reduction == "none" else torch.stack(made).sum()
 
 
-def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return functional.cross_entropy(logits.float(), targets, reduction="sum")
+def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
+    return functional.cross_entropy(logits.float(), targets, reduction=reduction)

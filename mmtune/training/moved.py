@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,9 @@ _MEDIA = {
     "vision": {"image", "video"},
     "audio": {"audio"},
     "projector": {"image", "video", "audio"},
+    "fusion": {"image", "video", "audio"},
 }
+_GATE = re.compile(r"(^|\.)model\.gate\.")
 
 
 class TowerWatch:
@@ -36,7 +39,12 @@ class TowerWatch:
     def __init__(self, model: nn.Module, section: str = "finetune") -> None:
         """Takes the digests of the weights; ``section`` of the recipe is named in the advice."""
         self._section = section
-        self.waiting = {tower_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+        # A gate learns from rows with two modalities, which the kinds of media in a step do not tell: no verdict.
+        self.waiting = {
+            tower_of(name)
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and not _GATE.search(name)
+        }
         self._before = fingerprints(model)
         self._still: set[str] = set()
 

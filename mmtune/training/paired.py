@@ -28,16 +28,21 @@ class PairedBatches:
 
     Attributes:
         rows: The rows.
+        tasks: ``(n,)`` the number of every row's task, for ``tasks`` ``(B,)``; None leaves it out.
     """
 
     rows: RowBatches
+    tasks: np.ndarray | None = None
 
     def batch(self, units: Numbers, step: int | None = None) -> dict[str, Any]:
         """Returns the padded batch of some rows, as it is at a training step; ``step`` is -1 outside training."""
         encoded = self.rows.encoded(units)
         made = self.rows.collate(encoded, step)
         keys = [[_key(row, part, number) for part in PARTS] for number, row in enumerate(encoded)]
-        return {**made, "keys": torch.tensor(keys), "step": torch.tensor(-1 if step is None else step)}
+        ours = {"keys": torch.tensor(keys), "step": torch.tensor(-1 if step is None else step)}
+        if self.tasks is not None:
+            ours["tasks"] = torch.from_numpy(self.tasks[np.asarray(units)])
+        return {**made, **ours}
 
     def ids(self, units: Numbers) -> list[str]:
         """Returns the example ids of some rows."""

@@ -348,7 +348,7 @@ def _composite(sound: str, queries: int | None = None) -> Any:
         )
         extractor, convolutions = {
             "log_mel": (LogMelFeatureExtractor(feature_size=16), [[3, 2, 1], [3, 2, 1]]),
-            "whisper": (transformers.WhisperFeatureExtractor(chunk_length=2), [[3, 1, 1], [3, 2, 1]]),
+            "whisper": (transformers.WhisperFeatureExtractor(chunk_length=10), [[3, 1, 1], [3, 2, 1]]),
             "wav2vec2": (transformers.Wav2Vec2FeatureExtractor(), [[400, 320, 0], [3, 2, 0]]),
         }[sound]
         parts = {"image_processor": _clip() if sound == "log_mel" else None, "feature_extractor": extractor}

@@ -16,6 +16,7 @@ SIZES = [
     (57, 84), (84, 85), (100, 33), (33, 100), (141, 90), (200, 200), (320, 240), (251, 119),
 ]  # fmt: skip
 SAMPLES = [1, 159, 160, 161, 399, 1_600, 16_000, 16_001, 47_999, 479_999, 480_000, 480_001, 700_000]
+HEARD_SECONDS = {"qwen2_audio": 30, "qwen2_5_omni": 30, "composite_whisper": 10}
 
 
 @pytest.mark.parametrize("alone", [True, False])
@@ -49,7 +50,12 @@ def test_audio_counts_over_lengths_and_rates(audio_family: Any, media: Any) -> N
                 expected = process_audio(processor, [resample(real["audio"], rate, 16_000)])[1][0]
             except (ValueError, RuntimeError):
                 expected = None
-            if not expected:
+            heard = HEARD_SECONDS.get(audio_family.name)
+            if heard and samples > heard * rate:
+                # The processor would cut its end off.
+                with pytest.raises(Refused, match="media_too_long"):
+                    counter.expansion(medium, 0)
+            elif not expected:
                 with pytest.raises(Refused):
                     counter.expansion(medium, 0)
             else:

@@ -21,7 +21,7 @@ from mmtune.features.neighbours import nearest
 from mmtune.features.table import open_features
 from mmtune.features.units import text_id
 from mmtune.models.encoders import HistoryConfig, LogMelConfig, PatchesConfig
-from mmtune.models.inputs import load_preparation
+from mmtune.models.inputs import load_preparation, longest_sound
 from mmtune.models.unimodal import load_unimodal
 from mmtune.recipe import Recipe
 from mmtune.stages.extract import extract, filling
@@ -374,3 +374,40 @@ def test_a_stopped_run_goes_on_after_its_last_part(number, code, tmp_path):
     name = "features/image/data-00000-of-00001.arrow"
     assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     assert not (tmp_path / "run" / ".features.journal").exists()
+
+
+def test_a_sound_that_the_encoder_would_cut_is_refused(tmp_path):
+    import soundfile
+    import transformers as t
+
+    small = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "decoder_layers": 1, "vocab_size": 60}
+    small |= {"decoder_attention_heads": 2, "max_source_positions": 100, "num_mel_bins": 80, "pad_token_id": 0}
+    t.WhisperModel(t.WhisperConfig(**small)).save_pretrained(tmp_path / "whisper")
+    t.WhisperFeatureExtractor(chunk_length=2).save_pretrained(tmp_path / "whisper")
+    (tmp_path / "media" / "x").mkdir(parents=True)
+    for name, samples in (("whole", 32_000), ("over", 32_001), ("long", 80_000)):
+        soundfile.write(tmp_path / "media" / "x" / f"{name}.wav", np.full(samples, 0.1), 16_000)
+    result, out = run(recipe(tmp_path, tmp_path / "media", encoders={"audio": {"path": str(tmp_path / "whisper")}}))
+    assert result["drops"] == {"media_too_long": 2} and open_features(out, "audio").ids == ["x/whole.wav"]
+    assert "is 5.0 s long; the encoder hears 2 s" in (out / "rejects.jsonl").read_text()
+
+
+def test_the_longest_sound_is_the_last_that_is_heard_whole():
+    import transformers as t
+
+    for extractor in (
+        t.WhisperFeatureExtractor(chunk_length=2),
+        t.ASTFeatureExtractor(num_mel_bins=32, max_length=64),
+    ):
+        longest = longest_sound(extractor)
+
+        def made(samples, extractor=extractor):
+            found = extractor([samples.astype(np.float32)], sampling_rate=16_000, return_tensors="np")
+            return next(iter(found.values()))
+
+        quiet = np.sin(np.arange(longest + 160) / 9) * 0.1
+        cut, early = quiet.copy(), quiet.copy()
+        cut[longest:], early[longest - 160 : longest] = 0.9, 0.9
+        assert np.array_equal(made(quiet), made(cut)), type(extractor)
+        assert not np.array_equal(made(quiet), made(early)), type(extractor)
+    assert longest_sound(t.Wav2Vec2FeatureExtractor()) == 0

@@ -25,6 +25,7 @@ sources:
     annotations: {data}/scenes/annotations/compare_train_annotations.json
     images: {data}/scenes/train
     limit: 16
+{more}
 pretrain:
   build:
     text: {{hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1, num_attention_heads: 2}}
@@ -42,9 +43,9 @@ IMAGE = "image: {hidden_size: 16, intermediate_size: 16, image_size: 24, patch_s
 
 @pytest.fixture
 def recipe_at(tmp_path, repository):
-    def make(*overrides, weights=WEIGHTS, encoders="{" + IMAGE + "}"):
+    def make(*overrides, weights=WEIGHTS, encoders="{" + IMAGE + "}", more=""):
         path = tmp_path / "recipe.yaml"
-        text = TEXT.format(folder=tmp_path, data=repository / "data", weights=weights, encoders=encoders)
+        text = TEXT.format(folder=tmp_path, data=repository / "data", weights=weights, encoders=encoders, more=more)
         path.write_text(text, "utf-8")
         return load_recipe(path, list(overrides), environ={})
 
@@ -107,6 +108,7 @@ def test_bad_recipes_are_named(recipe_at):
         (["pretrain.build.encoders={smell: {}}"], "smell"),
         (["model.path=elsewhere"], "leave out model.path"),
         (["pretrain.train=[llm]", "pretrain.unfreeze={image: 1}"], "image, which does not train"),
+        (["pretrain.batch_rows=1"], "compares the rows of a micro batch"),
     ):
         with pytest.raises(RecipeError, match=said):
             recipe_at(*overrides)
@@ -117,6 +119,67 @@ def test_bad_recipes_are_named(recipe_at):
 def test_an_objective_without_its_media_is_refused(recipe_at):
     with pytest.raises(DataError, match="no training row has audio"):
         made(recipe_at(encoders="{" + IMAGE + ", audio: {hidden_size: 16, num_mel_bins: 16}}"))
+
+
+SOUNDS = """  - id: s
+    reader: table
+    path: {data}/sounds/annotations/train.jsonl.gz
+    columns: {{id: id, question: question, answer: answer, audio: audio}}
+    audios: {data}/sounds/train
+    limit: 8
+"""
+
+
+def test_codes_that_no_row_pairs_are_refused_or_said(recipe_at, repository):
+    both = {"encoders": "{" + IMAGE + ", audio: {hidden_size: 16, num_mel_bins: 16}}"}
+    both["more"] = SOUNDS.format(data=repository / "data")
+    with pytest.raises(DataError, match="contrastive needs rows with two of image, audio"):
+        made(recipe_at(**both, weights="{contrastive: 1}"))
+    recipe = recipe_at(**both, weights="{adversarial: 1}")
+    console = Talk(quiet=True)
+    pretrain(recipe, console=console)
+    assert any("adversarial learns to fill in no code" in line for line in console.lines)
+    assert not any(name.startswith("fill_error") for line in lines(recipe) for name in line)
+
+
+@pytest.mark.parametrize("name", ["masked", "match"])
+def test_what_compares_media_with_words_needs_media(recipe_at, tmp_path, name):
+    source = words_alone(tmp_path).strip("- \n")
+    with pytest.raises(DataError, match=f"objective {name} needs rows with media"):
+        made(recipe_at(f"sources=[{source}]", weights=f"{{caption: 1, {name}: 1}}"))
+
+
+def words_alone(folder, rows=16):
+    """The source of a table without media."""
+    lines = [json.dumps({"q": f"What is {number} and one?", "a": str(number + 1)}) for number in range(rows)]
+    (folder / "words.jsonl").write_text("\n".join(lines), "utf-8")
+    return f"  - {{id: w, reader: table, path: {folder}/words.jsonl, columns: {{question: q, answer: a}}}}"
+
+
+def test_what_joins_the_parts_waits_for_rows_with_media(recipe_at, tmp_path):
+    beside = "pretrain.build.fusion={attention: co, layers: [0]}"
+    for overrides in ([beside], ["pretrain.build.fusion={mode: hybrid}", "pretrain.train=[projector, fusion]"]):
+        recipe = recipe_at(*overrides, "pretrain.batch_rows=1", weights="{caption: 1}", more=words_alone(tmp_path))
+        made(recipe, force=True)
+        assert len(lines(recipe)) == 6
+
+
+def test_the_loss_of_each_task_stands_by_its_name_and_weighs_as_asked(recipe_at, tmp_path):
+    words = words_alone(tmp_path).replace("reader: table", "reader: table, task: question_answering")
+    first = []
+    for weights in ("{}", "{question_answering: 0}"):
+        recipe = recipe_at(f"pretrain.task_weights={weights}", weights="{caption: 1}", more=words)
+        made(recipe, force=True)
+        tasks = {name for line in lines(recipe) for name in line if name.startswith("loss_task_")}
+        assert len(tasks) == 2 and "loss_task_question_answering" in tasks
+        first.append(next(line for line in lines(recipe) if tasks <= set(line)))
+    (other,) = tasks - {"loss_task_question_answering"}
+    one, two = sorted((first[0][other], first[0]["loss_task_question_answering"]))
+    assert one < first[0]["loss"] < two
+    # Without a weight the one task alone is left.
+    assert first[1]["loss"] == pytest.approx(first[1][other], rel=1e-5)
+    with pytest.raises(RecipeError, match="the task nonsense, of which there is no row"):
+        made(recipe_at("pretrain.task_weights={nonsense: 1}", more=words), force=True)
 
 
 def test_soft_tokens_are_for_finetune(recipe_at, tmp_path):

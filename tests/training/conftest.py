@@ -264,7 +264,7 @@ def _composite(projector: str = "mlp", **fusion: Any) -> Any:
         whisper |= {"decoder_layers": 1, "decoder_attention_heads": 2, "vocab_size": 60, "pad_token_id": 0}
         sounds = {
             "LogMelFeatureExtractor": LogMelConfig(**layers, intermediate_size=24, num_mel_bins=16),
-            "WhisperFeatureExtractor": t.WhisperConfig(**whisper, encoder_ffn_dim=24, max_source_positions=100),
+            "WhisperFeatureExtractor": t.WhisperConfig(**whisper, encoder_ffn_dim=24, max_source_positions=500),
             "Wav2Vec2FeatureExtractor": t.Wav2Vec2Config(
                 **layers, intermediate_size=24, conv_dim=[8, 8], conv_kernel=[400, 3], conv_stride=[320, 2],
                 num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, layerdrop=0.0,

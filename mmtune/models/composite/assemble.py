@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import torch
 
 from mmtune.errors import CapabilityError, RecipeError
 from mmtune.models.composite.parts import alone, is_multimodal, tower_of_model
+from mmtune.models.inputs import lacks_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -23,6 +25,7 @@ _LAYERS = {
     "image": ("vision_feature_layer", "vision_feature_select_strategy"),
     "audio": ("audio_feature_layer",),
 }
+_INPUTS = {"image": {"pixel_values"}, "audio": {"input_features", "input_values"}}
 _NORMAL = ("image_mean", "image_std")
 
 
@@ -106,6 +109,12 @@ def _tokenizer(text: str | PretrainedConfig, offline: bool) -> Any:
         raise RecipeError("a language model from a config has no tokenizer", "give one", "no_tokenizer")
     from transformers import AutoTokenizer
 
+    if lacks_tokenizer(text):
+        raise RecipeError(
+            f"the language model {text} has no tokenizer: there is no tokenizer.json",
+            "save its tokenizer there",
+            "no_tokenizer",
+        )
     return AutoTokenizer.from_pretrained(text, local_files_only=offline, trust_remote_code=False)
 
 
@@ -130,7 +139,7 @@ def _encoder(modality: str, source: str | PretrainedConfig, offline: bool) -> An
     from mmtune.models.load import load_config
 
     if not isinstance(source, str):
-        return build_encoder(deepcopy(source))
+        return _of_modality(build_encoder(deepcopy(source)), modality, source.model_type)
     config: Any = load_config(source, offline=offline)
     if is_multimodal(config):
         return tower_of_model(source, f"{_TOWERS[modality]}_tower", offline)
@@ -146,7 +155,21 @@ def _encoder(modality: str, source: str | PretrainedConfig, offline: bool) -> An
             "check the name, and that it has safetensors",
             "model_unavailable",
         ) from error
-    return model.get_encoder() if config.is_encoder_decoder else model
+    return _of_modality(model.get_encoder() if config.is_encoder_decoder else model, modality, source)
+
+
+def _of_modality(encoder: Any, modality: str, name: str) -> Any:
+    """Returns the encoder, unless it takes other things than those of the modality."""
+    takes = set(inspect.signature(encoder.forward).parameters)
+    wanted = _INPUTS[modality]
+    other = sorted(takes & (set().union(*_INPUTS.values()) | {"input_ids"}) - wanted)
+    if other and not takes & wanted:
+        raise RecipeError(
+            f"{name} is no encoder of {modality}: {type(encoder).__name__} takes {other[0]}",
+            f"name one that takes {' or '.join(sorted(wanted))}",
+            "other_modality",
+        )
+    return encoder
 
 
 def _preprocessor(modality: str, source: str | PretrainedConfig, offline: bool) -> Any:
@@ -155,8 +178,17 @@ def _preprocessor(modality: str, source: str | PretrainedConfig, offline: bool) 
     from mmtune.models.log_mel import LogMelFeatureExtractor
 
     if isinstance(source, str):
-        auto = transformers.AutoImageProcessor if modality == "image" else transformers.AutoFeatureExtractor
-        return auto.from_pretrained(source, local_files_only=offline)
+        auto: Any = transformers.AutoImageProcessor if modality == "image" else transformers.AutoFeatureExtractor
+        try:
+            return auto.from_pretrained(source, local_files_only=offline)
+        except (OSError, ValueError) as error:
+            named = "an image processor" if modality == "image" else "a feature extractor of sounds"
+            # What transformers says lists all model types that it knows.
+            raise RecipeError(
+                f"the {modality} encoder {source} has no preprocessor_config.json of {named}",
+                f"name an encoder of {modality}, or save {named} beside it",
+                "no_preprocessor",
+            ) from error
     config: Any = source
     if modality == "image":
         edge = config.image_size

@@ -86,6 +86,11 @@ class CompositeConfig(PreTrainedConfig):
         return self.fusion["attention"] in ("self", "co") or self.reads_instruction
 
     @property
+    def media_read_prompt(self) -> bool:
+        """Whether what media become depends on the question they stand with: then questions share none."""
+        return self.fusion["attention"] in ("self", "co") or any(map(self.resampler_reads, self.modalities))
+
+    @property
     def reads_instruction(self) -> bool:
         """Whether the instruction's embedding conditions the gate or a resampler."""
         gated = self.fusion["instruction"] and self.fusion["mode"] != "early"

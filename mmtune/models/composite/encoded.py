@@ -15,12 +15,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmtune.models.composite.features import Media
 from mmtune.models.composite.fuse import Row
-from mmtune.models.composite.model import kinds_at, prompt_at
+from mmtune.models.composite.model import kinds_at
 
 MEDIA_INPUTS = ("pixel_values", "frame_milliseconds", "input_features", "feature_attention_mask")
 """What ``EncodedMedia.outputs`` stands in for."""
 _SIDE = 8
 """A picture is summed up by so many by so many means, a sound by so many spans of time."""
+_TIME_FIRST = ("audio-spectrogram-transformer",)
+"""Sound encoders that take spectra as (time, bands)."""
 _HASH = 2_654_435_761
 
 
@@ -50,6 +52,9 @@ class EncodedMedia:
 def encode_media(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, EncodedMedia]:
     """Returns what towers and projectors make of a batch's media, by modality; one that it lacks is left out.
 
+    No resampler reads the question here, but zeros in its place, as of a prompt without words: what hides words, or
+    compares media with them, may not find them in the media's own tokens.
+
     Args:
         model: A ``CompositeModel``.
         batch: As for its forward pass.
@@ -57,7 +62,8 @@ def encode_media(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, Enc
     ids = batch["input_ids"]
     words = model.get_input_embeddings()(ids)
     where = {name: model.placeholders(name, ids, words) for name in model.config.modalities}
-    row = Row(words, kinds_at(where, words), batch["attention_mask"], prompt_at(batch.get("prompt_mask"), words), None)
+    nothing = torch.zeros_like(ids, dtype=torch.bool)
+    row = Row(words, kinds_at(where, words), batch["attention_mask"], nothing, None)
     pixels, milliseconds, sounds, sound_mask = (batch.get(name) for name in MEDIA_INPUTS)
     media = Media(pixels, milliseconds, sounds, sound_mask, None)
     found = {}
@@ -74,7 +80,7 @@ def outputs(media: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def summaries(
-    batch: Mapping[str, torch.Tensor], media: Mapping[str, EncodedMedia], rows: int
+    config: Any, batch: Mapping[str, torch.Tensor], media: Mapping[str, EncodedMedia], rows: int
 ) -> dict[str, torch.Tensor]:
     """Returns ``(B, D)`` what each row's media are in short, by modality, as their encoders are given them.
 
@@ -82,6 +88,7 @@ def summaries(
     loudness of 64 spans).
 
     Args:
+        config: Of the composite model.
         batch: Pixels and sounds.
         media: Of the same batch.
         rows: B.
@@ -92,6 +99,8 @@ def summaries(
         found["image"] = _mean_by_row(fields, media["image"].row_of_medium, rows)
     if "audio" in media:
         sounds, mask = batch["input_features"].float(), batch.get("feature_attention_mask")
+        if sounds.ndim == 3 and (config.audio_config.model_type in _TIME_FIRST or sounds.shape[1] != _bands(config)):
+            sounds = sounds.transpose(1, 2)
         lengths = [sounds.shape[-1]] * len(sounds) if mask is None else mask.sum(-1).tolist()
         found["audio"] = _mean_by_row(
             torch.stack([_sound(one[..., :length]) for one, length in zip(sounds, lengths, strict=True)]),
@@ -122,9 +131,14 @@ def summary_widths(config: Any) -> dict[str, int]:
         if name == "image":
             found[name] = _SIDE**2 * int(getattr(config.vision_config, "num_channels", 3))
         else:
-            bands = getattr(config.audio_config, "num_mel_bins", None)
-            found[name] = _SIDE * int(bands) if bands else _SIDE**2
+            bands = _bands(config)
+            found[name] = _SIDE * bands if bands else _SIDE**2
     return found
+
+
+def _bands(config: Any) -> int:
+    """Returns the bands of a sound's spectrum; 0 where the encoder hears samples."""
+    return int(getattr(config.audio_config, "num_mel_bins", None) or 0)
 
 
 def _sound(sound: torch.Tensor) -> torch.Tensor:

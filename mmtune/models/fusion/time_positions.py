@@ -1,6 +1,6 @@
-"""When something was: frames of a clip in seconds, items of a history counted back from the latest.
+"""When something was: frames of a clip in seconds.
 
-Shapes: B rows, F frames, N items, H width.
+Shapes: B rows, F frames, H width.
 """
 
 from __future__ import annotations
@@ -46,24 +46,3 @@ class TimePositions(nn.Module):
         width = self.linear.in_features
         waves = sinusoids(seconds_BF, width, shortest=SHORTEST_SECONDS, longest=LONGEST_SECONDS)
         return self.linear(waves.to(self.linear.weight.dtype))
-
-
-def recency(valid_BN: torch.Tensor) -> torch.Tensor:
-    """Returns how many valid items follow each item, ``(B, N)``: 0 is the latest; 0 at padding too.
-
-    Padding may stand on either side; a history that grows keeps what its recent items mean.
-    """
-    following = valid_BN.long().flip(-1).cumsum(-1).flip(-1) - 1
-    return following.masked_fill(~valid_BN, 0)
-
-
-class RecencyPositions(nn.Module):
-    """A learned vector per recency; all items older than the last slot share it."""
-
-    def __init__(self, slots: int, width: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(slots, width)
-
-    def forward(self, valid_BN: torch.Tensor) -> torch.Tensor:
-        """Returns ``(B, N, H)``; ``valid_BN`` is False at padding."""
-        return self.embedding(recency(valid_BN).clamp(max=self.embedding.num_embeddings - 1))

@@ -1,6 +1,6 @@
 """ViLBERT's pretraining (Lu et al. 2019): masked tokens, masked regions, and whether image and text match.
 
-Shapes: B rows, T tokens, N regions, D width of a region's features, V vocabulary, C region classes.
+Shapes: B rows, T tokens, N regions, D width of a region's features, V vocabulary.
 """
 
 from __future__ import annotations
@@ -83,19 +83,6 @@ def masked_region_loss(
     """Returns the mean squared norm of the error over the chosen regions, 0 where none was."""
     error_BN = (predicted_BND - features_BND).square().sum(-1)
     return error_BN.masked_fill(~chosen_BN, 0.0).sum() / chosen_BN.sum().clamp(min=1)
-
-
-def masked_class_loss(logits_BNC: torch.Tensor, classes_BNC: torch.Tensor, chosen_BN: torch.Tensor) -> torch.Tensor:
-    """Returns the mean ``KL(classes || softmax(logits))`` over the chosen regions, 0 where none was.
-
-    Args:
-        logits_BNC: Predicted classes of the regions.
-        classes_BNC: What a detector or a teacher says of the true region, probabilities.
-        chosen_BN: Which regions were masked.
-    """
-    log_probs = functional.log_softmax(logits_BNC.float(), dim=-1)
-    divergence_BN = functional.kl_div(log_probs, classes_BNC.float(), reduction="none").sum(-1)
-    return divergence_BN.masked_fill(~chosen_BN, 0.0).sum() / chosen_BN.sum().clamp(min=1)
 
 
 def match_pairs(

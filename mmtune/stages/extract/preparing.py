@@ -94,7 +94,14 @@ class Preparer:
             return [decode_image(handle, medium, limits["max_pixels"])], ()
         if unit.kind == "audio":
             rate = self._preparation.sampling_rate_hz
-            return [decode_audio(handle, medium, rate, limits["max_seconds"])], ()
+            sound = decode_audio(handle, medium, rate, limits["max_seconds"])
+            longest = self._preparation.longest_samples
+            if longest and len(sound) > longest:
+                raise MediaRefused(
+                    "media_too_long",
+                    f"{medium.path!r} is {len(sound) / rate:.1f} s long; the encoder hears {longest / rate:g} s",
+                )
+            return [sound], ()
         probed = probe_video(
             handle, medium, max_pixels=limits["max_pixels"], max_seconds=limits["max_seconds"], decode=False
         )

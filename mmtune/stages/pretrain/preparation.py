@@ -10,6 +10,7 @@ from mmtune import __version__
 from mmtune.errors import DataError, IntegrityError, RecipeError
 from mmtune.recipe import Recipe
 from mmtune.recipe.pretrain import Pretrain
+from mmtune.stages.pretrain.tasks import Tasks, tasks_of
 from mmtune.storage import Manifest, library_versions, open_split
 from mmtune.talk import Talk
 
@@ -83,10 +84,15 @@ def prepare(
         )
     model = _model(recipe, start, offline, console)
     size = StepSize(accelerator.num_processes * settings.accumulate, settings.batch_tokens, settings.batch_rows)
-    train = _batching(recipe, tokens, processor, "train", size, limit)
-    val = _batching(recipe, tokens, processor, "val", size, settings.eval_rows) if tokens.rows.get("val") else None
-    learner = Learner(model, _learner_settings(recipe, settings, processor, train.plan, console))
-    _check_parts(recipe, learner.settings)
+    splits = [split for split in ("train", "val") if tokens.rows.get(split)]
+    tasks = tasks_of(recipe, splits, settings.task_weights)
+    train = _batching(recipe, tokens, processor, "train", size, limit, tasks)
+    val = None
+    if "val" in splits:
+        val = _batching(recipe, tokens, processor, "val", size, settings.eval_rows, tasks)
+    asked = _learner_settings(recipe, settings, processor, train.plan, console)
+    learner = Learner(model, replace(asked, tasks=tasks.weights))
+    _check_rows(recipe, learner.settings, console)
     learner.to(accelerator.device)
     measure(learner, train.batches, train.plan, accelerator)
     share_weights(learner)
@@ -171,7 +177,9 @@ def _identity(identity: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]
     return {**identity, "config": {**config, "pretrain": own}, **found}
 
 
-def _batching(recipe: Recipe, tokens: Manifest, processor: Any, split: str, size: Any, limit: int | None) -> Any:
+def _batching(
+    recipe: Recipe, tokens: Manifest, processor: Any, split: str, size: Any, limit: int | None, tasks: Tasks
+) -> Any:
     from mmtune.encoding.collate import Collator
     from mmtune.training.batching import Split, rows_apart
     from mmtune.training.data import soft_token_count, some_rows
@@ -197,7 +205,8 @@ def _batching(recipe: Recipe, tokens: Manifest, processor: Any, split: str, size
         course |= {"seed": 0, "epochs": 1.0, "micro_batches": 1}
     collate = Collator(processor, media_root=Path(tokens.facts["media_root"]))
     made: Any = rows_apart(Split(table, collate), course)
-    return replace(made, batches=PairedBatches(made.batches))
+    rows = made.batches
+    return replace(made, batches=PairedBatches(rows, tasks.numbers(rows.ids(range(len(rows.at))))))
 
 
 def _learner_settings(recipe: Recipe, settings: Pretrain, processor: Any, plan: Any, console: Talk) -> Any:
@@ -252,20 +261,41 @@ def _masking(processor: Any) -> Any:
     return TextMasking(int(mask), len(tokenizer), tuple(sorted(special)))
 
 
-def _check_parts(recipe: Recipe, settings: Any) -> None:
-    """Refuses codes of media that no training row has.
+def _check_rows(recipe: Recipe, settings: Any, console: Talk) -> None:
+    """Refuses objectives that no training row would teach anything.
 
     Raises:
-        DataError: A part has no row.
+        DataError: A part has no row, or an objective none with all that it compares.
     """
+    import numpy as np
+
     from mmtune.training.packing import tree_modalities
 
     kinds = tree_modalities(open_split(recipe.run_dir / "tokens" / "train"))
-    for part in settings.codes.parts:
-        if part in _KINDS and not (kinds & _KINDS[part]).any():
-            wanted = ", ".join(name for name in settings.weights if name not in ("caption", "masked", "match"))
+    parts, weights = settings.codes.parts, settings.weights
+    # Every row has words.
+    has = [(kinds & _KINDS[part]) > 0 if part in _KINDS else np.ones(kinds.size, dtype=bool) for part in parts]
+    for part, rows in zip(parts, has, strict=True):
+        if not rows.any():
+            wanted = ", ".join(name for name in weights if name not in ("caption", "masked", "match"))
             raise DataError(
                 f"no training row has {part}, which {wanted} needs",
                 "add such rows, or leave it out of pretrain.codes.modalities",
+                "no_such_media",
+            )
+    together = parts and int((np.sum(has, axis=0) > 1).sum()) > 1
+    if parts and not together and "contrastive" in weights:
+        raise DataError(
+            f"objective contrastive needs rows with two of {', '.join(parts)}, and no two training rows have them",
+            "add such rows, name other parts in pretrain.codes.modalities, or leave the objective out",
+            "no_pairs",
+        )
+    if parts and not together and "adversarial" in weights:
+        console.say(f"pretrain: no two rows have two of {', '.join(parts)}: adversarial learns to fill in no code")
+    for name in ("masked", "match"):
+        if name in weights and not kinds.any():
+            raise DataError(
+                f"objective {name} needs rows with media, and no training row has any",
+                f"add such rows, or leave {name} out of pretrain.objectives",
                 "no_such_media",
             )

@@ -1,11 +1,11 @@
-"""Times in seconds and recencies: order changes tokens, not their mean; padding changes nothing."""
+"""Times in seconds: order changes tokens, not their mean; padding changes nothing."""
 
 import math
 
 import pytest
 import torch
 
-from mmtune.models.fusion.time_positions import RecencyPositions, TimePositions, recency, sinusoids
+from mmtune.models.fusion.time_positions import TimePositions, sinusoids
 
 
 def test_sinusoids_are_the_formula():
@@ -32,15 +32,3 @@ def test_the_same_second_is_the_same_position_at_any_frame_rate():
     positions = TimePositions(16)
     slow, fast = positions(torch.tensor([[0.0, 1.0, 2.0]])), positions(torch.tensor([[0.0, 0.5, 1.0, 1.5, 2.0]]))
     torch.testing.assert_close(slow, fast[:, ::2])
-
-
-def test_recency_counts_back_from_the_latest_on_either_padding():
-    valid = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [0, 0, 0, 0, 0]], dtype=torch.bool)
-    assert recency(valid).tolist() == [[2, 1, 0, 0, 0], [0, 0, 2, 1, 0], [0] * 5]
-
-
-def test_old_items_share_the_last_slot():
-    positions = RecencyPositions(3, 8)
-    made = positions(torch.ones(1, 5, dtype=torch.bool))[0]
-    assert torch.equal(made[0], made[2]) and torch.equal(made[1], made[2])
-    assert not torch.equal(made[3], made[4])

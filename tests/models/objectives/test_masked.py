@@ -10,7 +10,6 @@ from mmtune.models.objectives.masked import (
     TokenMasking,
     mask_regions,
     mask_tokens,
-    masked_class_loss,
     masked_region_loss,
     masked_token_loss,
     match_loss,
@@ -65,10 +64,6 @@ def test_losses_are_the_formulas():
     chosen = torch.tensor([[True, False, False], [False, True, False]])
     wanted = ((predicted - features)[[0, 1], [0, 1]] ** 2).sum() / 2
     torch.testing.assert_close(masked_region_loss(predicted, features, chosen), wanted)
-    classes = torch.randn(2, 3, 5).softmax(-1)
-    divergence = (classes * (classes.log() - logits.log_softmax(-1))).sum(-1)
-    torch.testing.assert_close(masked_class_loss(logits, classes, chosen), divergence[chosen].mean())
-    assert masked_class_loss(classes.log(), classes, chosen).abs() < 1e-6
     one = match_loss(torch.tensor([2.0, -1.0]), torch.tensor([True, False]))
     torch.testing.assert_close(one, torch.tensor((math.log1p(math.exp(-2)) + math.log1p(math.exp(-1))) / 2))
 
@@ -77,7 +72,6 @@ def test_nothing_masked_is_a_loss_of_zero_with_a_gradient():
     x = torch.randn(1, 2, 3, requires_grad=True)
     nothing = torch.zeros(1, 2, dtype=torch.bool)
     total = masked_token_loss(x, torch.full((1, 2), -100)) + masked_region_loss(x, x.detach(), nothing)
-    total = total + masked_class_loss(x, x.detach().softmax(-1), nothing)
     assert total == 0
     total.backward()
     assert torch.equal(x.grad, torch.zeros_like(x))
