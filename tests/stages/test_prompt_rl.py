@@ -262,3 +262,11 @@ def test_a_language_model_writes_the_prompts(recipe, tmp_path, tiny_vlm):
     tried = [line["candidate"]["instruction"] for line in trace(given)[1:]]
     assert len(set(tried)) > 3 and all(text.endswith("{prompt}") for text in tried)
     assert document(given)["calls"]["search"] <= 90
+
+
+def test_a_prompt_names_no_answer_however_it_is_spelled():
+    from mmtune.stages.prompt.words import names_one
+
+    answers = {"yes", "red", "new york", "3"}
+    assert names_one("say Yes now", answers) and names_one("in New York.", answers) and names_one("3", answers)
+    assert not names_one("yesterday bored 33 york", answers)

@@ -35,7 +35,7 @@ class RlSettings:
     Attributes:
         words: What a prompt is made of.
         embedding_VD: Their embeddings, frozen.
-        say: Word numbers to the text of a prompt; empty where the model's tokenizer cannot say it. None puts spaces
+        say: Word numbers to the text of a prompt; empty where it must not or cannot be said. None puts spaces
             between the words.
         length: Words of a prompt.
         top_k: A word is drawn from so many likeliest at its position; 0 is all.
@@ -120,7 +120,7 @@ def draw_group(learner: Learner, problem: Problem, admission: Admission) -> tupl
         for ids_P in sample(learner.policy, problem.population - len(prompts), rng):
             prompt = prompt_of(ids_P, problem)
             if prompt is None:
-                admission.refused["untokenisable"] += 1
+                admission.refused["unsayable"] += 1
             elif fresh := admission([prompt]):
                 rows.append(ids_P)
                 prompts += fresh

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -46,7 +47,8 @@ def rl_settings(own: Rl, processor: Any, model: Any, answers: Collection[str]) -
             text = tokenizer.decode([at for number in numbers for at in rows[number]]).strip()
         else:
             text = " ".join(words[number] for number in numbers)
-        return text if _can_say(tokenizer, text) else ""
+        # Pieces may spell an answer that no piece is.
+        return text if _can_say(tokenizer, text) and not names_one(text, left_out) else ""
 
     return RlSettings(
         words=words,
@@ -58,6 +60,12 @@ def rl_settings(own: Rl, processor: Any, model: Any, answers: Collection[str]) -
         rate=own.learning_rate,
         entropy=own.entropy,
     )
+
+
+def names_one(text: str, answers: Collection[str]) -> bool:
+    """Says whether a text names one of the answers, in words of its own and in any case."""
+    folded = text.casefold()
+    return any(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", folded) for answer in answers if answer)
 
 
 def _spelled(tokenizer: Any, words: Sequence[str]) -> dict[str, list[int]]:

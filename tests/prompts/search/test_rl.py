@@ -118,7 +118,7 @@ def test_what_the_tokenizer_cannot_say_is_refused_and_counted():
     model = Model(table)
     scorer = Scorer(model, ROWS, Budget(30 * ROWS))
     found = search(replace(given, settings=mute), scorer, METHOD, "rl")
-    assert found.refused["untokenisable"] > 0
+    assert found.refused["unsayable"] > 0
     assert not any("color" in one.candidate.instruction for one in scorer.full)
 
 
