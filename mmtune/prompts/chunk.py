@@ -137,7 +137,8 @@ class ChunkBuilder:
                 rejects.append(example)
                 continue
             rows.append(example_to_row(example))
-            keys.append(example_keys(example))
+            assert isinstance(item, Record)
+            keys.append(example_keys(example, item))
             tasks[example.task] += 1
             odd += any(_ODD.search(message.text) is not None for message in example.messages)
         return Built(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mmtune.records import Example, Medium
+from mmtune.records import Example, Medium, Record
 
 
 def hash64(text: str) -> int:
@@ -16,10 +16,22 @@ def hash64(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
-def example_keys(example: Example) -> tuple[int, int]:
-    """Returns the hash of an example's media (0 for none) and of its media with its questions."""
-    media = "\0".join(_identity(medium) for medium in example.media)
+def example_keys(example: Example, record: Record | None = None) -> tuple[int, int]:
+    """Returns the hash of an example's media (0 for none) and of its media with its questions.
+
+    Args:
+        example: The example.
+        record: What it was made of, whose wording and exemplars say nothing of what it asks; a conversation is taken
+            as it stands.
+    """
+    shown = example.media
     asked = "\0".join(message.text.strip() for message in example.messages if message.role == "user")
+    if record is not None and not record.messages:
+        # Exemplars stand before the row's own media.
+        shown = shown[len(shown) - len(record.media) :]
+        own = (record.text.strip(), record.context.strip())
+        asked = "\0".join(own) if any(own) else asked
+    media = "\0".join(_identity(medium) for medium in shown)
     return (hash64(media) or 1) if media else 0, hash64(f"{media}\0\0{asked}")
 
 

@@ -163,6 +163,19 @@ def test_what_two_splits_share_is_counted():
     assert overlap.distinct_media() == 4
 
 
+def test_wording_and_exemplars_do_not_hide_what_two_splits_share():
+    record = replace(VQA, text="How many?", media=(Medium("image", "a"),))
+    shown = replace(VQA, id="s/9", media=(Medium("image", "z"),))
+    plain = example(record, templates="first")
+    other = replace(
+        plain,
+        messages=(*example(shown).messages, *plain.messages[:-2], Message("user", plain.media), plain.messages[-1]),
+    )
+    assert len(other.media) == 2 and example_keys(other) != example_keys(plain)
+    assert example_keys(other, record) == example_keys(plain, record)
+    assert example_keys(other, replace(record, text="How old?")) != example_keys(plain, record)
+
+
 TASKS_OF_TEN = (
     "vqa",
     "caption",
