@@ -67,6 +67,8 @@ def prompt(
     )
     course = Course(recipe, settings, rows, path, Path(instructions.facts["media_root"]), instructions, offline)
     course.check()
+    if adapter is not None:
+        console.note("the dev rows come out of train, which the adapter has learned: look at the test score alone")
     if dry_run:
         console.say(foresee(target, stage="prompt", config=config, parents=parents, force=force))
         return {"stage": "prompt", "dry_run": True, "target": str(target), **course.plan()}
