@@ -11,6 +11,7 @@ from mmtune.reports.wording import (
     FACET_LABELS,
     headline,
     interval,
+    interval_head,
     label,
     model_name,
     number,
@@ -95,7 +96,7 @@ def _head(what: str, entry: Mapping[str, Any]) -> list[str]:
     if "difference" in entry:
         head += ["difference", "95 % interval", "p", "won / lost"]
     else:
-        head += ["95 % interval"]
+        head += [interval_head(list(entry["models"]))]
     return [*head, "n"]
 
 
@@ -110,7 +111,7 @@ def _row(name: str, entry: Mapping[str, Any]) -> list[str]:
             f"{found['wins']} / {found['losses']}",
         ]
     else:
-        cells += [interval(next(iter(entry["models"].values())))]
+        cells += [interval(list(entry["models"].values())[-1])]
     return [*cells, f"{entry['n']:,}"]
 
 

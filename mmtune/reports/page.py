@@ -35,6 +35,7 @@ def write_page(
         signed=wording.signed,
         p=wording.p_value,
         span=wording.interval,
+        interval_head=wording.interval_head,
         label=wording.label,
         verdict=wording.verdict,
         brief=wording.short_hash,

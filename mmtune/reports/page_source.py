@@ -72,7 +72,7 @@ PAGE = """\
 <tr><th>{{ what }}</th>
 {% for model in entry.models %}<th>{{ model }}</th>{% endfor %}
 {% if entry.difference is defined %}<th>difference</th><th>95 % interval</th><th>p</th><th>won / lost</th>
-{% else %}<th>95 % interval</th>{% endif %}
+{% else %}<th>{{ entry.models | list | interval_head }}</th>{% endif %}
 <th>rows</th><th></th></tr>
 {% endmacro %}
 {% macro line(name, entry, entries, detail="") %}
@@ -81,7 +81,7 @@ PAGE = """\
 {% if entry.difference is defined %}
 <td class="{{ entry | verdict }}">{{ entry.difference.value | signed }}</td><td>{{ entry.difference | span(sign=True) }}</td>
 <td>{{ entry.difference.p | p }}</td><td>{{ entry.difference.wins }} / {{ entry.difference.losses }}</td>
-{% else %}<td>{{ (entry.models.values() | first) | span }}</td>{% endif %}
+{% else %}<td>{{ (entry.models.values() | list | last) | span }}</td>{% endif %}
 <td>{{ "{:,}".format(entry.n) }}</td><td>{{ dots(entry.models, entries) }}</td></tr>
 {% endmacro %}
 <!doctype html>

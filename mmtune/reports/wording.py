@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -129,6 +129,11 @@ def short_hash(value: str) -> str:
     return value[:12]
 
 
+def interval_head(models: Sequence[str]) -> str:
+    """Returns what stands over the interval of the last of several answerers, or of the only one."""
+    return "95 % interval" if len(models) == 1 else f"95 % interval of {models[-1]}"
+
+
 def table_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Returns head and rows of the score table for a terminal, with the sources below the totals."""
     entries = [(label(name), entry) for name, entry in report["metrics"].items()]
@@ -138,14 +143,14 @@ def table_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             (f"  {value} · {label(name)}", entry) for value, found in sources.items() for name, entry in found.items()
         ]
     models = report["run"]["compare"]
-    head = ["metric", *models, *(["difference", "p"] if len(models) == 2 else ["95 % interval"]), "rows"]
+    head = ["metric", *models, *(["difference", "p"] if len(models) == 2 else [interval_head(models)]), "rows"]
     rows = []
     for name, entry in entries:
         cells = [name, *(number(found["value"]) for found in entry["models"].values())]
         if found := entry.get("difference"):
             cells += [f"{signed(found['value'])} [{interval(found, sign=True)}]", p_value(found["p"])]
         else:
-            cells += [interval(next(iter(entry["models"].values())))]
+            cells += [interval(list(entry["models"].values())[-1])]
         rows.append([*cells, f"{entry['n']:,}"])
     if perplexity := report.get("perplexity"):
         given = perplexity["models"]

@@ -220,3 +220,20 @@ def test_tables_of_what_answers_rest_on_are_the_same_everywhere(root):
     for shown in (page, text):
         assert all(cell in shown for cell in (*passes.rows[0], rests.title, "+75.00"))
     assert extra_tables(make_report()) == []
+
+
+def test_the_interval_of_several_answerers_is_that_of_the_last_and_says_so():
+    models = {
+        name: {"value": value, "low": value - 1, "high": value + 1}
+        for name, value in (("base", 10.0), ("best_prompt", 20.0), ("tuned", 90.0))
+    }
+    entry = {"n": 5, "models": models, "higher_is_better": True}
+    report = {"metrics": {"accuracy": entry}, "groups": {}, "run": {"compare": list(models)}}
+    head, (row,) = table_rows(report)
+    assert head[-2] == "95 % interval of tuned" and row[-2] == "89.00 to 91.00"
+    one = {
+        **report,
+        "metrics": {"accuracy": {**entry, "models": {"base": models["base"]}}},
+        "run": {"compare": ["base"]},
+    }
+    assert table_rows(one)[0][-2] == "95 % interval"
