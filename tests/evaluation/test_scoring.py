@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def check(family: Any, model: Any, questions: Sequence[Question], share: float =
 
 
 def test_every_family(family_name: str, tiny_family: Any, media: Any, served: Any) -> None:
-    family = tiny_family(family_name)
+    family = copy(tiny_family(family_name))
     reads = getattr(family.model.config, "reads_prompt", None)
     if reads is not None:
         family.processor = deepcopy(family.processor)
@@ -195,7 +195,7 @@ def test_rows_are_ordered_by_what_they_show_first() -> None:
 
 @pytest.mark.parametrize("name", ["text_llama3", "llava_bytes", "qwen3_vl", "gemma3", "internvl", "composite_late"])
 def test_a_coarse_type_is_measured_against_itself(name: str, tiny_family: Any, media: Any, served: Any) -> None:
-    family = tiny_family(name)
+    family = copy(tiny_family(name))
     if hasattr(family.processor, "reads_prompt"):
         family.processor = deepcopy(family.processor)
         family.processor.reads_prompt = False
