@@ -19,7 +19,6 @@ from mmtune.evaluation.options import by_media, score_words
 from mmtune.evaluation.ranking import Question, Words, rank
 from mmtune.evaluation.rows import EvalRows
 from mmtune.evaluation.scoring import RowScorer
-from mmtune.models.soft_tokens import soft_tokens
 
 CACHE_BYTES = 256 << 20
 """Most bytes of media kept between batches."""
@@ -65,6 +64,11 @@ class Asking:
         return made.without(self.missing) if self.missing else made
 
 
+def answerer(model: str, way: str) -> str:
+    """Returns the name of a model asked in a way, as the report has it; an empty way names none."""
+    return f"{model}, {way}" if way else model
+
+
 def ask_each(
     models: Mapping[str, Callable[[], Any]],
     processor: Any,
@@ -89,10 +93,9 @@ def ask_each(
     for name, load in models.items():
         model = load()
         scorer = _scorer(model, processor, asking)
-        soft = soft_tokens(model) is not None
         for way, rows in ways.items():
-            label = f"{name}, {way}" if way else name
-            shown = rows if soft else rows.without_soft_tokens()
+            label = answerer(name, way)
+            shown = rows.for_model(model)
             texts[label] = answers_of(label, model, processor, shown, asking, scorer)
             if asking.loss:
                 losses[label] = losses_of(label, model, processor, shown, asking, scorer)

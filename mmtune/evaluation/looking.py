@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmtune.evaluation.ablation import Ablated, ablation_report, ask_again
-from mmtune.evaluation.asking import Asking, Losses
+from mmtune.evaluation.asking import Asking, Losses, answerer
 from mmtune.evaluation.branches import Branches, branches_report, measure_branches
 from mmtune.evaluation.comparison import ScoredRow
 from mmtune.evaluation.rows import EvalRows
-from mmtune.models.soft_tokens import soft_tokens
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,8 @@ class Looking:
         Raises:
             Stopped: A signal came.
         """
-        rows = self._rows if soft_tokens(model) is not None else self._rows.without_soft_tokens()
-        given = self._processor, rows, self._asking
-        label = f"{name}, {self._way}" if self._way else name
+        given = self._processor, self._rows.for_model(model), self._asking
+        label = answerer(name, self._way)
         kinds = self._kinds if name in self._judged else ()
         ablated = ask_again(label, model, *given, kinds, self._seed) if kinds else []
         self.found[label] = Looked(measure_branches(label, model, *given), ablated)

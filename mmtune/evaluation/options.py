@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mmtune.encoding.render import EncodedRow
-from mmtune.evaluation.ranking import Question, label_scores
+from mmtune.evaluation.ranking import Question, scores_of
 from mmtune.evaluation.scoring import RowScorer
 from mmtune.records import Medium, Message
 
@@ -60,11 +60,7 @@ def score_options(
         Stopped: The scorer was told to stop.
         Refused: A conversation cannot be encoded.
     """
-    asked = [(question, at) for question in questions for at in range(len(question.words))]
-    logprob_N = score_words(scorer, encode, asked, advance)
-    ends = np.cumsum([len(question.words) for question in questions])
-    parts = np.split(logprob_N, ends[:-1]) if len(questions) else []
-    return [label_scores(part, question.owners) for part, question in zip(parts, questions, strict=True)]
+    return scores_of(questions, lambda asked: score_words(scorer, encode, asked, advance))
 
 
 def by_media(media: Sequence[Sequence[Medium]]) -> list[int]:

@@ -126,7 +126,7 @@ def rank(
         key = (prompt, question.words, question.turns[:-1])
         free.setdefault(key, content_free(question, prompt))
         keys.append(key)
-    scores = _scored([*asked, *free.values()], score)
+    scores = scores_of([*asked, *free.values()], score)
     empty = dict(zip(free, scores[len(asked) :], strict=True))
     out = {}
     for question, asked_key, score_L in zip(asked, keys, scores, strict=False):
@@ -135,9 +135,10 @@ def rank(
     return out
 
 
-def _scored(
+def scores_of(
     questions: Sequence[Question], score: Callable[[Sequence[tuple[Question, int]]], np.ndarray]
 ) -> list[np.ndarray]:
+    """Returns per question the ``(L,)`` log-probability of its labels, see ``label_scores``; ``score`` as in ``rank``."""
     pairs = [(question, at) for question in questions for at in range(len(question.words))]
     logprob_N = score(pairs)
     out, start = [], 0

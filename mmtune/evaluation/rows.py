@@ -13,6 +13,7 @@ from mmtune.encoding.refused import Refused
 from mmtune.encoding.render import EncodedRow, Renderer
 from mmtune.evaluation import metrics_of
 from mmtune.evaluation.comparison import ScoredRow
+from mmtune.models.soft_tokens import soft_tokens
 from mmtune.records import Example, Message, Reject
 
 
@@ -133,8 +134,10 @@ class EvalRows:
             self.dropped.append(fitted.dropped)
             yield example
 
-    def without_soft_tokens(self) -> EvalRows:
-        """Returns the same rows as a model without a soft prompt is asked them."""
+    def for_model(self, model: Any) -> EvalRows:
+        """Returns the same rows as a model is asked them: one without a soft prompt sees no place for it."""
+        if soft_tokens(model) is not None:
+            return self
         other = copy(self)
         other._renderer = self._renderer.without_soft_tokens()
         return other

@@ -59,7 +59,7 @@ def pairs(questions: Sequence[Question]) -> list[tuple[Question, int]]:
     return [(question, at) for question in questions for at in range(len(question.words))]
 
 
-def check(family: Any, model: Any, questions: Sequence[Question], share: float = 0.5) -> RowScorer:
+def assert_scores_of_rows(family: Any, model: Any, questions: Sequence[Question], share: float = 0.5) -> RowScorer:
     """Compares tries with rows alone; ``share`` of the tokens at most may have run."""
     notes: list[str] = []
     scorer = RowScorer(model, Collator(family.processor, media_root=Path()), note=notes.append)
@@ -82,7 +82,7 @@ def test_every_family(family_name: str, tiny_family: Any, media: Any, served: An
     if reads is not None:
         family.processor = deepcopy(family.processor)
         family.processor.reads_prompt = reads
-    check(family, family.model, questions_of(family, media, served))
+    assert_scores_of_rows(family, family.model, questions_of(family, media, served))
 
 
 @pytest.mark.parametrize("fusion", [{"attention": "self"}, {"attention": "co", "layers": [0, 1]}])
@@ -99,7 +99,7 @@ def test_fusions_that_read_the_prompt_share_whole_prompts(
             if name.endswith("gate") or parameter.dim() > 1:
                 parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
     family.processor.reads_prompt = True
-    check(family, model, questions_of(family, media, served), share=0.6)
+    assert_scores_of_rows(family, model, questions_of(family, media, served), share=0.6)
     # Told nothing of it, the check finds out.
     family.processor.reads_prompt = False
     notes: list[str] = []
@@ -121,7 +121,7 @@ def test_tuned_models(name: str, method: str, tiny_family: Any, media: Any, serv
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    check(family, model.eval(), questions_of(family, media, served))
+    assert_scores_of_rows(family, model.eval(), questions_of(family, media, served))
 
 
 def test_options_are_labels_with_all_their_words(tiny_family: Any, media: Any, served: Any) -> None:

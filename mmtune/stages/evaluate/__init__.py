@@ -13,7 +13,7 @@ from mmtune.errors import DataError, GateError, IntegrityError, Interrupted, Rec
 from mmtune.models.digest import weights_digest
 from mmtune.recipe import Eval, Recipe
 from mmtune.stages.evaluate.prompted import adapter_of, in_order, is_prompted, prompt_of, prompted_rows
-from mmtune.stages.evaluate.shots import answerer, asked_rows, features_of, notes_of
+from mmtune.stages.evaluate.shots import asked_rows, features_of, notes_of
 from mmtune.storage import Manifest, RejectLog, Staging, foresee, is_finished, open_split, open_stage, read_manifest
 from mmtune.talk import Talk
 
@@ -126,6 +126,7 @@ def _plan(recipe: Recipe, limit: int | None, offline: bool) -> _Plan:
 def _write(plan: _Plan, staging: Staging, console: Talk) -> dict[str, Any]:
     from mmtune.encoding.processor import load_processor
     from mmtune.encoding.render import Renderer
+    from mmtune.evaluation.asking import answerer
     from mmtune.evaluation.comparison import answered_rows, compare, perplexities
     from mmtune.evaluation.looking import looked_report
     from mmtune.evaluation.rows import ChosenExamples, EvalRows

@@ -52,11 +52,6 @@ def ways_of(settings: Eval) -> list[Way]:
     return ways
 
 
-def answerer(model: str, way: str) -> str:
-    """Returns the name of a model asked in a way, as the report has it."""
-    return f"{model}, {way}" if way else model
-
-
 def features_of(recipe: Recipe, settings: Eval) -> Manifest | None:
     """Returns the manifest of the features that retrieval needs, or None without retrieval.
 

@@ -17,8 +17,8 @@ from mmtune.encoding.render import Renderer
 from mmtune.errors import RecipeError
 from mmtune.evaluation import CORPUS_METRICS, measure, metrics_of
 from mmtune.evaluation.generation import generate_texts, stop_ids
-from mmtune.evaluation.options import by_media, score_words
-from mmtune.evaluation.ranking import Question, Words, label_scores, question_of_row, rank
+from mmtune.evaluation.options import by_media, score_options, score_words
+from mmtune.evaluation.ranking import Question, Words, question_of_row, rank
 from mmtune.evaluation.rows import EvalRows
 from mmtune.evaluation.scoring import RowScorer
 from mmtune.models.soft_tokens import soft_tokens
@@ -173,16 +173,11 @@ class Asker:
         """Returns ``(R,)`` probability of the right option less that of the best wrong one, among the options."""
         examples = [rows.example(row) for row in range(len(rows.kept))]
         questions = [question_of_row(row, one, self._words(prompt)) for row, one in enumerate(examples)]
-        pairs = [(one, word) for one in questions if one is not None for word in range(len(one.words))]
-        logprob_N = self._logprobs(rows, pairs)
-        out, start = np.zeros(len(examples)), 0
-        for row, (question, example) in enumerate(zip(questions, examples, strict=True)):
-            assert question is not None, "rows without options are refused before the search"
-            end = start + len(question.words)
-            score_L = label_scores(logprob_N[start:end], question.owners)
-            out[row] = gap(score_L, [option in example.references for option in example.options])
-            start = end
-        return out
+        asked = [one for one in questions if one is not None]
+        assert len(asked) == len(examples), "rows without options are refused before the search"
+        scores = score_options(self._scorer, rows.encode, asked)
+        right = ([option in example.references for option in example.options] for example in examples)
+        return np.array([gap(score_L, right_L) for score_L, right_L in zip(scores, right, strict=True)])
 
     def _likelihoods(self, rows: EvalRows) -> np.ndarray:
         """Returns ``(R,)`` geometric mean of the probabilities of the answer's tokens."""
