@@ -138,7 +138,7 @@ def rank(
 def scores_of(
     questions: Sequence[Question], score: Callable[[Sequence[tuple[Question, int]]], np.ndarray]
 ) -> list[np.ndarray]:
-    """Returns per question the ``(L,)`` log-probability of its labels, see ``label_scores``; ``score`` as in ``rank``."""
+    """Returns per question the ``(L,)`` scores of its labels, see ``label_scores``; ``score`` as in ``rank``."""
     pairs = [(question, at) for question in questions for at in range(len(question.words))]
     logprob_N = score(pairs)
     out, start = [], 0

@@ -54,7 +54,10 @@ def with_pieces(mask_B1TT: torch.Tensor, pieces: Sequence[Sequence[Piece]], *, c
     whole = mask_B1TT.view_as(mask_B1TT)
     # The masks of the pieces are cut once, for all layers.
     cut = [
-        [(piece, None if causal and piece.causal else _of_keys(mask_11TT, piece, 3)) for piece in own]
+        [
+            (piece, None if causal and piece.causal else _keys_of(mask_11TT[:, :, slice(*piece.queries)], piece, 3))
+            for piece in own
+        ]
         for mask_11TT, own in zip(mask_B1TT.split(1), pieces, strict=True)
     ]
     setattr(whole, _PIECES, cut)
@@ -66,10 +69,8 @@ def without_pieces(mask: Any) -> Any:
     return mask.view_as(mask) if hasattr(mask, _PIECES) else mask
 
 
-def _of_keys(values: torch.Tensor, piece: Piece, axis: int) -> torch.Tensor:
-    """Returns a piece of a mask (axis 3), or of keys or values (axis 2), ``(1, heads, T, ...)``."""
-    if axis == 3:
-        values = values[:, :, slice(*piece.queries)]
+def _keys_of(values: torch.Tensor, piece: Piece, axis: int) -> torch.Tensor:
+    """Returns what of an axis of keys belongs to a piece."""
     parts = [values.narrow(axis, first, end - first) for first, end in piece.keys]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
 
@@ -91,4 +92,4 @@ def _attention(module: Any, query: Any, key: Any, value: Any, attention_mask: An
 def _of_piece(module: Any, query: Any, key: Any, value: Any, piece: Piece, mask: Any, options: dict[str, Any]) -> Any:
     own = {**options, "is_causal": mask is None}
     asked = query[:, :, slice(*piece.queries)]
-    return sdpa_attention_forward(module, asked, _of_keys(key, piece, 2), _of_keys(value, piece, 2), mask, **own)[0]
+    return sdpa_attention_forward(module, asked, _keys_of(key, piece, 2), _keys_of(value, piece, 2), mask, **own)[0]
