@@ -36,9 +36,7 @@ def only_label_tokens(model: Any, bears_BT: torch.Tensor) -> Iterator[None]:
         model: The model, with whatever wraps it.
         bears_BT: ``(B, T)``: whether the token that this one predicts bears loss.
     """
-    from accelerate.utils import extract_model_from_parallel
-
-    inner = extract_model_from_parallel(model, keep_torch_compile=False)
+    inner = _unwrapped(model)
     head = inner.get_output_embeddings()
     assert isinstance(head, nn.Module)
     rows_N, places_N = bears_BT.nonzero(as_tuple=True)
@@ -61,10 +59,15 @@ def only_label_tokens(model: Any, bears_BT: torch.Tensor) -> Iterator[None]:
 
 def parts_for_labels(model: Any) -> list[nn.Module]:
     """Returns the parts of a model's last block that run for label tokens alone."""
-    from accelerate.utils import extract_model_from_parallel
-
-    parts = _last_block(extract_model_from_parallel(model, keep_torch_compile=False))
+    parts = _last_block(_unwrapped(model))
     return [parts[name] for name in _PER_TOKEN if name in parts]
+
+
+def _unwrapped(model: Any) -> Any:
+    """Returns what a data-parallel wrapper holds; Accelerate's own look at every module is too long for each step."""
+    while not hasattr(model, "get_output_embeddings") and isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    return model
 
 
 def _last_block(model: Any) -> Mapping[str, nn.Module]:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from mmtune.errors import IntegrityError, Interrupted
 from mmtune.models.adapter import load_trainable_state, trainable_state
+from mmtune.models.rms_norm import fused_rms_norms
+from mmtune.models.rotary import fused_rotary
 from mmtune.models.spread import is_sharded
 from mmtune.training.engine import engine_of
 from mmtune.training.loop import Hooks, LoopSettings, Outcome, train
@@ -157,17 +159,18 @@ def go_on(
         held_out=course.held_out_parts,
         counted=course.counted,
     )
-    outcome = train(
-        course.model,
-        course.optimizer,
-        course.accelerator,
-        course.train.plan,
-        course.settings,
-        hooks,
-        start=standing.step,
-        metrics=standing.metrics,
-        sums=dict(standing.sums or {}) or None,
-    )
+    with fused_rms_norms(course.model), fused_rotary(course.model):
+        outcome = train(
+            course.model,
+            course.optimizer,
+            course.accelerator,
+            course.train.plan,
+            course.settings,
+            hooks,
+            start=standing.step,
+            metrics=standing.metrics,
+            sums=dict(standing.sums or {}) or None,
+        )
     unseen = sorted(outcome.unseen - set(course.staged))
     if unseen:
         note(f"no row has media for the {' and '.join(unseen)} tower; it did not train")

@@ -23,6 +23,8 @@ class Plain:
 
     def __init__(self, model: Any, optimizer: Optimizer) -> None:
         self._model, self._optimizer = model, optimizer
+        # Named once: a walk over every module at each step is a share of a short one.
+        self._parameters = list(model.parameters())
         self.together = is_sharded(model)
 
     def run(self, compute: Callable[[], Any]) -> Any:
@@ -35,11 +37,11 @@ class Plain:
 
     def exchange(self) -> None:
         """Sums the gradients over the processes."""
-        sum_gradients(self._model.parameters())
+        sum_gradients(self._parameters)
 
     def norm(self, clip: float | None) -> float:
         """Returns the norm of the gradient over all processes, and sees to it that the step is clipped."""
-        return gradient_norm(self._model.parameters(), clip)
+        return gradient_norm(self._parameters, clip)
 
     def step(self) -> None:
         """Moves the weights and forgets the gradients."""

@@ -170,7 +170,7 @@ def train(
                 schedule=settings.schedule,
             )
             set_rate(optimizer, rate)
-            torch.manual_seed(step_seed(settings.seed, step, rank))
+            _seed(step_seed(settings.seed, step, rank), accelerator.device)
             clock.skip()
             losses = _accumulate(
                 model, engine, accelerator, plan, chosen, batches, hooks, clock, window, settings.section
@@ -208,6 +208,14 @@ def train(
     outcome.seconds, outcome.teamwork = clock.stop(), clock.teamwork.facts()
     outcome.unseen = watch.waiting if outcome.step > start else set()
     return outcome
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Seeds what a step draws; without a GPU, ``torch.manual_seed`` formats a traceback for every kind of device."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 def _save(outcome: Outcome, hooks: Hooks, clock: Clock, window: Window, spikes: Spikes) -> int:
