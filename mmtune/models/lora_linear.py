@@ -1,8 +1,7 @@
 """One LoRA layer as one operation: the numbers of PEFT's own forward in fewer passes over memory.
 
 PEFT computes ``base(x) + B(A(x)) * scaling``; the scaled product and the sum are passes over the
-whole output, forward and backward. Here the scaling falls on the ``(T, r)`` inner product, and the
-sums happen inside the matrix products.
+whole output, forward and backward. Here scaling and sums happen inside the matrix products.
 
 Shapes: T tokens, I inputs, O outputs, r rank.
 """
@@ -29,8 +28,8 @@ class _LoraLinear(torch.autograd.Function):
         scaling: float,
     ) -> torch.Tensor:
         x_TI = x.reshape(-1, x.shape[-1])
-        inner_Tr = (x_TI @ a_rI.to(x.dtype).T).mul_(scaling)
-        y_TO = functional.linear(x_TI, weight_OI, bias_O).addmm_(inner_Tr, b_Or.to(x.dtype).T)
+        inner_Tr = x_TI @ a_rI.to(x.dtype).T
+        y_TO = functional.linear(x_TI, weight_OI, bias_O).addmm_(inner_Tr, b_Or.to(x.dtype).T, alpha=scaling)
         ctx.save_for_backward(x_TI, weight_OI, a_rI, b_Or, inner_Tr)
         ctx.scaling = scaling
         return y_TO.view(*x.shape[:-1], -1)
@@ -39,12 +38,14 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_TI, weight_OI, a_rI, b_Or, inner_Tr = ctx.saved_tensors
         grad_TO = grad.reshape(-1, grad.shape[-1])
-        inner_grad_Tr = (grad_TO @ b_Or.to(grad.dtype)).mul_(ctx.scaling)
-        a_grad = (inner_grad_Tr.T @ x_TI).to(a_rI.dtype)
-        b_grad = (grad_TO.T @ inner_Tr).to(b_Or.dtype)
+        a, b, scaling = a_rI.to(grad.dtype), b_Or.to(grad.dtype), ctx.scaling
+        inner_grad_Tr = grad_TO @ b
+        # With beta 0 the first argument gives its shape alone.
+        a_grad = torch.addmm(a, inner_grad_Tr.T, x_TI, beta=0, alpha=scaling).to(a_rI.dtype)
+        b_grad = torch.addmm(b, grad_TO.T, inner_Tr, beta=0, alpha=scaling).to(b_Or.dtype)
         x_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = (grad_TO @ weight_OI).addmm_(inner_grad_Tr, a_rI.to(grad.dtype)).view(*grad.shape[:-1], -1)
+            x_grad = (grad_TO @ weight_OI).addmm_(inner_grad_Tr, a, alpha=scaling).view(*grad.shape[:-1], -1)
         return x_grad, None, None, a_grad, b_grad, None
 
 

@@ -71,6 +71,8 @@ def without_pieces(mask: Any) -> Any:
 
 def _keys_of(values: torch.Tensor, piece: Piece, axis: int) -> torch.Tensor:
     """Returns what of an axis of keys belongs to a piece."""
+    if piece.keys == ((0, values.shape[axis]),):
+        return values  # a slice of all would cost a copy in the backward pass
     parts = [values.narrow(axis, first, end - first) for first, end in piece.keys]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
 
@@ -81,15 +83,16 @@ def _attention(module: Any, query: Any, key: Any, value: Any, attention_mask: An
     if cut is None or len(cut) != len(query) or options.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     rows = []
-    for row, own in enumerate(cut):
-        # A slice of all rows would cost a copy in the backward pass.
-        q, k, v = (x if len(cut) == 1 else x[row : row + 1] for x in (query, key, value))
-        made = [_of_piece(module, q, k, v, piece, mask, options) for piece, mask in own]
+    # Taken apart at once: the gradients of rows and of pieces are laid side by side, not added up.
+    for q, k, v, own in zip(*((x,) if len(cut) == 1 else x.split(1) for x in (query, key, value)), cut, strict=True):
+        asked = q.split([piece.queries[1] - piece.queries[0] for piece, _ in own], dim=2)
+        made = [
+            _of_piece(module, few, k, v, piece, mask, options) for few, (piece, mask) in zip(asked, own, strict=True)
+        ]
         rows.append(made[0] if len(made) == 1 else torch.cat(made, dim=1))
     return rows[0] if len(rows) == 1 else torch.cat(rows), None
 
 
-def _of_piece(module: Any, query: Any, key: Any, value: Any, piece: Piece, mask: Any, options: dict[str, Any]) -> Any:
+def _of_piece(module: Any, asked: Any, key: Any, value: Any, piece: Piece, mask: Any, options: dict[str, Any]) -> Any:
     own = {**options, "is_causal": mask is None}
-    asked = query[:, :, slice(*piece.queries)]
     return sdpa_attention_forward(module, asked, _keys_of(key, piece, 2), _keys_of(value, piece, 2), mask, **own)[0]
