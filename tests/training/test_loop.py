@@ -31,7 +31,7 @@ def close(found, expected, rel=1e-5):
     assert found.keys() == expected.keys()
     largest = max(value.abs().max() for value in expected.values())
     for name, value in expected.items():
-        scale = value.abs().max().clamp(min=1e-4 * largest)
+        scale = value.abs().max().clamp(min=1e-3 * largest)
         assert (found[name] - value).abs().max() <= rel * scale, name
 
 
