@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mmtune.training.engine import Plain, engine_of
+from mmtune.training.engine import engine_of
 from mmtune.training.feed import feed, worker_errors
 from mmtune.training.guards import Spikes, memory_errors, refuse_non_finite
 from mmtune.training.loss import answer_loss
@@ -144,70 +144,217 @@ def train(
         ResourceError: Another process of the run is gone or stuck, or one that makes batches was killed.
     """
     world, rank = accelerator.num_processes, accelerator.process_index
+    # Planned once, for the steps and for those who make their batches ahead.
     steps, early = itertools.tee(plan.steps(start))
     mine = (
         (chosen[position], step)
         for step, chosen in enumerate(early, start=start)
         for position, _ in plan.shares(chosen, rank, world)
     )
-    outcome, clock, window, spikes = Outcome(start, metrics=metrics), Clock(), Window(), Spikes()
-    watch, engine = TowerWatch(model, settings.section), engine_of(model, optimizer)
-    if sums:
-        window.restore(sums)
-        spikes.restore(sums)
-    saved = start
     model.train()
     made = feed(lambda named: hooks.batch(*named), mine, settings.workers)
     with worker_errors(), closing(made) as batches, StopFlag() as stop:
-        if start and not _validate(outcome, plan, settings, hooks, clock, window, model, accelerator, stop):
-            return _stopped(outcome, clock, stop)
+        loop = Loop(
+            model, optimizer, accelerator, plan, settings, hooks, batches, stop, Outcome(start, metrics=metrics)
+        )
+        if sums:
+            loop.restore(sums)
+        return loop.run(steps, start)
+
+
+class Loop:
+    """One run of the loop: what stands for all its steps, and what they add up to.
+
+    Attributes:
+        model: What trains.
+        accelerator: The accelerator.
+        plan: The steps.
+        hooks: What is called outward.
+        outcome: How far it is.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: Optimizer | Zero,
+        accelerator: Accelerator,
+        plan: Plan,
+        settings: LoopSettings,
+        hooks: Hooks,
+        batches: Iterator[Batch],
+        stop: StopFlag,
+        outcome: Outcome,
+    ) -> None:
+        self.model, self._optimizer, self._engine = model, optimizer, engine_of(model, optimizer)
+        self.accelerator, self.plan, self._settings, self.hooks = accelerator, plan, settings, hooks
+        self._batches, self._stop, self.outcome = batches, stop, outcome
+        self._clock, self._window, self._spikes = Clock(), Window(), Spikes()
+        self._watch, self._saved = TowerWatch(model, settings.section), outcome.step
+
+    def restore(self, sums: dict[str, float]) -> None:
+        """Goes on with the sums of a checkpoint."""
+        self._window.restore(sums)
+        self._spikes.restore(sums)
+
+    def run(self, steps: Iterator[list[np.ndarray]], start: int) -> Outcome:
+        """Takes the steps of the plan, the first of which is ``start``; returns how it ended."""
+        outcome = self.outcome
+        if start and not self._validate():
+            return self._stopped()
         for step, chosen in enumerate(steps, start=start):
-            rate = learning_rate(
-                step,
-                peak=settings.peak_rate,
-                total=plan.total_steps,
-                warmup=settings.warmup,
-                schedule=settings.schedule,
+            self._take(step, chosen, first=step == start)
+            last = outcome.step == self.plan.total_steps
+            if last or outcome.step % self._settings.save_every == 0:
+                self._save()
+            if not self._validate() or (not last and self.stop_wanted()):
+                if self._saved < outcome.step:
+                    self._save()
+                return self._stopped()
+        outcome.seconds, outcome.teamwork = self._clock.stop(), self._clock.teamwork.facts()
+        outcome.unseen = self._watch.waiting if outcome.step > start else set()
+        return outcome
+
+    def _take(self, step: int, chosen: Sequence[np.ndarray], *, first: bool) -> None:
+        """Takes one step: its gradients, whether they can be trusted, the weights, and what is to be said of it."""
+        settings, hooks, plan, outcome = self._settings, self.hooks, self.plan, self.outcome
+        rate = learning_rate(
+            step,
+            peak=settings.peak_rate,
+            total=plan.total_steps,
+            warmup=settings.warmup,
+            schedule=settings.schedule,
+        )
+        set_rate(self._optimizer, rate)
+        _seed(step_seed(settings.seed, step, self.accelerator.process_index), self.accelerator.device)
+        self._clock.skip()
+        losses = self.accumulate(chosen)
+        norm = self._engine.norm(settings.clip)
+        refuse_non_finite(
+            losses, norm, chosen, step=step, ids=hooks.ids, last_good=hooks.last_good(), section=settings.section
+        )
+        with memory_errors(np.concatenate(chosen), hooks.ids, settings.section):
+            self._engine.step()
+        self._clock.lap("optimizer")
+        outcome.step = step + 1
+        outcome.rows += int(sum(plan.sizes.rows[own].sum() for own in chosen))
+        targets = plan.targets(chosen)
+        if first or self._watch.waiting:
+            kinds = set().union(*(hooks.modalities(trees) for trees in chosen))
+            device = str(self.accelerator.device)
+            self._watch.check(self.model, rate=rate, targets=targets, modalities=kinds, device=device)
+        self.warn_of_spike(losses, targets, chosen)
+        self._window.add(sum(losses), targets, norm)
+        self._log(rate)
+
+    def accumulate(self, chosen: Sequence[np.ndarray]) -> list[float]:
+        """Forward and backward over one step's micro batches; returns the global loss sum of each."""
+        device, plan, clock, window = self.accelerator.device, self.plan, self._clock, self._window
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        targets, own = max(plan.targets(chosen), 1), plan.shares(chosen, rank, world)
+        # The losses of the step, then each process's own seconds: one exchange for both.
+        shared = torch.zeros(len(chosen) + world, device=device)
+        for index, (position, counts) in enumerate(own, start=1):
+            made, trees = next(self._batches), chosen[position]
+            window.rows += int(plan.sizes.rows[trees].sum()) * counts
+            window.tokens += int(made["attention_mask"].sum()) * counts
+            with memory_errors(trees, self.hooks.ids, self._settings.section):
+                batch = {name: value.to(device) for name, value in made.items()}
+                clock.lap("wait")
+                nll = self._engine.run(partial(self._loss, batch))
+                clock.lap("forward")
+                # Rows without media do not reach a tower that trains alone. Where the processes gather weights
+                # from each other, one with nothing to add takes part too.
+                if nll.requires_grad and (counts or self._engine.together):
+                    self._engine.backward(nll / targets * float(counts), last=index == len(own))
+            clock.lap("backward")
+            if counts:
+                shared[position] = nll.detach()
+                self.hooks.counted()
+        if world > 1 and device.type == "cuda":
+            # What is still queued is own work, not the exchange.
+            torch.cuda.synchronize(device)
+            clock.lap("backward")
+        shared[len(chosen) + rank] = clock.own()
+        self._engine.exchange()
+        shared_by_all = sum_tensor(shared, "summing the loss").tolist()
+        exchange = clock.lap("sync")
+        if world > 1:
+            clock.teamwork.add(shared_by_all[len(chosen) :], rank, exchange)
+        return shared_by_all[: len(chosen)]
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        with self.accelerator.autocast():
+            return self.hooks.loss(self.model, batch)[0]
+
+    def warn_of_spike(self, losses: Sequence[float], targets: int, chosen: Sequence[np.ndarray]) -> None:
+        """Says which examples were in the worst micro batch of a step whose loss leapt."""
+        loss = sum(losses) / max(targets, 1)
+        usual = self._spikes.over(loss)
+        if usual is not None:
+            worst = self.hooks.ids(chosen[int(np.argmax(losses))])
+            self.hooks.note(
+                f"the loss of step {self.outcome.step} is {loss:.3f}, around {usual:.3f} before; examples of its worst"
+                f" micro batch: {', '.join(worst[:4])}{' ...' if len(worst) > 4 else ''}"
             )
-            set_rate(optimizer, rate)
-            _seed(step_seed(settings.seed, step, rank), accelerator.device)
-            clock.skip()
-            losses = _accumulate(
-                model, engine, accelerator, plan, chosen, batches, hooks, clock, window, settings.section
-            )
-            norm = engine.norm(settings.clip)
-            refuse_non_finite(
-                losses,
-                norm,
-                chosen,
-                step=step,
-                ids=hooks.ids,
-                last_good=hooks.last_good(),
-                section=settings.section,
-            )
-            with memory_errors(np.concatenate(chosen), hooks.ids, settings.section):
-                engine.step()
-            clock.lap("optimizer")
-            outcome.step = step + 1
-            outcome.rows += int(sum(plan.sizes.rows[own].sum() for own in chosen))
-            targets = plan.targets(chosen)
-            if step == start or watch.waiting:
-                kinds = set().union(*(hooks.modalities(trees) for trees in chosen))
-                watch.check(model, rate=rate, targets=targets, modalities=kinds, device=str(accelerator.device))
-            _warn_of_spike(spikes, losses, targets, chosen, step, hooks)
-            window.add(sum(losses), targets, norm)
-            _log(outcome, plan, settings, hooks, window, clock, rate, accelerator)
-            last = outcome.step == plan.total_steps
-            if last or outcome.step % settings.save_every == 0:
-                saved = _save(outcome, hooks, clock, window, spikes)
-            validated = _validate(outcome, plan, settings, hooks, clock, window, model, accelerator, stop)
-            if not validated or (not last and _stop_wanted(stop, accelerator)):
-                if saved < outcome.step:
-                    _save(outcome, hooks, clock, window, spikes)
-                return _stopped(outcome, clock, stop)
-    outcome.seconds, outcome.teamwork = clock.stop(), clock.teamwork.facts()
-    outcome.unseen = watch.waiting if outcome.step > start else set()
-    return outcome
+
+    def _log(self, rate: float) -> None:
+        """Metrics and progress after a step."""
+        settings, window, outcome, note = self._settings, self._window, self.outcome, ""
+        if outcome.step % settings.log_every == 0 or outcome.step == self.plan.total_steps:
+            counts = torch.tensor([window.rows, window.tokens], device=self.accelerator.device)
+            window.rows, window.tokens = sum_tensor(counts, "counting rows").tolist()
+            row = window.line(outcome.step, rate, self._clock.spent["wait"])
+            row |= self.hooks.parts()
+            if settings.use_per_token is not None:
+                row["mfu"] = round(row["tokens_per_second"] * settings.use_per_token, 4)
+            outcome.metrics += json.dumps(row) + "\n"
+            self.hooks.log(row)
+            note = meter_note(row)
+        self.hooks.advance(1, note)
+
+    def _save(self) -> None:
+        """Writes a checkpoint."""
+        self._clock.skip()
+        self.hooks.save(self.outcome.step, self.outcome.metrics, {**self._window.state(), **self._spikes.state()})
+        self._window.leave_out(self._clock.lap("save"))
+        self._saved = self.outcome.step
+
+    def _validate(self) -> bool:
+        """Adds the validation loss to the metrics where one is due and not there yet; False: a signal stopped it."""
+        outcome, every = self.outcome, self._settings.eval_every
+        step = outcome.step
+        due = step == self.plan.total_steps or (every is not None and step % every == 0)
+        lines = outcome.metrics.splitlines()
+        row = json.loads(lines[-1]) if lines else {}
+        same = row.get("step") == step
+        if not due or (same and "val_loss" in row):
+            return True
+        self._clock.skip()
+        self.model.eval()
+        try:
+            value = self.hooks.validate(self.stop_wanted)
+        except Stopped:
+            return False
+        finally:
+            self.model.train()
+            self._window.leave_out(self._clock.lap("validate"))
+        if value is not None:
+            found = {"val_loss": value, **self.hooks.held_out()}
+            row = {**(row if same else {}), "step": step, **found}
+            outcome.metrics = "".join(f"{line}\n" for line in [*(lines[:-1] if same else lines), json.dumps(row)])
+            self.hooks.log({"step": step, **found})
+        return True
+
+    def stop_wanted(self) -> bool:
+        """Whether any process was asked to stop."""
+        if self.accelerator.num_processes == 1:
+            return bool(self._stop)
+        flag = torch.tensor(float(bool(self._stop)), device=self.accelerator.device)
+        return float(sum_tensor(flag, "asking whether to stop")) > 0
+
+    def _stopped(self) -> Outcome:
+        self.outcome.seconds, self.outcome.stopped_by = self._clock.stop(), self._stop.wanted or 15
+        return self.outcome
 
 
 def _seed(seed: int, device: torch.device) -> None:
@@ -216,149 +363,3 @@ def _seed(seed: int, device: torch.device) -> None:
         torch.default_generator.manual_seed(seed)
     else:
         torch.manual_seed(seed)
-
-
-def _save(outcome: Outcome, hooks: Hooks, clock: Clock, window: Window, spikes: Spikes) -> int:
-    """Writes a checkpoint; returns its step."""
-    clock.skip()
-    hooks.save(outcome.step, outcome.metrics, {**window.state(), **spikes.state()})
-    window.leave_out(clock.lap("save"))
-    return outcome.step
-
-
-def _stopped(outcome: Outcome, clock: Clock, stop: StopFlag) -> Outcome:
-    outcome.seconds, outcome.stopped_by = clock.stop(), stop.wanted or 15
-    return outcome
-
-
-def _accumulate(
-    model: Any,
-    engine: Plain | Zero,
-    accelerator: Accelerator,
-    plan: Plan,
-    chosen: Sequence[np.ndarray],
-    batches: Iterator[Batch],
-    hooks: Hooks,
-    clock: Clock,
-    window: Window,
-    section: str,
-) -> list[float]:
-    """Forward and backward over one step's micro batches; returns the global loss sum of each."""
-    world, rank = accelerator.num_processes, accelerator.process_index
-    targets, own = max(plan.targets(chosen), 1), plan.shares(chosen, rank, world)
-    # The losses of the step, then each process's own seconds: one exchange for both.
-    shared = torch.zeros(len(chosen) + world, device=accelerator.device)
-
-    def loss_of(batch: Batch) -> torch.Tensor:
-        with accelerator.autocast():
-            return hooks.loss(model, batch)[0]
-
-    for index, (position, counts) in enumerate(own, start=1):
-        made, trees = next(batches), chosen[position]
-        window.rows += int(plan.sizes.rows[trees].sum()) * counts
-        window.tokens += int(made["attention_mask"].sum()) * counts
-        with memory_errors(trees, hooks.ids, section):
-            batch = {name: value.to(accelerator.device) for name, value in made.items()}
-            clock.lap("wait")
-            nll = engine.run(partial(loss_of, batch))
-            clock.lap("forward")
-            # Rows without media do not reach a tower that trains alone. Where the processes gather weights
-            # from each other, one with nothing to add takes part too.
-            if nll.requires_grad and (counts or engine.together):
-                engine.backward(nll / targets * float(counts), last=index == len(own))
-        clock.lap("backward")
-        if counts:
-            shared[position] = nll.detach()
-            hooks.counted()
-    if world > 1 and accelerator.device.type == "cuda":
-        # What is still queued is own work, not the exchange.
-        torch.cuda.synchronize(accelerator.device)
-        clock.lap("backward")
-    shared[len(chosen) + rank] = clock.own()
-    engine.exchange()
-    shared_by_all = sum_tensor(shared, "summing the loss").tolist()
-    exchange = clock.lap("sync")
-    if world > 1:
-        clock.teamwork.add(shared_by_all[len(chosen) :], rank, exchange)
-    return shared_by_all[: len(chosen)]
-
-
-def _warn_of_spike(
-    spikes: Spikes, losses: Sequence[float], targets: int, chosen: Sequence[np.ndarray], step: int, hooks: Hooks
-) -> None:
-    loss = sum(losses) / max(targets, 1)
-    usual = spikes.over(loss)
-    if usual is not None:
-        worst = hooks.ids(chosen[int(np.argmax(losses))])
-        hooks.note(
-            f"the loss of step {step + 1} is {loss:.3f}, around {usual:.3f} before; examples of its worst micro batch:"
-            f" {', '.join(worst[:4])}{' ...' if len(worst) > 4 else ''}"
-        )
-
-
-def _stop_wanted(stop: StopFlag, accelerator: Accelerator) -> bool:
-    if accelerator.num_processes == 1:
-        return bool(stop)
-    flag = torch.tensor(float(bool(stop)), device=accelerator.device)
-    return float(sum_tensor(flag, "asking whether to stop")) > 0
-
-
-def _log(
-    outcome: Outcome,
-    plan: Plan,
-    settings: LoopSettings,
-    hooks: Hooks,
-    window: Window,
-    clock: Clock,
-    rate: float,
-    accelerator: Accelerator,
-) -> None:
-    """Metrics and progress after a step."""
-    note = ""
-    if outcome.step % settings.log_every == 0 or outcome.step == plan.total_steps:
-        counts = torch.tensor([window.rows, window.tokens], device=accelerator.device)
-        window.rows, window.tokens = sum_tensor(counts, "counting rows").tolist()
-        row = window.line(outcome.step, rate, clock.spent["wait"])
-        row |= hooks.parts()
-        if settings.use_per_token is not None:
-            row["mfu"] = round(row["tokens_per_second"] * settings.use_per_token, 4)
-        outcome.metrics += json.dumps(row) + "\n"
-        hooks.log(row)
-        note = meter_note(row)
-    hooks.advance(1, note)
-
-
-def _validate(
-    outcome: Outcome,
-    plan: Plan,
-    settings: LoopSettings,
-    hooks: Hooks,
-    clock: Clock,
-    window: Window,
-    model: Any,
-    accelerator: Accelerator,
-    stop: StopFlag,
-) -> bool:
-    """Adds the validation loss to the metrics where one is due and not there yet; False when a signal stopped it."""
-    step = outcome.step
-    due = step == plan.total_steps or (settings.eval_every is not None and step % settings.eval_every == 0)
-    lines = outcome.metrics.splitlines()
-    row = json.loads(lines[-1]) if lines else {}
-    same = row.get("step") == step
-    if not due or (same and "val_loss" in row):
-        return True
-    clock.skip()
-    model.eval()
-    try:
-        value = hooks.validate(lambda: _stop_wanted(stop, accelerator))
-    except Stopped:
-        return False
-    finally:
-        model.train()
-        window.leave_out(clock.lap("validate"))
-    if value is not None:
-        found = {"val_loss": value, **hooks.held_out()}
-        row = {**(row if same else {}), "step": step, **found}
-        outcome.metrics = "".join(f"{line}\n" for line in [*(lines[:-1] if same else lines), json.dumps(row)])
-        hooks.log({"step": step, **found})
-    return True

@@ -287,12 +287,12 @@ def test_stopped_and_resumed_it_ends_with_the_same_bytes(fresh, settings, monkey
     folder = recipe.run_dir / "adapter"
     weights = {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
     losses = numbers_of(recipe)
-    asked = loop._stop_wanted
+    asked = loop.Loop.stop_wanted
     polls = iter([False, False, True])
-    monkeypatch.setattr(loop, "_stop_wanted", lambda stop, accelerator: next(polls))
+    monkeypatch.setattr(loop.Loop, "stop_wanted", lambda _: next(polls))
     with pytest.raises(Interrupted):
         finetune(recipe, force=True, console=Talk(quiet=True))
-    monkeypatch.setattr(loop, "_stop_wanted", asked)
+    monkeypatch.setattr(loop.Loop, "stop_wanted", asked)
     console = Talk(quiet=True)
     finetune(recipe, force=True, console=console)
     assert any("resuming after step 3" in line for line in console.lines)
@@ -310,16 +310,16 @@ def test_resting_in_the_memory_of_the_cpu_changes_nothing(fresh, settings, monke
     recipe = fresh(**settings, max_steps=4)
     finetune(recipe, console=Talk(quiet=True))
     expected, numbers = load_file(recipe.run_dir / "adapter" / name), numbers_of(recipe)
-    accumulate, seen, asked = loop._accumulate, [], loop._stop_wanted
+    accumulate, seen, asked = loop.Loop.accumulate, [], loop.Loop.stop_wanted
 
-    def watch(model, *rest):
-        seen.append(sum(isinstance(parameter, DTensor) for parameter in model.parameters()))
-        return accumulate(model, *rest)
+    def watch(run, chosen):
+        seen.append(sum(isinstance(parameter, DTensor) for parameter in run.model.parameters()))
+        return accumulate(run, chosen)
 
     # Stopped after two steps while it rests there, ended without.
-    monkeypatch.setattr(loop, "_accumulate", watch)
+    monkeypatch.setattr(loop.Loop, "accumulate", watch)
     polls = iter([False, True])
-    monkeypatch.setattr(loop, "_stop_wanted", lambda stop, accelerator: next(polls))
+    monkeypatch.setattr(loop.Loop, "stop_wanted", lambda _: next(polls))
     resting = fresh(**settings, max_steps=4, offload=True)
     try:
         with pytest.raises(Interrupted):
@@ -327,7 +327,7 @@ def test_resting_in_the_memory_of_the_cpu_changes_nothing(fresh, settings, monke
     finally:
         torch.distributed.destroy_process_group()
     assert seen[0] > 10
-    monkeypatch.setattr(loop, "_stop_wanted", asked)
+    monkeypatch.setattr(loop.Loop, "stop_wanted", asked)
     finetune(recipe, force=True, console=Talk(quiet=True))
     assert seen[-1] == 0
     found = load_file(recipe.run_dir / "adapter" / name)

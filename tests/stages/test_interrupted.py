@@ -98,7 +98,7 @@ def test_a_run_that_failed_to_publish_only_publishes_again(fresh, unbroken, monk
             finetune(recipe, console=Talk(quiet=True))
     assert state_of(recipe, 6).is_file() and not (recipe.run_dir / "adapter").exists()
     steps = []
-    monkeypatch.setattr(loop, "_accumulate", lambda *_: steps.append(1))
+    monkeypatch.setattr(loop.Loop, "accumulate", lambda *_: steps.append(1))
     assert finetune(recipe, console=Talk(quiet=True))["steps"] == 6
     assert not steps
     same(recipe, unbroken)
@@ -150,7 +150,7 @@ def test_a_save_that_was_killed_is_swept_by_the_next_run(fresh, unbroken, tmp_pa
     kill_all(child)
     assert sorted(path.name.startswith(".tmp-") for path in folder.iterdir()) == [False, True]
     (folder / ".step-00000002.tmp-old-12345678").mkdir()
-    monkeypatch.setattr(loop, "_stop_wanted", lambda stop, accelerator: True)
+    monkeypatch.setattr(loop.Loop, "stop_wanted", lambda _: True)
     with pytest.raises(Interrupted):
         finetune(recipe, console=Talk(quiet=True))
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000003"]
@@ -201,7 +201,7 @@ def test_a_stop_in_a_long_validation_ends_with_75_and_the_next_run_has_the_bytes
 def test_another_attention_kernel_is_another_run(fresh, unbroken, monkeypatch):
     recipe = fresh()
     asked = recipe.model_copy(update={"model": recipe.model.model_copy(update={"attn": "eager"})})
-    monkeypatch.setattr(loop, "_stop_wanted", lambda stop, accelerator: True)
+    monkeypatch.setattr(loop.Loop, "stop_wanted", lambda _: True)
     with pytest.raises(Interrupted):
         finetune(recipe, console=Talk(quiet=True))
     with pytest.raises(IntegrityError, match=r'belongs to another run: config.attn: "auto" -> "eager"'):
@@ -216,7 +216,7 @@ def test_another_attention_kernel_is_another_run(fresh, unbroken, monkeypatch):
 def test_a_checkpoint_names_its_surroundings_and_a_run_under_others_says_so(fresh, unbroken, monkeypatch):
     recipe = fresh()
     polls = iter([False, False, True])
-    monkeypatch.setattr(loop, "_stop_wanted", lambda stop, accelerator: next(polls))
+    monkeypatch.setattr(loop.Loop, "stop_wanted", lambda _: next(polls))
     with pytest.raises(Interrupted):
         finetune(recipe, console=Talk(quiet=True))
     monkeypatch.undo()
@@ -241,7 +241,7 @@ def test_a_checkpoint_names_its_surroundings_and_a_run_under_others_says_so(fres
 def test_under_the_same_surroundings_nothing_is_said(fresh, monkeypatch):
     recipe = fresh()
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_stop_wanted", lambda stop, accelerator: True)
+        patch.setattr(loop.Loop, "stop_wanted", lambda _: True)
         with pytest.raises(Interrupted):
             finetune(recipe, console=Talk(quiet=True))
     talk = said(recipe)
@@ -276,7 +276,7 @@ def test_a_flipped_byte_in_a_checkpoint_ends_with_7_and_its_hint_leads_to_the_by
     recipe = fresh()
     polls = iter([False] * 4 + [True])
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_stop_wanted", lambda stop, accelerator: next(polls))
+        patch.setattr(loop.Loop, "stop_wanted", lambda _: next(polls))
         code, error = cli(recipe)
         assert (code, error["code"]) == (75, "interrupted")
     newest = state_of(recipe, 5).parent
@@ -296,7 +296,7 @@ def test_a_flipped_byte_in_a_checkpoint_ends_with_7_and_its_hint_leads_to_the_by
 @pytest.mark.parametrize("where", ["between steps", "in a step"])
 def test_a_killed_loader_ends_with_5_and_the_next_run_has_the_bytes(fresh, unbroken, cli, monkeypatch, where):
     recipe = fresh(workers=1)
-    warn, accumulate, steps = loop._warn_of_spike, loop._accumulate, []
+    warn, accumulate, steps = loop.Loop.warn_of_spike, loop.Loop.accumulate, []
 
     def kill(*_):
         for worker in multiprocessing.active_children():
@@ -305,10 +305,10 @@ def test_a_killed_loader_ends_with_5_and_the_next_run_has_the_bytes(fresh, unbro
             worker.join(10)
             time.sleep(0.1)
 
-    def between(*given):
-        if given[4] == 2:
+    def between(own, *given):
+        if own.outcome.step == 3:
             kill()
-        warn(*given)
+        warn(own, *given)
 
     def within(*given):
         steps.append(1)
@@ -318,9 +318,9 @@ def test_a_killed_loader_ends_with_5_and_the_next_run_has_the_bytes(fresh, unbro
 
     with monkeypatch.context() as patch:
         if where == "between steps":
-            patch.setattr(loop, "_warn_of_spike", between)
+            patch.setattr(loop.Loop, "warn_of_spike", between)
         else:
-            patch.setattr(loop, "_accumulate", within)
+            patch.setattr(loop.Loop, "accumulate", within)
         code, error = cli(recipe)
     assert (code, error["code"]) == (5, "worker_died") and "finetune.workers" in error["hint"]
     assert state_of(recipe, 2).is_file() and not (recipe.run_dir / "adapter").exists()

@@ -93,7 +93,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(recipe_at, monkeypatch):
     shutil.rmtree(staged.run_dir / "base")
     asked = iter([False, False, True])
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_stop_wanted", lambda *_: next(asked))
+        patch.setattr(loop.Loop, "stop_wanted", lambda _: next(asked))
         with pytest.raises(Interrupted):
             pretrain(staged, console=Talk(quiet=True))
     pretrain(staged, console=Talk(quiet=True))

@@ -147,7 +147,7 @@ def test_it_goes_on_in_smaller_micro_batches_with_the_same_examples(fresh, tmp_p
     record(runs["cut"], monkeypatch.setattr)
     polls = iter([False] * 4 + [True])
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_stop_wanted", lambda stop, accelerator: next(polls))
+        patch.setattr(loop.Loop, "stop_wanted", lambda _: next(polls))
         with pytest.raises(Interrupted):
             here(large)
     small = fresh("cut", layout, **HALVES, **PLAIN, accumulate=2)
@@ -183,6 +183,6 @@ def test_processes_of_a_killed_launcher_save_and_leave(fresh, tmp_path, monkeypa
     (saved,) = folder.iterdir()
     step = int(saved.name.removeprefix("step-"))
     assert step >= 3 and not (recipe.run_dir / "adapter").exists()
-    monkeypatch.setattr(loop, "_stop_wanted", lambda stop, accelerator: True)
+    monkeypatch.setattr(loop.Loop, "stop_wanted", lambda _: True)
     with pytest.raises(Interrupted, match=f"after step {step + 1} of"):
         here(fresh("run", **long, accumulate=2))

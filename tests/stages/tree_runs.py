@@ -83,21 +83,20 @@ def record(folder: Path | str, put: Callable[[Any, str, Any], None]) -> None:
     """Lets the loop write the example ids that this process trains on, by step, into a folder."""
     from mmtune.training import loop
 
-    accumulate, refuse = loop._accumulate, loop.refuse_non_finite
+    accumulate, refuse = loop.Loop.accumulate, loop.refuse_non_finite
     own: list[str] = []
 
-    def watched(*given: Any) -> Any:
-        _, _, accelerator, plan, chosen, _, hooks, *_ = given
-        shares = plan.shares(chosen, accelerator.process_index, accelerator.num_processes)
-        own[:] = [example for at, counts in shares if counts for example in hooks.ids(chosen[at])]
-        return accumulate(*given)
+    def watched(run: Any, chosen: Any) -> Any:
+        shares = run.plan.shares(chosen, run.accelerator.process_index, run.accelerator.num_processes)
+        own[:] = [example for at, counts in shares if counts for example in run.hooks.ids(chosen[at])]
+        return accumulate(run, chosen)
 
     def refused(losses: Any, norm: Any, chosen: Any, *, step: int, **more: Any) -> None:
         refuse(losses, norm, chosen, step=step, **more)
         with open(Path(folder) / f"ids-{os.getpid()}.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps([step, own]) + "\n")
 
-    put(loop, "_accumulate", watched)
+    put(loop.Loop, "accumulate", watched)
     put(loop, "refuse_non_finite", refused)
 
 
