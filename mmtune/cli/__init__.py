@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -81,3 +82,5 @@ def _root(
     # Deprecations inside the libraries are for their callers, not for the person at the command line.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    # PEFT loads it wherever it is installed, and on some processors it tells at once what would make it faster.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
