@@ -70,6 +70,7 @@ class Run:
     Attributes:
         embeds: ``(B * P, T, H)``.
         mask: For them.
+        row_mask: Of the B rows, nothing hidden from a pass.
         passes: Of the batch.
         log_gate: ``(B, T, K)`` of the branches; None where there is one.
         stream: Media beside the sequence, where attention is cross or co.
@@ -78,6 +79,7 @@ class Run:
 
     embeds: torch.Tensor
     mask: Any
+    row_mask: Any
     passes: Passes
     log_gate: torch.Tensor | None
     stream: MediaStream | None
@@ -200,7 +202,7 @@ def fuse(
         state.index if state is not None else _indices(row.kinds, passes) if beside else None,
         None if state is None else state.streams,
     )
-    return Run(embeds.repeat_interleave(passes.count, 0), run_mask, passes, log_gate, stream, kept)
+    return Run(embeds.repeat_interleave(passes.count, 0), run_mask, mask, passes, log_gate, stream, kept)
 
 
 def _instruction(config: CompositeConfig, row: Row) -> torch.Tensor | None:

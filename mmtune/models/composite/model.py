@@ -31,6 +31,7 @@ from mmtune.models.composite.features import (
 from mmtune.models.composite.fuse import Row, Run, asked_of_media, fuse, kinds_at, prompt_at, turns_at, without_dropped
 from mmtune.models.composite.head import MixingHead, join
 from mmtune.models.composite.passes import FusionState
+from mmtune.models.composite.shared_start import run_in_two, shared_start
 from mmtune.models.composite.stream import ARGUMENT, add_blocks
 from mmtune.models.fusion.co_attention import CoAttention
 from mmtune.models.fusion.gate import DecisionGate
@@ -266,20 +267,28 @@ class CompositeModel(CompositePreTrainedModel):
 
     def _run(self, run: Run, position_ids: torch.Tensor | None, past: Any, kwargs: dict[str, Any]) -> Any:
         """Returns what the language model makes of all passes."""
-        passes = run.passes.count
-        if passes > 1:
-            position_ids = None if position_ids is None else position_ids.repeat_interleave(passes, 0)
-            if past is not None and run.state.kinds.shape[1] == run.embeds.shape[1] and past.get_seq_length():
-                # The keys and values of a learned prefix stand once per row.
+        passes, start = run.passes.count, 0
+        if run.state.kinds.shape[1] == run.embeds.shape[1]:
+            # Keys and values of virtual tokens stand once per row.
+            start = self._shared_start(run, past, kwargs)
+            if passes > 1 and not start and past is not None and past.get_seq_length():
                 past.batch_repeat_interleave(passes)
+        if position_ids is not None:
+            position_ids = position_ids.repeat_interleave(passes, 0)
         stream = {} if run.stream is None else {ARGUMENT: run.stream}
-        return self.language_model(
-            attention_mask=run.mask,
-            position_ids=position_ids,
-            past_key_values=past,
-            inputs_embeds=run.embeds,
-            **{**kwargs, **stream, "return_dict": True},
-        )
+        given = {"position_ids": position_ids, "past_key_values": past, **kwargs, **stream, "return_dict": True}
+        if start:
+            return run_in_two(self.language_model, run, start, **given)
+        return self.language_model(attention_mask=run.mask, inputs_embeds=run.embeds, **given)
+
+    def _shared_start(self, run: Run, past: Any, kwargs: dict[str, Any]) -> int:
+        """Returns how many tokens run once for all passes; with attention of media beside or both ways none do."""
+        fusion = self.config.fusion
+        if fusion["attention"] != "none" or isinstance(run.mask, dict):
+            return 0
+        dropping = self.training and fusion["modality_dropout"] > 0
+        kinds, passes = run.state.kinds, run.passes.count
+        return shared_start(self.language_model, kinds, passes, past, kwargs, words_alone=dropping)
 
 
 class CompositeForConditionalGeneration(CompositePreTrainedModel, GenerationMixin):
