@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from mmtune.recipe.section import Section, Tower
+from mmtune.recipe.section import Section, Tower, Weight
 
 Modality = Literal["image", "audio"]
 Part = Literal["text", "image", "audio"]
 Objective = Literal["caption", "reconstruction", "adversarial", "contrastive", "masked", "match"]
-Weight = Annotated[float, Field(ge=0)]
+
 Rate = Annotated[float, Field(gt=0, le=10)]
 _TOWERS: dict[str, Tower] = {"text": "llm", "image": "vision", "audio": "audio"}
 
