@@ -134,10 +134,15 @@ class Collator:
         return {**batch, "attention_mask": seen, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
     def _prompt(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Returns where the first answer has not begun, for a family that reads the prompt in both directions."""
+        """Returns where the first answer has not begun and users speak, for a family that reads the prompt so."""
         if not self.reads_prompt:
             return {}
-        return {"prompt_mask": ((batch["labels"] != IGNORED).cumsum(1) == 0).long() * batch["attention_mask"]}
+        mask = batch["attention_mask"]
+        made = {"prompt_mask": ((batch["labels"] != IGNORED).cumsum(1) == 0).long() * mask}
+        if self.user_turns is not None:
+            turns = np.stack([self.user_turns(own) for own in batch["input_ids"].numpy()])
+            made["user_turns"] = torch.from_numpy(turns) * mask
+        return made
 
     def token_id(self, kind: str) -> int | None:
         """Returns the id that stands for a piece of an ``image`` or ``audio``; None where the family takes none."""
@@ -152,6 +157,12 @@ class Collator:
     def reads_prompt(self) -> bool:
         """Whether the family reads a prompt in both directions, so that its beginning depends on its end."""
         return bool(getattr(self._processor, "reads_prompt", False))
+
+    @property
+    def user_turns(self) -> Callable[[np.ndarray], np.ndarray] | None:
+        """Ids ``(T,)`` of a conversation to the turns of its users ``(T,)``, where the family is told of them."""
+        found: Callable[[np.ndarray], np.ndarray] | None = getattr(self._processor, "user_turns", None)
+        return found
 
     @property
     def media_by_row(self) -> bool:

@@ -5,7 +5,7 @@ Shapes: B tries, T tokens, V virtual tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -52,6 +52,9 @@ def trie_batch(tries: Sequence[Trie], collate: Collator, rope: RopeIndex | None)
     }
     if "prompt_mask" in batch:
         batch["prompt_mask"] = _filled([trie.prompt for trie in tries], np.zeros_like(alone))
+    if collate.user_turns is not None:
+        turns = [_along_paths(trie, collate.user_turns) for trie in tries]
+        batch["user_turns"] = _filled(turns, np.zeros_like(alone))
     batch["position_ids"] = _positions(tries, places, rope, batch)
     return batch
 
@@ -101,6 +104,14 @@ def _asking(trie: Trie) -> np.ndarray:
     asks = np.zeros(trie.input_ids.size, dtype=np.int64)
     asks[trie.asks] = 1
     return asks
+
+
+def _along_paths(trie: Trie, turns_of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Returns ``(T,)`` what ``turns_of`` says of every token along the paths of its rows."""
+    turns = np.zeros(trie.input_ids.size, dtype=np.int64)
+    for path in trie.paths():
+        turns[path] = turns_of(trie.input_ids[path])
+    return turns
 
 
 def _runs(types_BT: torch.Tensor, tries: Sequence[Trie]) -> torch.Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from torch.overrides import TorchFunctionMode
 
 from mmtune.models.segments import without_pieces
 
+# How many tokens of the rows come in a later call.
+_TO_COME: ContextVar[int] = ContextVar("tokens_to_come", default=0)
 # Inside the last block, by its usual names; each works on every token for itself.
 _PER_TOKEN = ("self_attn.q_proj", "self_attn.o_proj", "mlp")
 
@@ -57,6 +60,19 @@ def only_label_tokens(model: Any, bears_BT: torch.Tensor) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def tokens_to_come(count: int) -> Iterator[None]:
+    """Within this context the model runs on the beginnings of rows, of which so many tokens come in a later call.
+
+    The later call, which ends where the rows do, needs no such word.
+    """
+    token = _TO_COME.set(count)
+    try:
+        yield
+    finally:
+        _TO_COME.reset(token)
+
+
 def parts_for_labels(model: Any) -> list[nn.Module]:
     """Returns the parts of a model's last block that run for label tokens alone."""
     parts = _last_block(_unwrapped(model))
@@ -90,9 +106,9 @@ def _run_at(
 
     def chosen(shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
         # A model of several passes runs on each row several times, one after the other.
-        times = shape[0] // rows
-        own_N = (rows_N[:, None] * times + torch.arange(times, device=rows_N.device)).flatten()
-        return own_N, places_N.repeat_interleave(times) + (shape[1] - tokens)
+        times, at_N, inside_N = shape[0] // rows, *_given(places_N, tokens, shape[1])
+        own_N = (rows_N[inside_N, None] * times + torch.arange(times, device=rows_N.device)).flatten()
+        return own_N, at_N.repeat_interleave(times)
 
     def select(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden_BTI, *rest = given
@@ -106,6 +122,13 @@ def _run_at(
 
     hooks.callback(module.register_forward_pre_hook(select).remove)
     hooks.callback(module.register_forward_hook(put_back).remove)
+
+
+def _given(places_N: torch.Tensor, tokens: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns where some places of rows stand in a call with ``length`` tokens, and ``(N,)`` which stand there."""
+    at_N = places_N + (length + _TO_COME.get() - tokens)
+    inside_N = (at_N >= 0) & (at_N < length)
+    return at_N[inside_N], inside_N
 
 
 def _ask_at(attention: nn.Module, places_Q: torch.Tensor, tokens: int, hooks: ExitStack) -> None:
@@ -134,10 +157,13 @@ class _FewQueries(TorchFunctionMode):
         if func is not functional.scaled_dot_product_attention or len(args) != 3:
             return func(*args, **options)
         query_BhTD, key, value = args
-        length, at_Q = query_BhTD.shape[2], self._places_Q + (query_BhTD.shape[2] - self._tokens)
+        length = query_BhTD.shape[2]
+        at_Q, _ = _given(self._places_Q, self._tokens, length)
         mask = options.get("attn_mask")
         if 2 * at_Q.numel() > length or (mask is not None and mask.shape[-2] != length):
             return func(*args, **options)
+        if not at_Q.numel():
+            return value.new_zeros(*query_BhTD.shape[:3], value.shape[-1])
         if options.pop("is_causal", False):
             mask = torch.arange(key.shape[2], device=key.device) <= at_Q[:, None]
         elif mask is not None:

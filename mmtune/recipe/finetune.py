@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mmtune.recipe.section import Section, Tower
+from mmtune.recipe.section import Section, Tower, Weight
 
 
 class Lora(Section):
@@ -112,6 +112,9 @@ class Finetune(Section):
     """Peak learning rate."""
     tower_rates: dict[Tower, Annotated[float, Field(gt=0, le=10)]] = {}
     """Peak learning rates of single towers, such as {vision: 1e-5}; the others take learning_rate."""
+    task_weights: dict[str, Weight] = {}
+    """Weights of the label tokens of tasks, by the task's name; 1 for others. The loss is then the weighted sum of the
+    tasks' losses, and each stands by its name in metrics.jsonl; without any of them all tokens count the same."""
     neftune_alpha: Annotated[float, Field(gt=0)] | None = None
     """Uniform noise on the token embeddings while training (NEFTune, arXiv:2310.05914); the paper takes 5."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from mmtune.recipe.section import Section, Tower
+from mmtune.recipe.section import Section, Tower, Weight
 
 Modality = Literal["image", "audio"]
 Part = Literal["text", "image", "audio"]
 Objective = Literal["caption", "reconstruction", "adversarial", "contrastive", "masked", "match"]
-Weight = Annotated[float, Field(ge=0)]
+
 Rate = Annotated[float, Field(gt=0, le=10)]
 _TOWERS: dict[str, Tower] = {"text": "llm", "image": "vision", "audio": "audio"}
 
@@ -29,7 +29,7 @@ class Projector(Section):
     heads: Annotated[int, Field(ge=1, le=128)] = 8
     """Attention heads of a perceiver or qformer."""
     instruction: bool = False
-    """Let a perceiver or qformer read the question."""
+    """Let a perceiver or qformer read the question: the mean of what the user says in the medium's turn."""
 
 
 class Fusion(Section):
@@ -45,7 +45,8 @@ class Fusion(Section):
     modality_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Chance of each modality of a row to be hidden in a training step; its last one stays."""
     instruction: bool = False
-    """The embedding of the question moves the gate of late and hybrid fusion."""
+    """The embedding of the question, the mean of what the user says in the last turn, moves the gate of late and hybrid
+    fusion."""
 
 
 class Parts(Section):

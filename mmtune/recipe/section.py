@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 SplitName = Literal["train", "val", "test"]
 Tower = Literal["llm", "projector", "vision", "audio", "fusion"]
+Weight = Annotated[float, Field(ge=0)]
 Workers = Literal["auto"] | Annotated[int, Field(ge=1, le=256)]
 
 

@@ -88,12 +88,14 @@ class Batching:
         batches: Units to batches.
         loss: ``(model, batch)`` to the summed loss and the number of labels.
         tokens: Tokens of an epoch, and what they would be if every row stood apart.
+        rules: The model's attention, where trees are packed.
     """
 
     plan: Plan
     batches: Batches
     loss: Callable[[Any, Mapping[str, torch.Tensor]], tuple[torch.Tensor, int]]
     tokens: tuple[int, int]
+    rules: MaskRules | None = None
 
     @property
     def label_share(self) -> float:
@@ -172,7 +174,7 @@ def packed_trees(model: Any, split: Split, course: Mapping[str, Any]) -> Batchin
     course = {**course, "cut": course.get("cut") and partial(packing.cut, **course["cut"])}
     plan = Plan(sizes=tree_sizes(split.table), packed=packed, **course)
     tokens = int(split.lengths.tokens.sum()), int(row_sizes(split.table)[0].tokens.sum())
-    return Batching(plan, batches, partial(answer_loss, rules=rules), tokens)
+    return Batching(plan, batches, partial(answer_loss, rules=rules), tokens, rules)
 
 
 def bin_tokens(lengths: TreeLengths, batch_tokens: int, rules: MaskRules) -> int:

@@ -223,4 +223,5 @@ def _validation_loss(course: Course, stopping: Callable[[], bool]) -> float | No
         held_out.batches.batch,
         lambda model, batch: engine.run(partial(loss, model, batch)),
         stopping=stopping,
+        counted=course.counted,
     )

@@ -22,14 +22,13 @@ from mmtune.models.composite.encoded import (
     summary_widths,
     word_summary,
 )
-from mmtune.models.objectives.tasks import task_losses
+from mmtune.models.objectives.tasks import by_task
 from mmtune.models.objectives.weighted import check_weights, weighted_sum
 from mmtune.models.towers import tower_of
 from mmtune.training.code_losses import CodeHeads, code_losses
+from mmtune.training.ledger import Ledger, Said
 from mmtune.training.loss import answer_loss, answer_losses
 from mmtune.training.pair_losses import MaskingHeads, MatchHead, TextMasking, masked_loss, match_loss_of
-from mmtune.training.ranks import sum_numbers
-from mmtune.training.tally import Tally
 
 CODED = ("reconstruction", "adversarial", "contrastive")
 """Objectives over one code per part of a row."""
@@ -92,9 +91,8 @@ class Learner(nn.Module):
         """
         super().__init__()
         check_weights(settings.weights)
-        self.model, self.settings, self.tally, self._held_out = model, settings, Tally(), Tally()
-        self._pending: list[tuple[dict[str, float], float]] = []
-        self._by_task: list[tuple[dict[str, float], float]] = []
+        self.model, self.settings, self.ledger = model, settings, Ledger()
+        self._by_task: Said = []
         width, weights, codes = model.config.text_config.hidden_size, settings.weights, settings.codes
         heads: dict[str, Callable[[], nn.Module]] = {}
         if set(CODED) & set(weights):
@@ -180,11 +178,7 @@ class Learner(nn.Module):
             nll, count = answer_loss(self.model, given)
             return nll / max(count, 1)
         losses_N, row_N = answer_losses(self.model, given)
-        task_N = tasks_B[row_N]
-        parts = task_losses(losses_N.detach(), task_N, list(self.settings.tasks))
-        for name, (total, count) in parts.items():
-            self._by_task.append(({f"loss_task_{name}": float(total) / count}, count))
-        weights_N = losses_N.new_tensor(list(self.settings.tasks.values()))[task_N]
+        weights_N, self._by_task = by_task(losses_N, tasks_B[row_N], self.settings.tasks)
         return (losses_N * weights_N).sum() / weights_N.sum().clamp(min=1e-9)
 
     def pooled(self, batch: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -219,34 +213,15 @@ class Learner(nn.Module):
     def loss(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
         """Returns the weighted sum of the objectives times the label tokens, and their number, as the loop takes it.
 
-        While training, the parts wait to be ``counted``, and staged towers freeze or thaw.
+        The parts go into the ledger. While training, staged towers freeze or thaw.
         """
         if self.training:
             self._stage(int(batch["step"]))
         found, facts, count = self.losses(batch)
         total = weighted_sum(found, self.settings.weights)
         facts = {f"loss_{name}": float(own.detach()) for name, own in found.items()} | facts
-        said = [(facts, float(count)), *self._by_task]
-        if self.training:
-            self._pending = said
-        else:
-            for own in said:
-                self._held_out.add(*own)
+        self.ledger.say([(facts, float(count)), *self._by_task], training=self.training)
         return total * count, count
-
-    def counted(self) -> None:
-        """Adds what the last training batch lost to the next line of metrics."""
-        for own in self._pending:
-            self.tally.add(*own)
-
-    def line(self) -> dict[str, float]:
-        """Returns the means since the last line over all processes, which all must ask."""
-        return self.tally.line(partial(sum_numbers, what="summing the parts of the loss"))
-
-    def held_out_line(self) -> dict[str, float]:
-        """Returns the means over the held-out batches since it was last asked, over all processes."""
-        found = self._held_out.line(partial(sum_numbers, what="summing the parts of the held-out loss"))
-        return {f"val_{name}": value for name, value in found.items()}
 
     def held_out_loss(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
         """Returns ``loss`` with the same draws whenever it is asked for."""

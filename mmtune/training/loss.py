@@ -22,7 +22,7 @@ IGNORED = -100
 # Most logits that stand in fp32 at once (64 MiB).
 _CHUNK_LOGITS = 1 << 24
 # What a batch holds for the loss and not for the model.
-_OURS = ("labels", "next_labels", "layout", "spans", "tiles")
+_OURS = ("labels", "next_labels", "layout", "spans", "tiles", "tasks")
 
 
 def answer_loss(
@@ -33,11 +33,24 @@ def answer_loss(
     return chunked_cross_entropy(logits_NV, targets_N), targets_N.numel()
 
 
-def answer_losses(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the cross-entropy in fp32 of every label token of separate rows, ``(N,)``, and its row."""
-    logits_NV, targets_N = _label_logits(model, batch, None)
-    row_N = (next_labels(batch["labels"]) != IGNORED).nonzero()[:, 0]
-    return chunked_cross_entropy(logits_NV, targets_N, "none"), row_N
+def answer_losses(
+    model: Any, batch: Mapping[str, torch.Tensor], rules: MaskRules | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the cross-entropy in fp32 of every label token, ``(N,)``, and the number of its conversation.
+
+    Conversations are the rows, or the branches of packed trees in their order. Arguments as below.
+    """
+    logits_NV, targets_N = _label_logits(model, batch, rules)
+    losses_N = chunked_cross_entropy(logits_NV, targets_N, "none")
+    if "layout" not in batch:
+        return losses_N, (next_labels(batch["labels"]) != IGNORED).nonzero()[:, 0]
+    tree_BT, branch_BT = batch["layout"][0].long(), batch["layout"][1].long()
+    inside_BT = branch_BT > 0
+    row_BT = torch.arange(len(tree_BT), device=tree_BT.device)[:, None].expand_as(tree_BT)
+    keys = torch.stack((row_BT, tree_BT, branch_BT), dim=-1)[inside_BT]
+    owner_BT = torch.zeros_like(tree_BT)
+    owner_BT[inside_BT] = torch.unique_consecutive(keys, dim=0, return_inverse=True)[1]
+    return losses_N, owner_BT[batch["next_labels"] != IGNORED]
 
 
 def _label_logits(

@@ -5,7 +5,7 @@ Shapes: B rows (bins of trees), T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -57,6 +57,8 @@ class TreeCollator:
         batch["next_labels"] = batch.pop("labels")
         if "prompt_mask" in batch:
             batch["prompt_mask"] = _prompt_mask(bins, batch["input_ids"].shape[1])
+        if self.collate.user_turns is not None:
+            batch["user_turns"] = _user_turns(bins, batch["input_ids"].shape[1], self.collate.user_turns)
         batch |= {"layout": torch.from_numpy(layout), **media}
         batch["position_ids"] = self._positions(bins, layout[2], batch)
         if self.flex_windows:
@@ -169,6 +171,21 @@ def _prompt_mask(bins: Sequence[Sequence[Tree]], length: int) -> torch.Tensor:
                 mask[row, at + inside] = np.cumsum(asks[inside]) - asks[inside] == 0
             at += tree.input_ids.size
     return torch.from_numpy(mask)
+
+
+def _user_turns(
+    bins: Sequence[Sequence[Tree]], length: int, turns_of: Callable[[np.ndarray], np.ndarray]
+) -> torch.Tensor:
+    """Returns ``(B, T)`` what ``turns_of`` says of every token along the path of its branch; 0 at padding."""
+    turns = np.zeros((len(bins), length), dtype=np.int64)
+    for row, trees in enumerate(bins):
+        at = 0
+        for tree in trees:
+            for branch in range(1, len(tree.example_ids) + 1):
+                path = np.flatnonzero((tree.branch == 0) | (tree.branch == branch))
+                turns[row, at + path] = turns_of(tree.input_ids[path])
+            at += tree.input_ids.size
+    return torch.from_numpy(turns)
 
 
 def _places(tree: Tree) -> np.ndarray:

@@ -23,6 +23,7 @@ def validation_loss(
     make: Callable[[np.ndarray], Batch],
     loss: Callable[[Any, Batch], tuple[torch.Tensor, int]] = answer_loss,
     stopping: Callable[[], bool] = lambda: False,
+    counted: Callable[[], None] = lambda: None,
 ) -> float:
     """Returns the mean loss per label token over the first epoch of a plan, shared among the processes.
 
@@ -33,6 +34,7 @@ def validation_loss(
         make: Tree indices to a padded batch.
         loss: As in ``loop.Hooks``.
         stopping: Asked before every batch, on all processes alike.
+        counted: As in ``loop.Hooks``.
 
     Raises:
         Stopped: ``stopping`` said so.
@@ -50,5 +52,7 @@ def validation_loss(
                 batch = {name: value.to(accelerator.device) for name, value in make(batches[position]).items()}
                 nll, count = loss(model, batch)
                 total += torch.tensor([float(nll), count], dtype=torch.float64) * float(counts)
+                if counts:
+                    counted()
     nll_sum, count_sum = sum_tensor(total.to(accelerator.device), "summing the validation loss").tolist()
     return float(nll_sum / max(count_sum, 1.0))

@@ -2,6 +2,7 @@
 
     python tests/bench/bench_fusion.py                  # 2 cores: 15 M parameters, fp32
     python tests/bench/bench_fusion.py --device cuda    # the same shapes on an accelerator
+    python tests/bench/bench_fusion.py --before 256     # more words before the image
 
 Random weights, the same for all: LLaVA's are copied into the composite model. A row is an image of 196 tokens with a
 question (against LLaVA), or with a sound of 50 tokens too (the modes). A step is forward, backward and nothing else;
@@ -74,11 +75,11 @@ def sides_of_modes() -> dict[str, Any]:
     return made
 
 
-def batch(rows: int, sounds: bool) -> dict[str, torch.Tensor]:
+def batch(rows: int, before: int, sounds: bool) -> dict[str, torch.Tensor]:
     """Returns rows of text, image, perhaps a sound, question and answer."""
     media = [IMAGE] * PATCHES + [AUDIO] * (SOUNDS if sounds else 0)
-    words = torch.randint(3, VOCABULARY, (rows, BEFORE + QUESTION + ANSWER))
-    ids = torch.cat((words[:, :BEFORE], torch.tensor(media).expand(rows, -1), words[:, BEFORE:]), dim=1)
+    words = torch.randint(3, VOCABULARY, (rows, before + QUESTION + ANSWER))
+    ids = torch.cat((words[:, :before], torch.tensor(media).expand(rows, -1), words[:, before:]), dim=1)
     labels = torch.full_like(ids, -100)
     labels[:, -ANSWER:] = ids[:, -ANSWER:]
     made = {
@@ -142,12 +143,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--before", type=int, default=BEFORE, help="words before the image")
     parser.add_argument("--rounds", type=int, default=15)
     asked = parser.parse_args()
     torch.manual_seed(0)
     for of, sounds in ((sides_of_llava, False), (sides_of_modes, True)):
         models = {name: model.to(asked.device) for name, model in of().items()}
-        given = {name: value.to(asked.device) for name, value in batch(asked.rows, sounds).items()}
+        given = {name: value.to(asked.device) for name, value in batch(asked.rows, asked.before, sounds).items()}
         works = {"a training step": step, f"{NEW_TOKENS} new tokens": generate}
         for title, work in works.items():
             sides: dict[str, Side] = {name: partial(work, model, given) for name, model in models.items()}

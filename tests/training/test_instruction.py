@@ -23,7 +23,7 @@ QUESTIONS = ("What is the background color?", "What color is the digit?")
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
 # Fusion, projector, and the least share that is right after training: queries take longer to learn where to look.
 WAYS = {
-    "gate": ({"mode": "hybrid", "instruction": True}, {"kind": "mlp"}, 0.8),
+    "gate": ({"mode": "hybrid", "instruction": True}, {"kind": "mlp"}, 0.7),
     "qformer": ({}, {"kind": "qformer", "queries": 4, "layers": 1, "heads": 4, "instruction": True}, 0.55),
     "perceiver": ({}, {"kind": "perceiver", "queries": 4, "layers": 1, "heads": 4, "instruction": True}, 0.55),
 }

@@ -14,8 +14,7 @@ from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmtune.models.composite.features import Media
-from mmtune.models.composite.fuse import Row
-from mmtune.models.composite.model import kinds_at
+from mmtune.models.composite.fuse import Row, kinds_at
 
 MEDIA_INPUTS = ("pixel_values", "frame_milliseconds", "input_features", "feature_attention_mask")
 """What ``EncodedMedia.outputs`` stands in for."""
@@ -52,7 +51,7 @@ class EncodedMedia:
 def encode_media(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, EncodedMedia]:
     """Returns what towers and projectors make of a batch's media, by modality; one that it lacks is left out.
 
-    No resampler reads the question here, but zeros in its place, as of a prompt without words: what hides words, or
+    No resampler reads the question here, but zeros in its place, as of a user without words: what hides words, or
     compares media with them, may not find them in the media's own tokens.
 
     Args:
@@ -62,8 +61,8 @@ def encode_media(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, Enc
     ids = batch["input_ids"]
     words = model.get_input_embeddings()(ids)
     where = {name: model.placeholders(name, ids, words) for name in model.config.modalities}
-    nothing = torch.zeros_like(ids, dtype=torch.bool)
-    row = Row(words, kinds_at(where, words), batch["attention_mask"], nothing, None)
+    nothing = torch.zeros_like(ids)
+    row = Row(words, kinds_at(where, words), batch["attention_mask"], nothing.bool(), nothing, None)
     pixels, milliseconds, sounds, sound_mask = (batch.get(name) for name in MEDIA_INPUTS)
     media = Media(pixels, milliseconds, sounds, sound_mask, None)
     found = {}

@@ -14,12 +14,13 @@ from torch import nn
 
 from mmtune.models.composite.config import MODALITIES, CompositeConfig
 from mmtune.models.composite.head import gate_of_passes
-from mmtune.models.composite.masks import both_ways, hide, is_padding, running_mean, sees, whole
+from mmtune.models.composite.masks import both_ways, hide, instruction_so_far, is_padding, mean_of, sees, whole
 from mmtune.models.composite.passes import (
     TEXT,
     FusionState,
     Passes,
     dropped,
+    kind_of,
     pass_masks,
     places,
     plan_passes,
@@ -37,6 +38,7 @@ class Row:
         kinds: ``(B, T)``, see ``passes.kind_of``.
         mask: The attention mask, any form.
         prompt: ``(B, T)`` tokens before the first answer, virtual ones included.
+        turns: ``(B, T)`` k at the words of the k-th user's turn, -k elsewhere from there up to the next, 0 before.
         state: Of earlier tokens, or None at the start.
     """
 
@@ -44,7 +46,13 @@ class Row:
     kinds: torch.Tensor
     mask: Any
     prompt: torch.Tensor
+    turns: torch.Tensor
     state: FusionState | None
+
+    @property
+    def said(self) -> torch.Tensor:
+        """``(B, T)`` words of users: the instructions."""
+        return (self.turns > 0) & (self.kinds == TEXT) & self.valid
 
     @property
     def valid(self) -> torch.Tensor:
@@ -62,6 +70,7 @@ class Run:
     Attributes:
         embeds: ``(B * P, T, H)``.
         mask: For them.
+        row_mask: Of the B rows, nothing hidden from a pass.
         passes: Of the batch.
         log_gate: ``(B, T, K)`` of the branches; None where there is one.
         stream: Media beside the sequence, where attention is cross or co.
@@ -70,6 +79,7 @@ class Run:
 
     embeds: torch.Tensor
     mask: Any
+    row_mask: Any
     passes: Passes
     log_gate: torch.Tensor | None
     stream: MediaStream | None
@@ -101,6 +111,29 @@ class Run:
         return replace(self.state, streams=streams or self.state.streams)
 
 
+def kinds_at(where: dict[str, torch.Tensor], words: torch.Tensor) -> torch.Tensor:
+    """Returns ``(B, T)`` the kind of every token, see ``passes.kind_of``."""
+    kinds = torch.zeros(words.shape[:2], dtype=torch.long, device=words.device)
+    for modality, places_BT in where.items():
+        kinds = kinds.masked_fill(places_BT, kind_of(modality))
+    return kinds
+
+
+def prompt_at(prompt_mask: torch.Tensor | None, words: torch.Tensor) -> torch.Tensor:
+    """Returns ``(B, T)`` the tokens of the prompt; virtual tokens before it belong to it."""
+    rows, length = words.shape[:2]
+    if prompt_mask is None:
+        return torch.ones(rows, length, dtype=torch.bool, device=words.device)
+    return nn.functional.pad(prompt_mask.bool(), (length - prompt_mask.shape[1], 0), value=True)
+
+
+def turns_at(user_turns: torch.Tensor | None, prompt_BT: torch.Tensor) -> torch.Tensor:
+    """Returns ``(B, T)`` the turns of the tokens, see ``Row``; without any the prompt is the only one."""
+    if user_turns is None:
+        return prompt_BT.long() * 2 - 1
+    return nn.functional.pad(user_turns, (prompt_BT.shape[1] - user_turns.shape[1], 0))
+
+
 def without_dropped(config: CompositeConfig, row: Row, positions_BT: torch.Tensor | None) -> Row:
     """Returns the row as training sees it, with some modalities gone."""
     gone_BT = dropped(row.kinds, positions_BT, config.fusion["modality_dropout"])
@@ -108,9 +141,7 @@ def without_dropped(config: CompositeConfig, row: Row, positions_BT: torch.Tenso
 
 
 def asked_of_media(row: Row, modality_BT: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Returns ``(N, H)`` the embedding of the instruction that each medium stands with.
-
-    It is the mean of the prompt's words in the medium's conversation.
+    """Returns ``(N, H)`` the embedding of the instruction that each medium stands with: of its turn's words.
 
     Args:
         row: The tokens.
@@ -119,10 +150,9 @@ def asked_of_media(row: Row, modality_BT: torch.Tensor, tokens: int) -> torch.Te
     """
     rows_N, columns_N = (found[::tokens] for found in modality_BT.nonzero(as_tuple=True))
     seen_BTT = whole(row.mask, row.valid)
-    together = seen_BTT[rows_N, columns_N] | seen_BTT[rows_N, :, columns_N]
-    counted = (together & (row.prompt & row.valid & (row.kinds == TEXT))[rows_N]).to(row.words.dtype)
-    total = (counted[:, None] @ row.words[rows_N])[:, 0]
-    return total / counted.sum(-1).clamp(min=1)[:, None]
+    together_NT = seen_BTT[rows_N, columns_N] | seen_BTT[rows_N, :, columns_N]
+    own_NT = row.turns[rows_N] == row.turns[rows_N, columns_N].abs()[:, None]
+    return mean_of(row.words[rows_N], (together_NT & own_NT & row.said[rows_N])[:, None])[:, 0]
 
 
 def fuse(
@@ -172,7 +202,7 @@ def fuse(
         state.index if state is not None else _indices(row.kinds, passes) if beside else None,
         None if state is None else state.streams,
     )
-    return Run(embeds.repeat_interleave(passes.count, 0), run_mask, passes, log_gate, stream, kept)
+    return Run(embeds.repeat_interleave(passes.count, 0), run_mask, mask, passes, log_gate, stream, kept)
 
 
 def _instruction(config: CompositeConfig, row: Row) -> torch.Tensor | None:
@@ -182,7 +212,7 @@ def _instruction(config: CompositeConfig, row: Row) -> torch.Tensor | None:
     if row.state is not None:
         assert row.state.instruction is not None
         return row.state.instruction[:, None].expand(-1, row.kinds.shape[1], -1)
-    return running_mean(row.words, row.prompt & (row.kinds == TEXT), row.mask, row.valid)
+    return instruction_so_far(row.words, row.said, row.turns.abs(), row.mask, row.valid)
 
 
 def _branches_present(branches: tuple[str, ...], present_BTC: torch.Tensor) -> torch.Tensor:

@@ -124,19 +124,23 @@ def both_ways(mask: Any, prompt_BT: torch.Tensor, valid_BT: torch.Tensor, kernel
     return torch.zeros((), dtype=dtype, device=seen.device).where(seen, torch.finfo(dtype).min)[:, None]
 
 
-def running_mean(values_BTH: torch.Tensor, counted_BT: torch.Tensor, mask: Any, valid_BT: torch.Tensor) -> torch.Tensor:
-    """Returns ``(B, T, H)``: of each token, the mean of the counted values that it sees; zero where it sees none.
+def instruction_so_far(
+    words_BTH: torch.Tensor, said_BT: torch.Tensor, turns_BT: torch.Tensor, mask: Any, valid_BT: torch.Tensor
+) -> torch.Tensor:
+    """Returns ``(B, T, H)``: of each token, the mean of what its turn's user has said so far; zero before the first.
 
     Args:
-        values_BTH: Values of the tokens.
-        counted_BT: Which tokens count.
+        words_BTH: Embeddings of the tokens.
+        said_BT: Which of them are words of a user.
+        turns_BT: The turn of every token, 0 before the first.
         mask: Any form, without a past.
         valid_BT: False at padding.
     """
-    weights = (counted_BT & valid_BT).to(values_BTH.dtype)
-    if not isinstance(mask, dict) and is_padding(mask):
-        total, count = (values_BTH * weights[..., None]).cumsum(1), weights.cumsum(1)
-    else:
-        seen = whole(mask, valid_BT).to(values_BTH.dtype) * weights[:, None]
-        total, count = seen @ values_BTH, seen.sum(-1)
-    return total / count.clamp(min=1)[..., None]
+    seen_BTT = whole(mask, valid_BT) & said_BT[:, None] & (turns_BT[:, :, None] == turns_BT[:, None])
+    return mean_of(words_BTH, seen_BTT)
+
+
+def mean_of(values_BTH: torch.Tensor, counted_BQT: torch.Tensor) -> torch.Tensor:
+    """Returns ``(B, Q, H)`` the mean of the values that count for each query; zero where none does."""
+    total_BQH = counted_BQT.to(values_BTH.dtype) @ values_BTH
+    return total_BQH / counted_BQT.sum(-1).clamp(min=1)[..., None]

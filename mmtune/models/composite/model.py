@@ -28,9 +28,10 @@ from mmtune.models.composite.features import (
     resamples,
     sound_features,
 )
-from mmtune.models.composite.fuse import Row, Run, asked_of_media, fuse, without_dropped
+from mmtune.models.composite.fuse import Row, Run, asked_of_media, fuse, kinds_at, prompt_at, turns_at, without_dropped
 from mmtune.models.composite.head import MixingHead, join
-from mmtune.models.composite.passes import FusionState, kind_of
+from mmtune.models.composite.passes import FusionState
+from mmtune.models.composite.shared_start import run_in_two, shared_start
 from mmtune.models.composite.stream import ARGUMENT, add_blocks
 from mmtune.models.fusion.co_attention import CoAttention
 from mmtune.models.fusion.gate import DecisionGate
@@ -208,6 +209,7 @@ class CompositeModel(CompositePreTrainedModel):
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         prompt_mask: torch.Tensor | None = None,
+        user_turns: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         fusion_state: FusionState | None = None,
         **kwargs: Any,
@@ -227,6 +229,7 @@ class CompositeModel(CompositePreTrainedModel):
             past_key_values: Keys and values of earlier tokens.
             inputs_embeds: ``(B, T, H)`` in place of ids.
             prompt_mask: ``(B, T)`` 1 before the first answer; None says that all is prompt.
+            user_turns: ``(B, T)`` whose words are the instruction, see ``turns.UserTurns``; None takes the prompt's.
             mm_encoder_outputs: What ``get_image_features`` made, by modality, in place of pixels.
             fusion_state: The last call's, where this one goes on from it.
             kwargs: For the language model.
@@ -238,7 +241,9 @@ class CompositeModel(CompositePreTrainedModel):
             raise ValueError("give input_ids or inputs_embeds, and not both")
         words = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         where = {name: self.placeholders(name, input_ids, words) for name in self.config.modalities}
-        row = Row(words, kinds_at(where, words), attention_mask, prompt_at(prompt_mask, words), fusion_state)
+        prompt = prompt_at(prompt_mask, words)
+        turns = turns_at(user_turns, prompt)
+        row = Row(words, kinds_at(where, words), attention_mask, prompt, turns, fusion_state)
         if self.training and self.config.fusion["modality_dropout"]:
             row = without_dropped(self.config, row, position_ids)
         media = Media(pixel_values, frame_milliseconds, input_features, feature_attention_mask, mm_encoder_outputs)
@@ -262,36 +267,28 @@ class CompositeModel(CompositePreTrainedModel):
 
     def _run(self, run: Run, position_ids: torch.Tensor | None, past: Any, kwargs: dict[str, Any]) -> Any:
         """Returns what the language model makes of all passes."""
-        passes = run.passes.count
-        if passes > 1:
-            position_ids = None if position_ids is None else position_ids.repeat_interleave(passes, 0)
-            if past is not None and run.state.kinds.shape[1] == run.embeds.shape[1] and past.get_seq_length():
-                # The keys and values of a learned prefix stand once per row.
+        passes, start = run.passes.count, 0
+        if run.state.kinds.shape[1] == run.embeds.shape[1]:
+            # Keys and values of virtual tokens stand once per row.
+            start = self._shared_start(run, past, kwargs)
+            if passes > 1 and not start and past is not None and past.get_seq_length():
                 past.batch_repeat_interleave(passes)
+        if position_ids is not None:
+            position_ids = position_ids.repeat_interleave(passes, 0)
         stream = {} if run.stream is None else {ARGUMENT: run.stream}
-        return self.language_model(
-            attention_mask=run.mask,
-            position_ids=position_ids,
-            past_key_values=past,
-            inputs_embeds=run.embeds,
-            **{**kwargs, **stream, "return_dict": True},
-        )
+        given = {"position_ids": position_ids, "past_key_values": past, **kwargs, **stream, "return_dict": True}
+        if start:
+            return run_in_two(self.language_model, run, start, **given)
+        return self.language_model(attention_mask=run.mask, inputs_embeds=run.embeds, **given)
 
-
-def kinds_at(where: dict[str, torch.Tensor], words: torch.Tensor) -> torch.Tensor:
-    """Returns ``(B, T)`` the kind of every token, see ``passes.kind_of``."""
-    kinds = torch.zeros(words.shape[:2], dtype=torch.long, device=words.device)
-    for modality, places_BT in where.items():
-        kinds = kinds.masked_fill(places_BT, kind_of(modality))
-    return kinds
-
-
-def prompt_at(prompt_mask: torch.Tensor | None, words: torch.Tensor) -> torch.Tensor:
-    """Returns ``(B, T)`` the tokens of the prompt; virtual tokens before it belong to it."""
-    rows, length = words.shape[:2]
-    if prompt_mask is None:
-        return torch.ones(rows, length, dtype=torch.bool, device=words.device)
-    return nn.functional.pad(prompt_mask.bool(), (length - prompt_mask.shape[1], 0), value=True)
+    def _shared_start(self, run: Run, past: Any, kwargs: dict[str, Any]) -> int:
+        """Returns how many tokens run once for all passes; with attention of media beside or both ways none do."""
+        fusion = self.config.fusion
+        if fusion["attention"] != "none" or isinstance(run.mask, dict):
+            return 0
+        dropping = self.training and fusion["modality_dropout"] > 0
+        kinds, passes = run.state.kinds, run.passes.count
+        return shared_start(self.language_model, kinds, passes, past, kwargs, words_alone=dropping)
 
 
 class CompositeForConditionalGeneration(CompositePreTrainedModel, GenerationMixin):
@@ -336,6 +333,7 @@ class CompositeForConditionalGeneration(CompositePreTrainedModel, GenerationMixi
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         prompt_mask: torch.Tensor | None = None,
+        user_turns: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
@@ -365,6 +363,7 @@ class CompositeForConditionalGeneration(CompositePreTrainedModel, GenerationMixi
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             prompt_mask=prompt_mask,
+            user_turns=user_turns,
             mm_encoder_outputs=mm_encoder_outputs,
             fusion_state=fusion_state,
             **kwargs,

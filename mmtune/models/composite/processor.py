@@ -9,11 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from transformers import ProcessorMixin
 
 import mmtune.models.log_mel  # noqa: F401  (its feature extractor becomes known to AutoFeatureExtractor)
 from mmtune.models.composite.encoders import convolved
 from mmtune.models.composite.template import PLAIN
+from mmtune.models.composite.turns import UserTurns, user_turns_of
 
 _PARTS = ("image_processor", "feature_extractor")
 
@@ -30,7 +33,7 @@ class CompositeProcessor(ProcessorMixin):
         audio_tokens: Tokens that every sound takes, or None where that follows from its length.
         audio_convolutions: As in ``CompositeConfig``.
         frame_times: As in ``CompositeConfig``; batches then hold ``frame_milliseconds``.
-        reads_prompt: As in ``CompositeConfig``; batches then hold ``prompt_mask``.
+        reads_prompt: As in ``CompositeConfig``; batches then hold ``prompt_mask`` and ``user_turns``.
         image_token: What stands for an image.
         audio_token: What stands for a sound.
     """
@@ -57,8 +60,43 @@ class CompositeProcessor(ProcessorMixin):
         for name in ("image", "audio"):
             token = getattr(self, f"{name}_token")
             setattr(self, f"{name}_token_id", token and tokenizer.convert_tokens_to_ids(token))
+        self._turns: tuple[str, UserTurns | None] | None = None
         template = chat_template or getattr(tokenizer, "chat_template", None) or PLAIN
         super().__init__(tokenizer, image_processor, feature_extractor, chat_template=template)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns what the model takes; for one that reads the prompt with ``user_turns``, where there are any.
+
+        Args:
+            args: Of any processor.
+            kwargs: The same.
+        """
+        made = super().__call__(*args, **kwargs)
+        if self.user_turns is None or "input_ids" not in made:
+            return made
+        rows = made["input_ids"]
+        one = len(rows) > 0 and np.ndim(rows[0]) == 0
+        turns = [self.user_turns(own) for own in ([rows] if one else rows)]
+        if "attention_mask" in made:
+            masks = [made["attention_mask"]] if one else made["attention_mask"]
+            turns = [own * np.asarray(mask) for own, mask in zip(turns, masks, strict=True)]
+        # A text that no template made is all prompt.
+        if any(own.any() for own in turns):
+            shown: Any = turns[0].tolist() if one else [own.tolist() for own in turns]
+            if not isinstance(rows, list):
+                shown = torch.tensor(shown) if torch.is_tensor(rows) else np.array(shown)
+            made["user_turns"] = shown
+        return made
+
+    @property
+    def user_turns(self) -> UserTurns | None:
+        """Where the words of the user stand in ids, for a model that reads the prompt; None where that is not told."""
+        if not self.reads_prompt:
+            return None
+        key = str(self.chat_template)
+        if self._turns is None or self._turns[0] != key:
+            self._turns = key, user_turns_of(self.tokenizer, key)
+        return self._turns[1]
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
         """Returns the class a part must have; a part that the model does without is none."""

@@ -27,6 +27,9 @@ def follow(run: Run, resume: str, console: Talk) -> Any:
 
     course = _course(run)
     standing = standing_of(course, resume, changes, console.say, console.note, _ALSO)
+    if run.accelerator.is_main_process:
+        # Sums of all processes: one of them takes them up.
+        run.ledger.restore(standing.sums or {})
     if standing.step < run.train.plan.total_steps:
         largest = rehearse(run.model, engine_of(run.model, run.optimizer), run.train, run.accelerator)
         _show_course(run, largest, standing.step, console)
@@ -69,7 +72,15 @@ def _course(run: Run) -> Any:
     )
     held_out, checkpoints = run.validate, run.checkpoints
     parts = (run.model, run.optimizer, run.accelerator, run.train, held_out, checkpoints, run.identity, loop)
-    return Course("finetune", *parts, surroundings=run.surroundings)
+    return Course(
+        "finetune",
+        *parts,
+        surroundings=run.surroundings,
+        parts=run.ledger.line,
+        held_out_parts=run.ledger.held_out_line,
+        counted=run.ledger.counted,
+        keep=run.ledger.state,
+    )
 
 
 def _say_speed(outcome: Any, processes: int, sharded: bool, console: Talk) -> None:

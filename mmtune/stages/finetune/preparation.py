@@ -41,6 +41,7 @@ class Run:
     surroundings: dict[str, Any]
     processor: Any
     load: Callable[..., Any]
+    ledger: Any
 
 
 def prepare(
@@ -78,8 +79,10 @@ def prepare(
     from mmtune.training.checkpoints import CheckpointFolder
     from mmtune.training.data import row_sizes, soft_token_count
     from mmtune.training.engine import precision_of
+    from mmtune.training.ledger import Ledger
     from mmtune.training.step_size import LIMITS, StepSize, planned_size
     from mmtune.training.surroundings import surroundings
+    from mmtune.training.tasks import weigh_tasks
 
     _trackers_are_here(settings.trackers)
     precision = precision_of(settings.precision)
@@ -119,8 +122,9 @@ def prepare(
     if "image" not in kinds:
         shelves = recipe.run_dir / "features" / "pixels"
         kept = use_pixels(settings, shelves, str(tokens.facts["processor"]), kept, accelerator, console)
-    batching = make(kept["train"], "train")
-    held_out = make(kept["val"], "val") if "val" in kept else None
+    tasks, ledger = _tasks(recipe, settings, list(kept)), Ledger()
+    batching = weigh_tasks(make(kept["train"], "train"), tasks, ledger)
+    held_out = weigh_tasks(make(kept["val"], "val"), tasks, ledger) if "val" in kept else None
     optimizer = _optimizer(model, settings, accelerator)
     # Bins are of another length under FlexAttention.
     batches = ("trees for FlexAttention" if is_flex(model) else "trees") if as_trees else "rows"
@@ -129,7 +133,17 @@ def prepare(
     parts = (recipe, settings, tokens, model, optimizer, accelerator, batching, held_out, checkpoints, whole)
     spread = {name: getattr(settings, name) for name in SPREAD}
     under = surroundings(model, accelerator, {"mmtune": __version__, **library_versions()}, **spread)
-    return Run(*parts, under, processor, means.load)
+    return Run(*parts, under, processor, means.load, ledger)
+
+
+def _tasks(recipe: Recipe, settings: Finetune, splits: Sequence[str]) -> Any:
+    """Returns the tasks by which the loss is weighed; none where the recipe weighs none."""
+    from mmtune.training.tasks import Tasks, tasks_of
+
+    if not settings.task_weights:
+        return Tasks({}, {})
+    tables = [open_split(recipe.run_dir / "instructions" / split) for split in splits]
+    return tasks_of(tables, settings.task_weights, "finetune")
 
 
 def _processor(recipe: Recipe, tokens: Manifest, path: str, offline: bool) -> Any:

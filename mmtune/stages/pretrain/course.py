@@ -26,7 +26,7 @@ def follow(run: Run, resume: str, console: Talk) -> Any:
     standing = standing_of(course, resume, changes, console.say, console.note, _also(run))
     if run.accelerator.is_main_process:
         # Sums of all processes: one of them takes them up.
-        run.learner.tally.restore(standing.sums or {})
+        run.learner.ledger.restore(standing.sums or {})
     if standing.step < run.train.plan.total_steps:
         engine = engine_of(run.learner, run.optimizer)
         largest = rehearse(run.learner, engine, run.train, run.accelerator, "pretrain")
@@ -44,7 +44,6 @@ def _also(run: Run) -> str:
 def _course(run: Run) -> Any:
     from mmtune.training.course import Course
     from mmtune.training.loop import LoopSettings
-    from mmtune.training.ranks import sum_numbers
 
     settings, learner = run.settings, run.learner
     loop = LoopSettings(
@@ -62,7 +61,8 @@ def _course(run: Run) -> Any:
 
     def keep() -> dict[str, float]:
         learner.thaw()
-        return sum_numbers(learner.tally.state(), "saving a checkpoint")
+        state: dict[str, float] = learner.ledger.state()
+        return state
 
     held_out, checkpoints = run.validate, run.checkpoints
     parts = (learner, run.optimizer, run.accelerator, run.train, held_out, checkpoints, run.identity, loop)
@@ -70,10 +70,10 @@ def _course(run: Run) -> Any:
         "pretrain",
         *parts,
         surroundings=run.surroundings,
-        parts=learner.line,
-        held_out_parts=learner.held_out_line,
+        parts=learner.ledger.line,
+        held_out_parts=learner.ledger.held_out_line,
         staged=tuple(learner.settings.frozen_steps),
-        counted=learner.counted,
+        counted=learner.ledger.counted,
         keep=keep,
     )
 

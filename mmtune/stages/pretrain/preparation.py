@@ -10,7 +10,6 @@ from mmtune import __version__
 from mmtune.errors import DataError, IntegrityError, RecipeError
 from mmtune.recipe import Recipe
 from mmtune.recipe.pretrain import Pretrain
-from mmtune.stages.pretrain.tasks import Tasks, tasks_of
 from mmtune.storage import Manifest, library_versions, open_split
 from mmtune.talk import Talk
 
@@ -71,6 +70,7 @@ def prepare(
     from mmtune.training.ranks import share_weights
     from mmtune.training.step_size import StepSize
     from mmtune.training.surroundings import surroundings
+    from mmtune.training.tasks import tasks_of
 
     settings, start = recipe.pretrain, str(recipe.run_dir / "start")
     assert settings is not None
@@ -85,7 +85,8 @@ def prepare(
     model = _model(recipe, start, offline, console)
     size = StepSize(accelerator.num_processes * settings.accumulate, settings.batch_tokens, settings.batch_rows)
     splits = [split for split in ("train", "val") if tokens.rows.get(split)]
-    tasks = tasks_of(recipe, splits, settings.task_weights)
+    tables = [open_split(recipe.run_dir / "instructions" / split) for split in splits]
+    tasks = tasks_of(tables, settings.task_weights, "pretrain")
     train = _batching(recipe, tokens, processor, "train", size, limit, tasks)
     val = None
     if "val" in splits:
@@ -178,7 +179,7 @@ def _identity(identity: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]
 
 
 def _batching(
-    recipe: Recipe, tokens: Manifest, processor: Any, split: str, size: Any, limit: int | None, tasks: Tasks
+    recipe: Recipe, tokens: Manifest, processor: Any, split: str, size: Any, limit: int | None, tasks: Any
 ) -> Any:
     from mmtune.encoding.collate import Collator
     from mmtune.training.batching import Split, rows_apart

@@ -46,4 +46,5 @@ def test_called_as_any_processor() -> None:
     ids = made["input_ids"][0]
     assert (ids == own.image_token_id).sum() == 16
     assert (ids == own.audio_token_id).sum() == own.sound_tokens(9_000) == 14
-    assert set(made) == {"input_ids", "attention_mask", "pixel_values", "input_features", "feature_attention_mask"}
+    media = {"pixel_values", "input_features", "feature_attention_mask"}
+    assert set(made) == {"input_ids", "attention_mask", "user_turns"} | media

@@ -1,0 +1,122 @@
+"""Losses by task: which task every row belongs to, and the answers' loss as the weighted sum over tasks.
+
+Shapes: B rows, T tokens, N label tokens, C conversations (rows, or the branches of packed trees).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from mmtune.errors import RecipeError
+from mmtune.models.mask_rules import MaskRules
+from mmtune.models.objectives.tasks import by_task
+from mmtune.training.ledger import Ledger
+from mmtune.training.loss import answer_losses
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from mmtune.training.batching import Batches, Batching
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """The tasks of a run.
+
+    Attributes:
+        weights: Of every task by its name, in the order of the numbers; empty where there is one.
+        of_example: Example ids to the numbers.
+    """
+
+    weights: Mapping[str, float]
+    of_example: Mapping[str, int]
+
+    def numbers(self, ids: Iterable[str]) -> np.ndarray | None:
+        """Returns ``(n,)`` the number of each example's task; None where there is one task."""
+        return np.array([self.of_example[one] for one in ids], dtype=np.int64) if self.weights else None
+
+
+def tasks_of(tables: Iterable[pa.Table], weights: Mapping[str, float], section: str) -> Tasks:
+    """Returns the tasks of some splits.
+
+    Args:
+        tables: Splits of instructions/, with ``id`` and ``task``.
+        weights: Of tasks by name; 1 for others.
+        section: Of the recipe that the weights stand in, for errors.
+
+    Raises:
+        RecipeError: A weight is that of no task, or all are 0.
+    """
+    named: dict[str, str] = {}
+    for table in tables:
+        named.update(zip(table["id"].to_pylist(), table["task"].to_pylist(), strict=True))
+    names = sorted(set(named.values()))
+    strange = sorted(set(weights) - set(names))
+    if strange:
+        raise RecipeError(
+            f"{section}.task_weights names the task {strange[0]}, of which there is no row",
+            f"there are: {', '.join(names)}",
+            "no_such_task",
+        )
+    found = {name: weights.get(name, 1.0) for name in names}
+    if not any(found.values()):
+        raise RecipeError(f"{section}.task_weights leaves no task a weight above 0", "give one", "no_weight")
+    if len(names) < 2:
+        return Tasks({}, {})
+    index = {name: number for number, name in enumerate(names)}
+    return Tasks(found, {example: index[task] for example, task in named.items()})
+
+
+@dataclass(frozen=True)
+class TaskBatches:
+    """Batches of rows or packed trees with ``tasks`` ``(C,)``, the number of every conversation's task in order."""
+
+    batches: Batches
+    tasks: Tasks
+
+    def batch(self, units: Any, step: int | None = None) -> dict[str, Any]:
+        """Returns the batch of some units, as it is at a training step."""
+        numbers = self.tasks.numbers(self.batches.ids(units))
+        return {**self.batches.batch(units, step), "tasks": torch.from_numpy(numbers)}
+
+    def ids(self, units: Any) -> list[str]:
+        """Returns the example ids of some units."""
+        return self.batches.ids(units)
+
+    def modalities(self, units: Any) -> set[str]:
+        """Returns the kinds of media in some units."""
+        return self.batches.modalities(units)
+
+
+@dataclass(frozen=True)
+class TaskLoss:
+    """The answers' loss as ``sum_i w_i L_i`` over the tasks of a batch, each ``L_i`` noted by its task's name.
+
+    Attributes:
+        tasks: Of the run.
+        rules: The model's attention, for packed trees.
+        ledger: Where they are noted.
+    """
+
+    tasks: Tasks
+    rules: MaskRules | None
+    ledger: Ledger
+
+    def __call__(self, model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+        """Returns the weighted sum of the cross-entropy over the label tokens, and their number."""
+        losses_N, owner_N = answer_losses(model, batch, self.rules)
+        weights_N, said = by_task(losses_N, batch["tasks"][owner_N], self.tasks.weights)
+        self.ledger.say(said, training=model.training)
+        return (losses_N * weights_N).sum(), losses_N.numel()
+
+
+def weigh_tasks(made: Batching, tasks: Tasks, ledger: Ledger) -> Batching:
+    """Returns the batching with the loss as a sum over tasks; as it is where there is one task."""
+    if not tasks.weights:
+        return made
+    return replace(made, batches=TaskBatches(made.batches, tasks), loss=TaskLoss(tasks, made.rules, ledger))

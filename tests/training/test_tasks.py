@@ -1,0 +1,92 @@
+"""The loss over tasks is the weighted sum of their losses, of separate rows and of packed trees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+
+from mmtune.encoding.collate import Collator
+from mmtune.encoding.tree import TREE_SCHEMA, tree_rows, tree_to_row
+from mmtune.errors import RecipeError
+from mmtune.training.batching import Batching, Split, packed_trees, rows_apart
+from mmtune.training.ledger import Ledger
+from mmtune.training.loss import answer_loss
+from mmtune.training.tasks import tasks_of, weigh_tasks
+from tests.training.test_tree_batch import error, gradients, trees_of
+
+NAMES = ("caption", "count", "vqa")
+COURSE = {"seed": 0, "batch_tokens": 10**6, "batch_rows": None, "batch_media_tokens": None, "micro_batches": 1}
+
+
+@pytest.fixture
+def known(tiny_family: Any, media: Any, served: Any) -> Any:
+    """The family, its split, its tasks' table, and every row with its task."""
+    family = tiny_family("qwen2_5_vl")
+    trees = [
+        tree_to_row(tree) | {"example_ids": [f"{number}/{k}" for k in range(len(tree.example_ids))]}
+        for number, tree in enumerate(trees_of(family, media, served))
+    ]
+    split = Split(pa.Table.from_pylist(trees, TREE_SCHEMA), Collator(family.processor, media_root=Path()))
+    ids = [name for row in trees for name in row["example_ids"]]
+    told = pa.table({"id": ids, "task": [NAMES[number % 3] for number in range(len(ids))]})
+    rows = [row for tree in split.trees.trees(range(len(trees))) for row in tree_rows(tree)]
+    return family, split, told, list(zip(rows, told["task"].to_pylist(), strict=True))
+
+
+def batching_of(family: Any, split: Split, layout: str) -> Batching:
+    course = {**COURSE, "epochs": 1.0}
+    return packed_trees(family.model, split, course) if layout == "trees" else rows_apart(split, course)
+
+
+@pytest.mark.parametrize("layout", ["rows", "trees"])
+@pytest.mark.parametrize("weights", [dict.fromkeys(NAMES, 1.0), {"vqa": 0.0, "count": 2.5}], ids=["ones", "others"])
+def test_it_is_the_weighted_sum_of_each_tasks_loss(known: Any, layout: str, weights: dict[str, float]) -> None:
+    family, split, told, rows = known
+    ledger = Ledger()
+    plain = batching_of(family, split, layout)
+    made = weigh_tasks(plain, tasks_of([told], weights, "finetune"), ledger)
+    sums = {name: torch.zeros(()) for name in NAMES}
+    counts = dict.fromkeys(NAMES, 0)
+    for row, task in rows:
+        loss, count = answer_loss(family.model, split.collate([row]))
+        sums[task], counts[task] = sums[task] + loss, counts[task] + count
+    expected = torch.stack([sums[name] * weights.get(name, 1.0) for name in NAMES]).sum()
+    wanted = gradients(family.model, expected)
+    units = plain.plan.epoch_batches(0)
+    assert len(units) == 1
+    family.model.train()
+    loss, count = made.loss(family.model, made.batches.batch(units[0], 0))
+    family.model.eval()
+    assert count == sum(counts.values())
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    assert error(gradients(family.model, loss), wanted) < 1e-5
+    assert ledger.line() == {}, "what does not count is not logged"
+    ledger.counted()
+    each = {f"loss_task_{name}": float(sums[name].detach()) / counts[name] for name in NAMES}
+    assert ledger.line() == pytest.approx(each, rel=1e-5)
+    if set(weights.values()) == {1.0}:
+        torch.testing.assert_close(loss, answer_loss(family.model, plain.batches.batch(units[0], 0), made.rules)[0])
+
+
+def test_held_out_rows_are_noted_apart(known: Any) -> None:
+    family, split, told, _ = known
+    ledger = Ledger()
+    made = weigh_tasks(batching_of(family, split, "trees"), tasks_of([told], {}, "finetune"), ledger)
+    with torch.no_grad():
+        made.loss(family.model, made.batches.batch(made.plan.epoch_batches(0)[0]))
+    ledger.counted()
+    assert ledger.line() == {} and set(ledger.held_out_line()) == {f"val_loss_task_{name}" for name in NAMES}
+
+
+def test_weights_of_no_task_are_refused(known: Any) -> None:
+    family, split, told, _ = known
+    with pytest.raises(RecipeError, match="task_weights names the task vqq, of which there is no row"):
+        tasks_of([told], {"vqq": 1.0}, "finetune")
+    with pytest.raises(RecipeError, match="no task a weight above 0"):
+        tasks_of([told], dict.fromkeys(NAMES, 0.0), "finetune")
+    plain = batching_of(family, split, "rows")
+    assert weigh_tasks(plain, tasks_of([told.slice(0, 1)], {}, "finetune"), Ledger()) is plain
