@@ -242,9 +242,7 @@ class Filler:
     def _row(self, one: Prepared, made: Sequence[Encoded]) -> Row:
         tokens, pooled = made[0].tokens, made[0].pooled
         if one.seconds:
-            from mmtune.features.frames import clip_features
-
-            tokens, pooled = clip_features(np.stack([frame.pooled for frame in made]), one.seconds)
+            tokens, pooled = _clip(np.stack([frame.pooled for frame in made]), one.seconds)
         if self._dtype is None:
             return Row(one.unit, one.sha256, None, pooled)
         if self._dtype == "fp16":
@@ -308,6 +306,16 @@ class Filler:
         reduced = self._reducer.alone(self._kind, vectors, [splits[unit.id] for unit, _ in found])
         filled.reduced = reduced.facts
         return reduced.codes
+
+
+def _clip(frames: NDArray[np.float32], seconds: Sequence[float]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Returns the tokens and the pooled vector of a video, as in ``clip_features``, told the seconds of its frames."""
+    import torch
+
+    from mmtune.features.frames import clip_features
+    from mmtune.models.fusion.time_positions import time_waves
+
+    return clip_features(frames, time_waves(torch.tensor(seconds), frames.shape[1]).numpy())
 
 
 def _runs(sources: Sequence[tuple[FeatureTable, set[str]]], places: Sequence[tuple[int, int]]) -> Iterator[pa.Table]:
