@@ -102,6 +102,22 @@ def test_the_folder_opens_with_datasets_and_its_index_finds_each_by_itself(tmp_p
     assert result["rows"] == {"image": 12} and result["index"]["image"]["count"] == 12
 
 
+OPENED: list[str] = []
+sys.addaudithook(lambda event, given: OPENED.append(str(given[0])) if event == "open" else None)
+
+
+@pytest.mark.parametrize("change", [{}, {"index": {"metric": "l2"}}, {"reduce": {"width": 2}}])
+def test_a_second_run_opens_no_file_of_the_media(change, tmp_path):
+    folder = pictures(tmp_path / "media")
+    OPENED.clear()
+    run(recipe(tmp_path, folder))
+    assert len({path for path in OPENED if path.startswith(str(folder))}) == 12
+    OPENED.clear()
+    result, _ = run(recipe(tmp_path, folder, **change))
+    assert result["cached"] == (not change)
+    assert not [path for path in OPENED if path.startswith(str(folder))] and OPENED
+
+
 def test_a_second_run_opens_no_medium_and_a_changed_file_alone_is_made_again(tmp_path, monkeypatch):
     folder = pictures(tmp_path / "media")
     asked = recipe(tmp_path, folder)
