@@ -32,7 +32,7 @@ class RowFeatures:
         kinds: What is compared.
         metric: How.
         tables: Kind to its features.
-        pools: Kind to its pooled vectors as they are compared.
+        pools: Kind to its pooled vectors, or the reduced ones, as they are compared.
         refused: Ids of what extract refused.
     """
 
@@ -125,7 +125,7 @@ def open_row_features(
                 "features_missing",
             )
     tables = {kind: open_features(folder, kind) for kind in wanted}
-    pools = {kind: prepared(one.pooled(), metric, f"the features of {kind}") for kind, one in tables.items()}
+    pools = {kind: prepared(one.compared(), metric, f"the features of {kind}") for kind, one in tables.items()}
     return RowFeatures(folder, wanted, metric, tables, pools, frozenset(_refused(folder / "rejects.jsonl")))
 
 

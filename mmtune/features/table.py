@@ -1,9 +1,10 @@
 """Features on disk: one Arrow table per kind, which ``datasets.load_from_disk`` opens.
 
 Columns: ``id``, ``modality``, ``path``, ``text``, ``splits``, ``size``, ``mtime_ns``, ``sha256``, ``tokens`` (a list of
-rows of one width, float16 or float32; left out where only vectors are kept) and ``pooled`` (float32).
+rows of one width, float16 or float32; left out where only vectors are kept), ``pooled`` (float32) and, with a
+reduction, ``reduced`` (float32).
 
-Shapes: N tokens of one unit, D width, V width of the pooled vector, R rows.
+Shapes: N tokens of one unit, D width, V width of the pooled vector, C width of the reduced one, R rows.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from mmtune.files import sync
 if TYPE_CHECKING:
     import pyarrow as pa
 
+REDUCED = "reduced"
+"""The column of reduced vectors."""
 _REJECTS = b"mmtune.rejects"
 _FACTS = ("id", "modality", "path", "text", "splits", "size", "mtime_ns", "sha256")
 
@@ -86,9 +89,16 @@ def record_batch(rows: Sequence[Row], splits: Mapping[str, Sequence[str]], dtype
         edges = np.cumsum([0, *(len(tokens) for tokens in held)]).astype(np.int32)
         flat = pa.array(np.concatenate(held).astype(number, copy=False).reshape(-1))
         columns.append(pa.ListArray.from_arrays(edges, pa.FixedSizeListArray.from_arrays(flat, width)))
-    vectors = pa.array(np.concatenate([row.pooled for row in rows]).astype(np.float32, copy=False))
-    columns.append(pa.FixedSizeListArray.from_arrays(vectors, len(first.pooled)))
+    columns.append(vector_column(np.stack([row.pooled for row in rows])))
     return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def vector_column(vectors: NDArray[np.floating]) -> pa.FixedSizeListArray:
+    """Returns vectors ``(R, V)`` as a column of float32."""
+    import pyarrow as pa
+
+    flat = pa.array(np.ascontiguousarray(vectors, np.float32).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
 
 
 def _facts(row: Row, splits: Mapping[str, Sequence[str]]) -> dict[str, Any]:
@@ -154,10 +164,21 @@ class FeatureTable:
 
     def pooled(self) -> NDArray[np.float32]:
         """Returns all pooled vectors, ``(R, V)``."""
-        column = self.table.column("pooled")
-        width = column.type.list_size
+        return self._vectors("pooled")
+
+    def compared(self) -> NDArray[np.float32]:
+        """Returns the vectors that rows are compared by: the reduced ones ``(R, C)`` if there are, else the pooled."""
+        return self._vectors(REDUCED if REDUCED in self.table.column_names else "pooled")
+
+    def not_reduced(self) -> FeatureTable:
+        """Returns the same features without the column of reduced vectors."""
+        names = [name for name in self.table.column_names if name != REDUCED]
+        return FeatureTable(self.table.select(names))
+
+    def _vectors(self, name: str) -> NDArray[np.float32]:
+        column = self.table.column(name)
         parts = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
-        return np.concatenate([np.empty(0, np.float32), *parts]).reshape(-1, width)
+        return np.concatenate([np.empty(0, np.float32), *parts]).reshape(-1, column.type.list_size)
 
     def tokens(self, row: int) -> NDArray[np.floating]:
         """Returns the tokens of a row, ``(N, D)``.

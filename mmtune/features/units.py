@@ -42,6 +42,26 @@ class Unit:
     mtime_ns: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class JointRow:
+    """Units that a row shows together and that get one vector.
+
+    Attributes:
+        parts: Kind and id of each, in the order of the row.
+        where: Where the first row stood that shows them.
+        splits: The splits whose rows show them.
+    """
+
+    parts: tuple[tuple[FeatureKind, str], ...]
+    where: str
+    splits: tuple[str, ...]
+
+    @property
+    def id(self) -> str:
+        """``sha256:`` of the parts."""
+        return text_id("\n".join(f"{kind}/{name}" for kind, name in self.parts))
+
+
 @dataclass(frozen=True)
 class Gathered:
     """The distinct units of some sources.
@@ -52,7 +72,8 @@ class Gathered:
         read: Rows that were read.
         rejects: Rows that the readers refused, and media whose file is not there or unsafe.
         refused: Of the rejects, how many were rows.
-        digest: Changes when units, files or splits do.
+        digest: Changes when units, files, splits or joint rows do.
+        joint: What rows show together, every combination once, in the order of its first use.
     """
 
     units: Mapping[FeatureKind, Sequence[Unit]]
@@ -61,10 +82,14 @@ class Gathered:
     rejects: Sequence[Reject]
     refused: int
     digest: str
+    joint: Sequence[JointRow] = ()
 
 
 def gather(
-    items: Iterable[tuple[Record | Reject, MediaPlace]], media_root: str, kinds: Iterable[FeatureKind]
+    items: Iterable[tuple[Record | Reject, MediaPlace]],
+    media_root: str,
+    kinds: Iterable[FeatureKind],
+    together: Iterable[FeatureKind] = (),
 ) -> Gathered:
     """Returns the distinct units of what readers found; files are looked up, not opened.
 
@@ -72,8 +97,9 @@ def gather(
         items: Records or rejects, each with where its source's media lie.
         media_root: The folder above all media.
         kinds: What is wanted.
+        together: Of them, those that get one vector per row besides.
     """
-    wanted = frozenset(kinds)
+    wanted, joint = frozenset(kinds), _JointRows(together)
     found: dict[tuple[FeatureKind, str], Unit | None] = {}
     splits: dict[tuple[FeatureKind, str], list[str]] = {}
     rejects: list[Reject] = []
@@ -96,6 +122,7 @@ def gather(
                 splits[key] = []
             if item.split not in splits[key]:
                 splits[key].append(item.split)
+        joint.add(item, place)
     digest = hashlib.sha256()
     units: dict[FeatureKind, list[Unit]] = {}
     for key, one in found.items():
@@ -104,8 +131,38 @@ def gather(
             digest.update(json.dumps([key, one.size, one.mtime_ns, splits[key]]).encode("utf-8", "surrogatepass"))
     for reject in rejects:
         digest.update(json.dumps([reject.where, reject.id, reject.reason]).encode("utf-8", "surrogatepass"))
+    together_rows = joint.rows()
+    for row in together_rows:
+        digest.update(json.dumps([row.parts, row.splits]).encode("utf-8", "surrogatepass"))
     ordered = {kind: units[kind] for kind in KINDS if kind in units}
-    return Gathered(ordered, splits, read, rejects, refused, digest.hexdigest())
+    return Gathered(ordered, splits, read, rejects, refused, digest.hexdigest(), together_rows)
+
+
+class _JointRows:
+    """The distinct combinations of units that rows show together."""
+
+    def __init__(self, kinds: Iterable[FeatureKind]) -> None:
+        self._kinds = frozenset(kinds)
+        self._found: dict[tuple[tuple[FeatureKind, str], ...], tuple[str, list[str]]] = {}
+
+    def add(self, record: Record, place: MediaPlace) -> None:
+        """Adds the units of a row.
+
+        A chart is its picture and the table behind it, whatever is asked about it.
+        """
+        if not self._kinds:
+            return
+        asked = text_id(record.text) if record.task == "chart" else ""
+        own = ((unit.kind, unit.id) for unit in units_of(record, place) if unit.kind != "text" or unit.id != asked)
+        parts = tuple(part for part in own if part[0] in self._kinds)
+        if parts:
+            _, splits = self._found.setdefault(parts, (record.where, []))
+            if record.split not in splits:
+                splits.append(record.split)
+
+    def rows(self) -> list[JointRow]:
+        """Returns them in the order of their first use."""
+        return [JointRow(parts, where, tuple(splits)) for parts, (where, splits) in self._found.items()]
 
 
 def units_of(record: Record, place: MediaPlace) -> Iterator[Unit]:

@@ -7,7 +7,7 @@ Order of precedence: defaults < ``extends`` < recipe < environment (``MMTUNE_A__
 from mmtune.recipe.build import TEMPLATE_DRAWS, Build
 from mmtune.recipe.evaluation import Eval
 from mmtune.recipe.exemplars import BuildExemplars, Exemplars
-from mmtune.recipe.extract import BASE, Extract
+from mmtune.recipe.extract import BASE, Extract, Reduction
 from mmtune.recipe.finetune import Augment, Features, Finetune, Lora, SoftPrompt
 from mmtune.recipe.mixture import Mixture
 from mmtune.recipe.pretrain import Pretrain
@@ -34,6 +34,7 @@ __all__ = [
     "Pretrain",
     "Prompt",
     "Recipe",
+    "Reduction",
     "Rl",
     "SoftPrompt",
     "Source",

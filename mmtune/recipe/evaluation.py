@@ -51,7 +51,9 @@ class Eval(Section):
     """Also report the perplexity of the reference answers."""
     ablate: tuple[Literal["modality", "fusion", "shots", "instructions"], ...] = ()
     """Ask the last model again without: modality (each medium in turn), fusion (each pass of a late or hybrid model
-    alone), shots (no exemplars), instructions (questions change places); intervals and tests on the same rows."""
+    alone), shots (no exemplars), instructions (questions change places); intervals and tests on the same rows. With
+    modality, a base that was pretrained with the adversarial objective also says how well its generators fill in the
+    code of what is missing."""
     fail_under: dict[str, float] = {}
     """Metric name to the least score of the tuned model; below it the command exits with 9."""
 

@@ -74,6 +74,29 @@ class SearchIndex(Section):
     """How vectors are compared."""
 
 
+class Reduction(Section):
+    """extract.reduce: pooled vectors as shorter ones, in the column `reduced`; index and exemplars then use them."""
+
+    method: Literal["pca", "autoencoder"] = "pca"
+    """pca is the best linear code, exactly; autoencoder learns one, and can bend it (hidden). Both are fitted on the
+    split train; the manifest says what share of the variance they lose on it and on other rows."""
+    width: Annotated[int, Field(ge=1, le=65536)]
+    """Numbers of a reduced vector; fewer than the pooled vector has and than training rows span."""
+    of: tuple[FeatureKind | Literal["joint"], ...] = ()
+    """Only these of what has features, such as [image, joint]; left out: all."""
+    hidden: Annotated[int, Field(ge=1, le=65536)] | None = None
+    """Width of one hidden layer each way of the autoencoder; left out: a linear one, at best as good as pca."""
+    steps: Annotated[int, Field(ge=1)] = 2000
+    """Steps of 256 rows that the autoencoder is trained for."""
+
+    @model_validator(mode="after")
+    def _of_the_autoencoder(self) -> Reduction:
+        extra = sorted({"hidden", "steps"} & self.model_fields_set)
+        if self.method == "pca" and extra:
+            raise ValueError(f"{extra[0]} goes with method: autoencoder")
+        return self
+
+
 class Extract(Section):
     """extract: sources to features/."""
 
@@ -89,10 +112,26 @@ class Extract(Section):
     """Frames sampled evenly from a video; each is a token with its time position."""
     batch_rows: Annotated[int, Field(ge=1, le=4096)] = 32
     """What the encoder takes at once."""
+    joint: tuple[FeatureKind, ...] = ()
+    """Kinds that get one vector per row besides, in features/joint: [image, text] joins a row's picture and words, or
+    a chart's picture and the table behind it, at equal weight; zeros stand for what a row lacks."""
+    reduce: Reduction | None = None
+    """Shorter vectors beside the pooled ones."""
     index: SearchIndex = SearchIndex()
     """The search index."""
     workers: Workers = "auto"
     """Processes that decode; the output does not depend on their number."""
+
+    @model_validator(mode="after")
+    def _joint_of_what_is_there(self) -> Extract:
+        if self.joint and len(set(self.joint)) < 2:
+            raise ValueError("joint joins two kinds or more, such as [image, text]")
+        lacking = [kind for kind in self.joint if self.modalities and kind not in self.modalities]
+        if lacking:
+            raise ValueError(f"joint asks for {lacking[0]}, which modalities leaves out")
+        if self.reduce is not None and "joint" in self.reduce.of and not self.joint:
+            raise ValueError("reduce.of asks for joint: say what is joined, such as `joint: [image, text]`")
+        return self
 
 
 def encoder_paths(extract: Any, resolve: Callable[[str], str]) -> Any:

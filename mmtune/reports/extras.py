@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ def extra_tables(report: Mapping[str, Any]) -> list[Extra]:
     Args:
         report: The report document.
     """
-    return [*_passes(report.get("fusion")), *_ablation(report.get("ablation"))]
+    return [*_passes(report.get("fusion")), *_ablation(report.get("ablation")), *_filling(report.get("filling"))]
 
 
 def _passes(found: Mapping[str, Any] | None) -> Iterator[Extra]:
@@ -72,4 +72,29 @@ def _ablation(found: Mapping[str, Any] | None) -> Iterator[Extra]:
         "Each line asks the rows that have what is taken away once more; the difference is to the same model on the"
         " same rows as they are. A modality is hidden by the mask where the model is trained for that, else left out"
         " of the conversation. The commonest answer is that of each source among these rows." + nothing,
+    )
+
+
+def _filling(found: Sequence[Mapping[str, Any]] | None) -> Iterator[Extra]:
+    if not found:
+        return
+    rows = [
+        [
+            own["missing"],
+            own["source"],
+            f"{own['error']:.3f}",
+            f"{own['recall']:.1%}",
+            f"{1 / own['pool']:.1%}",
+            f"{own['pool']:,}",
+            f"{own['rows']:,}",
+        ]
+        for own in found
+    ]
+    yield Extra(
+        "Missing parts filled in",
+        ["missing", "filled in from", "error", "its own is nearest", "by chance", "distinct", "rows"],
+        rows,
+        "Codes of a missing medium, made by the generators of the base from the code of another part of the row (text:"
+        " question and answer). An error of 1 is that of the codes' mean; the nearest is looked for among the distinct"
+        " true codes. A code stands for a whole medium: the language model, which reads tokens, answers without it.",
     )

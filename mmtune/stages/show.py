@@ -79,7 +79,9 @@ def _row(value: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     if "pooled" in value:
         tokens = value.pop("tokens", None)
         shape = [] if tokens is None else [len(tokens), len(tokens[0]) if tokens else 0]
-        return {**value, "pooled": [round(number, 4) for number in value["pooled"]], "tokens_shape": shape}
+        vectors = [name for name in ("pooled", "reduced") if name in value]
+        short: dict[str, Any] = {name: [round(number, 4) for number in value[name]] for name in vectors}
+        return {**value, **short, "tokens_shape": shape}
     for name in ("images", "audios", "videos"):
         value[name] = [{**item, "bytes": None} for item in value.get(name) or ()]
     return value

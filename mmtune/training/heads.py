@@ -32,6 +32,12 @@ def save_heads(learner: Learner, base: Path) -> None:
     write_tensors(folder / _WEIGHTS, {name: own.cpu().contiguous() for name, own in learner.heads.state_dict().items()})
 
 
+def has_generators(base: Path) -> bool:
+    """Says whether the heads beside a base fill in missing parts, which the adversarial objective teaches."""
+    settings = base / FOLDER / _SETTINGS
+    return settings.is_file() and "adversarial" in json.loads(settings.read_text("utf-8"))["weights"]
+
+
 def load_heads(model: Any, base: Path) -> Learner:
     """Returns the learner that a base was trained by, in evaluation mode.
 
@@ -57,7 +63,6 @@ def load_heads(model: Any, base: Path) -> Learner:
     return learner.eval()
 
 
-@torch.no_grad()
 def codes_of(learner: Learner, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Returns ``(B, C)`` the code of every part in a batch; that of a row without the part means nothing.
 
@@ -65,9 +70,15 @@ def codes_of(learner: Learner, batch: Mapping[str, torch.Tensor]) -> dict[str, t
         learner: From ``load_heads``.
         batch: Padded rows.
     """
+    return coded(learner, batch)[0]
+
+
+@torch.no_grad()
+def coded(learner: Learner, batch: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Returns what ``codes_of`` does, and ``(B, K)`` which rows have the parts of the heads."""
     heads: Any = learner.heads["codes"]
-    pooled, _ = learner.pooled(batch)
-    return {name: heads.autoencoder.encoders[name](heads.seen[name](own)) for name, own in pooled.items()}
+    pooled, present_BK = learner.pooled(batch)
+    return {name: heads.autoencoder.encoders[name](heads.seen[name](own)) for name, own in pooled.items()}, present_BK
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ class PairedBatches:
         """Returns the padded batch of some rows, as it is at a training step; ``step`` is -1 outside training."""
         encoded = self.rows.encoded(units)
         made = self.rows.collate(encoded, step)
-        keys = [[_key(row, part, number) for part in PARTS] for number, row in enumerate(encoded)]
+        keys = [[part_key(row, part, number) for part in PARTS] for number, row in enumerate(encoded)]
         ours = {"keys": torch.tensor(keys), "step": torch.tensor(-1 if step is None else step)}
         if self.tasks is not None:
             ours["tasks"] = torch.from_numpy(self.tasks[np.asarray(units)])
@@ -53,7 +53,14 @@ class PairedBatches:
         return self.rows.modalities(units)
 
 
-def _key(row: EncodedRow, part: str, number: int) -> int:
+def part_key(row: EncodedRow, part: str, number: int) -> int:
+    """Returns what two rows have in common where they show the same part, see ``PairedBatches``.
+
+    Args:
+        row: A row.
+        part: One of ``PARTS``.
+        number: Of the row, for a part that it lacks.
+    """
     if part == "text":
         words = np.ones(row.input_ids.size, dtype=bool)
         for span in row.media:

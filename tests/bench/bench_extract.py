@@ -2,6 +2,7 @@
 
     python tests/bench/bench_extract.py --images DIR                # 448 photographs of DIR, patches of 32 pixels
     python tests/bench/bench_extract.py --images DIR --patch 16     # four times the work per image
+    python tests/bench/bench_extract.py --again 10000               # a second run over unchanged files
     python tests/bench/bench_extract.py --neighbours 100000         # exact search: as many queries as vectors
     python tests/bench/bench_extract.py --exemplars 100000          # build-data's retrieval over as many rows
 
@@ -12,8 +13,12 @@ and the last part on disk: starting processes, decoding, hashing, writing. Wante
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import resource
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -59,6 +64,39 @@ def bench_images(source: Path, count: int, patch: int) -> None:
         started = time.monotonic()
         extract(recipe, console=Talk(quiet=True))
         print(f"again: {time.monotonic() - started:.2f} s; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+
+
+def bench_again(count: int) -> None:
+    """Prints what the command takes to find that the features of small images are there, and with one file changed."""
+    from PIL import Image
+
+    with tempfile.TemporaryDirectory() as name:
+        top = Path(name)
+        (top / "media").mkdir()
+        pixels = np.random.default_rng(0).integers(0, 255, (count, 12, 16, 3), np.uint8)
+        for number, own in enumerate(pixels):
+            Image.fromarray(own).save(top / "media" / f"{number:06}.png")
+        small = {"hidden_size": 32, "num_hidden_layers": 1}
+        recipe = {
+            "run_dir": "run",
+            "sources": [{"id": "p", "reader": "folder", "path": "media", "columns": {"label": r"(\d)"}}],
+            "extract": {
+                "encoders": {"image": {"config": {"hidden_size": 32, "num_hidden_layers": 1}}},
+                "tokens": False,
+            },
+        }
+        (top / "recipe.yaml").write_text(json.dumps(recipe))
+        for what in ("first run", "again", "one file changed", "again"):
+            if what == "one file changed":
+                Image.fromarray(255 - pixels[0]).save(top / "media" / "000000.png")
+            wall, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+            command = [sys.executable, "-m", "mmtune", "extract", str(top / "recipe.yaml"), "--json"]
+            made = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            after, kept = resource.getrusage(resource.RUSAGE_CHILDREN), json.loads(made.stdout)
+            cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            said = "nothing to do" if kept["cached"] else f"{kept['kept']['image']:,} kept"
+            print(f"{what}: {said}, {time.monotonic() - wall:.1f} s, {cpu:.1f} s of processor time")
+        print(f"{count:,} images; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
 
 
 def bench_neighbours(count: int) -> None:
@@ -116,11 +154,14 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="folder of photographs")
     parser.add_argument("--count", type=int, default=448)
     parser.add_argument("--patch", type=int, default=32)
+    parser.add_argument("--again", type=int, help="number of small images")
     parser.add_argument("--neighbours", type=int)
     parser.add_argument("--exemplars", type=int)
     asked = parser.parse_args()
     if asked.images:
         bench_images(asked.images, asked.count, asked.patch)
+    if asked.again:
+        bench_again(asked.again)
     if asked.neighbours:
         bench_neighbours(asked.neighbours)
     if asked.exemplars:

@@ -7,7 +7,7 @@ import pytest
 
 from mmtune.errors import DataError, IntegrityError, RecipeError
 from mmtune.features.rows import open_row_features, search_rows
-from mmtune.features.table import Row, record_batch
+from mmtune.features.table import REDUCED, Row, open_features, record_batch, vector_column
 from mmtune.features.units import Unit
 from mmtune.storage import SplitWriter, finish_split
 
@@ -49,6 +49,18 @@ def test_a_row_is_the_mean_of_its_units_and_every_kind_weighs_the_same(folder: P
     assert has.tolist() == [True, True, False]
     raw, _ = opened(folder, ("image",), "l2").vectors([[("image", "a"), ("image", "b")]], ["r"])
     np.testing.assert_allclose(raw, [[1.5, 1]])
+
+
+def test_rows_are_compared_by_reduced_vectors_where_there_are_some(folder: Path):
+    table = open_features(folder, "image").table.append_column(REDUCED, vector_column(np.array([[1.0], [2], [4]])))
+    (folder / "image" / "data-00000-of-00001.arrow").unlink()
+    writer = SplitWriter(folder / "image" / "data-00000-of-00001.arrow", table.schema)
+    writer.write_batch(table.combine_chunks().to_batches()[0])
+    writer.close()
+    made, _ = opened(folder, ("image",), "l2").vectors([[("image", "a"), ("image", "c")]], ["r"])
+    assert made.tolist() == [[2.5]]
+    kept = open_features(folder, "image")
+    assert kept.pooled().shape == (3, 2) and kept.not_reduced().compared().shape == (3, 2)
 
 
 def test_features_that_do_not_fit_say_what_to_run(folder: Path):

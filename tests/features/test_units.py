@@ -2,7 +2,7 @@
 
 import pytest
 
-from mmtune.features.units import Unit, by_length, gather, text_id, todo, units_of
+from mmtune.features.units import KINDS, Unit, by_length, gather, text_id, todo, units_of
 from mmtune.media.known import MediaPlace
 from mmtune.records import Medium, Message, Record, Reject, TextPart
 
@@ -54,6 +54,34 @@ def test_what_is_shown_twice_is_gathered_once_with_all_its_splits(tmp_path):
     assert (found.read, found.refused, found.units["image"][0].size) == (4, 1, 5)
     again = gather([(item, PLACE) for item in items[:-1]], str(tmp_path), ("image", "text"))
     assert again.digest != found.digest
+
+
+def test_a_chart_is_its_picture_and_its_table_whatever_is_asked(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.png").write_bytes(b"12345")
+    chart = {"task": "chart", "media": (Medium("image", "x.png"),)}
+    items = [
+        record(**chart, text="how much?", context="x,1"),
+        record(**chart, text="how many?", context="x,1", split="val"),
+        record(**chart, text="how much?"),
+        record(media=(Medium("image", "x.png"),), text="what is it?"),
+        record(text="words alone"),
+        record(history=("1", "2")),
+    ]
+
+    def gathered(together):
+        return gather([(item, PLACE) for item in items], str(tmp_path), KINDS, together)
+
+    picture, table, asked, words = (
+        ("image", "a/x.png"),
+        *(("text", text_id(text)) for text in ("x,1", "what is it?", "words alone")),
+    )
+    found = gathered(["image", "text"])
+    assert [row.parts for row in found.joint] == [(picture, table), (picture,), (picture, asked), (words,)]
+    assert [row.splits for row in found.joint] == [("train", "val"), ("train",), ("train",), ("train",)]
+    assert len({row.id for row in found.joint}) == 4
+    assert not gathered([]).joint and gathered([]).digest != found.digest
+    assert gathered(["image", "behaviour"]).joint[-1].parts == (("behaviour", text_id("1\n2")),)
 
 
 def test_only_a_file_of_another_time_is_read():

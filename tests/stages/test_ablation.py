@@ -110,6 +110,36 @@ def test_a_hybrid_model_tells_its_passes_apart(hybrid: Path, repository: Path, t
         assert "Nothing to take away by: shots" in text
 
 
+def test_a_base_with_generators_says_how_well_it_fills_in_what_is_missing(repository: Path, tmp_path: Path) -> None:
+    """The heads are random here: codes are hardly nearer to their own than by chance; no other base says anything."""
+    import shutil
+
+    from mmtune.models.load import load_model
+    from mmtune.training.heads import save_heads
+    from mmtune.training.learner import CodeSettings, Learner, LearnerSettings
+    from mmtune.training.pair_losses import TextMasking
+
+    base = tmp_path / "base"
+    shutil.copytree(repository / "data" / "omni", base)
+    settings = LearnerSettings(
+        {"adversarial": 1.0}, CodeSettings(("image", "audio", "text"), 8), TextMasking(3, 100, (0, 1)), 0, {}
+    )
+    save_heads(Learner(load_model(str(base)), settings), base)
+    source = sounds(repository, tmp_path)
+    result, report = run(tmp_path, base, source, "eval.ablate=[modality]", "eval.loss=false")
+    found = {(own["missing"], own["source"]): own for own in result["filling"]}
+    assert list(found) == [("audio", "image"), ("image", "audio"), ("image", "text"), ("audio", "text")]
+    both, heard = found["image", "audio"], found["audio", "text"]
+    assert (both["rows"], both["pool"], heard["rows"], heard["pool"]) == (6, 6, 26, 10)
+    assert all(own["error"] > 0.5 and own["recall"] <= 0.5 for own in found.values())
+    assert json.loads((report / "metrics.json").read_text())["filling"] == result["filling"]
+    for name in ("report.md", "index.html"):
+        assert "Missing parts filled in" in (report / name).read_text()
+    plain, _ = run(tmp_path, base, source, "eval.loss=false")
+    other, _ = run(tmp_path, repository / "data" / "omni", source, "eval.ablate=[modality]", "eval.loss=false")
+    assert plain["filling"] is None and other["filling"] is None
+
+
 def test_a_blind_llava_is_worse(repository: Path, tmp_path: Path) -> None:
     scenes = repository / "data" / "scenes"
     source = [

@@ -110,6 +110,26 @@ def test_training_rows_show_the_nearest_of_other_pictures_and_held_out_rows_none
     }
 
 
+def test_rows_are_compared_by_their_kinds_reduced_and_never_by_joint_features(tmp_path: Path, tiny_vlm: Path):
+    joined = {
+        "modalities": ["image", "text"],
+        "joint": ["image", "text"],
+        "reduce": {"width": 3, "of": ["image", "joint"]},
+    }
+    recipe = make(
+        tmp_path,
+        [pictures(tmp_path, "box", 12), pictures(tmp_path, "box", 2, "val")],
+        model={"path": str(tiny_vlm)},
+        build=retrieval(),
+        extract=joined,
+    )
+    train = [row for row in built(recipe) if row.split == "train"]
+    manifest = read_manifest(recipe.run_dir / "instructions")
+    assert open_features(recipe.run_dir / "features", "image").compared().shape == (14, 3)
+    assert read_manifest(recipe.run_dir / "features").rows["joint"] == 28
+    assert all(len(row.exemplar_ids) == 3 for row in train) and "joint" not in json.dumps(manifest.facts)
+
+
 def test_the_output_is_the_same_for_any_number_of_workers(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(build_stage, "CHUNK_ROWS", 16)
     monkeypatch.setattr(build_stage, "_INLINE_CHUNKS", 1)

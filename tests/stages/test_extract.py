@@ -20,12 +20,15 @@ from mmtune.features.index import open_index
 from mmtune.features.neighbours import nearest
 from mmtune.features.table import open_features
 from mmtune.features.units import text_id
+from mmtune.media.video import probe_video
 from mmtune.models.encoders import HistoryConfig, LogMelConfig, PatchesConfig
+from mmtune.models.fusion import time_positions
 from mmtune.models.inputs import load_preparation, longest_sound
 from mmtune.models.unimodal import load_unimodal
 from mmtune.recipe import Recipe
+from mmtune.records import Medium
 from mmtune.stages.extract import extract, filling
-from mmtune.stages.extract.encoders import SETTINGS
+from mmtune.stages.extract.encoders import SETTINGS, TIMES_SECONDS
 from mmtune.talk import Talk
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
@@ -97,6 +100,22 @@ def test_the_folder_opens_with_datasets_and_its_index_finds_each_by_itself(tmp_p
     assert rows[:, 0].tolist() == list(range(12))
     np.testing.assert_array_equal(rows, nearest(vectors, vectors, 3)[0])
     assert result["rows"] == {"image": 12} and result["index"]["image"]["count"] == 12
+
+
+OPENED: list[str] = []
+sys.addaudithook(lambda event, given: OPENED.append(str(given[0])) if event == "open" else None)
+
+
+@pytest.mark.parametrize("change", [{}, {"index": {"metric": "l2"}}, {"reduce": {"width": 2}}])
+def test_a_second_run_opens_no_file_of_the_media(change, tmp_path):
+    folder = pictures(tmp_path / "media")
+    OPENED.clear()
+    run(recipe(tmp_path, folder))
+    assert len({path for path in OPENED if path.startswith(str(folder))}) == 12
+    OPENED.clear()
+    result, _ = run(recipe(tmp_path, folder, **change))
+    assert result["cached"] == (not change)
+    assert not [path for path in OPENED if path.startswith(str(folder))] and OPENED
 
 
 def test_a_second_run_opens_no_medium_and_a_changed_file_alone_is_made_again(tmp_path, monkeypatch):
@@ -317,6 +336,29 @@ def test_what_is_asked_for_must_be_there(tmp_path, tiny_vlm):
     with pytest.raises(CapabilityError, match=r"not on this machine|cannot be loaded"):
         run(recipe(tmp_path, folder, encoders={"image": "no/such-model"}), offline=True)
     assert not (tmp_path / "run" / "features").exists()
+
+
+def test_a_video_is_its_frames_told_their_seconds(repository, tmp_path):
+    clip = min((repository / "data" / "clips").rglob("*.mp4"))
+    (tmp_path / "media").mkdir()
+    (tmp_path / "media" / clip.name).write_bytes(clip.read_bytes())
+    source = {"id": "v", "reader": "folder", "path": str(tmp_path / "media"), "columns": {"label": "([a-z])"}}
+    keys = {"encoders": BUILT, "dtype": "fp32", "video_frames": 5, "workers": 1}
+    _, out = run(Recipe(run_dir=tmp_path / "run", sources=[source], extract=keys))
+    table = open_features(out, "video")
+    tokens, pooled = table.tokens(0), table.pooled()[0]
+    with open(clip, "rb") as handle:
+        probed = probe_video(handle, Medium("video", clip.name), max_pixels=10**8, max_seconds=60, decode=False)
+    shown = torch.linspace(0, probed.seconds * (probed.frames - 1) / probed.frames, 5)
+    waves = time_positions.time_waves(shown, 32).numpy()
+    loudness = np.median((tokens.mean(0) - pooled) / waves.mean(0))
+    frames = tokens - loudness * waves
+    np.testing.assert_allclose(frames.mean(0), pooled, atol=1e-4)
+    assert loudness == pytest.approx(np.sqrt(2 * np.mean(frames**2)), rel=1e-3)
+
+
+def test_times_of_frames_are_those_that_models_are_told():
+    assert TIMES_SECONDS == (time_positions.SHORTEST_SECONDS, time_positions.LONGEST_SECONDS)
 
 
 def test_settings_of_the_small_encoders_are_those_of_their_configs():

@@ -15,7 +15,9 @@ from mmtune.stages.build_data import build_data
 from mmtune.storage import open_split, read_manifest
 from mmtune.talk import Talk
 from mmtune.training.batching import Split, rows_apart
+from mmtune.training.filling import measure_filling
 from mmtune.training.heads import codes_of, decoded, filled, load_heads
+from mmtune.training.paired import part_key
 
 pytestmark = pytest.mark.slow
 
@@ -59,6 +61,12 @@ def fills_in_a_picture(recipe):
     usual = (true - true.mean(0)).square().mean()
     errors = [(decoded(learner, code, "image") - true).square().mean() / usual for code in (made, made.roll(1, 0))]
     assert errors[0] < 0.9 and errors[1] > errors[0] + 0.1, errors
+    rows = split.batches.encoded(range(200))
+    keys = {part: [part_key(row, part, at) for at, row in enumerate(rows)] for part in ("image", "text")}
+    (told,) = measure_filling(learner, [(batch, keys)])
+    assert (told.missing, told.source, told.rows) == ("image", "text", 200)
+    print(told)
+    assert told.error < 0.9 and told.recall > 10 / told.pool, told
 
 
 @pytest.mark.parametrize("game", ["reversal", "alternating"])

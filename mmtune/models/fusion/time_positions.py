@@ -17,17 +17,18 @@ LONGEST_SECONDS = 1000.0
 def sinusoids(positions: torch.Tensor, width: int, *, shortest: float, longest: float) -> torch.Tensor:
     """Returns sines then cosines of positions in fp32, ``(..., width)``; wavelengths from shortest to longest.
 
-    The positions of Vaswani et al. 2017, at real numbers and with wavelengths in the positions' own unit.
-
-    Raises:
-        ValueError: The width is odd.
+    The positions of Vaswani et al. 2017, at real numbers and with wavelengths in the positions' own unit. An odd width
+    lacks the last cosine.
     """
-    if width % 2:
-        raise ValueError(f"sines and cosines need an even width, not {width}")
-    steps = torch.linspace(0.0, 1.0, width // 2, device=positions.device)
+    steps = torch.linspace(0.0, 1.0, (width + 1) // 2, device=positions.device)
     wavelengths = shortest * (longest / shortest) ** steps
     angles = positions.float()[..., None] * (2 * math.pi / wavelengths)
-    return torch.cat((angles.sin(), angles.cos()), dim=-1)
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)[..., :width]
+
+
+def time_waves(seconds: torch.Tensor, width: int) -> torch.Tensor:
+    """Returns the sinusoids of seconds ``(..., width)`` by which every model here tells when a frame is shown."""
+    return sinusoids(seconds, width, shortest=SHORTEST_SECONDS, longest=LONGEST_SECONDS)
 
 
 class TimePositions(nn.Module):
@@ -43,6 +44,4 @@ class TimePositions(nn.Module):
 
     def forward(self, seconds_BF: torch.Tensor) -> torch.Tensor:
         """Returns ``(B, F, H)`` for times in seconds from the start of the clip."""
-        width = self.linear.in_features
-        waves = sinusoids(seconds_BF, width, shortest=SHORTEST_SECONDS, longest=LONGEST_SECONDS)
-        return self.linear(waves.to(self.linear.weight.dtype))
+        return self.linear(time_waves(seconds_BF, self.linear.in_features).to(self.linear.weight.dtype))

@@ -9,7 +9,7 @@ from typing import Any
 from mmtune.errors import RecipeError
 from mmtune.features.index import Kind
 from mmtune.features.rows import Known, RowSearch, open_row_features, search_rows
-from mmtune.features.units import units_of
+from mmtune.features.units import KINDS, units_of
 from mmtune.media.known import MediaPlace
 from mmtune.prompts.chunk import Chunk
 from mmtune.prompts.exemplars import POOL_ROWS, ExemplarPool, Order, RandomExemplars, answer_of, bare_id
@@ -134,7 +134,7 @@ class NearExemplars:
         self._features = open_row_features(
             recipe.run_dir / "features",
             settings.by,
-            made=manifest.rows,
+            made={kind: rows for kind, rows in manifest.rows.items() if kind in KINDS},
             metric=manifest.config["index"]["metric"],
             made_of=manifest.facts["media_root"],
             media_root=media_root,

@@ -12,6 +12,7 @@ from typing import Any
 from mmtune.errors import DataError, GateError, IntegrityError, Interrupted, RecipeError
 from mmtune.models.digest import weights_digest
 from mmtune.recipe import Eval, Recipe
+from mmtune.stages.evaluate.filling import filling_of
 from mmtune.stages.evaluate.prompted import adapter_of, in_order, is_prompted, prompt_of, prompted_rows
 from mmtune.stages.evaluate.shots import asked_rows, features_of, notes_of
 from mmtune.storage import Manifest, RejectLog, Staging, foresee, is_finished, open_split, open_stage, read_manifest
@@ -159,7 +160,7 @@ def _write(plan: _Plan, staging: Staging, console: Talk) -> dict[str, Any]:
         raise DataError(f"no row can be asked: {log.counts}", "look at tokenize.max_length and the model", "no_rows")
     asked = asked_rows(recipe, settings, rows, make, plan.instructions, plan.features)
     prompted = prompted_rows(recipe, rows, make, plan.instructions) if plan.prompt is not None else None
-    texts, losses, looked = _answers(plan, processor, asked.rows, prompted, console)
+    texts, losses, looked, filling = _answers(plan, processor, rows, asked.rows, prompted, console)
     texts = {**{answerer("vote", way): said for way, said in asked.votes.items()}, **texts}
     sure = {"resamples": settings.bootstrap, "seed": recipe.seed}
     found = compare(scored, texts, **sure)
@@ -176,6 +177,7 @@ def _write(plan: _Plan, staging: Staging, console: Talk) -> dict[str, Any]:
         "groups": found.groups,
         "perplexity": perplexities(losses, [row.group for row in scored], **sure) if losses else None,
         **looked_report(looked.found, scored, texts, losses, ablated=looked.judged, kinds=settings.ablate, **sure),
+        "filling": filling,
         "training": _training_facts(plan),
         "manifests": _chain(recipe.run_dir),
         "notes": [*notes, *notes_of(asked.facts, len(scored))],
@@ -205,9 +207,11 @@ def _scored(rows: Any, settings: Eval, total: int, console: Talk) -> list[Any]:
 
 
 def _answers(
-    plan: _Plan, processor: Any, ways: Mapping[str, Any], prompted: Any, console: Talk
-) -> tuple[dict[str, list[str]], dict[str, tuple[Any, Any]], Any]:
-    """Returns every model's answers, its losses on the references when they are asked for, and what else was seen."""
+    plan: _Plan, processor: Any, rows: Any, ways: Mapping[str, Any], prompted: Any, console: Talk
+) -> tuple[dict[str, list[str]], dict[str, tuple[Any, Any]], Any, list[dict[str, Any]] | None]:
+    """Returns every model's answers, its losses on the references when they are asked for, what else was seen, and how
+    well generators fill in what is missing.
+    """
     from mmtune.evaluation.asking import Asking, ask_each
     from mmtune.evaluation.generation import Stopped
     from mmtune.evaluation.looking import Looking
@@ -238,7 +242,10 @@ def _answers(
                 texts |= {name: prompted.answers(answers) for name, answers in said.items()}
                 # Label words are other texts than the references: their losses say nothing beside those.
                 losses |= {} if prompted.unaskable or prompted.prompt.words else more
-            return in_order(texts, settings.compare), in_order(losses, settings.compare), looking
+            filling = None
+            if "modality" in settings.ablate:
+                filling = filling_of(partial(_load, plan, "base"), Path(plan.model), processor, rows, asking)
+            return in_order(texts, settings.compare), in_order(losses, settings.compare), looking, filling
         except Stopped as stopped:
             error = Interrupted("eval was stopped by a signal; report/ was not touched", "run the same command again")
             error.exit_code = 130 if stop.wanted == 2 else 75
@@ -359,7 +366,7 @@ def _finish(plan: _Plan, report: Mapping[str, Any], target: Path, console: Talk,
         "metrics": report["metrics"],
         "sources": report["groups"].get("source", {}),
         "perplexity": report["perplexity"],
-        **{name: report[name] for name in ("fusion", "ablation")},
+        **{name: report.get(name) for name in ("fusion", "ablation", "filling")},
     }
     judged = report["run"]["compare"][-1]
     missed = failed_gates(report["metrics"], judged, plan.settings.fail_under)

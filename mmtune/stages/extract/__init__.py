@@ -9,6 +9,7 @@ from typing import Any
 
 from mmtune.errors import DataError, IntegrityError
 from mmtune.features.index import build_index
+from mmtune.features.joint import JOINT
 from mmtune.features.table import FeatureTable, open_features
 from mmtune.features.units import FeatureKind, Gathered
 from mmtune.files import disk_errors
@@ -16,8 +17,10 @@ from mmtune.recipe import Extract, Recipe
 from mmtune.records import Reject
 from mmtune.stages.extract.encoders import Chosen, choose, write_small
 from mmtune.stages.extract.filling import Filled, Filler
+from mmtune.stages.extract.joining import join
+from mmtune.stages.extract.reducing import Reducer
 from mmtune.stages.extract.units import gather_units
-from mmtune.storage import Manifest, RejectLog, Staging, foresee, is_finished, open_stage, read_manifest
+from mmtune.storage import Manifest, RejectLog, Staging, foresee, is_finished, open_stage, read_manifest, stage_hash
 from mmtune.talk import Talk
 
 # The towers' outputs that finetune keeps stand in the same folder and are its own.
@@ -54,6 +57,8 @@ def extract(
     config = {
         "encoders": {kind: dict(one.identity) for kind, one in chosen.items()},
         "index": settings.index.model_dump(),
+        "joint": list(settings.joint),
+        "reduce": settings.reduce.model_dump() if settings.reduce else None,
         "seed": recipe.seed,
         "media_root": media_root,
     }
@@ -83,12 +88,13 @@ def _known_items(gathered: Gathered) -> list[str]:
 
 
 def _old_features(target: Path, chosen: Mapping[FeatureKind, Chosen]) -> dict[FeatureKind, FeatureTable]:
-    """Returns the finished features whose encoder is still the same."""
+    """Returns the finished features whose encoder is still the same, without what is made of them."""
     if not is_finished(target):
         return {}
     try:
         made = read_manifest(target).facts.get("fingerprints", {})
-        return {kind: open_features(target, kind) for kind, one in chosen.items() if made.get(kind) == one.fingerprint}
+        same = [kind for kind, one in chosen.items() if made.get(kind) == one.fingerprint]
+        return {kind: open_features(target, kind).not_reduced() for kind in same}
     except (IntegrityError, DataError):
         return {}
 
@@ -109,29 +115,31 @@ class _Run:
         self._recipe, self._settings, self._gathered, self._media_root = recipe, settings, gathered, media_root
         self._chosen, self._offline, self._console = chosen, offline, console
         self._journal = recipe.run_dir / ".features.journal"
+        self._reducer = Reducer(settings.reduce, recipe.seed, console) if settings.reduce else None
 
     def write(self, staging: Staging, old: Mapping[FeatureKind, FeatureTable]) -> Manifest:
-        """Makes every kind of feature, the indexes and the manifest."""
+        """Makes every kind of feature, what is made of them, the indexes and the manifest."""
         if staging.reasons == ["--force"]:
             shutil.rmtree(self._journal, ignore_errors=True)
-        filled: dict[FeatureKind, Filled] = {}
-        with RejectLog(staging.path / "rejects.jsonl") as rejects:
-            for reject in self._gathered.rejects:
-                rejects.write(reject)
-            for kind in self._gathered.units:
-                filled[kind] = self._fill(kind, old.get(kind), staging.path)
-                for fields in filled[kind].rejects:
-                    rejects.write(Reject(**fields))
-            drops = dict(sorted(rejects.counts.items()))
-        if not any(one.rows for one in filled.values()):
-            raise DataError(
-                f"nothing has features: {_listed(drops)}", "mend the data or the paths; nothing was written", "no_rows"
-            )
-        indexes = {kind: self._index(kind, staging.path) for kind, one in filled.items() if one.rows}
+        filled, drops = self._filled(old, staging.path)
+        rows: dict[str, int] = {kind: one.rows for kind, one in filled.items() if one.rows}
+        made_by: dict[str, str] = {kind: self._chosen[kind].fingerprint for kind in filled if kind in rows}
+        reduced: dict[str, Any] = {kind: one.reduced for kind, one in filled.items() if one.reduced}
+        if self._settings.joint:
+            joint = join(self._gathered.joint, self._settings.joint, staging.path, self._reducer_of(JOINT))
+            rows[JOINT] = joint.rows
+            made_by[JOINT] = stage_hash({"joint": {kind: made_by[kind] for kind in self._settings.joint}})
+            reduced |= {JOINT: joint.reduced} if joint.reduced else {}
+        sources = {name: stage_hash({own: reduced[name]}) if name in reduced else own for name, own in made_by.items()}
+        indexes = {name: self._index(name, source, staging.path) for name, source in sources.items()}
         manifest = staging.publish(
-            rows={kind: one.rows for kind, one in filled.items() if one.rows},
+            rows=rows,
             drops=drops,
-            facts={**self._facts(filled), "index": {kind: facts for kind, facts in indexes.items() if facts}},
+            facts={
+                **self._facts(filled),
+                "reduced": reduced,
+                "index": {name: facts for name, facts in indexes.items() if facts},
+            },
             timings={f"{kind}_seconds": round(one.seconds, 3) for kind, one in filled.items()}
             | {f"{kind}_encoder_seconds": round(one.encoder_seconds, 3) for kind, one in filled.items()},
         )
@@ -140,9 +148,30 @@ class _Run:
             self._console.note(
                 f"{sum(drops.values()):,} were refused: {_listed(drops)} ({staging.target}/rejects.jsonl)"
             )
-        counts = _listed({kind: one.rows for kind, one in filled.items()})
-        self._console.say(f"extract: {counts} in {staging.target}")
+        self._console.say(f"extract: {_listed(rows)} in {staging.target}")
         return manifest
+
+    def _filled(
+        self, old: Mapping[FeatureKind, FeatureTable], folder: Path
+    ) -> tuple[dict[FeatureKind, Filled], dict[str, int]]:
+        """Returns what became of every kind of unit, and what was refused by reason."""
+        filled: dict[FeatureKind, Filled] = {}
+        with RejectLog(folder / "rejects.jsonl") as rejects:
+            for reject in self._gathered.rejects:
+                rejects.write(reject)
+            for kind in self._gathered.units:
+                filled[kind] = self._fill(kind, old.get(kind), folder)
+                for fields in filled[kind].rejects:
+                    rejects.write(Reject(**fields))
+            drops = dict(sorted(rejects.counts.items()))
+        if not any(one.rows for one in filled.values()):
+            raise DataError(
+                f"nothing has features: {_listed(drops)}", "mend the data or the paths; nothing was written", "no_rows"
+            )
+        return filled, drops
+
+    def _reducer_of(self, name: str) -> Reducer | None:
+        return self._reducer if self._reducer and self._reducer.wants(name) else None
 
     def _fill(self, kind: FeatureKind, old: FeatureTable | None, folder: Path) -> Filled:
         one = self._chosen[kind]
@@ -154,6 +183,7 @@ class _Run:
             one,
             path,
             self._settings,
+            self._reducer_of(kind),
             media_root=self._media_root,
             journal=self._journal,
             offline=self._offline,
@@ -165,17 +195,16 @@ class _Run:
         self._console.say(f"extract: {kind}: {_story(filled, len(units))}")
         return filled
 
-    def _index(self, kind: FeatureKind, folder: Path) -> dict[str, Any] | None:
+    def _index(self, name: str, source: str, folder: Path) -> dict[str, Any] | None:
         wanted = self._settings.index
         if wanted.kind == "none":
             return None
-        vectors = open_features(folder, kind).pooled()
-        made_by, seed = self._chosen[kind].fingerprint, self._recipe.seed
-        place = folder / "index" / kind
-        facts = build_index(place, vectors, kind=wanted.kind, metric=wanted.metric, source=made_by, seed=seed)
+        vectors, seed = open_features(folder, name).compared(), self._recipe.seed
+        place = folder / "index" / name
+        facts = build_index(place, vectors, kind=wanted.kind, metric=wanted.metric, source=source, seed=seed)
         if facts.kind in ("hnsw", "ivf"):
             found = f"{facts.recall:.1%} of the {facts.recall_at} nearest"
-            self._console.say(f"extract: {kind}: the index ({facts.kind}) finds {found}")
+            self._console.say(f"extract: {name}: the index ({facts.kind}) finds {found}")
         return {"kind": facts.kind, "metric": facts.metric, "count": facts.count, "recall": facts.recall}
 
     def _facts(self, filled: Mapping[FeatureKind, Filled]) -> dict[str, Any]:

@@ -32,6 +32,10 @@ SETTINGS = {
 """What may be set of a small encoder; written out here because its config class brings torch."""
 
 
+TIMES_SECONDS = (0.1, 1000.0)
+"""Shortest and longest wave that tells when a frame is shown; written out here because its module brings torch."""
+
+
 @dataclass(frozen=True)
 class Chosen:
     """The encoder of one kind of unit.
@@ -117,7 +121,12 @@ def _kept(recipe: Recipe, settings: Extract, kind: FeatureKind) -> dict[str, Any
     """Returns what the features of a kind depend on besides their encoder."""
     build = recipe.build
     pixels, sound = {"max_pixels": build.max_image_pixels}, {"max_seconds": build.max_audio_seconds}
-    video = {"frames": settings.video_frames, "max_seconds": build.max_video_seconds, **pixels}
+    video = {
+        "frames": settings.video_frames,
+        "times_seconds": list(TIMES_SECONDS),
+        "max_seconds": build.max_video_seconds,
+        **pixels,
+    }
     limits: dict[str, dict[str, Any]] = {"image": pixels, "audio": sound, "video": video}
     kept = {"tokens": settings.tokens, "dtype": settings.dtype, "batch_rows": settings.batch_rows}
     return {**kept, **limits.get(kind, {})}

@@ -18,13 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from mmtune.errors import DataError
-from mmtune.features.table import FeatureTable, Row, read_part, record_batch, write_part
+from mmtune.features.table import REDUCED, FeatureTable, Row, read_part, record_batch, vector_column, write_part
 from mmtune.features.units import FeatureKind, Unit, by_length, todo
 from mmtune.recipe import Extract
 from mmtune.stages.extract.encoders import Chosen
 from mmtune.stages.extract.preparing import Job, Prepared, Preparer, file_sha256
+from mmtune.stages.extract.reducing import Reducer
 from mmtune.storage import SplitWriter, finish_split, stage_hash
 from mmtune.talk import Talk
 from mmtune.workers import in_order, process_count
@@ -55,6 +57,7 @@ class Filled:
         encoder_seconds: Of them, within the encoder.
         width: D.
         tokens: Tokens of all units.
+        reduced: What their reduction is; None without one.
     """
 
     rows: int = 0
@@ -66,6 +69,7 @@ class Filled:
     encoder_seconds: float = 0.0
     width: int = 0
     tokens: int = 0
+    reduced: dict[str, Any] | None = None
 
 
 class Filler:
@@ -75,6 +79,7 @@ class Filler:
         kind: What the units are.
         chosen: Their encoder, its folder written.
         settings: The recipe's extract part.
+        reducer: Shortens the pooled vectors, or None.
         media_root: The folder above all media.
         journal: Where parts stand until the table is complete.
         offline: Never reach for the network.
@@ -87,6 +92,7 @@ class Filler:
         chosen: Chosen,
         path: str,
         settings: Extract,
+        reducer: Reducer | None,
         *,
         media_root: str,
         journal: Path,
@@ -94,6 +100,7 @@ class Filler:
         console: Talk,
     ) -> None:
         self._kind, self._chosen, self._path, self._settings = kind, chosen, path, settings
+        self._reducer = reducer
         self._root, self._journal, self._offline, self._console = media_root, journal / kind, offline, console
         self._dtype = settings.dtype if settings.tokens else None
         self._encoder: Unimodal | None = None
@@ -235,9 +242,7 @@ class Filler:
     def _row(self, one: Prepared, made: Sequence[Encoded]) -> Row:
         tokens, pooled = made[0].tokens, made[0].pooled
         if one.seconds:
-            from mmtune.features.frames import clip_features
-
-            tokens, pooled = clip_features(np.stack([frame.pooled for frame in made]), one.seconds)
+            tokens, pooled = _clip(np.stack([frame.pooled for frame in made]), one.seconds)
         if self._dtype is None:
             return Row(one.unit, one.sha256, None, pooled)
         if self._dtype == "fp16":
@@ -267,11 +272,14 @@ class Filler:
         found = [(unit, places[unit.id]) for unit in units if unit.id in places]
         if not found:
             return 0
+        codes = self._codes(sources, found, splits, filled)
         writer: SplitWriter | None = None
         for start in range(0, len(found), _ROWS_AT_ONCE):
             own = found[start : start + _ROWS_AT_ONCE]
             some = pa.concat_tables(_runs(sources, [place for _, place in own]))
             some = _as_now(some, [unit for unit, _ in own], splits).combine_chunks()
+            if codes is not None:
+                some = some.append_column(REDUCED, vector_column(codes[start : start + len(own)]))
             if writer is None:
                 writer = SplitWriter(target / "shard-00000.arrow", some.schema)
             for batch in some.to_batches():
@@ -282,6 +290,32 @@ class Filler:
         finish_split(target, some.schema)
         filled.width = some.schema.field("tokens").type.value_type.list_size if self._dtype else 0
         return rows
+
+    def _codes(
+        self,
+        sources: Sequence[tuple[FeatureTable, set[str]]],
+        found: Sequence[tuple[Unit, tuple[int, int]]],
+        splits: Mapping[str, Sequence[str]],
+        filled: Filled,
+    ) -> NDArray[np.float32] | None:
+        """Returns the reduced vectors of what is written, or None without a reduction."""
+        if self._reducer is None:
+            return None
+        pooled = [table.pooled() for table, _ in sources]
+        vectors = np.stack([pooled[number][row] for _, (number, row) in found])
+        reduced = self._reducer.alone(self._kind, vectors, [splits[unit.id] for unit, _ in found])
+        filled.reduced = reduced.facts
+        return reduced.codes
+
+
+def _clip(frames: NDArray[np.float32], seconds: Sequence[float]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Returns the tokens and the pooled vector of a video, as in ``clip_features``, told the seconds of its frames."""
+    import torch
+
+    from mmtune.features.frames import clip_features
+    from mmtune.models.fusion.time_positions import time_waves
+
+    return clip_features(frames, time_waves(torch.tensor(seconds), frames.shape[1]).numpy())
 
 
 def _runs(sources: Sequence[tuple[FeatureTable, set[str]]], places: Sequence[tuple[int, int]]) -> Iterator[pa.Table]:

@@ -42,12 +42,13 @@ def gather_units(recipe: Recipe, settings: Extract, limit: int | None) -> tuple[
                 yield _named(item, source.task), place
 
     kinds = settings.modalities or KINDS
-    gathered = gather(items(), media_root, kinds)
-    missing = [kind for kind in settings.modalities if kind not in gathered.units]
+    gathered = gather(items(), media_root, kinds, settings.joint)
+    named = dict.fromkeys((*settings.modalities, *settings.joint))
+    missing = [kind for kind in named if kind not in gathered.units]
     if missing or not gathered.units:
         what = " and ".join(missing) or "anything that could have features"
         first = f"; the first refused: {gathered.rejects[0].detail}" if gathered.rejects else ""
-        raise DataError(f"the sources hold no {what}{first}", "check sources and extract.modalities", "no_units")
+        raise DataError(f"the sources hold no {what}{first}", "check sources, extract.modalities and joint", "no_units")
     return gathered, media_root
 
 

@@ -2,7 +2,6 @@
 
 import math
 
-import pytest
 import torch
 
 from mmtune.models.fusion.time_positions import TimePositions, sinusoids
@@ -15,8 +14,8 @@ def test_sinusoids_are_the_formula():
         turns = [2 * math.pi * at / wave for wave in waves]
         wanted = [math.sin(turn) for turn in turns] + [math.cos(turn) for turn in turns]
         torch.testing.assert_close(row, torch.tensor(wanted), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="even width"):
-        sinusoids(torch.zeros(1), 5, shortest=1, longest=2)
+    odd = sinusoids(torch.tensor([0.0, 0.3, 7.25]), 5, shortest=0.5, longest=50.0)
+    torch.testing.assert_close(odd, found[:, :5])
 
 
 def test_reversed_frames_change_tokens_but_not_the_mean():
