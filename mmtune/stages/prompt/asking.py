@@ -21,10 +21,11 @@ from mmtune.evaluation.options import by_media, score_options, score_words
 from mmtune.evaluation.ranking import Question, Words, question_of_row, rank
 from mmtune.evaluation.rows import EvalRows
 from mmtune.evaluation.scoring import RowScorer
+from mmtune.media.content import own_name
 from mmtune.models.soft_tokens import soft_tokens
 from mmtune.prompts.search.reward import WRONG, piecewise
 from mmtune.prompts.searched import SearchedPrompt, asked_with
-from mmtune.records import Example
+from mmtune.records import Example, Medium
 
 _CACHE_BYTES = 256 << 20
 _STOP_ROWS = 32
@@ -65,6 +66,7 @@ class Asker:
         words: Label words by source, for ranking.
         should_stop: Asked between batches.
         note: Told what a person should know.
+        name: Medium to a name that equal media share.
         calls: Pairs of prompt and row that were asked.
     """
 
@@ -80,6 +82,7 @@ class Asker:
     words: Words
     should_stop: Callable[[], bool]
     note: Callable[[str], None]
+    name: Callable[[Medium], str] = own_name
     calls: int = 0
     _stops: list[int] | None = field(init=False, default=None)
 
@@ -106,7 +109,7 @@ class Asker:
             Stopped: ``should_stop`` said so.
         """
         self.calls += len(examples)
-        asked = [asked_with(prompt, example) for example in examples]
+        asked = [asked_with(prompt, example, self.name) for example in examples]
         at = [place for place, one in enumerate(asked) if isinstance(one, Example)]
         fitting = [one for one in asked if isinstance(one, Example)]
         rows = EvalRows(
