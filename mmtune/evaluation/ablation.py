@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mmtune.evaluation.asking import Asking, Losses, answers_of, losses_of
+from mmtune.evaluation.asking import Answering, Asking, Losses
 from mmtune.evaluation.comparison import ScoredRow, compare, perplexities
 from mmtune.evaluation.rows import EvalRows, question_of
 from mmtune.models.composite.scores import branches_of, only_branch, sees_by_mask
@@ -218,8 +218,9 @@ def ask_again(
         asked = replace(asking, missing=ablation.missing)
         alone: AbstractContextManager[Any] = only_branch(model, ablation.branch) if ablation.branch else nullcontext()
         with alone:
-            texts = answers_of(label, model, processor, own, asked)
-            losses = losses_of(label, model, processor, own, asked) if asking.loss else None
+            answering = Answering(model, processor, asked)
+            texts = answering.answers(own, label)
+            losses = answering.losses(own, label) if asking.loss else None
         found.append(Ablated(ablation, tuple(ablation.rows[at] for at in own.kept), texts, losses))
     return found
 

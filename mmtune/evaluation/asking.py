@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,13 @@ Losses = tuple[np.ndarray, np.ndarray]
 """``(nll, tokens)`` of every row."""
 
 
+class _Unseen:
+    """A bar that nobody sees."""
+
+    def advance(self, count: int = 1) -> None:
+        """Counts nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Asking:
     """How rows are asked.
@@ -42,7 +49,7 @@ class Asking:
         rank: Answer rows with options by their likeliest option.
         words: Label words by source, for ranking.
         should_stop: Asked between batches; true ends it with ``generation.Stopped``.
-        progress: Total and label to a context with an ``advance``.
+        progress: Total and label to a context with an ``advance``; by default nothing is shown.
         note: Told what a person should know.
         missing: Modalities whose tokens nobody sees, of a model that takes them for missing then.
     """
@@ -54,7 +61,7 @@ class Asking:
     rank: bool
     words: Words
     should_stop: Callable[[], bool]
-    progress: Callable[[int, str], AbstractContextManager[Any]]
+    progress: Callable[[int, str], AbstractContextManager[Any]] = lambda total, label: nullcontext(_Unseen())
     note: Callable[[str], None] = lambda text: None
     missing: tuple[str, ...] = ()
 
@@ -67,6 +74,89 @@ class Asking:
 def answerer(model: str, way: str) -> str:
     """Returns the name of a model asked in a way, as the report has it; an empty way names none."""
     return f"{model}, {way}" if way else model
+
+
+class Answering:
+    """A loaded model that answers rows, with what stays between one set of rows and the next.
+
+    Media, and the beginnings that rows share, are kept; what ends a trained answer is looked up once.
+
+    Args:
+        model: It.
+        processor: Its processor.
+        asking: How rows are asked.
+
+    Attributes:
+        scorer: Gives log-probabilities of options and answers; beginnings that rows share run once.
+    """
+
+    def __init__(self, model: Any, processor: Any, asking: Asking) -> None:
+        self._model, self._processor, self._asking = model, processor, asking
+        self._left = asking.collator(processor, left=True)
+        self._stops: list[int] | None = None
+        self.scorer = RowScorer(
+            model,
+            asking.collator(processor),
+            batch_rows=asking.batch_rows,
+            should_stop=asking.should_stop,
+            note=asking.note,
+        )
+
+    def answers(self, rows: EvalRows, name: str = "", words: Words | None = None) -> list[str]:
+        """Returns the answers to kept rows: the likeliest option where they are ranked, or the model's own words.
+
+        Args:
+            rows: Already examined.
+            name: Of the model, for the progress bar.
+            words: Label words in place of those of ``asking``.
+
+        Raises:
+            Stopped: ``should_stop`` said so.
+        """
+        words = self._asking.words if words is None else words
+        ranked = self._ranked(rows, name, words) if self._asking.rank else {}
+        free = [row for row in range(len(rows.kept)) if row not in ranked]
+        said = dict(zip(free, self._generated(rows, name, free), strict=True))
+        return [ranked[row] if row in ranked else said[row] for row in range(len(rows.kept))]
+
+    def losses(self, rows: EvalRows, name: str = "") -> Losses:
+        """Returns the losses on the reference answers of the kept rows; arguments as in ``answers``."""
+        order = by_media([rows.example(row).media for row in range(len(rows.kept))])
+        with self._asking.progress(len(rows.kept), f"eval {name} loss") as bar:
+            logprob, tokens = self.scorer(rows.conversations, order, bar.advance)
+        return -logprob, tokens
+
+    def _ranked(self, rows: EvalRows, name: str, words: Words) -> dict[int, str]:
+        """Returns the likeliest option of every row that has options."""
+
+        def score(asked: Sequence[tuple[Question, int]]) -> np.ndarray:
+            with self._asking.progress(len(asked), f"eval {name} options") as bar:
+                return score_words(self.scorer, rows.encode, asked, bar.advance)
+
+        examples = {row: example for row in range(len(rows.kept)) if (example := rows.example(row)).options}
+        return rank(examples, words, score)
+
+    def _generated(self, rows: EvalRows, name: str, chosen: Sequence[int]) -> list[str]:
+        if not chosen:
+            return []
+        tokenizer = tokenizer_of(self._processor)
+        if self._stops is None:
+            some = rows.conversations(range(min(_STOP_ROWS, len(rows.kept))))
+            self._stops = stop_ids(self._model, tokenizer, some)
+        with self._asking.progress(len(chosen), f"eval {name}") as bar:
+            return generate_texts(
+                self._model,
+                tokenizer,
+                lambda numbers: rows.prompts([chosen[at] for at in numbers]),
+                self._left,
+                sizes=[rows.prompt_sizes[row] for row in chosen],
+                stops=self._stops,
+                pad_id=pad_token_id(self._processor),
+                max_new_tokens=self._asking.max_new_tokens,
+                batch_rows=self._asking.batch_rows,
+                should_stop=self._asking.should_stop,
+                advance=bar.advance,
+            )
 
 
 def ask_each(
@@ -92,87 +182,16 @@ def ask_each(
     losses: dict[str, Losses] = {}
     for name, load in models.items():
         model = load()
-        scorer = _scorer(model, processor, asking)
+        answering = Answering(model, processor, asking)
         for way, rows in ways.items():
             label = answerer(name, way)
             shown = rows.for_model(model)
-            texts[label] = answers_of(label, model, processor, shown, asking, scorer)
+            texts[label] = answering.answers(shown, label)
             if asking.loss:
-                losses[label] = losses_of(label, model, processor, shown, asking, scorer)
+                losses[label] = answering.losses(shown, label)
         also(name, model)
-        del model, scorer
+        del model, answering
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return texts, losses
-
-
-def _scorer(model: Any, processor: Any, asking: Asking) -> RowScorer:
-    collate = asking.collator(processor)
-    return RowScorer(model, collate, batch_rows=asking.batch_rows, should_stop=asking.should_stop, note=asking.note)
-
-
-def answers_of(
-    name: str, model: Any, processor: Any, rows: EvalRows, asking: Asking, scorer: RowScorer | None = None
-) -> list[str]:
-    """Returns one model's answers to the kept rows.
-
-    Args:
-        name: Of the model, for the progress bar.
-        model: It.
-        processor: Its processor.
-        rows: Already examined.
-        asking: How they are asked.
-        scorer: Of the model's options; made where it is None.
-
-    Raises:
-        Stopped: ``should_stop`` said so.
-    """
-    ranked = _ranked(name, scorer or _scorer(model, processor, asking), rows, asking) if asking.rank else {}
-    free = [row for row in range(len(rows.kept)) if row not in ranked]
-    said = dict(zip(free, _generated(name, model, processor, rows, asking, free), strict=True))
-    return [ranked[row] if row in ranked else said[row] for row in range(len(rows.kept))]
-
-
-def _ranked(name: str, scorer: RowScorer, rows: EvalRows, asking: Asking) -> dict[int, str]:
-    """Returns the likeliest option of every row that has options."""
-
-    def score(asked: Sequence[tuple[Question, int]]) -> np.ndarray:
-        with asking.progress(len(asked), f"eval {name} options") as bar:
-            return score_words(scorer, rows.encode, asked, bar.advance)
-
-    examples = {row: example for row in range(len(rows.kept)) if (example := rows.example(row)).options}
-    return rank(examples, asking.words, score)
-
-
-def _generated(
-    name: str, model: Any, processor: Any, rows: EvalRows, asking: Asking, chosen: Sequence[int]
-) -> list[str]:
-    if not chosen:
-        return []
-    tokenizer = tokenizer_of(processor)
-    with asking.progress(len(chosen), f"eval {name}") as bar:
-        return generate_texts(
-            model,
-            tokenizer,
-            lambda numbers: rows.prompts([chosen[at] for at in numbers]),
-            asking.collator(processor, left=True),
-            sizes=[rows.prompt_sizes[row] for row in chosen],
-            stops=stop_ids(model, tokenizer, rows.conversations(range(min(_STOP_ROWS, len(rows.kept))))),
-            pad_id=pad_token_id(processor),
-            max_new_tokens=asking.max_new_tokens,
-            batch_rows=asking.batch_rows,
-            should_stop=asking.should_stop,
-            advance=bar.advance,
-        )
-
-
-def losses_of(
-    name: str, model: Any, processor: Any, rows: EvalRows, asking: Asking, scorer: RowScorer | None = None
-) -> Losses:
-    """Returns a model's losses on the reference answers of the kept rows; arguments as in ``answers_of``."""
-    scorer = scorer or _scorer(model, processor, asking)
-    order = by_media([rows.example(row).media for row in range(len(rows.kept))])
-    with asking.progress(len(rows.kept), f"eval {name} loss") as bar:
-        logprob, tokens = scorer(rows.conversations, order, bar.advance)
-    return -logprob, tokens

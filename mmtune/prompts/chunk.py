@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pyarrow as pa
 
+from mmtune.media.content import own_name
 from mmtune.media.known import MediaPlace, MediumKey, Probe, Prober
 from mmtune.media.probe import ProbeLimits
 from mmtune.prompts.exemplars import Choose, Order
@@ -110,6 +111,7 @@ class ChunkBuilder:
         known_as: What a record is in features/ besides its media.
         prompt: A searched prompt that words every row, or None.
         keep_slots: Rows keep what a searched prompt may name.
+        name: Medium of a finished row, or of the prompt's exemplars, to a name that equal media share.
         render: Renders templates in Jinja.
     """
 
@@ -123,6 +125,7 @@ class ChunkBuilder:
     known_as: Callable[[Record, MediaPlace], tuple[str, ...]] | None = None
     prompt: SearchedPrompt | None = None
     keep_slots: bool = False
+    name: Callable[[Medium], str] = own_name
     render: JinjaProcess = field(default_factory=JinjaProcess)
 
     def __call__(self, work: tuple[Chunk, Mapping[MediumKey, Probe]]) -> Built:
@@ -182,7 +185,7 @@ class ChunkBuilder:
             made = self._with_content_free(made, probed, how)
         if self.keep_slots and not probed.messages:
             made = replace(made, metadata={**made.metadata, SLOTS: slots_text(probed)})
-        return made if self.prompt is None or style.inverted else asked_with(self.prompt, made)
+        return made if self.prompt is None or style.inverted else asked_with(self.prompt, made, self.name)
 
     def _exemplars(self, record: Record, number: int, chunk: Chunk) -> Sequence[Record]:
         if not number:

@@ -11,15 +11,18 @@ import heapq
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, TypeVar
 
-from mmtune.records import Medium, Record
+from mmtune.media.content import own_name
+from mmtune.records import Record
 
 Choose = Callable[[Record, int], Sequence[Record]]
 """Record and number to its exemplars, the nearest (or the first drawn) first."""
+Shows = Callable[[Record], Set[str]]
+"""Record to the names of its media, equal where media are the same."""
 Row = TypeVar("Row")
 Order = Literal["nearest_last", "nearest_first", "random"]
 
@@ -58,6 +61,11 @@ class ExemplarPool:
         return tuple(record for *_, record in sorted(self._kept, key=lambda entry: -entry[0]))
 
 
+def media_names(record: Record) -> Set[str]:
+    """Returns the names of a record's media as it gives them: paths, or digests of embedded bytes."""
+    return {own_name(medium) for medium in record.media}
+
+
 @dataclass(frozen=True, slots=True)
 class RandomExemplars:
     """Draws exemplars by seed and row id.
@@ -66,16 +74,18 @@ class RandomExemplars:
         pools: Source of a row to the ``ExemplarPool`` rows that may stand before it; without a pool there are none.
         seed: Of the draw.
         balance: The answers take turns.
+        shows: Names of a record's media.
     """
 
     pools: Mapping[str, tuple[Record, ...]]
     seed: int
     balance: bool = False
+    shows: Shows = media_names
 
     def __call__(self, record: Record, number: int) -> Sequence[Record]:
         """Returns up to ``number`` rows: never the row itself, one of its text, or one that shares a medium."""
         pool = self.pools.get(record.source, ())
-        fit = (pool[at] for at in drawn(len(pool), self.seed, record.id) if not same(pool[at], record))
+        fit = (pool[at] for at in drawn(len(pool), self.seed, record.id) if not same(pool[at], record, self.shows))
         if self.balance:
             return in_turns(list(fit), number, answer_of)
         return list(islice(fit, number))
@@ -130,19 +140,10 @@ def bare_id(row: str) -> str:
     return _AGAIN.sub("", row)
 
 
-def same(exemplar: Record, record: Record) -> bool:
+def same(exemplar: Record, record: Record, shows: Shows = media_names) -> bool:
     """Says whether an exemplar is the row itself (or says the same), or shows one of its media."""
     if exemplar.id == bare_id(record.id) or exemplar.id == record.id:
         return True
     if not record.media and not exemplar.media:
         return (exemplar.text, exemplar.context) == (record.text, record.context)
-    return bool(_media(exemplar) & _media(record))
-
-
-def _media(record: Record) -> set[str]:
-    return {medium_name(medium) for medium in record.media}
-
-
-def medium_name(medium: Medium) -> str:
-    """Returns a medium's path, or the sha256 of its bytes where it is embedded."""
-    return medium.path if medium.data is None else hashlib.sha256(medium.data).hexdigest()
+    return bool(shows(exemplar) & shows(record))

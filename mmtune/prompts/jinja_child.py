@@ -48,7 +48,9 @@ class PromptEnvironment(SandboxedEnvironment):
         self.filters.update(choice=self._choice, most_frequent=most_frequent, highlight=str)
         self._compiled: dict[str, jinja2.Template] = {}
 
-    def _choice(self, items: Iterable[Any]) -> Any:
+    # A filter that takes the context is not computed when a template is compiled: every row draws anew.
+    @jinja2.pass_context
+    def _choice(self, context: jinja2.runtime.Context, items: Iterable[Any]) -> Any:
         return self.draw.choice(list(items))
 
     def compiled(self, source: str) -> jinja2.Template:

@@ -10,12 +10,13 @@ import base64
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mmtune.errors import DataError
+from mmtune.media.content import own_name
 from mmtune.prompts.forms import options_list, slot_values
 from mmtune.prompts.schema import COLUMN, example_to_row, row_to_example
 from mmtune.records import MODALITIES, Example, Medium, Message, Part, Record, Reject, TextPart
@@ -47,6 +48,11 @@ class SearchedPrompt:
     words: Mapping[str, str] = field(default_factory=dict)
     soft: tuple[float, ...] = ()
 
+    @property
+    def media(self) -> tuple[Medium, ...]:
+        """The media of its exemplars."""
+        return tuple(medium for one in self.exemplars for medium in one.media)
+
     def label_of(self, text: str) -> str:
         """Returns the label that an answer means, or the answer itself where it is no word of a label."""
         said = _folded(text)
@@ -65,7 +71,7 @@ def slot_names(example: Example) -> frozenset[str]:
     return frozenset(names | {"media"} if example.media else names)
 
 
-def asked_with(prompt: SearchedPrompt, example: Example) -> Example | Reject:
+def asked_with(prompt: SearchedPrompt, example: Example, name: Callable[[Medium], str] = own_name) -> Example | Reject:
     """Returns a row as a searched prompt asks it, its answer and references in the prompt's words.
 
     An exemplar that is the row itself, says the same, or shows one of its media is left out for this row.
@@ -73,6 +79,7 @@ def asked_with(prompt: SearchedPrompt, example: Example) -> Example | Reject:
     Args:
         prompt: The prompt.
         example: A row of instructions/ whose last user turn is what is asked.
+        name: Medium to a name that equal media share.
     """
     asked = _rewritten(prompt, example, train=True)
     if isinstance(asked, Reject):
@@ -80,7 +87,7 @@ def asked_with(prompt: SearchedPrompt, example: Example) -> Example | Reject:
     shown: list[Message] = []
     ids = []
     for exemplar in prompt.exemplars:
-        if _shares(exemplar, example):
+        if _shares(exemplar, example, name):
             continue
         solved = _rewritten(prompt, exemplar, train=False)
         if isinstance(solved, Example):
@@ -209,22 +216,18 @@ def _free(prompt: SearchedPrompt, example: Example) -> Mapping[str, str]:
     return {**example.metadata, "content_free": "".join(part.text for part in parts if isinstance(part, TextPart))}
 
 
-def _shares(exemplar: Example, example: Example) -> bool:
+def _shares(exemplar: Example, example: Example, name: Callable[[Medium], str]) -> bool:
     if exemplar.id == example.id:
         return True
     if not example.media and not exemplar.media:
         return _question(exemplar) == _question(example)
-    return bool({_name(one) for one in exemplar.media} & {_name(one) for one in example.media})
+    return bool({name(one) for one in exemplar.media} & {name(one) for one in example.media})
 
 
 def _question(example: Example) -> str:
     return example.metadata.get(SLOTS) or next(
         (message.text for message in reversed(example.messages) if message.role == "user"), ""
     )
-
-
-def _name(medium: Medium) -> object:
-    return medium.path or medium.data
 
 
 def _folded(text: str) -> str:

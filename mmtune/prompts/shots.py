@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from mmtune.media.content import own_name
 from mmtune.prompts.exemplars import Order, bare_id, shown_ranks
 from mmtune.prompts.retrieval import Card
 from mmtune.prompts.template import template_names
@@ -33,9 +34,14 @@ def exchange(example: Example) -> tuple[Message, ...]:
     return tuple(reversed(turns))
 
 
-def card_of(example: Example) -> Card:
-    """Returns what decides whether a row may be shown before another one, or another one before it."""
-    media = tuple(name_of(medium) for medium in own_media(example))
+def card_of(example: Example, name: Callable[[Medium], str] = own_name) -> Card:
+    """Returns what decides whether a row may be shown before another one, or another one before it.
+
+    Args:
+        example: The row.
+        name: Medium to a name that equal media share.
+    """
+    media = tuple(name(medium) for medium in own_media(example))
     text = "" if media else next((name for name in example.feature_ids if name.startswith("text/")), "")
     answer = example.messages[-1].text if example.messages and example.messages[-1].role == "assistant" else ""
     return Card(bare_id(example.id), example.source, media, text, answer)

@@ -256,7 +256,8 @@ def _fill(template: Template, record: Record, seed: int, render: Render | None) 
             detail = f"template {template.id!r} names {', '.join(missing)}; the row has {', '.join(sorted(values))}"
             return Reject(record.where, record.id, "missing_field", detail)
         filled = fill_slots(template, record, values)
-        if record.context and not {"context", "dialogue"} & template.slots and not template.inverted:
+        # What a file says is all that is said: it may name the context by the column that it comes from.
+        if record.context and not ({"context", "dialogue"} & template.slots or template.inverted or template.raw):
             filled = replace(filled, prompt=f"{filled.prompt}\n\n{record.context}")
     else:
         assert render is not None, "a caller with Jinja templates gives what renders them"

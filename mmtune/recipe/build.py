@@ -19,7 +19,8 @@ class Build(Section):
 
     templates: str = "pool"
     """pool draws a template per row from the task's pool; first always takes the first; or a file of templates
-    (PromptSource's YAML, or FLAN's pairs in YAML or JSON)."""
+    (PromptSource's YAML, or FLAN's pairs in YAML or JSON), which says all that is said: name {context} where a row has
+    one."""
     mixture: Mixture | None = None
     """How sources are mixed; absent: every training row once, zero-shot."""
     exemplars: BuildExemplars | None = None

@@ -11,7 +11,7 @@ from mmtune.recipe.section import Section
 
 
 class Exemplars(Section):
-    """How exemplars are chosen: training rows with their answers, never the row itself or one of its media."""
+    """How exemplars are chosen: training rows with their answers, never the row itself or a copy of its media."""
 
     method: Literal["random", "retrieval"] = "random"
     """random draws by seed and id; retrieval takes the rows whose features are nearest (of features/, by extract)."""

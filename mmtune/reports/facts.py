@@ -5,6 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+_METHODS = {
+    "lora": "LoRA, r {r}, alpha {alpha:g}",
+    "full": "all weights",
+    "ia3": "IA3",
+    "prompt": "prompt tuning",
+    "prefix": "prefix tuning",
+    "p_tuning": "P-tuning",
+}
+
 
 def training_facts(
     settings: Mapping[str, Any], facts: Mapping[str, Any], rows: int, seconds: float | None
@@ -20,9 +29,8 @@ def training_facts(
     lora = settings.get("lora", {})
     towers: Mapping[str, Mapping[str, Any]] = facts.get("towers", {})
     trained = sum(int(tower.get("trainable", 0)) for tower in towers.values())
-    adapters = f"LoRA, r {lora.get('r')}, alpha {lora.get('alpha', 0):g}"
     shown = {
-        "method": adapters if facts.get("method") == "lora" else "all weights",
+        "method": _METHODS[facts["method"]].format(r=lora.get("r"), alpha=lora.get("alpha", 0)),
         "towers": ", ".join(settings.get("train", ())),
         "trained parameters": f"{trained:,}" if trained else "",
         "rows": f"{rows:,}" if rows else "",

@@ -41,10 +41,11 @@ def base(tmp_path_factory):
     return str(folder)
 
 
-def tuned(base, kind, towers=("llm",)):
+def tuned(base, kind, towers=("llm",), soft_prompt=None):
     method, more = KINDS[kind]
+    own = {"towers": towers, "lora": {**LORA, **more}, "virtual_tokens": 3, "base_path": base}
     torch.manual_seed(0)
-    return with_method(load_model(base), method, towers=towers, lora={**LORA, **more}, virtual_tokens=3, base_path=base)
+    return with_method(load_model(base), method, **own, soft_prompt=soft_prompt)
 
 
 def logits(model):
@@ -75,9 +76,10 @@ def test_it_learns_and_comes_back(base, kind, tmp_path):
     assert torch.allclose(back, end, atol=1e-4), float((back - end).abs().max())
 
 
-@pytest.mark.parametrize("kind", ["prompt", "p_tuning", "prefix", "ia3"])
+@pytest.mark.parametrize("kind", ["prompt", "p_tuning", "prefix", "ia3", "lora beside a prompt"])
 def test_generation_after_loading_is_greedy_over_plain_calls(base, kind, tmp_path):
-    model = tuned(base, kind)
+    kind, _, beside = kind.partition(" ")
+    model = tuned(base, kind, soft_prompt={"init": "text", "text_ids": (7, 11, 5)} if beside else None)
     run(model, Rows(), steps=2, rate=0.02)
     save_tuned(model, tmp_path / "adapter")
     back = load_tuned(base, tmp_path / "adapter")

@@ -108,26 +108,6 @@ def test_lora_and_a_prompt_train_together_and_come_back(base, tmp_path):
     assert not torch.allclose(logits(lora), end, atol=1e-3)
 
 
-def test_lora_beside_a_prompt_generates_as_it_scores(base, tmp_path):
-    model = made(base, "lora", init="text", text_ids=TYPED)
-    run(model, Rows(), steps=2, rate=0.02)
-    save_tuned(model, tmp_path / "adapter")
-    back = load_tuned(base, tmp_path / "adapter")
-    batch = {name: value for name, value in Rows().batch([2]).items() if name != "labels"}
-    made_ids = back.generate(**batch, max_new_tokens=4, do_sample=False, eos_token_id=None)[:, -4:]
-    ids = batch["input_ids"]
-    for _ in range(4):
-        with torch.no_grad():
-            step = back(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                pixel_values=batch["pixel_values"],
-                use_cache=False,
-            ).logits
-        ids = torch.cat([ids, step[:, -1:].argmax(-1)], 1)
-    assert made_ids.tolist() == ids[:, -4:].tolist()
-
-
 def test_virtual_tokens_have_a_rate_of_their_own(base):
     model = made(base, "lora", init="vocabulary", text_ids=[])
     optimizer = make_optimizer(model, rate=1e-3, weight_decay=0.0, beta2=0.999, prompt_rate=0.1)

@@ -122,6 +122,8 @@ def test_choice_draws_by_the_row():
     made = PromptEnvironment()
     drawn = [render(made, "{{ items | choice }}", "", {"items": list(range(50))}, salt)["prompt"] for salt in "aabc"]
     assert drawn[0] == drawn[1] and len(set(drawn)) > 1
+    fixed = [render(made, "{{ [0, 1, 2, 3] | choice }}", "", {}, str(row))["prompt"] for row in range(20)]
+    assert len(set(fixed)) == 4
     assert render(made, "{{ [1, 2, 2, 3, 3] | most_frequent | join(',') }}", "", {}, "")["prompt"] == "2,3"
     assert [render(made, "{{ zip([1], [2]) | list }}", "", {}, "")["prompt"]] == ["[(1, 2)]"]
     assert random.Random("a").random() == random.Random("a").random()

@@ -192,6 +192,8 @@ def test_training_facts_leave_out_what_is_unknown():
     )
     assert found["method"] == "LoRA, r 4, alpha 8" and found["trained parameters"] == "1,200"
     assert "validation loss" not in found and "steps" not in found
+    named = {name: training_facts({}, {"method": name}, 0, None)["method"] for name in ("full", "prompt", "prefix")}
+    assert named == {"full": "all weights", "prompt": "prompt tuning", "prefix": "prefix tuning"}
 
 
 def test_tables_of_what_answers_rest_on_are_the_same_everywhere(root):

@@ -1,6 +1,7 @@
 """build.exemplars and eval.shots over real folders: who is shown, what is recorded, and what must be there first."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,44 @@ def test_random_exemplars_without_a_mixture(tmp_path: Path):
     ]
     assert all(answers == set(WORDS) for answers in shown)
     assert read_manifest(recipe.run_dir / "instructions").parents == {}
+
+
+def copied(folder: Path, entry: dict, other: dict) -> dict[str, str]:
+    """Copies every picture of one source over the other source's of the same number; returns each copy's original."""
+    files = {}
+    for at in range(len({json.loads(line)["i"] for line in Path(other["path"]).read_text().splitlines()})):
+        names = [f"{one['id']}-{one['split']}-{at}.png" for one in (entry, other)]
+        shutil.copy(folder / "media" / names[0], folder / "media" / names[1])
+        files[f"media/{names[1]}"] = f"media/{names[0]}"
+    return files
+
+
+@pytest.mark.parametrize("settings", [{"method": "retrieval"}, {"method": "random"}], ids=["retrieval", "random"])
+def test_a_copy_of_a_picture_under_another_name_is_the_same_picture(tmp_path: Path, settings: dict, tiny_vlm: Path):
+    sources = [pictures(tmp_path, "a", 6), pictures(tmp_path, "b", 6), pictures(tmp_path, "a", 6, "val")]
+    originals = copied(tmp_path, sources[0], sources[1]) | copied(tmp_path, sources[0], sources[2])
+    asked = {"compare": ["base"], "shots": [4], "exemplars": [{**settings, "pool": "all"}], "bootstrap": 100}
+    recipe = make(
+        tmp_path,
+        sources,
+        model={"path": str(tiny_vlm)},
+        build={"exemplars": {**settings, "k": 4, "pool": "all"}},
+        eval={**asked, "max_new_tokens": 2, "loss": False},
+        tokenize={"max_length": 1024, "workers": 1},
+    )
+    rows = built(recipe)
+    own = {row.id: f"media/{media_of(row)[-1].rpartition('/')[2]}" for row in rows}
+    picture = {name: originals.get(path, path) for name, path in own.items()}
+    assert len(set(picture.values())) == 6
+    for row in (row for row in rows if row.split == "train"):
+        assert len(row.exemplar_ids) == 4
+        assert picture[row.id] not in {picture[name] for name in row.exemplar_ids}
+    evaluate(recipe, console=QUIET)
+    lines = [json.loads(line) for line in (recipe.run_dir / "report" / "predictions.jsonl").read_text().splitlines()]
+    shown = [line for line in lines if line.get("exemplar_ids")]
+    assert len(shown) >= 12
+    for line in shown:
+        assert picture[line["id"]] not in {picture[name] for name in line["exemplar_ids"]}
 
 
 def test_features_that_are_missing_or_changed(tmp_path: Path):

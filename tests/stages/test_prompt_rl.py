@@ -240,8 +240,41 @@ def test_a_writer_without_trl_is_refused_before_a_model_is_loaded(recipe, tiny_v
     assert caught.value.exit_code == 4 and "preference" in caught.value.hint and not counted
 
 
+@pytest.fixture
+def frozen(monkeypatch: pytest.MonkeyPatch, tiny_vlm: Path):
+    """Says that the model of a search is the same to the byte as when it was loaded, and so are its files."""
+    from mmtune.models.towers import fingerprints
+    from mmtune.stages.prompt import course
+
+    loaded, load = [], course._model
+
+    def files() -> dict[str, bytes]:
+        return {file.name: file.read_bytes() for file in tiny_vlm.iterdir() if file.is_file()}
+
+    def loading(of: course.Course):
+        model = load(of)
+        loaded.append((model, fingerprints(model)))
+        return model
+
+    monkeypatch.setattr(course, "_model", loading)
+    before = files()
+    yield
+    ((model, weights),) = loaded
+    after = fingerprints(model)
+    assert len(weights) > 10 and weights == {name: after[name] for name in weights}
+    assert before == files()
+
+
+@pytest.mark.parametrize("method", ["ape", "opro", "mipro", "gepa", "random", "rl", "bbt"])
+def test_a_search_leaves_the_weights_as_they_are(recipe, frozen, method):
+    own = {**BBT, "budget": 150} if method == "bbt" else {"method": method}
+    given = recipe(prompt={**own, "compare_random": False})
+    build_data(given, console=QUIET)
+    assert search_prompt(given, console=QUIET)["calls"]["search"] > 20
+
+
 @pytest.mark.slow
-def test_a_language_model_writes_the_prompts(recipe, tmp_path, tiny_vlm):
+def test_a_language_model_writes_the_prompts(recipe, tmp_path, tiny_vlm, frozen):
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 

@@ -18,6 +18,7 @@ from typing import Any
 from mmtune.errors import DataError, RecipeError
 from mmtune.features.units import known_as
 from mmtune.files import disk_errors, file_digest
+from mmtune.media.content import names_beside
 from mmtune.media.known import KnownMedia, MediaPlace, MediumKey, Probe, media_places
 from mmtune.media.paths import listing
 from mmtune.media.probe import ProbeLimits
@@ -222,6 +223,7 @@ def _fill(
             known_as,
             sources.prompt,
             sources.slots,
+            names_beside(sources.media_root, () if sources.prompt is None else sources.prompt.media),
         ),
         _work(shown.attach(_chunks(sources, mixed, tallies)), known),
         processes=min(processes, _MOST_PROCESSES) if build.workers == "auto" else processes,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,13 +10,14 @@ from mmtune.errors import RecipeError
 from mmtune.features.index import Kind
 from mmtune.features.rows import Known, RowSearch, open_row_features, search_rows
 from mmtune.features.units import KINDS, units_of
+from mmtune.media.content import MediaContents
 from mmtune.media.known import MediaPlace
 from mmtune.prompts.chunk import Chunk
 from mmtune.prompts.exemplars import POOL_ROWS, ExemplarPool, Order, RandomExemplars, answer_of, bare_id
 from mmtune.prompts.mixture import Shares
 from mmtune.prompts.retrieval import Card, Cards, Numbers, Wanted, pick
 from mmtune.recipe import Build, BuildExemplars, Recipe, Source
-from mmtune.records import Record, Reject
+from mmtune.records import Medium, Record, Reject
 from mmtune.storage import Manifest, read_manifest
 
 MOST_ROWS = 200_000
@@ -81,16 +82,40 @@ def pools_of(build: Build, rows: Pools) -> dict[str, dict[str, tuple[Record, ...
     return {source: {source: own} for source, own in rows.items()}
 
 
-def random_exemplars(build: Build, pools: Mapping[str, Pools], seed: int) -> RandomExemplars:
+def random_exemplars(
+    build: Build, pools: Mapping[str, Pools], seed: int, places: Mapping[str, MediaPlace]
+) -> RandomExemplars:
     """Returns what draws exemplars.
 
     Args:
         build: The recipe's section.
         pools: Of ``pools_of``.
         seed: Of the draw.
+        places: Training source to where its media lie.
     """
     joined = {source: tuple(row for rows in own.values() for row in rows) for source, own in pools.items()}
-    return RandomExemplars(joined, seed, _settings(build).balance)
+    shown = _Contents(places)
+    for row in (row for rows in joined.values() for row in rows):
+        shown.learn(row)
+    return RandomExemplars(joined, seed, _settings(build).balance, shown)
+
+
+class _Contents:
+    """Gives records the names of their media; a copy of what a row of the pool shows has that one's name."""
+
+    def __init__(self, places: Mapping[str, MediaPlace]) -> None:
+        self._places, self._contents = places, MediaContents()
+
+    def learn(self, record: Record) -> tuple[str, ...]:
+        """Returns the names of the media of a row that may be shown."""
+        return tuple(self._contents.learn(self._root(record, medium), medium) for medium in record.media)
+
+    def __call__(self, record: Record) -> Set[str]:
+        """Returns the names of the media of a row that is asked."""
+        return {self._contents.name(self._root(record, medium), medium) for medium in record.media}
+
+    def _root(self, record: Record, medium: Medium) -> str:
+        return self._places[record.source].roots[medium.modality]
 
 
 @dataclass(frozen=True)
@@ -139,7 +164,7 @@ class NearExemplars:
             made_of=manifest.facts["media_root"],
             media_root=media_root,
         )
-        self._places, self._numbers = places, Numbers()
+        self._places, self._numbers, self._contents = places, Numbers(), _Contents(places)
         self.kinds, self.without = self._features.kinds, 0
         made: dict[tuple[str, ...], _Pool | None] = {}
         self._pools: dict[str, _Pool | None] = {}
@@ -151,6 +176,8 @@ class NearExemplars:
 
     def _pool(self, own: Pools, manifest: Manifest, seed: int) -> _Pool | None:
         rows = [row for records in own.values() for row in records]
+        for row in rows:
+            self._contents.learn(row)
         units, cards = self._looked_up(rows)
         vectors, has = self._features.vectors(units, [row.id for row in rows])
         kept = [at for at, there in enumerate(has) if there]
@@ -166,7 +193,7 @@ class NearExemplars:
         units, cards = [], []
         for row in rows:
             found = list(units_of(row, self._places[row.source]))
-            media = tuple(unit.id for unit in found if unit.medium is not None)
+            media = tuple(sorted(self._contents(row)))
             text = "" if media else next((unit.id for unit in found if unit.kind == "text"), "")
             units.append([(str(unit.kind), unit.id) for unit in found])
             cards.append(Card(bare_id(row.id), row.source, media, text, answer_of(row)))
@@ -279,7 +306,7 @@ def plan_exemplars(
     shown = Shown(shares_of(build), settings.method, settings.shown, pools)
     if features is not None:
         return replace(shown, near=NearExemplars(recipe, pools, features, places, media_root))
-    return replace(shown, choose=random_exemplars(build, pools, recipe.seed) if build.shots else None)
+    return replace(shown, choose=random_exemplars(build, pools, recipe.seed, places) if build.shots else None)
 
 
 def gather_pools(

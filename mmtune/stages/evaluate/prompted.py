@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtune.errors import IntegrityError, RecipeError
+from mmtune.media.content import names_beside
 from mmtune.prompts.searched import SOFT, SearchedPrompt, asked_with, moved, read_prompt
 from mmtune.recipe import Eval, Recipe
 from mmtune.records import Example
@@ -116,11 +117,12 @@ def prompted_rows(
     """
     found, media_root = read_prompt(recipe.run_dir / "prompt" / "prompt.json")
     prompt = moved(found, media_root, str(instructions.facts["media_root"]))
+    name = names_beside(instructions.facts["media_root"], prompt.media)
     count = len(rows.kept)
-    places = [row for row in range(count) if isinstance(asked_with(prompt, rows.example(row)), Example)]
+    places = [row for row in range(count) if isinstance(asked_with(prompt, rows.example(row), name), Example)]
 
     def example(number: int) -> Example:
-        asked = asked_with(prompt, rows.example(places[number]))
+        asked = asked_with(prompt, rows.example(places[number]), name)
         assert isinstance(asked, Example)
         return asked
 

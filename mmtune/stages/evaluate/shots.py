@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from mmtune.choice import chosen
 from mmtune.errors import DataError, RecipeError
 from mmtune.evaluation.rows import ChosenExamples, EvalRows
 from mmtune.features.rows import Known, RowFeatures, RowSearch, open_row_features, search_rows
+from mmtune.media.content import MediaContents
 from mmtune.prompts.exemplars import POOL_ROWS, drawn, in_turns, shown_ranks
 from mmtune.prompts.retrieval import Card, Cards, Numbers, Wanted, majority, pick
 from mmtune.prompts.schema import row_to_example
@@ -68,12 +70,13 @@ class TrainRows:
 
     Args:
         folder: ``instructions/train``.
+        media_root: Of all rows.
 
     Raises:
         DataError: There is none that could be an exemplar.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, media_root: str) -> None:
         if not folder.is_dir():
             raise DataError(
                 "eval.shots shows training rows, and instructions/ has none",
@@ -82,6 +85,7 @@ class TrainRows:
             )
         table = open_split(folder)
         self._examples = ChosenExamples(table.to_batches(), row_to_example, None)
+        self._contents, self._media_root = MediaContents(), media_root
         self.rows: list[int] = []
         self.cards: list[Card] = []
         self.units: list[list[Known]] = []
@@ -97,8 +101,12 @@ class TrainRows:
     def _see(self, at: int, example: Example) -> None:
         if exchange(example):
             self.rows.append(at)
-            self.cards.append(card_of(example))
+            self.cards.append(card_of(example, partial(self._contents.learn, self._media_root)))
             self.units.append(units_of_example(example))
+
+    def card(self, example: Example) -> Card:
+        """Returns the card of a row that is asked; a copy of a training row's medium has that one's name."""
+        return card_of(example, partial(self._contents.name, self._media_root))
 
     def __call__(self, row: int) -> Example:
         """Returns a row by its number among those that may be shown."""
@@ -146,7 +154,7 @@ def random_shots(train: TrainRows, rows: Sequence[Example], way: Way, seed: int)
         if example.source not in pools:
             own = train.numbers(train.of(example.source, way.settings.pool))
             pools[example.source] = [own[at] for at in chosen([train.cards[row].id for row in own], POOL_ROWS)]
-        pool, card = pools[example.source], card_of(example)
+        pool, card = pools[example.source], train.card(example)
         order = [pool[at] for at in drawn(len(pool), seed, example.id)]
         fit = [row for row in order if not _same(train.cards[row], card)] if example.template_id else []
         if way.settings.balance:
@@ -217,7 +225,7 @@ class NearShots:
         )
         places, own = [at for at, there in zip(places, has, strict=True) if there], vectors[has]
         picked = pick(
-            self._numbers.of([card_of(rows[at]) for at in places]),
+            self._numbers.of([self._train.card(rows[at]) for at in places]),
             pool.cards,
             lambda asked, number: pool.search.near(own[asked], number),
             pool.search.alike,
@@ -267,7 +275,7 @@ def asked_rows(
     ways = ways_of(settings)
     if not any(way.shots for way in ways):
         return Asked({"": plain}, {}, [])
-    train = TrainRows(recipe.run_dir / "instructions" / "train")
+    train = TrainRows(recipe.run_dir / "instructions" / "train", instructions.facts["media_root"])
     examples = [plain.example(row) for row in range(len(plain.kept))]
     rows: dict[str, EvalRows] = {}
     votes: dict[str, list[str]] = {}

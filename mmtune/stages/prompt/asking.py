@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mmtune.encoding.collate import Collator
-from mmtune.encoding.processor import pad_token_id, tokenizer_of
 from mmtune.encoding.render import Renderer
 from mmtune.errors import RecipeError
 from mmtune.evaluation import CORPUS_METRICS, measure, metrics_of
-from mmtune.evaluation.generation import generate_texts, stop_ids
-from mmtune.evaluation.options import by_media, score_options, score_words
-from mmtune.evaluation.ranking import Question, Words, question_of_row, rank
+from mmtune.evaluation.asking import Answering, Asking
+from mmtune.evaluation.options import score_options
+from mmtune.evaluation.ranking import Words, question_of_row
 from mmtune.evaluation.rows import EvalRows
-from mmtune.evaluation.scoring import RowScorer
+from mmtune.media.content import own_name
 from mmtune.models.soft_tokens import soft_tokens
 from mmtune.prompts.search.reward import WRONG, piecewise
 from mmtune.prompts.searched import SearchedPrompt, asked_with
-from mmtune.records import Example
+from mmtune.records import Example, Medium
 
-_CACHE_BYTES = 256 << 20
-_STOP_ROWS = 32
-"""So many trained answers are looked at for the token that ends them."""
 _UNASKABLE = {"metric": 0.0, "gap": -1.0, "piecewise": -WRONG, "likelihood": 0.0}
 """Reward of a row that a prompt makes too long, or cannot word."""
 
@@ -65,6 +59,7 @@ class Asker:
         words: Label words by source, for ranking.
         should_stop: Asked between batches.
         note: Told what a person should know.
+        name: Medium to a name that equal media share.
         calls: Pairs of prompt and row that were asked.
     """
 
@@ -80,19 +75,24 @@ class Asker:
     words: Words
     should_stop: Callable[[], bool]
     note: Callable[[str], None]
+    name: Callable[[Medium], str] = own_name
     calls: int = 0
-    _stops: list[int] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        # They stay, and the media that they keep: the same rows are asked again and again.
-        made = partial(Collator, self.processor, media_root=self.media_root, cache_bytes=_CACHE_BYTES)
-        self._left = made(left=True)
         if soft_tokens(self.model) is None:
             self.renderer = self.renderer.without_soft_tokens()
-        # Beginnings that rows share run once; checked on real rows when it is first asked.
-        self._scorer = RowScorer(
-            self.model, made(), batch_rows=self.batch_rows, should_stop=self.should_stop, note=self.note
+        asking = Asking(
+            media_root=self.media_root,
+            batch_rows=self.batch_rows,
+            max_new_tokens=self.max_new_tokens,
+            loss=False,
+            rank=self.rank,
+            words=self.words,
+            should_stop=self.should_stop,
+            note=self.note,
         )
+        # It stays, and the media that it keeps: the same rows are asked again and again.
+        self._model = Answering(self.model, self.processor, asking)
 
     def answered(self, prompt: SearchedPrompt, examples: Sequence[Example], reward: str) -> Answered:
         """Returns rewards of rows asked with a prompt.
@@ -106,7 +106,7 @@ class Asker:
             Stopped: ``should_stop`` said so.
         """
         self.calls += len(examples)
-        asked = [asked_with(prompt, example) for example in examples]
+        asked = [asked_with(prompt, example, self.name) for example in examples]
         at = [place for place, one in enumerate(asked) if isinstance(one, Example)]
         fitting = [one for one in asked if isinstance(one, Example)]
         rows = EvalRows(
@@ -122,7 +122,7 @@ class Asker:
         said = [""] * len(examples)
         values = np.full(len(examples), _UNASKABLE[reward])
         if places and reward == "metric":
-            texts = [prompt.label_of(text) for text in self._texts(prompt, rows)]
+            texts = [prompt.label_of(text) for text in self._model.answers(rows, words=self._words(prompt))]
             for place, text in zip(places, texts, strict=True):
                 said[place] = text
             values[places] = row_scores([examples[place] for place in places], texts) / 100.0
@@ -130,40 +130,6 @@ class Asker:
             values[places] = self._likelihoods(rows) if reward == "likelihood" else self._gaps(prompt, rows)
             values[places] = piecewise(values[places]) if reward == "piecewise" else values[places]
         return Answered(values, tuple(said), len(examples) - len(places))
-
-    def _texts(self, prompt: SearchedPrompt, rows: EvalRows) -> list[str]:
-        """Returns the answers to kept rows as eval would: the likeliest option, or the model's own words."""
-        count = len(rows.kept)
-        listed = {row: one for row in range(count) if self.rank and (one := rows.example(row)).options}
-        ranked = rank(listed, self._words(prompt), partial(self._logprobs, rows))
-        free = [row for row in range(count) if row not in ranked]
-        said = dict(zip(free, self._generated(rows, free), strict=True))
-        return [ranked[row] if row in ranked else said[row] for row in range(count)]
-
-    def _generated(self, rows: EvalRows, chosen: Sequence[int]) -> list[str]:
-        if not chosen:
-            return []
-        tokenizer = tokenizer_of(self.processor)
-        if self._stops is None:
-            # What ends a trained answer is the same whatever it is asked with.
-            some = rows.conversations(range(min(_STOP_ROWS, len(rows.kept))))
-            self._stops = stop_ids(self.model, tokenizer, some)
-        return generate_texts(
-            self.model,
-            tokenizer,
-            lambda numbers: rows.prompts([chosen[at] for at in numbers]),
-            self._left,
-            sizes=[rows.prompt_sizes[row] for row in chosen],
-            stops=self._stops,
-            pad_id=pad_token_id(self.processor),
-            max_new_tokens=self.max_new_tokens,
-            batch_rows=self.batch_rows,
-            should_stop=self.should_stop,
-        )
-
-    def _logprobs(self, rows: EvalRows, pairs: Sequence[tuple[Question, int]]) -> np.ndarray:
-        """Returns ``(N,)`` log-probabilities of words as answers to questions."""
-        return score_words(self._scorer, rows.encode, pairs)
 
     def _words(self, prompt: SearchedPrompt) -> Words:
         # Label words of the recipe belong to the labels as they are.
@@ -175,15 +141,14 @@ class Asker:
         questions = [question_of_row(row, one, self._words(prompt)) for row, one in enumerate(examples)]
         asked = [one for one in questions if one is not None]
         assert len(asked) == len(examples), "rows without options are refused before the search"
-        scores = score_options(self._scorer, rows.encode, asked)
+        scores = score_options(self._model.scorer, rows.encode, asked)
         right = ([option in example.references for option in example.options] for example in examples)
         return np.array([gap(score_L, right_L) for score_L, right_L in zip(scores, right, strict=True)])
 
     def _likelihoods(self, rows: EvalRows) -> np.ndarray:
         """Returns ``(R,)`` geometric mean of the probabilities of the answer's tokens."""
-        order = by_media([rows.example(row).media for row in range(len(rows.kept))])
-        logprob, tokens = self._scorer(rows.conversations, order)
-        return np.exp(logprob / np.maximum(tokens, 1))
+        nll, tokens = self._model.losses(rows)
+        return np.exp(-nll / np.maximum(tokens, 1))
 
 
 def gap(score_L: np.ndarray, right_L: Sequence[bool]) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mmtune.errors import CapabilityError, Interrupted, RecipeError
+from mmtune.media.content import names_beside
 from mmtune.prompts.search import (
     METHODS,
     Budget,
@@ -280,6 +281,7 @@ def _asker(course: Course, should_stop: Callable[[], bool], note: Callable[[str]
         words=label_words(course.instructions.config["sources"]),
         should_stop=should_stop,
         note=note,
+        name=names_beside(course.media_root, (medium for one in course.rows.pool for medium in one.media)),
     )
     if course.settings.method != "bbt":
         return asker

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmtune.choice import id_hash
 from mmtune.errors import DataError, RecipeError
+from mmtune.media.content import names_beside
 from mmtune.prompts.search import Solved
 from mmtune.prompts.searched import slot_names
-from mmtune.records import Example
+from mmtune.records import Example, Medium
 from mmtune.storage import Manifest, open_split
 
 _MOST_LOOKED_AT = 20
@@ -74,10 +75,11 @@ def choose_rows(
                 "split_missing",
             )
     train = _by_hash(open_split(folder / "train"), sources)
-    chosen = _take(train, dev, {})
-    touched = _touches(chosen)
-    spare = _take(train, pool, touched)
-    tested = _take(_by_hash(open_split(folder / test_split), sources), test, {})
+    chosen = _take(train, dev, lambda example: True)
+    name = names_beside(manifest.facts["media_root"], (medium for one in chosen for medium in one.media))
+    touched = {what for one in chosen for what in _touches(one, name)}
+    spare = _take(train, pool, lambda example: touched.isdisjoint(_touches(example, name)))
+    tested = _take(_by_hash(open_split(folder / test_split), sources), test, lambda example: True)
     _check(chosen, tested, test_split)
     return Rows(tuple(chosen), tuple(spare), tuple(tested))
 
@@ -105,23 +107,19 @@ def _by_hash(table: Any, sources: Sequence[str]) -> Iterator[Example]:
             yield example
 
 
-def _take(rows: Iterator[Example], count: int, touched: dict[object, None]) -> list[Example]:
+def _take(rows: Iterator[Example], count: int, fits: Callable[[Example], bool]) -> list[Example]:
     out: list[Example] = []
     for example in itertools.islice(rows, _MOST_LOOKED_AT * max(count, 50)):
-        if not touched or not set(_touches([example])) & set(touched):
+        if fits(example):
             out.append(example)
         if len(out) == count:
             break
     return out
 
 
-def _touches(examples: Sequence[Example]) -> dict[object, None]:
-    """Returns what tells rows to be the same: their media, or where there are none their words."""
-    found: dict[object, None] = {}
-    for example in examples:
-        media = [medium.path or medium.data for medium in example.media]
-        found |= dict.fromkeys(media or [solved(example).asked])
-    return found
+def _touches(example: Example, name: Callable[[Medium], str]) -> list[str]:
+    """Returns what tells rows to be the same: names of their media, or where there are none their words."""
+    return [name(medium) for medium in example.media] or [solved(example).asked]
 
 
 def _check(dev: Sequence[Example], test: Sequence[Example], test_split: str) -> None:
