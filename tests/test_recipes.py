@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 README = (ROOT / "README.md").read_text("utf-8")
 COMMANDS = typer.main.get_command(app)
+# A figure with its unit, or a plain word on why there is none.
+TIME = r"# time\b[^:]*: (.*\d[a-z ]* (s|min|minutes|hours)\b|not yet measured|depends on your data)"
 
 
 def blocks(language: str) -> list[str]:
@@ -45,14 +47,22 @@ def assert_parses(line: str) -> None:
 def test_a_recipe_loads_and_its_header_says_what_it_takes(path: Path):
     assert load_recipe(path, environ={}).sources
     header = [line for line in path.read_text("utf-8").splitlines() if line.startswith("#")]
-    for said in ("command", "hardware", "time"):
-        assert any(re.match(rf"# {said}\b[^:]*: \S", line) for line in header), f"{path.name} has no `# {said}:`"
+    for said, form in (("command", r"# command: \S"), ("hardware", r"# hardware: \S"), ("time", TIME)):
+        assert any(re.match(form, line) for line in header), f"{path.name} has no `# {said}:`"
+    assert not re.search("TODO|TBD|FIXME", "\n".join(header)), path.name
     command = " ".join(line.partition(":")[2] for line in header if line.startswith("# command:"))
     commands = re.findall(r"(?:mmtune|make) [^\s,()]+(?: [^\s,()]+)*", command)
     assert commands
     for part in commands:
         if not part.endswith(f" {path.name}"):
             assert_parses(part)
+
+
+def test_a_time_is_a_figure_or_says_why_there_is_none():
+    for said in ("TODO", "soon", "12", "minutes", "3 steps", "measured"):
+        assert not re.match(TIME, f"# time: {said}"), said
+    for said in ("64 s for all", "4 and a half minutes", "training 36 minutes", "not yet measured"):
+        assert re.match(TIME, f"# time and score: {said}"), said
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

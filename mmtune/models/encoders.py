@@ -66,6 +66,10 @@ class LogMelConfig(PreTrainedConfig):
     sampling_rate: int = 16000
     n_fft: int = 400
     hop_length: int = 160
+    mel_mean: float = 0.0
+    """Taken from the log-mel values, Whisper's. What all frames share drowns what tells them apart: a voice's pitch."""
+    mel_std: float = 1.0
+    """They are divided by it."""
 
     def token_count(self, samples: int) -> int:
         """Returns the tokens of a sound of so many samples at the config's sampling rate."""

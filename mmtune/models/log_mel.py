@@ -53,6 +53,8 @@ class LogMelFeatureExtractor(SequenceFeatureExtractor):
         sampling_rate: Samples per second that the sounds must have.
         n_fft: Samples of a window.
         hop_length: Samples between windows.
+        mel_mean: Taken from the log-mel values.
+        mel_std: They are divided by it.
         padding_value: What follows a sound shorter than the longest of its batch.
     """
 
@@ -64,11 +66,14 @@ class LogMelFeatureExtractor(SequenceFeatureExtractor):
         sampling_rate: int = 16000,
         n_fft: int = 400,
         hop_length: int = 160,
+        mel_mean: float = 0.0,
+        mel_std: float = 1.0,
         padding_value: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(feature_size=feature_size, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
         self.n_fft, self.hop_length = n_fft, hop_length
+        self.mel_mean, self.mel_std = mel_mean, mel_std
         self.mel_filters = mel_filter_bank(
             num_frequency_bins=1 + n_fft // 2,
             num_mel_filters=feature_size,
@@ -100,9 +105,8 @@ class LogMelFeatureExtractor(SequenceFeatureExtractor):
         if sampling_rate not in (None, self.sampling_rate):
             raise ValueError(f"sounds at {sampling_rate} Hz were given, {self.sampling_rate} Hz are expected")
         sounds = [raw_speech] if isinstance(raw_speech, np.ndarray) and raw_speech.ndim == 1 else list(raw_speech)
-        pictures = [
-            log_mel(sound, filters=self.mel_filters, n_fft=self.n_fft, hop_length=self.hop_length) for sound in sounds
-        ]
+        own: dict[str, Any] = {"filters": self.mel_filters, "n_fft": self.n_fft, "hop_length": self.hop_length}
+        pictures = [(log_mel(sound, **own) - self.mel_mean) / self.mel_std for sound in sounds]
         longest = max(picture.shape[1] for picture in pictures)
         padded = torch.full((len(pictures), self.feature_size, longest), self.padding_value)
         mask = torch.zeros((len(pictures), longest), dtype=torch.long)

@@ -164,6 +164,10 @@ def _config(key: str, values: dict[str, Any]) -> Any:
                     "check the values",
                     "bad_setting",
                 )
+            if name.endswith("_std") and not (type(value) in (int, float) and value > 0):
+                raise RecipeError(
+                    f"pretrain.build.{key}.{name}: {value!r} is no number above 0", "check the values", "bad_setting"
+                )
     try:
         return AutoConfig.for_model(kind, **settings)
     except (StrictDataclassError, TypeError, ValueError) as error:

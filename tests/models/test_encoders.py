@@ -58,6 +58,17 @@ def test_the_feature_extractor_comes_back_and_refuses_another_rate(tmp_path):
         again(noise(900), sampling_rate=16000)
 
 
+def test_mel_mean_and_std_shift_and_scale_the_picture_and_come_back_from_the_folder(tmp_path):
+    plain = LogMelFeatureExtractor()([noise(500), noise(900, 1)])
+    made = LogMelFeatureExtractor(mel_mean=0.4, mel_std=0.3)
+    made.save_pretrained(tmp_path)
+    LogMelConfig(mel_mean=0.4, mel_std=0.3).save_pretrained(tmp_path)
+    found = AutoFeatureExtractor.from_pretrained(tmp_path)([noise(500), noise(900, 1)])
+    inside = plain["attention_mask"].bool()[:, None]
+    expected = torch.where(inside, (plain["input_features"] - 0.4) / 0.3, 0.0)
+    torch.testing.assert_close(found["input_features"], expected, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("samples", [1, 200, 3333])
 def test_a_sound_has_the_same_features_alone_and_beside_a_longer_one(samples: int):
     config = LogMelConfig(**SMALL)

@@ -366,6 +366,12 @@ def test_settings_of_the_small_encoders_are_those_of_their_configs():
         assert set(SETTINGS[kind]) == set(config.__annotations__) - {"num_channels", "vocab_size", "pad_token_id"}
 
 
+def test_a_deviation_of_nothing_is_refused(tmp_path):
+    asked = recipe(tmp_path, pictures(tmp_path / "media", 1), encoders={"image": {"config": {"image_std": 0}}})
+    with pytest.raises(RecipeError, match=r"encoders\.image\.config\.image_std: 0 is no number above 0"):
+        run(asked)
+
+
 RUN = """
 import os, sys, time
 from pathlib import Path

@@ -114,6 +114,8 @@ def test_bad_recipes_are_named(recipe_at):
             recipe_at(*overrides)
     with pytest.raises(RecipeError, match="stays frozen"):
         made(recipe_at("pretrain.train=[vision]", "pretrain.unfreeze={image: 1}"))
+    with pytest.raises(RecipeError, match=r"encoders\.audio\.mel_std: 0 is no number above 0"):
+        made(recipe_at(encoders="{audio: {mel_std: 0}}"))
 
 
 def test_an_objective_without_its_media_is_refused(recipe_at):

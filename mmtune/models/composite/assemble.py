@@ -201,7 +201,7 @@ def _preprocessor(modality: str, source: str | PretrainedConfig, offline: bool) 
         seconds = config.max_source_positions * 2 * 160 // 16_000
         return transformers.WhisperFeatureExtractor(feature_size=config.num_mel_bins, chunk_length=seconds)
     if config.model_type == "mmtune_log_mel":
-        names = ("sampling_rate", "n_fft", "hop_length")
+        names = ("sampling_rate", "n_fft", "hop_length", "mel_mean", "mel_std")
         return LogMelFeatureExtractor(config.num_mel_bins, **{name: getattr(config, name) for name in names})
     return None
 

@@ -26,7 +26,7 @@ _LAYERS = (
 )
 SETTINGS = {
     "image": (*_LAYERS, "image_size", "patch_size", "image_mean", "image_std"),
-    "audio": (*_LAYERS, "num_mel_bins", "sampling_rate", "n_fft", "hop_length"),
+    "audio": (*_LAYERS, "num_mel_bins", "sampling_rate", "n_fft", "hop_length", "mel_mean", "mel_std"),
     "behaviour": (*_LAYERS, "window"),
 }
 """What may be set of a small encoder; written out here because its config class brings torch."""
@@ -141,6 +141,13 @@ def _checked(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
             f"known: {', '.join(sorted(known))}",
             "unknown_setting",
         )
+    for name, value in config.items():
+        if name.endswith("_std") and not (type(value) in (int, float) and value > 0):
+            raise RecipeError(
+                f"extract.encoders.{kind}.config.{name}: {value!r} is no number above 0",
+                "check the values",
+                "bad_setting",
+            )
     return dict(config)
 
 
@@ -178,8 +185,10 @@ def write_small(chosen: Chosen, folder: Path) -> Path:
         normal: Any = {name: [getattr(config, name)] * config.num_channels for name in ("image_mean", "image_std")}
         ViTImageProcessorPil(size=square, **normal).save_pretrained(folder)
     elif kind == "audio":
-        sampling = {name: getattr(config, name) for name in ("sampling_rate", "n_fft", "hop_length")}
-        LogMelFeatureExtractor(feature_size=config.num_mel_bins, **sampling).save_pretrained(folder)
+        names = ("sampling_rate", "n_fft", "hop_length", "mel_mean", "mel_std")
+        LogMelFeatureExtractor(config.num_mel_bins, **{name: getattr(config, name) for name in names}).save_pretrained(
+            folder
+        )
     else:
         (folder / ITEMS).write_text(json.dumps(items, ensure_ascii=False), "utf-8")
     return folder

@@ -63,7 +63,7 @@ def test_a_folder_like_any_other(language: Path, tmp_path: Path, kind: str, mode
     more = {} if kind == "mlp" else {"queries": 3, "heads": 4}
     encoders = {
         "image": PatchesConfig(**SMALL, image_size=28, patch_size=14),
-        "audio": LogMelConfig(**SMALL, num_mel_bins=16),
+        "audio": LogMelConfig(**SMALL, num_mel_bins=16, mel_mean=0.4, mel_std=0.3),
     }
     settings = {"vision_feature_layer": None, "vision_feature_select_strategy": "full"}
     projectors = {name: {"kind": kind, **more} for name in encoders}
@@ -74,6 +74,7 @@ def test_a_folder_like_any_other(language: Path, tmp_path: Path, kind: str, mode
     processor.save_pretrained(tmp_path)
     again, reader = load_model(str(tmp_path)), load_processor(str(tmp_path))
     assert reader.image_tokens == (4 if kind == "mlp" else 3)
+    assert (reader.feature_extractor.mel_mean, reader.feature_extractor.mel_std) == (0.4, 0.3)
     talk = [{"role": "user", "content": [{"type": "image"}, {"type": "audio"}, {"type": "text", "text": "which?"}]}]
     given = reader(
         text=reader.apply_chat_template(talk, add_generation_prompt=True),
