@@ -107,6 +107,9 @@ def _run_at(
     def chosen(shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
         # A model of several passes runs on each row several times, one after the other.
         times, at_N, inside_N = shape[0] // rows, *_given(places_N, tokens, shape[1])
+        if not at_N.numel():
+            # Some kernels refuse to run on nothing; what is made of one token is read by nobody.
+            return (rows_N.new_zeros(1),) * 2
         own_N = (rows_N[inside_N, None] * times + torch.arange(times, device=rows_N.device)).flatten()
         return own_N, at_N.repeat_interleave(times)
 

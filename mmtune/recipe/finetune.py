@@ -95,6 +95,8 @@ class Finetune(Section):
     train: tuple[Tower, ...] = ("llm",)
     """Towers that train: llm, projector, vision, audio, and of a composite model fusion (its gate, segments, attention
     to media), which lora trains whole and saves in adapter/ too."""
+    unfreeze: dict[Tower, Annotated[float, Field(gt=0)]] = {}
+    """With method full: epochs for which a tower that trains stays frozen first, such as {vision: 3, llm: 5} (MMBT)."""
     augment: Augment | None = None
     """Change training images a little at every step; for few images and a tower that trains."""
     features: Features = Features()
@@ -193,6 +195,8 @@ class Finetune(Section):
         if self.quantize != "none" and self.method != "lora":
             raise ValueError("quantize is for method lora: 4-bit weights cannot train themselves")
         self._shards()
+        if self.unfreeze:
+            self._stages()
         if self.lora.init == "pissa" and (self.lora.dora or self.lora.rslora or self.quantize != "none"):
             raise ValueError("lora.init pissa does not go with dora, rslora or quantize")
         if self.soft_prompt is not None:
@@ -216,6 +220,16 @@ class Finetune(Section):
             raise ValueError("soft_prompt.learning_rate is for virtual tokens beside lora: set finetune.learning_rate")
         if self.method == "lora" and (self.lora.init == "pissa" or self.shard != "none" or self.offload):
             raise ValueError("a soft_prompt beside lora does not go with lora.init pissa, shard or offload")
+
+    def _stages(self) -> None:
+        """Says what towers that start frozen do not go with."""
+        if self.method != "full" or self.shard != "none" or self.offload:
+            raise ValueError("unfreeze goes with method full, and not with shard and offload")
+        still = sorted(set(self.unfreeze) - set(self.train))
+        if still:
+            raise ValueError(f"unfreeze names {still[0]}, which does not train: add it to train")
+        if not set(self.train) - set(self.unfreeze):
+            raise ValueError("unfreeze freezes every tower that trains at the beginning: leave one out")
 
     def _shards(self) -> None:
         """Says what does not go with spread weights."""

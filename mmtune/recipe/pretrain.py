@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mmtune.recipe.section import Section, Tower, Weight
 
@@ -14,6 +14,12 @@ Part = Literal["text", "image", "audio"]
 Objective = Literal["caption", "reconstruction", "adversarial", "contrastive", "masked", "match"]
 
 Rate = Annotated[float, Field(gt=0, le=10)]
+# Where other modalities enter.
+_ELSEWHERE = {
+    "video": "a video is its sampled frames, which the encoder of image reads with their times",
+    "text": "text is read by the language model that build.text names",
+    "behaviour": "histories are read as words, from `columns: {text: ...}` of a table; extract encodes them apart",
+}
 _TOWERS: dict[str, Tower] = {"text": "llm", "image": "vision", "audio": "audio"}
 
 
@@ -63,6 +69,14 @@ class Parts(Section):
     """image and audio to their projectors; left out: mlp."""
     fusion: Fusion = Fusion()
     """How modalities meet."""
+
+    @field_validator("encoders", mode="before")
+    @classmethod
+    def _of_images_and_sounds(cls, value: Any) -> Any:
+        named = sorted(_ELSEWHERE.keys() & value.keys()) if isinstance(value, dict) else []
+        if named:
+            raise ValueError(f"there is no encoder of {named[0]}: {_ELSEWHERE[named[0]]}")
+        return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> Parts:

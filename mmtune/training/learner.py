@@ -29,6 +29,7 @@ from mmtune.training.code_losses import CodeHeads, code_losses
 from mmtune.training.ledger import Ledger, Said
 from mmtune.training.loss import answer_loss, answer_losses
 from mmtune.training.pair_losses import MaskingHeads, MatchHead, TextMasking, masked_loss, match_loss_of
+from mmtune.training.unfreezing import Unfreezing
 
 CODED = ("reconstruction", "adversarial", "contrastive")
 """Objectives over one code per part of a row."""
@@ -104,20 +105,11 @@ class Learner(nn.Module):
         if "match" in weights:
             heads["match"] = partial(MatchHead, width)
         self.heads = nn.ModuleDict({name: _seeded(settings.seed, make) for name, make in heads.items()})
-        self._staged = {
-            name: parameter
-            for name, parameter in model.named_parameters()
-            if part_of(name) in settings.frozen_steps and parameter.requires_grad
-        }
+        self._unfreezing = Unfreezing(model, settings.frozen_steps, part_of)
 
     def thaw(self) -> None:
         """Lets every parameter of a staged tower train, for saving and loading them all."""
-        for parameter in self._staged.values():
-            parameter.requires_grad_(True)
-
-    def _stage(self, step: int) -> None:
-        for name, parameter in self._staged.items():
-            parameter.requires_grad_(step >= self.settings.frozen_steps[part_of(name)])
+        self._unfreezing.thaw()
 
     @torch.no_grad()
     def measure(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
@@ -216,7 +208,7 @@ class Learner(nn.Module):
         The parts go into the ledger. While training, staged towers freeze or thaw.
         """
         if self.training:
-            self._stage(int(batch["step"]))
+            self._unfreezing.at(int(batch["step"]))
         found, facts, count = self.losses(batch)
         total = weighted_sum(found, self.settings.weights)
         facts = {f"loss_{name}": float(own.detach()) for name, own in found.items()} | facts

@@ -76,8 +76,8 @@ def test_as_transformers_computes_it(family_name: str, tiny_family: Any, media: 
         hook.remove()
     fusion = getattr(family.model.config, "fusion", {"mode": "early"})
     passes = {"early": 1, "late": 2, "hybrid": 3}[fusion["mode"]]
-    # What passes share runs before them, and bears no label here.
-    before = [(1, 0)] * len(parts) if passes > 1 and fusion["attention"] == "none" else []
+    # What passes share runs before them, and bears no label here: one token stands for none.
+    before = [(1, 1)] * len(parts) if passes > 1 and fusion["attention"] == "none" else []
     assert seen == before + [(1, count * passes)] * len(parts), "the last block runs for label tokens alone"
     expected_loss = family.model(**batch).loss * count
     expected = gradients(family.model, expected_loss)

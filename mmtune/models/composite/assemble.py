@@ -70,7 +70,11 @@ def assemble(
     register()
     unknown = sorted(set(encoders) - set(TOKENS))
     if unknown or not encoders:
-        raise RecipeError(f"there is no encoder for {unknown or 'nothing'}", f"name some of {', '.join(TOKENS)}")
+        raise RecipeError(
+            f"there is no encoder of {', '.join(unknown) or 'nothing'}",
+            f"name some of {', '.join(TOKENS)}; a video is images, and a history words",
+            "no_such_encoder",
+        )
     language = _language_model(text, offline)
     tokenizer = deepcopy(tokenizer) if tokenizer is not None else _tokenizer(text, offline)
     parts = {modality: _encoder(modality, source, offline) for modality, source in encoders.items()}

@@ -72,6 +72,12 @@ def _course(run: Run) -> Any:
     )
     held_out, checkpoints = run.validate, run.checkpoints
     parts = (run.model, run.optimizer, run.accelerator, run.train, held_out, checkpoints, run.identity, loop)
+
+    def keep() -> dict[str, float]:
+        run.unfreezing.thaw()
+        state: dict[str, float] = run.ledger.state()
+        return state
+
     return Course(
         "finetune",
         *parts,
@@ -79,7 +85,8 @@ def _course(run: Run) -> Any:
         parts=run.ledger.line,
         held_out_parts=run.ledger.held_out_line,
         counted=run.ledger.counted,
-        keep=run.ledger.state,
+        staged=tuple(settings.unfreeze),
+        keep=keep,
     )
 
 

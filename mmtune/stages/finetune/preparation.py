@@ -42,6 +42,7 @@ class Run:
     processor: Any
     load: Callable[..., Any]
     ledger: Any
+    unfreezing: Any
 
 
 def prepare(
@@ -125,6 +126,7 @@ def prepare(
     tasks, ledger = _tasks(recipe, settings, list(kept)), Ledger()
     batching = weigh_tasks(make(kept["train"], "train"), tasks, ledger)
     held_out = weigh_tasks(make(kept["val"], "val"), tasks, ledger) if "val" in kept else None
+    batching, unfreezing = _staged(batching, model, settings, console)
     optimizer = _optimizer(model, settings, accelerator)
     # Bins are of another length under FlexAttention.
     batches = ("trees for FlexAttention" if is_flex(model) else "trees") if as_trees else "rows"
@@ -133,7 +135,18 @@ def prepare(
     parts = (recipe, settings, tokens, model, optimizer, accelerator, batching, held_out, checkpoints, whole)
     spread = {name: getattr(settings, name) for name in SPREAD}
     under = surroundings(model, accelerator, {"mmtune": __version__, **library_versions()}, **spread)
-    return Run(*parts, under, processor, means.load, ledger)
+    return Run(*parts, under, processor, means.load, ledger, unfreezing)
+
+
+def _staged(batching: Any, model: Any, settings: Finetune, console: Talk) -> tuple[Any, Any]:
+    """Returns the batching whose loss unfreezes towers, where the recipe has some start frozen, and what thaws them."""
+    from mmtune.training.unfreezing import Unfreezing, frozen_steps, in_stages, said_of_stages
+
+    steps = frozen_steps({str(tower): epochs for tower, epochs in settings.unfreeze.items()}, batching.plan)
+    unfreezing = Unfreezing(model, steps)
+    for sentence in said_of_stages(steps, batching.plan.total_steps):
+        console.say(f"finetune: {sentence}")
+    return (in_stages(batching, unfreezing) if steps else batching), unfreezing
 
 
 def _tasks(recipe: Recipe, settings: Finetune, splits: Sequence[str]) -> Any:

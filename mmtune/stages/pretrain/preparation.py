@@ -217,6 +217,7 @@ def _learner_settings(recipe: Recipe, settings: Pretrain, processor: Any, plan: 
         RecipeError: Nothing of the model would train at the beginning, or a code has no second part.
     """
     from mmtune.training.learner import CODED, CodeSettings, LearnerSettings
+    from mmtune.training.unfreezing import frozen_steps, said_of_stages
 
     parts = settings.codes.modalities or tuple(settings.build.encoders)
     if not settings.codes.modalities and len(parts) == 1:
@@ -228,8 +229,7 @@ def _learner_settings(recipe: Recipe, settings: Pretrain, processor: Any, plan: 
                 "name two in pretrain.codes.modalities, of text and the encoders",
                 "one_modality",
             )
-    per_epoch = -(-len(plan.epoch_batches(0)) // plan.micro_batches)
-    frozen = {_TOWER_OF[part]: round(epochs * per_epoch) for part, epochs in settings.unfreeze.items()}
+    frozen = frozen_steps({_TOWER_OF[part]: epochs for part, epochs in settings.unfreeze.items()}, plan)
     towers = {"llm", "projector", *(_TOWER_OF[name] for name in settings.build.encoders)}
     trained = towers if settings.train == "all" else set(settings.train)
     if not trained - set(frozen):
@@ -238,9 +238,8 @@ def _learner_settings(recipe: Recipe, settings: Pretrain, processor: Any, plan: 
             "leave one out of pretrain.unfreeze, or add the projector to pretrain.train",
             "all_frozen",
         )
-    for tower, steps in sorted(frozen.items()):
-        when = f"trains from step {steps + 1} on" if steps < plan.total_steps else "never trains: the run is shorter"
-        console.say(f"pretrain: the {tower} tower {when}")
+    for sentence in said_of_stages(frozen, plan.total_steps):
+        console.say(f"pretrain: {sentence}")
     own = settings.codes
     codes = CodeSettings(
         parts if set(CODED) & set(settings.weights) else (),

@@ -88,7 +88,7 @@ def test_a_folder_like_any_other(language: Path, tmp_path: Path, kind: str, mode
 
 
 def test_parts_that_do_not_fit(language: Path) -> None:
-    with pytest.raises(RecipeError, match="no encoder for"):
+    with pytest.raises(RecipeError, match="no encoder of"):
         assemble(str(language), encoders={"smell": PatchesConfig()})
     with pytest.raises(RecipeError, match="no tokenizer"):
         assemble(t.Qwen2Config(**SMALL), encoders={"image": PatchesConfig()})

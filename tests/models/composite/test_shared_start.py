@@ -10,6 +10,7 @@ import torch
 from transformers import MistralConfig
 
 from mmtune.models.composite.model import CompositeForConditionalGeneration
+from mmtune.models.method import with_method
 from mmtune.training.loss import answer_loss
 from tests.models.composite.test_fusion import AUDIO, IMAGE, PAD, SMALL, batch, model_of
 from tests.training.test_tree_batch import error
@@ -23,6 +24,7 @@ WAYS = {
     "late_self": {"shared": False},
     "early": {"shared": False},
 }
+LORA = {"r": 2, "alpha": 4, "dropout": 0.0, "dora": False, "rslora": False, "targets": None, "pissa": False}
 WORDS, START = 3, 7
 """Leading tokens of ``batch`` before a medium stands in any row, and before words stand behind media."""
 
@@ -88,8 +90,16 @@ def test_logits_are_those_of_whole_passes(way: str, form: str, apart: Any) -> No
 
 @pytest.mark.parametrize("way", ["late", "hybrid", "qformer"])
 @pytest.mark.parametrize("first", [18, 1], ids=["answers behind the media", "also before"])
-def test_loss_and_gradients_are_those_of_whole_passes(way: str, first: int, apart: Any) -> None:
-    model, given = deepcopy(model_of(way)).train(), batch()
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_loss_and_gradients_are_those_of_whole_passes(way: str, first: int, method: str, apart: Any) -> None:
+    model, given = deepcopy(model_of(way)), batch()
+    if method == "lora":
+        model = with_method(model, "lora", towers=("llm",), lora=LORA, virtual_tokens=0, base_path="base")
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_()
+    model.train()
     given["labels"] = given["input_ids"].masked_fill(torch.arange(24) < first, -100)
     given["labels"][given["attention_mask"] == 0] = -100
     given["prompt_mask"] = given["attention_mask"]

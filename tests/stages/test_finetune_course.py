@@ -1,12 +1,17 @@
-"""finetune by tasks: weights of 1 change nothing, each task's loss stands by its name, and resume is exact."""
+"""finetune by tasks and in stages: losses by name, towers that start frozen, and both go on exactly."""
 
 import json
+import re
 import shutil
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
+from pydantic import ValidationError
+from safetensors.torch import load_file
 
 from mmtune.errors import Interrupted, RecipeError
+from mmtune.models.towers import tower_of
 from mmtune.recipe import Finetune, Model, Recipe, Source
 from mmtune.stages.build_data import build_data
 from mmtune.stages.finetune import finetune
@@ -14,6 +19,7 @@ from mmtune.stages.tokenize import tokenize
 from mmtune.talk import Talk
 
 ONES = {"vqa": 1.0, "caption": 1.0}
+STAGED = {"method": "full", "train": ["llm", "projector", "vision"], "unfreeze": {"vision": 1}, "warmup": 0}
 
 
 def recipe_at(folder, repository, model, **settings):
@@ -107,3 +113,58 @@ def test_stopped_and_resumed_it_says_the_same(fresh, monkeypatch):
 def test_a_task_without_rows_is_named(fresh):
     with pytest.raises(RecipeError, match="task_weights names the task vqq"):
         run(fresh(task_weights={"vqq": 2.0}))
+
+
+def tuned(recipe):
+    console = Talk(quiet=True)
+    finetune(recipe, force=True, console=console)
+    return console.lines, load_file(recipe.run_dir / "adapter" / "model.safetensors")
+
+
+def moved(weights, base):
+    return {tower_of(name) for name, value in weights.items() if not torch.equal(value, base[name])}
+
+
+def test_a_staged_tower_stands_still_until_its_epoch(fresh, tiny_vlm):
+    base = load_file(tiny_vlm / "model.safetensors")
+    said, _ = tuned(fresh(**STAGED, max_steps=1))
+    (line,) = (line for line in said if "the vision tower" in line)
+    assert "never trains" in line
+    said, _ = tuned(fresh(**STAGED, epochs=2, max_steps=None))
+    first = int(re.search(r"the vision tower trains from step (\d+) on", "\n".join(said)).group(1))
+    assert first > 1
+    for steps, moves in ((first - 1, False), (first, True)):
+        _, weights = tuned(fresh(**STAGED, max_steps=steps))
+        assert ("vision" in moved(weights, base)) == moves, steps
+        assert "llm" in moved(weights, base)
+
+
+def test_a_staged_run_that_stops_ends_with_the_same_bytes(fresh, monkeypatch):
+    from mmtune.training import loop
+
+    recipe = fresh(**STAGED, epochs=2, max_steps=None)
+    said, whole = tuned(recipe)
+    first = int(re.search(r"trains from step (\d+) on", "\n".join(said)).group(1))
+    for stop in (first - 2, first):
+        polls = iter([False] * stop + [True])
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "_stop_wanted", lambda stop, accelerator, polls=polls: next(polls))
+            with pytest.raises(Interrupted):
+                tuned(recipe)
+        said, again = tuned(recipe)
+        assert any("resuming after step" in line for line in said)
+        assert again.keys() == whole.keys() and all(torch.equal(again[name], whole[name]) for name in whole), stop
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"unfreeze": {"llm": 1}}, "goes with method full"),
+        ({"method": "full", "shard": "zero3", "train": ["llm", "vision"], "unfreeze": {"llm": 1}}, "not with shard"),
+        ({"method": "full", "unfreeze": {"vision": 1}}, "vision, which does not train"),
+        ({"method": "full", "unfreeze": {"llm": 1}}, "leave one out"),
+    ],
+)
+def test_what_it_does_not_go_with_is_named(settings, said):
+    with pytest.raises(ValidationError, match=said):
+        Finetune.model_validate(settings)
