@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import compress
 from pathlib import Path
@@ -113,6 +113,43 @@ def _processor(job: _Job) -> Any:
     )
 
 
+@dataclass
+class _Encoded:
+    """What became of the rows of all splits so far.
+
+    Attributes:
+        trees: Split to its trees.
+        examples: Split to its rows in them.
+        tokens: Of all trees.
+        tokens_apart: Of all rows, were nothing shared.
+        exemplars_dropped: Exemplars that did not fit.
+        rows_with_fewer: Rows that lost some.
+        notes: What there is to say of the counts of media tokens, once each.
+    """
+
+    trees: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, int] = field(default_factory=dict)
+    tokens: int = 0
+    tokens_apart: int = 0
+    exemplars_dropped: int = 0
+    rows_with_fewer: int = 0
+    notes: dict[str, None] = field(default_factory=dict)
+
+    def add(self, split: str, done: EncodedGroups) -> None:
+        """Adds some groups of a split."""
+        self.examples[split] += done.rows
+        self.tokens += done.tokens
+        self.tokens_apart += done.apart
+        self.exemplars_dropped += done.exemplars_dropped
+        self.rows_with_fewer += done.rows_with_fewer
+        self.notes.update(dict.fromkeys(done.notes))
+
+    def facts(self) -> dict[str, Any]:
+        """Returns what the manifest says of it."""
+        totals = ("tokens", "tokens_apart", "exemplars_dropped", "rows_with_fewer")
+        return {"examples": self.examples, "notes": list(self.notes), **{name: getattr(self, name) for name in totals}}
+
+
 def _write(
     recipe: Recipe,
     parent: Manifest,
@@ -122,44 +159,13 @@ def _write(
     offline: bool,
     console: Talk,
 ) -> dict[str, Any]:
-    assert recipe.model is not None
-    rows: dict[str, int] = {}
-    examples: dict[str, int] = {}
-    totals = {"tokens": 0, "tokens_apart": 0, "exemplars_dropped": 0, "rows_with_fewer": 0}
-    notes: dict[str, None] = {}
-    started = time.monotonic()
+    made, started = _Encoded(), time.monotonic()
     with RejectLog(staging.path / "rejects.jsonl") as rejects:
-        for split in parent.rows:
-            source = recipe.run_dir / "instructions" / split
-            root = Path(parent.facts["media_root"])
-            job = _Job(
-                recipe.processor_path,
-                recipe.model.revision,
-                offline,
-                recipe.tokenize,
-                source,
-                root,
-                parent.facts.get("exemplars", {}).get("order", "nearest_first"),
-                parent.config.get("seed", 0),
-            )
-            writer = SplitWriter(staging.path / split / "shard-00000.arrow", TREE_SCHEMA)
-            examples[split] = 0
-            with console.progress(parent.rows[split], f"tokenize {split}") as bar:
-                for done in _encode_split(job, limit):
-                    if done.batch is not None:
-                        writer.write_batch(done.batch)
-                    for reject in done.rejects:
-                        rejects.write(reject)
-                    examples[split] += done.rows
-                    totals["tokens"] += done.tokens
-                    totals["tokens_apart"] += done.apart
-                    totals["exemplars_dropped"] += done.exemplars_dropped
-                    totals["rows_with_fewer"] += done.rows_with_fewer
-                    notes.update(dict.fromkeys(done.notes))
-                    bar.advance(done.rows + len(done.rejects))
-            rows[split] = writer.close()
-            finish_split(staging.path / split, TREE_SCHEMA)
-    if not sum(examples.values()):
+        for split, count in parent.rows.items():
+            with console.progress(count, f"tokenize {split}") as bar:
+                groups = _encode_split(_job_of(recipe, parent, split, offline), limit)
+                _write_split(split, groups, staging.path / split, made, rejects, bar.advance)
+    if not sum(made.examples.values()):
         raise DataError(
             f"no row could be encoded: {_drops(rejects.counts)}",
             "look at the reasons; --set tokenize.max_length=... may help",
@@ -167,34 +173,72 @@ def _write(
         )
     seconds = time.monotonic() - started
     facts = {
-        "model": recipe.model.path,
+        "model": config["model"],
         "processor": config["processor"],
         "max_length": recipe.tokenize.max_length,
         "video_frames": recipe.tokenize.video_frames,
         "media_root": parent.facts["media_root"],
-        "examples": examples,
-        "notes": list(notes),
-        **totals,
+        **made.facts(),
     }
-    for note in notes:
+    for note in made.notes:
         console.note(note)
-    manifest = staging.publish(
-        rows=rows, drops=rejects.counts, facts=facts, timings={"encode_seconds": round(seconds, 3)}
+    timings = {"encode_seconds": round(seconds, 3)}
+    manifest = staging.publish(rows=made.trees, drops=rejects.counts, facts=facts, timings=timings)
+    _tell(made, rejects.counts, seconds, staging.target, console)
+    return _result(staging.target, manifest, cached=False)
+
+
+def _job_of(recipe: Recipe, parent: Manifest, split: str, offline: bool) -> _Job:
+    assert recipe.model is not None
+    return _Job(
+        recipe.processor_path,
+        recipe.model.revision,
+        offline,
+        recipe.tokenize,
+        recipe.run_dir / "instructions" / split,
+        Path(parent.facts["media_root"]),
+        parent.facts.get("exemplars", {}).get("order", "nearest_first"),
+        parent.config.get("seed", 0),
     )
-    count = sum(examples.values()) + sum(rejects.counts.values())
-    saved = 1 - totals["tokens"] / max(totals["tokens_apart"], 1)
+
+
+def _write_split(
+    split: str,
+    groups: Iterator[EncodedGroups],
+    folder: Path,
+    made: _Encoded,
+    rejects: RejectLog,
+    advance: Callable[[int], None],
+) -> None:
+    """Writes the trees of a split, and adds what became of its rows to what was made."""
+    writer = SplitWriter(folder / "shard-00000.arrow", TREE_SCHEMA)
+    made.examples[split] = 0
+    for done in groups:
+        if done.batch is not None:
+            writer.write_batch(done.batch)
+        for reject in done.rejects:
+            rejects.write(reject)
+        made.add(split, done)
+        advance(done.rows + len(done.rejects))
+    made.trees[split] = writer.close()
+    finish_split(folder, TREE_SCHEMA)
+
+
+def _tell(made: _Encoded, refused: dict[str, int], seconds: float, target: Path, console: Talk) -> None:
+    encoded = sum(made.examples.values())
+    count = encoded + sum(refused.values())
+    saved = 1 - made.tokens / max(made.tokens_apart, 1)
     console.say(
-        f"tokenize: {sum(examples.values()):,} rows in {sum(rows.values()):,} trees, {totals['tokens']:,} tokens"
+        f"tokenize: {encoded:,} rows in {sum(made.trees.values()):,} trees, {made.tokens:,} tokens"
         f" ({saved:.0%} saved by sharing), {count / max(seconds, 1e-9):,.0f} rows/s"
     )
-    if totals["exemplars_dropped"]:
+    if made.exemplars_dropped:
         console.note(
-            f"{totals['exemplars_dropped']:,} exemplars of {totals['rows_with_fewer']:,} rows did not fit"
+            f"{made.exemplars_dropped:,} exemplars of {made.rows_with_fewer:,} rows did not fit"
             " tokenize.max_length; the farthest were left out"
         )
-    if rejects.counts:
-        console.say(f"tokenize: refused {_drops(rejects.counts)}; see {staging.target / 'rejects.jsonl'}")
-    return _result(staging.target, manifest, cached=False)
+    if refused:
+        console.say(f"tokenize: refused {_drops(refused)}; see {target / 'rejects.jsonl'}")
 
 
 def _drops(counts: dict[str, int]) -> str:

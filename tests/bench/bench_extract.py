@@ -79,10 +79,7 @@ def bench_again(count: int) -> None:
         recipe = {
             "run_dir": "run",
             "sources": [{"id": "p", "reader": "folder", "path": "media", "columns": {"label": r"(\d)"}}],
-            "extract": {
-                "encoders": {"image": {"config": {"hidden_size": 32, "num_hidden_layers": 1}}},
-                "tokens": False,
-            },
+            "extract": {"encoders": {"image": {"config": small}}, "tokens": False},
         }
         (top / "recipe.yaml").write_text(json.dumps(recipe))
         for what in ("first run", "again", "one file changed", "again"):

@@ -1,36 +1,26 @@
-"""The single stream is BERT over inputs_embeds with copied weights; the prefix mask opens the prefix alone."""
+"""The single stream of `attention: self` is BERT over inputs_embeds with copied weights, on the model that trains."""
 
 import pytest
 import torch
 from transformers import BertConfig, BertModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from mmtune.models.fusion.single_stream import SegmentEmbedding, SingleStream, prefix_mask
+from mmtune.models.composite.config import CompositeConfig
+from mmtune.models.composite.masks import both_ways
+from mmtune.models.composite.model import CompositeModel
+from mmtune.models.encoders import PatchesConfig
+from mmtune.models.fusion.single_stream import SegmentEmbedding
 
-NAMES = {
-    "attention.attention.query": "attention.self.query",
-    "attention.attention.key": "attention.self.key",
-    "attention.attention.value": "attention.self.value",
-    "attention.attention.output": "attention.output.dense",
-    "attention.norm": "attention.output.LayerNorm",
-    "feed_forward.inner": "intermediate.dense",
-    "feed_forward.outer": "output.dense",
-    "feed_forward.norm": "output.LayerNorm",
-}
-
-
-def module_pairs(ours, theirs):
-    pairs = [
-        (ours.segment, theirs.embeddings.token_type_embeddings),
-        (ours.position, theirs.embeddings.position_embeddings),
-        (ours.norm, theirs.embeddings.LayerNorm),
-    ]
-    for mine, other in zip(ours.layers, theirs.encoder.layer, strict=True):
-        pairs += [(mine.get_submodule(a), other.get_submodule(b)) for a, b in NAMES.items()]
-    return pairs
+IMAGE = 9
+IDS = torch.tensor([[IMAGE, IMAGE, IMAGE, 3, 4, 5, 6, 7], [3, IMAGE, IMAGE, 4, 5, 0, 0, 0]])
+VALID = torch.tensor([[1] * 8, [1, 1, 1, 1, 1, 0, 0, 0]], dtype=torch.bool)
+# MMBT shares the position table between modalities, so each counts from 0.
+POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 0, 1, 1, 2, 3, 4, 5]])
 
 
-@pytest.fixture
-def pair():
+@pytest.fixture(params=["sdpa", "eager"])
+def pair(request):
+    """The composite model around a BERT, and the BERT itself; segments of the one are token types of the other."""
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=10,
@@ -44,34 +34,55 @@ def pair():
         attention_probs_dropout_prob=0.0,
         initializer_range=0.3,
     )
-    config._attn_implementation = "eager"
     theirs = BertModel(config, add_pooling_layer=False)
-    ours = SingleStream(16, layers=2, heads=4, segments=3, positions=12, inner_width=32)
-    for mine, other in module_pairs(ours, theirs):
-        mine.load_state_dict(other.state_dict())
-    return ours, theirs
+    ours = CompositeModel(
+        CompositeConfig(
+            text_config={**config.to_dict(), "is_decoder": True},
+            vision_config=PatchesConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2).to_dict(),
+            image_token_id=IMAGE,
+            fusion={"attention": "self"},
+            attn_implementation=request.param,
+        )
+    )
+    ours.language_model.load_state_dict(theirs.state_dict(), strict=False)
+    types = theirs.embeddings.token_type_embeddings.weight
+    with torch.no_grad():
+        ours.language_model.embeddings.token_type_embeddings.weight.zero_()
+        ours.segments.weight.copy_(types[: len(ours.segments.weight)])
+    return ours.train(), theirs.train()
 
 
 def test_values_and_gradients_are_berts(pair):
     ours, theirs = pair
-    # Three media tokens, then text: each modality counts its positions from 0.
-    embeddings = torch.randn(2, 8, 16)
-    segments = torch.tensor([[1, 1, 1, 0, 0, 0, 0, 0]] * 2)
-    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]] * 2)
-    valid = torch.tensor([[1] * 8, [0, 0, 0, 1, 1, 1, 0, 0]], dtype=torch.bool)
-    mine, other = embeddings.clone().requires_grad_(), embeddings.clone().requires_grad_()
-    found = ours(mine, segments, positions, valid)
-    wanted = theirs(
-        inputs_embeds=other, token_type_ids=segments, position_ids=positions, attention_mask=valid.long()
+    features = torch.randn(5, 16)
+    mine, other = features.clone().requires_grad_(), features.clone().requires_grad_()
+    images = {"image": BaseModelOutputWithPooling(pooler_output=list(mine.split([3, 2])))}
+    found = ours(
+        input_ids=IDS,
+        attention_mask=VALID.long(),
+        position_ids=POSITIONS,
+        mm_encoder_outputs=images,
+        use_cache=False,
     ).last_hidden_state
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    slope = torch.randn_like(found) * valid[..., None]
+    words = theirs.embeddings.word_embeddings(IDS)
+    embeds = words.masked_scatter((IDS == IMAGE)[..., None], other)
+    wanted = theirs(
+        inputs_embeds=embeds,
+        token_type_ids=(IDS == IMAGE).long(),
+        position_ids=POSITIONS,
+        attention_mask=VALID.long(),
+    ).last_hidden_state
+    torch.testing.assert_close(found[VALID], wanted[VALID], rtol=1e-5, atol=1e-5)
+    slope = torch.randn_like(found) * VALID[..., None]
     (found * slope).sum().backward()
     (wanted * slope).sum().backward()
     torch.testing.assert_close(mine.grad, other.grad, rtol=1e-5, atol=1e-5)
-    for a, b in module_pairs(ours, theirs):
-        torch.testing.assert_close(a.weight.grad, b.weight.grad, rtol=1e-5, atol=2e-5)
-    assert mine.grad[1, :3].abs().max() == 0
+    own = dict(ours.language_model.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        if "token_type" not in name:
+            torch.testing.assert_close(own[name].grad, parameter.grad, rtol=1e-5, atol=2e-5)
+    types = theirs.embeddings.token_type_embeddings.weight.grad
+    torch.testing.assert_close(ours.segments.weight.grad[:2], types[:2], rtol=1e-5, atol=2e-5)
 
 
 def test_segments_start_as_nothing_and_learn():
@@ -82,12 +93,12 @@ def test_segments_start_as_nothing_and_learn():
     assert segment.weight.grad[:, 0].tolist() == [1.0, 2.0]
 
 
-def test_the_prefix_sees_itself_whole_and_the_answer_stays_causal():
-    causal = torch.ones(5, 5).tril().bool()[None, None]
-    prefix = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 0, 0]], dtype=torch.bool)
+def test_the_prompt_sees_itself_whole_and_the_answer_stays_causal():
+    causal = torch.ones(5, 5).tril().bool()
+    prompt = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 0, 0]], dtype=torch.bool)
     valid = torch.tensor([[1] * 5, [0, 1, 1, 1, 1]], dtype=torch.bool)
-    mask = prefix_mask(causal, prefix, valid)
+    mask = both_ways(valid.long(), prompt, valid, "sdpa", torch.float32)
     assert mask.shape == (2, 1, 5, 5)
     assert mask[0, 0, :3, :3].all() and not mask[0, 0, :3, 3:].any()
-    assert torch.equal(mask[0, 0, 3:], causal[0, 0, 3:])
-    assert mask[1, 0, 1, 2] and not mask[1, 0, 0, 1:].any()
+    assert torch.equal(mask[0, 0, 3:], causal[3:])
+    assert mask[1, 0, 1, 2] and not mask[1, 0, 1:, 0].any()
