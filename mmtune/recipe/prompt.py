@@ -122,7 +122,8 @@ class Prompt(Section):
     shots: Annotated[int, Field(ge=0, le=32)] = 2
     """Most exemplars, where space has them."""
     pool: Annotated[int, Field(ge=1)] = 32
-    """Training rows that may become exemplars; none shares a medium (by its bytes) or its text with a dev row."""
+    """Training rows that may become exemplars, and whose mistakes gepa looks at; none shares a medium (by its bytes) or
+    its text with a dev row."""
     verbalizers: tuple[dict[str, str], ...] = ()
     """Other words for the labels to choose from, such as {negative: terrible, positive: great}; the labels as they
     are is always a choice."""

@@ -236,6 +236,7 @@ def test_one_answer_in_the_dev_rows_is_refused(recipe):
     [
         ({"instruction": "{prompt} {nothing}"}, RecipeError, "unknown_slot"),
         ({"test_split": "train"}, RecipeError, "dev rows come from there"),
+        ({"method": "gepa", "dev": 500, "budget": 9000}, DataError, "training rows beside the dev rows"),
         ({"sources": ["x"]}, RecipeError, "prompt.sources names 'x'"),
         ({"test_split": "test"}, DataError, "no rows in the split 'test'"),
         ({"space": ["verbalizer"], "verbalizers": [{"green": "g"}]}, RecipeError, "label 'green'"),
