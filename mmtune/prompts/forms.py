@@ -2,8 +2,8 @@
 
 Two forms: ``slots`` has FLAN's braces (``{question}``, ``{options_}``) and ``{soft: 8}``, eight learned vectors
 at that place; ``jinja`` is PromptSource's
-text with ``|||`` between what is asked and what is answered. Only the first is filled here; the
-second is rendered in a process of its own (``jinja_process``).
+text with ``|||`` between what is asked and what is answered, and ``{{ soft(8) }}`` for the learned vectors. Only the
+first is filled here; the second is rendered in a process of its own (``jinja_process``).
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ It reads one JSON document a line and answers with one. The rules are PromptSour
 (``promptsource/templates.py`` in github.com/bigscience-workshop/promptsource): ``|||`` parts what
 is asked from what is answered, ``answer_choices`` is rendered first, a ``|||`` inside the data
 never parts anything, every part is stripped. What is not PromptSource's: the environment is
-sandboxed, an unknown name is an error, and ``choice`` draws by the row and not by chance.
+sandboxed, an unknown name is an error, ``choice`` draws by the row and not by chance, and ``{{ soft(8) }}`` in what is
+asked puts eight learned vectors there.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any
 import jinja2
 from jinja2.sandbox import SandboxedEnvironment, SecurityError
 
+from mmtune.records import SoftPart, marked, parts_of
+
 SECONDS = 2
 """A template that renders longer than this ends the process."""
 MOST_CHARACTERS = 1 << 20
@@ -28,6 +31,7 @@ MOST_CHARACTERS = 1 << 20
 _MOST_BYTES = 256 << 20
 _BAR = "|||"
 _INNER_BAR = "\0bar\0"
+_MOST_SOFT = 999
 
 
 class Refused(Exception):
@@ -44,7 +48,7 @@ class PromptEnvironment(SandboxedEnvironment):
     def __init__(self) -> None:
         super().__init__(undefined=jinja2.StrictUndefined)
         self.draw = random.Random()
-        self.globals.update(zip=zip)
+        self.globals.update(zip=zip, soft=soft)
         self.filters.update(choice=self._choice, most_frequent=most_frequent, highlight=str)
         self._compiled: dict[str, jinja2.Template] = {}
 
@@ -75,6 +79,17 @@ def _refuse_inner(name: Any) -> None:
         raise SecurityError(f"access to {name!r} is unsafe")
 
 
+def soft(tokens: int) -> str:
+    """Returns the mark of so many soft tokens.
+
+    Raises:
+        Refused: It is no number from 1 to 999.
+    """
+    if not isinstance(tokens, int) or not 1 <= tokens <= _MOST_SOFT:
+        raise Refused(f"soft({tokens!r}) is no number of soft tokens from 1 to {_MOST_SOFT}")
+    return marked((SoftPart(tokens),))
+
+
 def most_frequent(items: Sequence[Any]) -> list[Any]:
     """Returns the items that stand most often in a sequence, in the order of their first place."""
     counts = Counter(items).most_common()
@@ -92,7 +107,7 @@ def render(made: PromptEnvironment, source: str, choices: str, values: Mapping[s
         salt: Equal salts draw the same ``choice``.
 
     Raises:
-        Refused: The template reaches for what the sandbox forbids, or renders too much.
+        Refused: The template reaches for what the sandbox forbids, renders too much, or answers with soft tokens.
         jinja2.TemplateError: It is no Jinja, or names what is not there.
     """
     made.draw.seed(salt)
@@ -104,6 +119,8 @@ def render(made: PromptEnvironment, source: str, choices: str, values: Mapping[s
         options = [_open(part).strip() for part in _text(made, choices, guarded).split(_BAR)]
     parts = _text(made, source, {**guarded, "answer_choices": options or None}).split(_BAR)
     prompt, *answers = [_open(part).strip() for part in parts]
+    if any(isinstance(part, SoftPart) for text in (*answers, *options) for part in parts_of(text)):
+        raise Refused("it has soft tokens in an answer: they are learned to be read, not to be said")
     return {"prompt": prompt, "answers": answers, "options": options}
 
 

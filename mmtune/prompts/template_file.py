@@ -106,6 +106,8 @@ def _flan(path: Path, tasks: Mapping[str, Any]) -> Iterator[Template]:
                 raise _bad(path, f"has no pair of input and target at {task}[{at}]")
             prompt, answer = pair
             asked, answered = _names(path, prompt), _names(path, answer)
+            if any(name == "soft" and more for _, name, more, _ in string.Formatter().parse(answer)):
+                raise _bad(path, f"has soft tokens in the target of {task}[{at}]")
             if _ANSWER & asked & answered:
                 raise _bad(path, f"says the answer in the question of {task}[{at}]")
             yield Template(

@@ -111,9 +111,10 @@ class Prompt(Section):
     test_split: SplitName | None = None
     """Split of the test rows; default: that of eval."""
     reward: Literal["metric", "gap", "piecewise", "likelihood"] = "metric"
-    """metric: the row's own metric, answered as eval does; gap: probability of the right option less that of the best
-    wrong one; piecewise: the gap times 200 where the right option wins, else times 180 (RLPrompt); likelihood: mean
-    probability of the reference's tokens."""
+    """metric: the row's first metric that has a value of one row alone, answered as eval does (of captions ROUGE-L:
+    CIDEr depends on the other rows); gap: probability of the right option less that of the best wrong one; piecewise:
+    the gap times 200 where the right option wins, else times 180 (RLPrompt); likelihood: mean probability of the
+    reference's tokens."""
     population: Annotated[int, Field(ge=2, le=1000)] = 8
     """Prompts that are alive (ape) or proposed (opro) at once, or scored per step (rl) or generation (bbt; its paper
     takes 20); mipro chooses among twice as many instructions."""
@@ -122,7 +123,8 @@ class Prompt(Section):
     shots: Annotated[int, Field(ge=0, le=32)] = 2
     """Most exemplars, where space has them."""
     pool: Annotated[int, Field(ge=1)] = 32
-    """Training rows that may become exemplars; none shares a medium (by its bytes) or its text with a dev row."""
+    """Training rows that may become exemplars, and whose mistakes gepa looks at; none shares a medium (by its bytes) or
+    its text with a dev row."""
     verbalizers: tuple[dict[str, str], ...] = ()
     """Other words for the labels to choose from, such as {negative: terrible, positive: great}; the labels as they
     are is always a choice."""

@@ -76,6 +76,7 @@ def bench_again(count: int) -> None:
         pixels = np.random.default_rng(0).integers(0, 255, (count, 12, 16, 3), np.uint8)
         for number, own in enumerate(pixels):
             Image.fromarray(own).save(top / "media" / f"{number:06}.png")
+        small = {"hidden_size": 32, "num_hidden_layers": 1}
         recipe = {
             "run_dir": "run",
             "sources": [{"id": "p", "reader": "folder", "path": "media", "columns": {"label": r"(\d)"}}],

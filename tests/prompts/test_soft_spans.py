@@ -1,10 +1,12 @@
 """Templates that mix fixed and learned words: ``{soft: n}`` becomes places, from a template and nothing else."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from mmtune.errors import DataError
+from mmtune.prompts.jinja_process import JinjaProcess
 from mmtune.prompts.schema import example_to_row, row_to_example
 from mmtune.prompts.template import Wordings, make_example
 from mmtune.prompts.template_file import load_templates
@@ -47,6 +49,41 @@ def test_the_text_of_a_row_is_never_read_as_soft_tokens(tmp_path: Path):
 def test_what_is_no_number_of_tokens_is_refused(tmp_path: Path, prompt: str):
     with pytest.raises(DataError, match="no plain name"):
         templates(tmp_path, prompt)
+
+
+def in_jinja(tmp_path: Path, text: str):
+    path = tmp_path / "t.yaml"
+    path.write_text(json.dumps({"templates": {"a": {"name": "mine", "jinja": text}}}))
+    process = JinjaProcess()
+    try:
+        return make_example(record("soft(3)"), wordings=Wordings("first", None, load_templates(path)), render=process)
+    finally:
+        process.close()
+
+
+def test_soft_tokens_stand_where_a_jinja_template_calls_for_them(tmp_path: Path):
+    made = in_jinja(
+        tmp_path, "{{ soft(4) }}Look: {{ media }}{% for n in [2] %}{{ soft(n) }}{% endfor %} {{text}} ||| red"
+    )
+    assert row_to_example(example_to_row(made)) == made
+    found = made.messages[0].parts
+    assert found[0] == SoftPart(4) and found[1] == TextPart("Look: ") and isinstance(found[2], Medium)
+    # What the data say is data.
+    assert found[3:] == (SoftPart(2), TextPart(" soft(3)"))
+
+
+@pytest.mark.parametrize("text", ["{{ soft(0) }} ||| x", "{{ soft('4') }} ||| x", "{{ text }} ||| {{ soft(2) }}"])
+def test_soft_tokens_that_cannot_be_are_refused_in_jinja(tmp_path: Path, text: str):
+    with pytest.raises(DataError, match=r"soft") as caught:
+        in_jinja(tmp_path, text)
+    assert caught.value.code == "template_refused"
+
+
+def test_soft_tokens_are_not_answered_with(tmp_path: Path):
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps({"mine": [["{question}", "{soft: 2} {answer}"]]}))
+    with pytest.raises(DataError, match="soft tokens in the target"):
+        load_templates(path)
 
 
 def test_a_marked_prompt_is_its_parts_without_media():

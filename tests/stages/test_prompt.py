@@ -12,11 +12,11 @@ from mmtune.errors import CapabilityError, DataError, IntegrityError, Interrupte
 from mmtune.prompts.schema import row_to_example
 from mmtune.prompts.searched import SearchedPrompt, asked_with, read_prompt
 from mmtune.recipe import Finetune, Recipe
-from mmtune.records import Example
+from mmtune.records import Example, Message, TextPart
 from mmtune.stages.build_data import build_data
 from mmtune.stages.evaluate import evaluate
 from mmtune.stages.prompt import prompt as search_prompt
-from mmtune.stages.prompt.asking import Asker, gap
+from mmtune.stages.prompt.asking import Asker, gap, metric_of, row_scores
 from mmtune.stages.prompt.outcome import verdict
 from mmtune.stages.prompt.rows import choose_rows
 from mmtune.stages.show import describe, render
@@ -236,6 +236,7 @@ def test_one_answer_in_the_dev_rows_is_refused(recipe):
     [
         ({"instruction": "{prompt} {nothing}"}, RecipeError, "unknown_slot"),
         ({"test_split": "train"}, RecipeError, "dev rows come from there"),
+        ({"method": "gepa", "dev": 500, "budget": 9000}, DataError, "training rows beside the dev rows"),
         ({"sources": ["x"]}, RecipeError, "prompt.sources names 'x'"),
         ({"test_split": "test"}, DataError, "no rows in the split 'test'"),
         ({"space": ["verbalizer"], "verbalizers": [{"green": "g"}]}, RecipeError, "label 'green'"),
@@ -305,6 +306,18 @@ def test_gap_is_that_of_the_right_option_and_the_best_wrong_one():
     assert gap(score_L, [True, True, False]) == pytest.approx(share_L[0] + share_L[1] - share_L[2])
     assert gap(score_L + 700.0, [False, False, False]) == pytest.approx(-0.5)
     assert np.isnan(gap(np.array([np.nan, 0.0]), [True, False]))
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "used"),
+    [("caption", "none", "rouge_l"), ("caption", "cider", "token_f1"), ("sentiment_analysis", "accuracy", "accuracy")],
+)
+def test_a_reward_is_a_metric_that_has_a_value_of_one_row_alone(task: str, metric: str, used: str):
+    turns = (Message("user", (TextPart("Say it."),)), Message("assistant", (TextPart("a red dog"),)))
+    rows = [Example(str(at), "s", task, "train", turns, ("a red dog", "one dog"), metric) for at in range(2)]
+    assert metric_of(rows[0]) == used
+    alone = [row_scores([row], [text])[0] for row, text in zip(rows, ("a red dog", "a cat"), strict=True)]
+    assert row_scores(rows, ["a red dog", "a cat"]).tolist() == alone and alone[0] > 99 > alone[1]
 
 
 def test_rewards_are_those_of_transformers_likelihoods(recipe, tiny_vlm: Path, monkeypatch: pytest.MonkeyPatch):

@@ -10,7 +10,8 @@ How the pieces meet::
 - ``score(candidate, rows) -> rewards`` is given by the caller; one pair of prompt and row is one model call.
   Only ``Scorer`` calls it: ``scorer(candidate)`` for all dev rows, ``scorer(candidate, [3, 5])`` for some. It returns
   ``(R,)`` rewards, asks a pair once, raises ``Exhausted`` when the budget does not reach, keeps the best of the
-  prompts that were scored on all rows (``scorer.best``; only these count), and stops at NaN (exit 6).
+  prompts that were scored on all rows (``scorer.best``; only these count), and stops at NaN (exit 6). Rows of
+  ``problem.feedback`` are numbered behind the dev rows; they cost calls and choose nothing.
 - A method is ``Method(search, least)`` in a file of its own with the name ``METHOD``, and one line in ``METHODS``.
   ``search(problem, scorer, admission)`` returns when it is done; ``Exhausted`` may pass through it. ``least(problem)``
   says how many calls beside the start's it needs to begin, ``needs`` names the module of a library that it takes.

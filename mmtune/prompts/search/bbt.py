@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mmtune.prompts.search.look import look, look_calls, look_rows
+from mmtune.prompts.search.look import look, look_blindly, look_calls, look_rows
 from mmtune.prompts.search.problem import Method, Problem
 from mmtune.prompts.search.scorer import Scorer
 from mmtune.prompts.search.space import Admission
@@ -118,13 +118,16 @@ def bbt_search(problem: Problem, scorer: Scorer, admission: Admission) -> None:
 
 
 def random_soft(problem: Problem, scorer: Scorer, admission: Admission) -> None:
-    """Scores p0 and draws of the first generation's distribution, each on all rows, until the budget is used up."""
+    """Scores p0 and looks at draws of the first generation's distribution until the budget is used up."""
     settings: BbtSettings = problem.settings
     rng = np.random.default_rng([problem.seed, 2])
+
+    def draw(count: int) -> list[SoftPrompt]:
+        drawn_Cd = rng.normal(scale=settings.sigma, size=(count, settings.dimension))
+        return [SoftPrompt(tuple(float(value) for value in z_d)) for z_d in drawn_Cd]
+
     scorer(SoftPrompt((0.0,) * settings.dimension))
-    while True:
-        z_d = rng.normal(scale=settings.sigma, size=settings.dimension)
-        scorer(SoftPrompt(tuple(float(value) for value in z_d)))
+    look_blindly(problem, scorer, draw)
 
 
 METHOD = Method(

@@ -1,8 +1,9 @@
 """GEPA: reflective mutation over a Pareto front, by the ``gepa`` library, with this package's proposer.
 
 Agrawal et al. 2025, "GEPA: Reflective Prompt Evolution Can Outperform Reinforcement Learning" (arXiv:2507.19457): a
-prompt is drawn from those that are best on some dev row, changed after a look at its mistakes on a minibatch, and
-scored on all rows where it is better on that minibatch. A prompt is one component here: instruction, exemplars and
+prompt is drawn from those that are best on some dev row, changed after a look at its mistakes on a minibatch of
+feedback rows, and scored on all dev rows where it is better on that minibatch. No dev row is a feedback row: what was
+mended after a row's mistakes is not judged by that row. A prompt is one component here: instruction, exemplars and
 label words change together.
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 
 from mmtune.prompts.search.candidate import Candidate, candidate_of
 from mmtune.prompts.search.problem import Method, Problem
-from mmtune.prompts.search.proposer import Mistake
+from mmtune.prompts.search.proposer import Mistake, Solved
 from mmtune.prompts.search.scorer import Scorer
 from mmtune.prompts.search.space import Admission
 
@@ -25,25 +26,30 @@ _DRY_PROPOSALS = 20
 
 
 def gepa(problem: Problem, scorer: Scorer, admission: Admission) -> None:
-    """Searches until the budget, or the space, is used up."""
+    """Searches until the budget, or the space, is used up; ``problem`` has feedback rows."""
     from gepa import optimize
 
     reflection: Any = _Reflection(problem, scorer, admission)
     rows = list(range(problem.rows))
+    feedback = list(range(problem.rows, problem.rows + len(problem.feedback)))
     optimize(
         seed_candidate=_packed(problem.space.start),
-        trainset=rows,
+        trainset=feedback,
         valset=rows,
         adapter=reflection,
         custom_candidate_proposer=reflection.propose,
-        reflection_minibatch_size=min(problem.minibatch, problem.rows),
-        stop_callbacks=lambda state: reflection.dry >= _DRY_PROPOSALS or scorer.budget.left < 1,
+        reflection_minibatch_size=min(problem.minibatch, len(feedback)),
+        stop_callbacks=lambda state: (
+            reflection.failure is not None or reflection.dry >= _DRY_PROPOSALS or scorer.budget.left < 1
+        ),
         # A minibatch without a mistake would be drawn again and again at no cost.
         skip_perfect_score=False,
         logger=_Silent(),
         seed=problem.seed,
         track_best_outputs=False,
     )
+    if reflection.failure is not None:
+        raise reflection.failure
 
 
 class _Reflection:
@@ -51,6 +57,7 @@ class _Reflection:
 
     Attributes:
         dry: Proposals in a row that held nothing new.
+        failure: What the proposer raised; the library leaves it out and would ask again for ever.
         propose_new_texts: The library's own seam for proposers, which is left to ``custom_candidate_proposer``.
     """
 
@@ -60,6 +67,7 @@ class _Reflection:
         self._problem, self._scorer, self._admission = problem, scorer, admission
         self._dice = problem.dice("gepa")
         self.dry = 0
+        self.failure: BaseException | None = None
 
     def evaluate(self, batch: Sequence[int], candidate: Mapping[str, str], capture_traces: bool = False) -> Any:
         """Returns the library's batch of rewards; rows that were scored before cost no call."""
@@ -83,14 +91,18 @@ class _Reflection:
         components: Sequence[str],
     ) -> dict[str, str]:
         """Returns a prompt that was not tried before, or the same one where nobody knows another."""
+        try:
+            return self._mended(candidate, dataset[_PART])
+        except BaseException as error:
+            self.failure = error
+            raise
+
+    def _mended(self, candidate: Mapping[str, str], seen: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         old = _unpacked(candidate)
-        seen = dataset[_PART]
         best = max(one["reward"] for one in seen)
         worse = [one for one in seen if one["reward"] < best] or list(seen)
         mistakes = [
-            Mistake(self._problem.dev[one["row"]], self._scorer.reply(old, one["row"]), one["reward"])
-            for one in worse
-            if one["row"] < len(self._problem.dev)
+            Mistake(self._feedback(one["row"]), self._scorer.reply(old, one["row"]), one["reward"]) for one in worse
         ]
         for _ in range(_TRIES):
             fresh = self._admission(self._problem.proposer.mended(old, mistakes, 1, self._dice))
@@ -99,6 +111,9 @@ class _Reflection:
                 return _packed(fresh[0])
         self.dry += 1
         return dict(candidate)
+
+    def _feedback(self, row: int) -> Solved:
+        return self._problem.feedback[row - self._problem.rows]
 
 
 class _Silent:
@@ -114,4 +129,4 @@ def _unpacked(candidate: Mapping[str, str]) -> Candidate:
     return candidate_of(json.loads(candidate[_PART]))
 
 
-METHOD = Method(gepa, lambda problem: min(problem.minibatch, problem.rows) + problem.rows, "gepa")
+METHOD = Method(gepa, lambda problem: 2 * problem.minibatch + problem.rows, "gepa")

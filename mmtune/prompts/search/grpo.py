@@ -3,6 +3,9 @@
 The way of PRL (Batorski et al. 2025, arXiv:2505.14412) with adapters in place of whole weights: the model is asked
 for an instruction, a group of its answers is scored, and GRPO (Shao et al. 2024, arXiv:2402.03300) makes the better
 ones likelier. Needs TRL, from the extra ``preference``.
+
+A search that was stopped takes the same steps again with the rewards of its trace: only the frozen model is not asked
+again. Where the writer then writes something else, as it may on another machine, the trace refuses to go on.
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ class Problem:
         seed: Of the search.
         population: Prompts that are alive at once.
         minibatch: Rows of a first look.
-        dev: The dev rows as a proposer reads them, where a method looks at mistakes.
+        feedback: More rows as a proposer reads them, numbered behind the dev rows: their mistakes say what to change,
+            no prompt is chosen by them.
         settings: Of one method alone, such as the learning rate of ``rl``.
     """
 
@@ -37,7 +38,7 @@ class Problem:
     seed: int = 0
     population: int = 8
     minibatch: int = 16
-    dev: tuple[Solved, ...] = ()
+    feedback: tuple[Solved, ...] = ()
     settings: Any = None
 
     def dice(self, name: str) -> random.Random:

@@ -30,7 +30,7 @@ class Solved:
 
 @dataclass(frozen=True, slots=True)
 class Mistake:
-    """A dev row that a prompt did badly on.
+    """A feedback row that a prompt did badly on.
 
     Attributes:
         row: The row.

@@ -1,11 +1,13 @@
-"""Random search: prompts drawn by the proposer, each scored on all dev rows; the baseline of every other method."""
+"""Random search: prompts drawn by the proposer, looked at in groups like others; the baseline of every other method."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from itertools import islice
 
 from mmtune.prompts.search.candidate import Candidate
+from mmtune.prompts.search.look import look_blindly, look_calls
 from mmtune.prompts.search.problem import Method, Problem
 from mmtune.prompts.search.scorer import Scorer
 from mmtune.prompts.search.space import Admission
@@ -28,15 +30,20 @@ def draws(problem: Problem, dice: random.Random) -> Iterator[Candidate]:
 
 
 def random_search(problem: Problem, scorer: Scorer, admission: Admission) -> None:
-    """Scores drawn prompts until the budget, or the space, is used up."""
+    """Looks at drawn prompts until the budget, or the space, is used up."""
+    new = _new(draws(problem, problem.dice("random")), admission)
+    look_blindly(problem, scorer, lambda count: list(islice(new, count)))
+
+
+def _new(drawn: Iterator[Candidate], admission: Admission) -> Iterator[Candidate]:
+    """Yields the prompts that are not refused, until many in a row are."""
     dry = 0
-    for candidate in draws(problem, problem.dice("random")):
+    for candidate in drawn:
         fresh = admission([candidate])
         dry = 0 if fresh else dry + 1
         if dry > _DRY * _DRAWS:
             return
-        for one in fresh:
-            scorer(one)
+        yield from fresh
 
 
-METHOD = Method(random_search, lambda problem: problem.rows)
+METHOD = Method(random_search, lambda problem: look_calls(problem, 1))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mmtune.prompts.search.candidate import Candidate
-from mmtune.prompts.search.look import look, look_calls, look_rows
+from mmtune.prompts.search.look import look, look_blindly, look_calls, look_rows
 from mmtune.prompts.search.policy import Policy, Weights, fresh_policy, gradient, greedy, sample
 from mmtune.prompts.search.problem import Method, Problem
 from mmtune.prompts.search.reward import z_scores
@@ -49,7 +49,7 @@ class RlSettings:
     say: Callable[[Sequence[int]], str] | None = None
     length: int = 4
     top_k: int = 0
-    hidden: int = 0
+    hidden: int = 32
     rate: float = 0.5
     entropy: float = 0.3
 
@@ -151,14 +151,16 @@ def rl_search(problem: Problem, scorer: Scorer, admission: Admission) -> None:
 
 
 def random_words(problem: Problem, scorer: Scorer, admission: Admission) -> None:
-    """Scores prompts of words drawn at random, each on all rows, until the budget or the prompts are used up."""
-    alone, learner = replace(problem, population=1), fresh_learner(problem.settings, problem.seed)
-    while True:
-        _, prompts = draw_group(learner, alone, admission)
-        if not prompts:
-            return
-        scorer(prompts[0])
+    """Looks at prompts of words drawn at random until the budget or the prompts are used up."""
+    learner = fresh_learner(problem.settings, problem.seed)
+
+    def draw(count: int) -> list[Candidate]:
+        nonlocal learner
+        _, prompts = draw_group(learner, replace(problem, population=count), admission)
         learner = replace(learner, steps=learner.steps + 1)
+        return prompts
+
+    look_blindly(problem, scorer, draw)
 
 
 METHOD = Method(rl_search, lambda problem: look_calls(problem, problem.population) + problem.rows, random=random_words)

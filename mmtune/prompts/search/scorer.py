@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from mmtune.prompts.search.candidate import Scorable
 from mmtune.prompts.search.trace import Trace
 
 Score = Callable[[Any, Sequence[int]], Sequence[float]]
-"""Prompt and numbers of dev rows to one reward per row, higher is better: the only thing that calls a model."""
+"""Prompt and numbers of rows to one reward per row, higher is better: the only thing that calls a model."""
 
 _LONGEST = 200
 """Characters of a reply that are kept."""
@@ -39,7 +39,7 @@ class Scorer:
 
     Attributes:
         score: Calls the model.
-        rows: Number of dev rows; they are numbered from 0.
+        rows: Number of dev rows; they are numbered from 0. Rows behind them cost calls as well, and choose nothing.
         budget: Counts the calls.
         trace: Keeps the rewards.
         tell: Told of every new line of the trace.
@@ -66,7 +66,7 @@ class Scorer:
 
         Args:
             candidate: The prompt.
-            rows: Numbers of dev rows; None for all.
+            rows: Numbers of rows; None for all dev rows.
 
         Raises:
             Exhausted: The budget does not reach; nothing was asked.
@@ -82,9 +82,9 @@ class Scorer:
         return np.array([known[row] for row in wanted])
 
     def mean(self, candidate: Scorable) -> float:
-        """Returns a prompt's mean reward over the rows that it was scored on so far; minus infinity before that."""
-        known = self._known.get(candidate.key)
-        return sum(known.values()) / len(known) if known else -math.inf
+        """Returns a prompt's mean reward over the dev rows that it was scored on so far; minus infinity before that."""
+        judged = self._judged(self._known.get(candidate.key, {}))
+        return sum(judged) / len(judged) if judged else -math.inf
 
     @property
     def tried(self) -> int:
@@ -97,7 +97,11 @@ class Scorer:
 
     def seen(self, candidate: Scorable) -> bool:
         """Says whether a prompt was scored on every dev row."""
-        return len(self._known.get(candidate.key, ())) == self.rows
+        return len(self._judged(self._known.get(candidate.key, {}))) == self.rows
+
+    def _judged(self, known: Mapping[int, float]) -> list[float]:
+        """Returns the rewards of dev rows alone."""
+        return [reward for row, reward in known.items() if row < self.rows]
 
     def _ask(self, candidate: Scorable, fresh: Sequence[int], known: dict[int, float]) -> None:
         places = hashlib.blake2b(repr(list(fresh)).encode(), digest_size=4).hexdigest()
@@ -112,10 +116,10 @@ class Scorer:
                     "the model's logits are not finite; try `finetune.precision: fp32` or another model",
                     "nan_reward",
                 )
-            total = sum({**known, **dict(zip(fresh, rewards, strict=True))}.values())
-            seen = len(known) + len(fresh)
-            score = total / seen
-            whole = seen == self.rows
+            judged = self._judged({**known, **dict(zip(fresh, rewards, strict=True))})
+            score = sum(judged) / len(judged) if judged else sum(rewards) / len(rewards)
+            # Rows behind the dev rows make nothing whole that was whole before.
+            whole = len(judged) == self.rows and min(fresh) < self.rows
             best = self.best.score if self.best is not None else None
             return {
                 "candidate": candidate.facts(),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from mmtune.errors import CapabilityError, Interrupted, RecipeError
+from mmtune.errors import CapabilityError, DataError, Interrupted, RecipeError
 from mmtune.media.content import names_beside
 from mmtune.prompts.search import (
     METHODS,
@@ -30,6 +30,7 @@ from mmtune.prompts.search.edits import Edits
 from mmtune.prompts.search.llm import ChatProposer
 from mmtune.prompts.searched import SCHEMA, SOFT, SearchedPrompt, prompt_facts
 from mmtune.recipe import Eval, Prompt, Recipe
+from mmtune.records import Example
 from mmtune.stages.prompt.own import method_name, own_settings
 from mmtune.stages.prompt.rows import Rows, answer_of, solved
 from mmtune.storage import Manifest, read_manifest
@@ -96,7 +97,7 @@ class Course:
             seed=self.recipe.seed,
             population=self.settings.population,
             minibatch=self.settings.minibatch,
-            dev=tuple(solved(one) for one in self.rows.dev),
+            feedback=tuple(solved(one) for one in self.rows.pool),
             settings=own,
         )
 
@@ -119,13 +120,14 @@ class Course:
         Raises:
             RecipeError: The start is no prompt for these rows, a label is unknown, the reward does not fit, or the
                 budget is too small.
+            DataError: gepa has no rows whose mistakes it could look at.
             CapabilityError: A library is missing, or the chat model is not allowed or has no key.
         """
         from mmtune.stages.prompt.asking import check_reward
 
         _check_start(self.space)
         _check_words(self.settings, self.rows)
-        check_reward(self.settings.reward, self.rows.dev)
+        check_reward(self.settings.reward, (*self.rows.dev, *_feedback(self.settings, self.rows)))
         _check_llm(self.settings, self.offline)
         name = method_name(self.settings)
         METHODS[name].check(self.problem(self.edits()), self.settings.budget, name)
@@ -150,10 +152,10 @@ class Course:
         found = {"best": self._search(asker, name, method, trace, problem, budget, console)}
         if self._compares_random:
             trace = Trace(kept / "random.jsonl", {**identity, "method": "random"})
-            # A method that ended early is compared at what it spent; less than two prompts is no search.
-            equal = max(found["best"].calls, 2 * len(self.rows.dev))
             problem, drawn = self.problem(self.edits(), own), METHODS["random"]
             drawn = drawn if method.random is None else replace(drawn, search=method.random)
+            # A method that ended early is compared at what it spent; fewer calls than a first look takes are no search.
+            equal = max(found["best"].calls, len(self.rows.dev) + drawn.least(problem))
             found["random"] = self._search(asker, "random", drawn, trace, problem, equal, console)
         return found
 
@@ -161,10 +163,11 @@ class Course:
         self, asker: Any, name: str, method: Method, trace: Trace, problem: Problem, budget: int, console: Talk
     ) -> Found:
         reward, dev = self.settings.reward, self.rows.dev
+        asked = (*dev, *self.rows.pool)
         last: list[tuple[str, ...]] = [()]
 
         def score(candidate: Candidate | SoftPrompt, rows: Any) -> Any:
-            answered = asker.answered(self.prompt_of(candidate), [dev[row] for row in rows], reward)
+            answered = asker.answered(self.prompt_of(candidate), [asked[row] for row in rows], reward)
             last[0] = answered.said
             return answered.rewards
 
@@ -315,6 +318,19 @@ def _check_start(space: Space) -> None:
             f"slots that every row has: {', '.join(sorted(space.slots))}; at most {space.longest} characters",
             fault,
         )
+
+
+def _feedback(settings: Prompt, rows: Rows) -> tuple[Example, ...]:
+    """Returns the rows beside the dev rows that a method scores prompts on."""
+    if settings.method != "gepa":
+        return ()
+    if not rows.pool:
+        raise DataError(
+            "prompt.method gepa looks at the mistakes of training rows beside the dev rows, and there are none",
+            "lower prompt.dev, add training rows, or take another method",
+            "no_rows",
+        )
+    return rows.pool
 
 
 def _check_words(settings: Prompt, rows: Rows) -> None:

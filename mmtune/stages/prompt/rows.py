@@ -27,7 +27,8 @@ class Rows:
 
     Attributes:
         dev: Prompts are scored on them.
-        pool: May become exemplars, and show a proposer what is asked; none shares a medium or its text with a dev row.
+        pool: May become exemplars, show a proposer what is asked, and are gepa's feedback rows; none shares a medium or
+            its text with a dev row.
         test: The result is scored on them.
     """
 

@@ -15,6 +15,7 @@ FIRST = tuple(f"first{at}" for at in range(12))
 SECOND = tuple(f"second{at}" for at in range(12))
 IDS = ("a", "b", "c")
 ROWS = 20
+FEEDBACK = 10
 
 
 def text(first: str, second: str) -> str:
@@ -81,7 +82,7 @@ class Landscape:
         self._second = dict(zip(SECOND, dice.random(12), strict=True))
         self._shown = dict(zip([(), *((one,) for one in IDS)], dice.random(4), strict=True))
         self._words = dice.random(3)
-        self._noise = 0.3 * dice.standard_normal((ROWS, 12))
+        self._noise = 0.3 * dice.standard_normal((ROWS + FEEDBACK, 12))
 
     def rewards(self, candidate: Candidate, rows: Sequence[int]) -> list[float]:
         first, second, _ = candidate.instruction.split()
@@ -99,6 +100,6 @@ class Landscape:
 
 
 def problem(seed: int, **settings: object) -> Problem:
-    dev = tuple(Solved(str(row), f"row {row}", "yes" if row % 2 else "no") for row in range(ROWS))
+    feedback = tuple(Solved(str(row), f"row {row}", "yes" if row % 2 else "no") for row in range(ROWS, ROWS + FEEDBACK))
     chosen = {"population": 8, "minibatch": 6, **settings}
-    return Problem(SPACE, GridProposer(), ROWS, seed, dev=dev, **chosen)  # type: ignore[arg-type]
+    return Problem(SPACE, GridProposer(), ROWS, seed, feedback=feedback, **chosen)  # type: ignore[arg-type]

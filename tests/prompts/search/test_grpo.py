@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmtune.errors import CapabilityError
-from mmtune.prompts.search import Admission, Budget, Candidate, Exhausted, Problem, Scorer, Space, search
+from mmtune.prompts.search import Admission, Budget, Candidate, Exhausted, Problem, Scorer, Space, Trace, search
 from mmtune.prompts.search.grpo import METHOD, GrpoSettings, PromptReward, written
 
 ROWS = 4
@@ -63,27 +63,51 @@ def test_without_trl_it_says_how_to_get_it(monkeypatch):
     assert caught.value.exit_code == 4 and "mmtune[preference]" in caught.value.hint
 
 
-@pytest.mark.slow
-def test_grpo_makes_the_better_prompts_likelier():
+TOKENS = ["[pad]", "[end]", "[other]", "look", "say", "what", "is", "the", "digit", "1", "2", "3"]
+
+
+def tiny_writer():
+    """Returns a writer that knows nothing, and its tokenizer."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    words = ["[pad]", "[end]", "[other]", "look", "say", "what", "is", "the", "digit", "1", "2", "3"]
+    torch.manual_seed(0)
+    plain = Tokenizer(models.WordLevel({word: at for at, word in enumerate(TOKENS)}, unk_token="[other]"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="[pad]", eos_token="[end]")
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(**small, vocab_size=len(TOKENS), pad_token_id=0, eos_token_id=1, initializer_range=0.1)
+    return LlamaForCausalLM(config), tokenizer
 
-    def load():
-        torch.manual_seed(0)
-        plain = Tokenizer(models.WordLevel({word: at for at, word in enumerate(words)}, unk_token="[other]"))
-        plain.pre_tokenizer = pre_tokenizers.Whitespace()
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="[pad]", eos_token="[end]")
-        small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-        config = LlamaConfig(**small, vocab_size=len(words), pad_token_id=0, eos_token_id=1, initializer_range=0.1)
-        return LlamaForCausalLM(config), tokenizer
 
-    settings = GrpoSettings(load, "say what", max_tokens=6, rate=3e-2)
+SETTINGS = GrpoSettings(tiny_writer, "say what", max_tokens=6, rate=3e-2)
+
+
+@pytest.mark.slow
+def test_grpo_makes_the_better_prompts_likelier():
     scorer = Scorer(digits, ROWS, Budget(160 * ROWS))
-    found = search(problem(8, settings), scorer, METHOD, "rl_lm")
+    found = search(problem(8, SETTINGS), scorer, METHOD, "rl_lm")
     assert found.calls == scorer.budget.spent <= 160 * ROWS
     scores = [one.score for one in scorer.full]
     third = len(scores) // 3
     assert third > 10 and np.mean(scores[-third:]) > np.mean(scores[:third]) + 0.05, scores
+
+
+@pytest.mark.slow
+def test_a_writer_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path):
+    """Its weights are not kept: it writes and learns the same again, and what models said is not asked again."""
+
+    def searched(path):
+        calls = []
+        scorer = Scorer(lambda *given: calls.append(given) or digits(*given), ROWS, Budget(40 * ROWS), Trace(path))
+        found = search(problem(8, SETTINGS), scorer, METHOD, "rl_lm")
+        scorer.trace.close()
+        return found, calls, path.read_text()
+
+    found, calls, whole = searched(tmp_path / "whole")
+    lines = whole.splitlines(keepends=True)
+    assert len(lines) == len(calls) + 1 > 20
+    (tmp_path / "cut").write_text("".join(lines[:15]) + lines[15][:9])
+    same, fewer, text = searched(tmp_path / "cut")
+    assert (same, text) == (found, whole) and len(fewer) == len(calls) - 14

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ def run(grid, name: str, seed: int, budget: int, path: Path | None = None, lands
 @pytest.mark.parametrize("name", OURS)
 def test_it_reaches_the_top_decile_in_a_sixteenth_of_the_calls_of_exhaustive_search(grid, name: str):
     calls = len(grid.all_candidates()) * grid.ROWS
-    for seed in range(4):
+    for seed in range(5):
         # Few instructions to choose from would leave mipro with a part of the space.
         found, asked, _ = run(grid, name, seed, calls // 16, population=12 if name == "mipro" else 8)
         means = asked.means()
@@ -189,6 +190,38 @@ def test_ape_scores_the_best_quarter_of_a_round_on_all_rows(grid):
     found = looks(round_)
     best = sorted(found, key=lambda key: -found[key])[:2]
     assert [line["key"].partition("/")[0] for line in chosen] == best
+
+
+def test_gepa_judges_no_prompt_by_the_rows_whose_mistakes_it_saw(grid):
+    seen: list[str] = []
+
+    class Looking(grid.GridProposer):
+        def mended(self, candidate, mistakes, count, dice):
+            seen.extend(one.row.id for one in mistakes)
+            return super().mended(candidate, mistakes, count, dice)
+
+    asked = grid.Landscape(1)
+    scorer = Scorer(asked, grid.ROWS, Budget(1200), Trace())
+    given = replace(grid.problem(1), proposer=Looking())
+    search(given, scorer, METHODS["gepa"], "gepa")
+    assert seen and {int(row) for row in seen} <= set(range(grid.ROWS, grid.ROWS + grid.FEEDBACK))
+    for line in scorer.trace.lines:
+        # Six feedback rows and nothing else, or all dev rows and nothing else.
+        dev = [row < grid.ROWS for row in line["rows"]]
+        assert line["full"] == all(dev) and any(dev) == all(dev)
+        assert len(dev) <= (grid.ROWS if line["full"] else 6)
+    assert len(scorer.full) == len({one.candidate.key for one in scorer.full}) > 3
+
+
+@pytest.mark.timeout(60)
+def test_gepa_stops_where_the_proposer_fails(grid):
+    class Failing(grid.GridProposer):
+        def mended(self, candidate, mistakes, count, dice):
+            raise CapabilityError("the chat model does not answer", "start it")
+
+    given = replace(grid.problem(1), proposer=Failing())
+    with pytest.raises(CapabilityError, match="does not answer"):
+        search(given, Scorer(grid.Landscape(1), grid.ROWS, Budget(1200), Trace()), METHODS["gepa"], "gepa")
 
 
 def test_mipro_scores_the_best_mean_of_its_trials_on_all_rows(grid):
