@@ -67,7 +67,7 @@ def codes_of(learner: Learner, batch: Mapping[str, torch.Tensor]) -> dict[str, t
     """
     heads: Any = learner.heads["codes"]
     pooled, _ = learner.pooled(batch)
-    return {name: heads.autoencoder.encoders[name](heads.seen[name](own)) for name, own in pooled.items()}
+    return {name: heads.code(name, own) for name, own in pooled.items()}
 
 
 @torch.no_grad()
