@@ -24,10 +24,14 @@ from mmtune.models.objectives.adversarial import (
     game_facts,
     reverse_gradient,
 )
+from mmtune.training.optimizer import USUAL, Pace
 
 _SMOOTHING = 0.1
 _NOISE = 8
+_INNER = 128
 _BOTH, _OPPONENT, _OWN = "both", "opponent", "own"
+_OPPONENT_PACE = Pace(scale=20.0, beta1=0.0, steady=True)
+_PLAYER_PACE = Pace(beta1=0.0)
 
 
 class GameHeads(nn.Module):
@@ -45,7 +49,7 @@ class GameHeads(nn.Module):
         """
         super().__init__()
         self.parts, self.alternating, self.form = tuple(parts), alternating, form
-        self.discriminator = Discriminator(code_width, len(self.parts))
+        self.discriminator = Discriminator(code_width, len(self.parts), _INNER)
         pairs = [f"{one}_{other}" for one, other in permutations(self.parts, 2)]
         self.generators = nn.ModuleDict({pair: CodeGenerator(code_width, _NOISE) for pair in pairs})
         self.judges = nn.ModuleDict({pair: Discriminator(2 * code_width, 2) for pair in pairs})
@@ -55,6 +59,19 @@ class GameHeads(nn.Module):
         noise_BZ = torch.randn(len(codes_BC), _NOISE, generator=torch.default_generator).to(codes_BC)
         made: torch.Tensor = self.generators[f"{one}_{other}"](codes_BC, noise_BZ)
         return made
+
+
+def pace_of(name: str) -> Pace:
+    """Returns how a parameter of a learner, by its name there, steps in a run with the adversarial objective.
+
+    An opponent that learns no faster than the encoders judges codes of long ago, and one that cools down as they do
+    says less and less: it takes larger steps (the two rates of Heusel et al. 2017, arXiv:1706.08500), all of one size.
+    Where both sides keep a momentum of 0.9 they circle each other (Gidel et al. 2019, arXiv:1807.04740), so neither
+    has any.
+    """
+    if ".game.discriminator." in name or ".game.judges." in name:
+        return _OPPONENT_PACE
+    return _PLAYER_PACE if ".autoencoder.encoders." in name or ".game.generators." in name else USUAL
 
 
 def game_losses(

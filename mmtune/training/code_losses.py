@@ -54,6 +54,7 @@ class CodeHeads(nn.Module):
         decoded = dict(target_widths) if "reconstruction" in objectives else {}
         self.seen = nn.ModuleDict({name: Standard(width) for name in parts})
         self.told = nn.ModuleDict({name: Standard(own) for name, own in decoded.items()})
+        self.coded = nn.ModuleDict({name: Standard(code_width) for name in parts})
         self.autoencoder = Autoencoder(dict.fromkeys(parts, width), code_width, 2 * code_width, decoded)
         self.temperature = Temperature() if "contrastive" in objectives else None
         game = "adversarial" in objectives
@@ -70,6 +71,29 @@ class CodeHeads(nn.Module):
             standard: Any = self.seen[name]
             found[name] = standard.of_batch(own, self.at(name, present_BK))
         return found
+
+    def codes(self, read: Mapping[str, torch.Tensor], present_BK: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns ``(B, C)`` the code by part, each number by the standard of its batch.
+
+        Where a part's codes lie and how large they are would tell the part at once, and neither says anything of a row.
+        """
+        found = {}
+        for name, own in read.items():
+            standard: Any = self.coded[name]
+            found[name] = standard.of_batch(self.autoencoder.encoders[name](own), self.at(name, present_BK))
+        return found
+
+    def code(self, name: str, pooled_BH: torch.Tensor) -> torch.Tensor:
+        """Returns ``(B, C)`` the code of a part by the standards that were measured, whatever else is in the batch."""
+        made: torch.Tensor = self.coded[name](self.autoencoder.encoders[name](self.seen[name](pooled_BH)))
+        return made
+
+    def measure(self, name: str, pooled_NH: torch.Tensor) -> None:
+        """Takes the features of some rows, and what the encoder makes of them, as the standards of a part."""
+        seen: Any = self.seen[name]
+        coded: Any = self.coded[name]
+        seen.measure(pooled_NH)
+        coded.measure(self.autoencoder.encoders[name](seen(pooled_NH)))
 
 
 def code_losses(
@@ -94,11 +118,10 @@ def code_losses(
     """
     losses: dict[str, torch.Tensor] = {}
     facts: dict[str, float] = {}
-    read = heads.read(pooled, present_BK)
+    codes = heads.codes(heads.read(pooled, present_BK), present_BK)
     if len(heads.told):
-        losses["reconstruction"], own = _reconstruction(heads, read, present_BK, targets, dropout)
+        losses["reconstruction"], own = _reconstruction(heads, codes, present_BK, targets, dropout)
         facts |= own
-    codes = {name: heads.autoencoder.encoders[name](own) for name, own in read.items()}
     at = {name: heads.at(name, present_BK) for name in codes}
     if heads.game is not None:
         losses["adversarial"], own = game_losses(heads.game, codes, at, step)
@@ -111,7 +134,7 @@ def code_losses(
 
 def _reconstruction(
     heads: Any,
-    read: Mapping[str, torch.Tensor],
+    codes: Mapping[str, torch.Tensor],
     present_BK: torch.Tensor,
     targets: Mapping[str, torch.Tensor],
     dropout: float,
@@ -122,14 +145,15 @@ def _reconstruction(
     """
     told = {name: heads.told[name](own) for name, own in targets.items() if name in heads.told}
     kept_BK = modality_dropout(present_BK, dropout, torch.default_generator) if dropout else present_BK
-    errors = heads.autoencoder.losses(read, present_BK, kept_BK, told)
+    code_BC = heads.autoencoder.join(codes, kept_BK)
+    errors = heads.autoencoder.mean_errors(heads.autoencoder.errors_of(code_BC, told, present_BK), present_BK)
     each = {name: error / (told[name].shape[-1] * heads.told[name].spread) for name, error in errors.items()}
     facts = {f"reconstruction_{name}": float(own.detach()) for name, own in each.items()}
     with torch.no_grad():
         for one, other in permutations(told, 2):
             both = heads.at(one, present_BK) & heads.at(other, present_BK)
             if bool(both.any()):
-                made = heads.autoencoder.decoders[other](heads.autoencoder.encoders[one](read[one][both]))
+                made = heads.autoencoder.decoders[other](codes[one][both])
                 error = (made - told[other][both]).square().mean() / heads.told[other].spread
                 facts[f"cross_{one}_{other}"] = float(error)
     return (torch.stack(list(each.values())).sum() if each else _nothing(present_BK)), facts

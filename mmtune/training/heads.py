@@ -78,7 +78,7 @@ def coded(learner: Learner, batch: Mapping[str, torch.Tensor]) -> tuple[dict[str
     """Returns what ``codes_of`` does, and ``(B, K)`` which rows have the parts of the heads."""
     heads: Any = learner.heads["codes"]
     pooled, present_BK = learner.pooled(batch)
-    return {name: heads.autoencoder.encoders[name](heads.seen[name](own)) for name, own in pooled.items()}, present_BK
+    return {name: heads.code(name, own) for name, own in pooled.items()}, present_BK
 
 
 @torch.no_grad()

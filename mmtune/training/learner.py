@@ -124,7 +124,8 @@ class Learner(nn.Module):
                     found.setdefault((kind, name), []).append(own[heads.at(name, present_BK)].float())
         for (kind, name), parts in found.items():
             if sum(map(len, parts)):
-                getattr(heads, kind)[name].measure(torch.cat(parts))
+                take = heads.told[name].measure if kind == "told" else partial(heads.measure, name)
+                take(torch.cat(parts))
 
     def _encoded(self, batch: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, EncodedMedia]]:
         inputs = {name: value for name, value in batch.items() if name not in _OURS}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,6 +35,24 @@ def learning_rate(step: int, *, peak: float, total: int, warmup: float, schedule
     if schedule == "linear":
         return peak * (1.0 - progress)
     return peak
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How a parameter steps.
+
+    Attributes:
+        scale: Its learning rate over that of the others.
+        beta1: AdamW's decay of the first moment.
+        steady: Its rate stays at the peak, whatever the schedule.
+    """
+
+    scale: float = 1.0
+    beta1: float = 0.9
+    steady: bool = False
+
+
+USUAL = Pace()
 
 
 class Joined:
@@ -83,6 +102,7 @@ def make_optimizer(
     plus_ratio: float = 1.0,
     prompt_rate: float | None = None,
     tower: Callable[[str], str] = tower_of,
+    pace: Callable[[str], Pace] = lambda name: USUAL,
 ) -> Optimizer:
     """Returns AdamW, AdamW with its moments in 8 bits, or Muon with AdamW for what Muon is not made for.
 
@@ -101,32 +121,38 @@ def make_optimizer(
         plus_ratio: LoRA+ (arXiv:2402.12354): rate of LoRA's B over that of its A.
         prompt_rate: Peak learning rate of virtual tokens, in place of ``rate``.
         tower: Parameter name to its tower.
+        pace: Parameter name to how it steps; one of a pace of its own stays with AdamW.
 
     Raises:
         CapabilityError: ``adamw_8bit`` without bitsandbytes.
     """
     scales: dict[torch.nn.Parameter, float] = {}
+    paces: dict[torch.nn.Parameter, Pace] = {}
     for parameter_name, parameter in model.named_parameters():
         if parameter.requires_grad:
             own = (tower_rates or {}).get(tower(parameter_name), rate)
             if prompt_rate is not None and ("prompt_encoder." in parameter_name or "soft_tokens." in parameter_name):
                 own = prompt_rate
-            scale = own / rate
+            paces[parameter] = pace(parameter_name)
+            scale = own / rate * paces[parameter].scale
             is_b = ".lora_B." in parameter_name or ".lora_embedding_B." in parameter_name
             scales[parameter] = scale * (plus_ratio if is_b else 1.0)
 
     def groups(parameters: Iterable[torch.nn.Parameter]) -> list[dict[str, Any]]:
-        found: dict[tuple[float, float, bool], list[torch.nn.Parameter]] = {}
+        found: dict[tuple[float, float, Pace, bool], list[torch.nn.Parameter]] = {}
         for parameter in parameters:
             decay = weight_decay if parameter.ndim >= 2 else 0.0
             # One kernel does not take sharded parameters together with whole ones.
-            found.setdefault((scales[parameter], decay, isinstance(parameter, DTensor)), []).append(parameter)
+            kind = (scales[parameter], decay, paces[parameter], isinstance(parameter, DTensor))
+            found.setdefault(kind, []).append(parameter)
         return [
-            {"params": members, "weight_decay": decay, "scale": scale, "lr": rate * scale}
-            for (scale, decay, _), members in found.items()
+            {"params": members, "weight_decay": decay, "scale": scale, "lr": rate * scale, "steady": own.steady}
+            | ({} if own == USUAL else {"betas": (own.beta1, beta2)})
+            for (scale, decay, own, _), members in found.items()
         ]
 
-    hidden = _hidden_matrices(model) if name == "muon" else set()
+    large = _hidden_matrices(model) if name == "muon" else set()
+    hidden = {parameter for parameter in scales if parameter in large and paces[parameter] == USUAL}
     rest = [parameter for parameter in scales if parameter not in hidden]
     parts: list[torch.optim.Optimizer] = []
     if hidden:
@@ -163,9 +189,10 @@ def _hidden_matrices(model: Any) -> set[torch.Tensor]:
 
 
 def set_rate(optimizer: Optimizer | Zero, rate: float) -> None:
-    """Sets the learning rate of a step; each group takes its own multiple of it."""
+    """Sets the learning rate of a step; each group takes its own multiple of it, and a steady one stays."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("scale", 1.0)
+        if not group.get("steady", False):
+            group["lr"] = rate * group.get("scale", 1.0)
 
 
 def optimizer_state(optimizer: Optimizer | Zero, model: Any) -> dict[str, torch.Tensor]:

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from mmtune.training.code_game import GameHeads, game_losses
+from mmtune.models.objectives.adversarial import Discriminator, discriminator_loss
+from mmtune.training.code_game import GameHeads, game_losses, pace_of
 from mmtune.training.code_losses import CodeHeads, code_losses, same_rows
+from mmtune.training.optimizer import USUAL, learning_rate, make_optimizer, set_rate
 from mmtune.training.standard import Standard
 
 PARTS = ("image", "audio")
@@ -130,15 +132,97 @@ def test_reconstruction_is_the_sum_of_squared_errors_per_number():
     present = torch.tensor([[1, 1], [1, 0], [0, 1], [1, 1], [1, 1], [1, 0]]).bool()
     keys = torch.zeros(6, 3, dtype=torch.long)
     losses, facts = code_losses(heads, pooled, present, told, keys, 0.0, 0)
-    read = heads.read(pooled, present)
+    codes = heads.codes(heads.read(pooled, present), present)
     wanted = 0.0
     for row, (image, audio) in enumerate(present.tolist()):
         parts = [name for name, there in zip(PARTS, (image, audio), strict=True) if there]
-        code = sum(heads.autoencoder.encoders[name](read[name][row]) for name in parts) / len(parts)
+        code = sum(codes[name][row] for name in parts) / len(parts)
         for name in parts:
             error = (heads.autoencoder.decoders[name](code) - told[name][row]).square().sum() / told[name].shape[1]
             wanted += error / int(present[:, PARTS.index(name)].sum())
     torch.testing.assert_close(losses["reconstruction"], wanted)
     both = present.all(1)
-    alone = heads.autoencoder.decoders["image"](heads.autoencoder.encoders["audio"](read["audio"][both]))
+    alone = heads.autoencoder.decoders["image"](codes["audio"][both])
     assert facts["cross_audio_image"] == pytest.approx(float((alone - told["image"][both]).square().mean().detach()))
+
+
+def features(count, draw):
+    """Two parts of one row that share four numbers, have four of their own, and lie in space quite differently."""
+    shared, mixing = torch.randn(count, 4, generator=draw), torch.Generator().manual_seed(7)
+    found = {}
+    for name, skew in zip(PARTS, (0.0, 0.5), strict=True):
+        own = torch.cat((shared, torch.randn(count, 4, generator=draw)), 1)
+        seen = torch.tanh(own @ torch.randn(8, 24, generator=mixing) / 8**0.5)
+        found[name] = seen + skew * torch.randn(count, 24, generator=draw).square()
+    return found
+
+
+def played(pace, steps=800):
+    """Codes of 2,000 rows to study and of 1,000 others, after a game beside contrast."""
+    torch.manual_seed(0)
+    draw = torch.Generator().manual_seed(0)
+    learner = torch.nn.ModuleDict({"codes": CodeHeads({"adversarial", "contrastive"}, PARTS, 24, 6, {})})
+    heads, here = learner["codes"], torch.ones(32, 2, dtype=torch.bool)
+    keys = torch.arange(32)[:, None] + 100 * torch.arange(3)
+    optimizer = make_optimizer(learner, rate=1e-3, weight_decay=0.0, beta2=0.98, pace=pace)
+    for step in range(steps):
+        set_rate(optimizer, learning_rate(step, peak=1e-3, total=steps, warmup=0.03, schedule="cosine"))
+        losses, _ = code_losses(heads, features(32, draw), here, {}, keys, 0.0, step)
+        optimizer.zero_grad()
+        (losses["adversarial"] + 0.3 * losses["contrastive"]).backward()
+        optimizer.step()
+    found = []
+    with torch.no_grad():
+        for count in (2000, 1000):
+            here = torch.ones(count, 2, dtype=torch.bool)
+            found.append(torch.cat(list(heads.codes(heads.read(features(count, draw), here), here).values())))
+    return found
+
+
+def told_by_another(known, held_out):
+    """Share of held-out codes that a discriminator names which studied the finished ones."""
+    torch.manual_seed(0)
+    parts = [torch.arange(2).repeat_interleave(len(codes) // 2) for codes in (known, held_out)]
+    another = Discriminator(known.shape[1], 2)
+    optimizer = torch.optim.Adam(another.parameters(), lr=5e-3)
+    for _ in range(600):
+        some = torch.randint(len(known), (256,))
+        optimizer.zero_grad()
+        discriminator_loss(another(known[some]), parts[0][some]).backward()
+        optimizer.step()
+    return (another(held_out).argmax(1) == parts[1]).float().mean()
+
+
+def test_the_pace_of_the_players_erases_the_part_even_for_another_discriminator():
+    # .608 and .927 when it was recorded; half is a guess.
+    assert told_by_another(*played(pace_of)) < 0.7
+    assert told_by_another(*played(lambda name: USUAL)) > 0.85
+
+
+def test_an_opponent_steps_at_its_own_rate_to_the_end():
+    learner = torch.nn.ModuleDict(
+        {"heads": torch.nn.ModuleDict({"codes": CodeHeads({"adversarial"}, PARTS, 24, 6, {})})}
+    )
+    optimizer = make_optimizer(learner, name="muon", rate=1e-3, weight_decay=0.1, beta2=0.98, pace=pace_of)
+    set_rate(optimizer, 0.0)
+    names = {parameter: name for name, parameter in learner.named_parameters()}
+    for group in optimizer.param_groups:
+        for name in (names[parameter] for parameter in group["params"]):
+            opponent = "discriminator" in name or "judges" in name
+            assert group["lr"] == (pytest.approx(0.02) if opponent else 0.0), name
+            assert group["betas"] == (0.0, 0.98), name
+
+
+def test_codes_say_nothing_of_their_part_by_place_or_size_and_a_row_alone_has_its_own():
+    torch.manual_seed(0)
+    heads = CodeHeads({"adversarial"}, PARTS, 12, 4, {})
+    pooled = {name: 3 + torch.randn(64, 12) for name in PARTS}
+    present = torch.ones(64, 2, dtype=torch.bool)
+    present[:8, 1] = False
+    codes = heads.codes(heads.read(pooled, present), present)
+    for name, code in codes.items():
+        own = code[heads.at(name, present)]
+        torch.testing.assert_close(own.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
+        torch.testing.assert_close(own.std(0, correction=0), torch.ones(4), atol=1e-4, rtol=0)
+        heads.measure(name, pooled[name][heads.at(name, present)])
+        torch.testing.assert_close(heads.code(name, pooled[name][20:21]), code[20:21], atol=1e-5, rtol=1e-4)

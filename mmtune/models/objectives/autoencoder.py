@@ -56,12 +56,21 @@ class Autoencoder(nn.Module):
             features: ``(B, D)`` by modality; one that the batch lacks altogether may be missing.
             kept_BK: Bool, a column per modality in the constructor's order; None keeps what is in ``features``.
         """
-        columns = [index for index, name in enumerate(self.encoders) if name in features]
-        if not columns:
+        if not set(self.encoders) & set(features):
             raise ValueError(f"none of {', '.join(self.encoders)} is there to encode")
-        codes_KBC = torch.stack(
-            [encoder(features[name]) for name, encoder in self.encoders.items() if name in features]
+        return self.join(
+            {name: encoder(features[name]) for name, encoder in self.encoders.items() if name in features}, kept_BK
         )
+
+    def join(self, codes: Mapping[str, torch.Tensor], kept_BK: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns the joint code, ``(B, C)``, of what each modality's encoder said.
+
+        Args:
+            codes: ``(B, C)`` by modality.
+            kept_BK: As in ``encode``.
+        """
+        columns = [index for index, name in enumerate(self.encoders) if name in codes]
+        codes_KBC = torch.stack([codes[name] for name in self.encoders if name in codes])
         if kept_BK is None:
             return codes_KBC.mean(0)
         kept_KB1 = kept_BK[:, columns].T[..., None]
@@ -89,8 +98,20 @@ class Autoencoder(nn.Module):
             kept_BK: What the code may read; None for what is present.
             targets: ``(B, D)`` what is decoded by modality; None for the features.
         """
-        made = self.decode(self.encode(features, present_BK if kept_BK is None else kept_BK))
-        found, wanted = {}, features if targets is None else targets
+        code_BC = self.encode(features, present_BK if kept_BK is None else kept_BK)
+        return self.errors_of(code_BC, features if targets is None else targets, present_BK)
+
+    def errors_of(
+        self, code_BC: torch.Tensor, wanted: Mapping[str, torch.Tensor], present_BK: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Returns ``errors`` of a joint code.
+
+        Args:
+            code_BC: From ``encode`` or ``join``.
+            wanted: ``(B, D)`` what is decoded by modality.
+            present_BK: As in ``errors``.
+        """
+        made, found = self.decode(code_BC), {}
         for index, name in enumerate(self.encoders):
             if name in self.decoders and name in wanted:
                 error_B = (wanted[name] - made[name]).square().sum(-1)
@@ -114,7 +135,12 @@ class Autoencoder(nn.Module):
             kept_BK: What the code may read, from ``modality_dropout``.
             targets: As in ``errors``.
         """
-        errors = self.errors(features, present_BK, kept_BK, targets)
+        return self.mean_errors(self.errors(features, present_BK, kept_BK, targets), present_BK)
+
+    def mean_errors(
+        self, errors: Mapping[str, torch.Tensor], present_BK: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Returns the mean of ``errors`` by modality, over the rows that have it."""
         if present_BK is None:
             return {name: error_B.mean() for name, error_B in errors.items()}
         rows = dict(zip(self.encoders, present_BK.sum(0).clamp(min=1).unbind(), strict=True))

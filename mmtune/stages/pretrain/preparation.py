@@ -157,8 +157,9 @@ def measure(learner: Any, batches: Any, plan: Any, accelerator: Any) -> None:
 
 
 def _optimizer(learner: Any, settings: Pretrain) -> Any:
+    from mmtune.training.code_game import pace_of
     from mmtune.training.learner import part_of
-    from mmtune.training.optimizer import make_optimizer
+    from mmtune.training.optimizer import USUAL, make_optimizer
 
     return make_optimizer(
         learner,
@@ -168,6 +169,7 @@ def _optimizer(learner: Any, settings: Pretrain) -> Any:
         beta2=settings.beta2,
         tower_rates=settings.tower_rates,
         tower=part_of,
+        pace=pace_of if "adversarial" in learner.settings.weights else lambda name: USUAL,
     )
 
 
