@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from mmtune.errors import DataError, RecipeError
 
 Numbers = NDArray[np.float64]
-_CONSTANT = 1e-12
-"""Share of a vector's size below which its changes are rounding."""
+_CONSTANT = 1e-6
+"""Share of a vector's size below which its changes are rounding, of vectors in fp32."""
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,9 @@ class _Fused:
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if any(x.dtype != torch.float32 or x.device.type != "cpu" for x in (q, k, cos)) or cos.requires_grad:
+        fits = all(x.dtype == torch.float32 and x.device.type == "cpu" for x in (q, k, cos))
+        # Some families rotate the first part of a head alone.
+        if not fits or cos.requires_grad or not q.shape[-1] == k.shape[-1] == cos.shape[-1]:
             return self._own(q, k, cos, sin, unsqueeze_dim)
         cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
         return _Rotary.apply(q, cos, sin), _Rotary.apply(k, cos, sin)

@@ -116,7 +116,7 @@ class Pretrain(Section):
     discriminator may not know a code's part, and generators fill in the code of a missing one), contrastive (codes of
     a row find each other), masked (hidden words and media are found), match (do media and text belong together)."""
     task_weights: dict[str, Weight] = {}
-    """Weights of the label tokens of tasks in caption, by the task's name; 1 for others. Within a micro batch."""
+    """Weights of the label tokens of tasks in caption, by the task's name; 1 for others."""
     codes: Codes = Codes()
     """One vector per part of a row, for the objectives that need them."""
     train: Literal["all"] | tuple[Tower, ...] = "all"

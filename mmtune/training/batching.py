@@ -12,6 +12,7 @@ import torch
 
 from mmtune.errors import CapabilityError
 from mmtune.models.attention import FLEX
+from mmtune.models.fused_parts import fused_parts
 from mmtune.models.mask_rules import MaskRules, mask_rules
 from mmtune.models.rope_index import rope_index
 from mmtune.training.data import PackedBatches, RowBatches, Trees, row_sizes, tree_sizes
@@ -118,15 +119,16 @@ def check_sharing(model: Any, split: Split, accelerator: Any, rows_by: str, batc
     worst = TreeCheck(True, 0.0, 0.0, 0.0)
     for numbers in trees_to_check(split.lengths, tree_modalities(split.table)):
         trees = split.trees.trees(numbers)
-        found = check_trees(
-            model,
-            trees,
-            collate,
-            device=accelerator.device,
-            autocast=accelerator.autocast,
-            rows_by=rows_by,
-            batch_tokens=batch_tokens,
-        )
+        with fused_parts(model):
+            found = check_trees(
+                model,
+                trees,
+                collate,
+                device=accelerator.device,
+                autocast=accelerator.autocast,
+                rows_by=rows_by,
+                batch_tokens=batch_tokens,
+            )
         if not found.exact:
             return found
         worst = max(worst, found, key=lambda check: check.gradient_error)

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmtune.errors import IntegrityError, Interrupted
 from mmtune.models.adapter import load_trainable_state, trainable_state
-from mmtune.models.rms_norm import fused_rms_norms
-from mmtune.models.rotary import fused_rotary
+from mmtune.models.fused_parts import fused_parts
 from mmtune.models.spread import is_sharded
 from mmtune.training.engine import engine_of
 from mmtune.training.loop import Hooks, LoopSettings, Outcome, train
@@ -159,7 +158,7 @@ def go_on(
         held_out=course.held_out_parts,
         counted=course.counted,
     )
-    with fused_rms_norms(course.model), fused_rotary(course.model):
+    with fused_parts(course.model):
         outcome = train(
             course.model,
             course.optimizer,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mmtune.errors import DataError
+from mmtune.errors import DataError, IntegrityError
 from mmtune.files import write_tensors
 from mmtune.training.learner import CodeSettings, Learner, LearnerSettings
 from mmtune.training.pair_losses import TextMasking
@@ -47,6 +47,7 @@ def load_heads(model: Any, base: Path) -> Learner:
 
     Raises:
         DataError: Its objectives had no heads.
+        IntegrityError: They are of another version.
     """
     from safetensors.torch import load_file
 
@@ -59,7 +60,12 @@ def load_heads(model: Any, base: Path) -> Learner:
     codes = CodeSettings(**{**kept["codes"], "parts": tuple(kept["codes"]["parts"])})
     text = TextMasking(**{**kept["text"], "special_ids": tuple(kept["text"]["special_ids"])})
     learner = Learner(model, LearnerSettings(kept["weights"], codes, text, kept["seed"], {}))
-    learner.heads.load_state_dict(load_file(folder / _WEIGHTS))
+    try:
+        learner.heads.load_state_dict(load_file(folder / _WEIGHTS))
+    except RuntimeError as error:
+        raise IntegrityError(
+            f"the heads in {folder} are not those that this version makes", "pretrain again", "other_heads"
+        ) from error
     return learner.eval()
 
 

@@ -165,14 +165,14 @@ class Learner(nn.Module):
         return found, facts, count
 
     def _caption(self, given: Mapping[str, torch.Tensor], tasks_B: torch.Tensor | None) -> torch.Tensor:
-        """Returns the mean loss of the label tokens, by the weights of their tasks, and notes each task's own."""
+        """Returns the sum of the weighted losses of the label tokens over their number, and notes each task's own."""
         self._by_task = []
         if tasks_B is None:
             nll, count = answer_loss(self.model, given)
             return nll / max(count, 1)
         losses_N, row_N = answer_losses(self.model, given)
         weights_N, self._by_task = by_task(losses_N, tasks_B[row_N], self.settings.tasks)
-        return (losses_N * weights_N).sum() / weights_N.sum().clamp(min=1e-9)
+        return (losses_N * weights_N).sum() / max(losses_N.numel(), 1)
 
     def pooled(self, batch: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Returns ``(B, H)`` the mean feature of every part, and ``(B, K)`` which rows have it."""

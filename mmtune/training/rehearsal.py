@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from mmtune.models.fused_parts import fused_parts
 from mmtune.training.guards import memory_errors
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def rehearse(
 ) -> Rehearsal:
     """Runs forward and backward over the first epoch's micro batches of the most media, label and other tokens.
 
-    The model is left as it was; ``section`` of the recipe is named in the advice where memory runs out.
+    They run as at the last step, when every tower trains that ever does. The model is left as it was; ``section`` of
+    the recipe is named in the advice where memory runs out.
 
     Raises:
         ResourceError: Memory ran out, with the ids of the examples.
@@ -55,9 +57,10 @@ def rehearse(
     try:
         media = np.asarray([plan.media(own) for own in batches])
         targets = np.asarray([plan.targets([own]) for own in batches])
-        for number in heaviest(costs, media, targets, again=device.type != "cpu"):
-            units = batches[number]
-            tokens, seconds = _run(model, engine, batching, units, accelerator, section)
+        with fused_parts(model):
+            for number in heaviest(costs, media, targets, again=device.type != "cpu"):
+                units = batches[number]
+                tokens, seconds = _run(model, engine, batching, units, accelerator, section)
     finally:
         engine.forget()
         model.train(training)
@@ -84,7 +87,8 @@ def _run(
 ) -> tuple[int, float]:
     """Runs one micro batch; returns its tokens, padding included, and the seconds."""
     device = accelerator.device
-    batch = {name: value.to(device) for name, value in batching.batches.batch(units, 0).items()}
+    made = batching.batches.batch(units, batching.plan.total_steps - 1)
+    batch = {name: value.to(device) for name, value in made.items()}
 
     def forward() -> tuple[torch.Tensor, int]:
         with accelerator.autocast():

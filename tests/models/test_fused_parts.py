@@ -1,17 +1,19 @@
 """Norms and rotary positions as one operation: transformers' numbers and gradients, and a way back."""
 
+from contextlib import nullcontext
 from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.glm4.modeling_glm4 import apply_rotary_pos_emb as rotate_parts
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from mmtune.models.fused_parts import fused_parts
 from mmtune.models.rms_norm import fused_rms_norms
 from mmtune.models.rotary import _Fused, _is_plain, fused_rotary
 
@@ -63,6 +65,25 @@ def rotated(function, shapes, dim=1):
     return [*(one.detach() for one in made), q.grad, k.grad]
 
 
+@pytest.mark.parametrize("part", [0.5, 1.0])
+def test_a_family_that_rotates_a_part_of_each_head_trains_as_by_its_own(part):
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": part}
+    config = Phi3Config(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0,
+        num_key_value_heads=1, rope_parameters=rope,
+    )  # fmt: skip
+    model, found = Phi3ForCausalLM(config), []
+    input_ids = torch.randint(0, 50, (2, 9))
+    for context in (nullcontext(), fused_parts(model)):
+        with context:
+            model.zero_grad()
+            model(input_ids=input_ids, labels=input_ids).loss.backward()
+        found.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    for name, gradient in found[0].items():
+        assert (found[1][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
 @pytest.mark.parametrize("shapes", [(1, 5, 5, 7, 64), (3, 4, 2, 6, 8), (2, 1, 1, 1, 2)])
 def test_rotation_and_its_gradients_are_llamas(shapes):
     wanted, found = rotated(apply_rotary_pos_emb, shapes), rotated(_Fused(apply_rotary_pos_emb), shapes)
@@ -94,7 +115,7 @@ def test_a_language_model_trains_by_them_as_by_its_own_and_has_its_own_back_afte
         return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
     wanted = gradients()
-    with pytest.raises(KeyError), fused_rms_norms(model) as norms, fused_rotary(model) as files:
+    with pytest.raises(KeyError), fused_rms_norms(model) as norms, fused_rotary(model) as files, fused_parts(model):
         assert (norms, files) == (5, 1)
         found = gradients()
         raise KeyError

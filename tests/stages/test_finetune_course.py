@@ -104,7 +104,7 @@ def test_stopped_and_resumed_it_says_the_same(fresh, monkeypatch):
     whole = run(recipe)
     polls = iter([False, False, True])
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_stop_wanted", lambda stop, accelerator: next(polls))
+        patch.setattr(loop.Loop, "stop_wanted", lambda _: next(polls))
         with pytest.raises(Interrupted):
             run(recipe)
     assert run(recipe) == whole
@@ -148,7 +148,7 @@ def test_a_staged_run_that_stops_ends_with_the_same_bytes(fresh, monkeypatch):
     for stop in (first - 2, first):
         polls = iter([False] * stop + [True])
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "_stop_wanted", lambda stop, accelerator, polls=polls: next(polls))
+            patch.setattr(loop.Loop, "stop_wanted", lambda _, polls=polls: next(polls))
             with pytest.raises(Interrupted):
                 tuned(recipe)
         said, again = tuned(recipe)

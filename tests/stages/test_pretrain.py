@@ -171,7 +171,7 @@ def test_what_joins_the_parts_waits_for_rows_with_media(recipe_at, tmp_path):
 def test_the_loss_of_each_task_stands_by_its_name_and_weighs_as_asked(recipe_at, tmp_path):
     words = words_alone(tmp_path).replace("reader: table", "reader: table, task: question_answering")
     first = []
-    for weights in ("{}", "{question_answering: 0}"):
+    for weights in ("{}", "{question_answering: 0}", "{question_answering: 0.25}"):
         recipe = recipe_at(f"pretrain.task_weights={weights}", weights="{caption: 1}", more=words)
         made(recipe, force=True)
         tasks = {name for line in lines(recipe) for name in line if name.startswith("loss_task_")}
@@ -180,8 +180,13 @@ def test_the_loss_of_each_task_stands_by_its_name_and_weighs_as_asked(recipe_at,
     (other,) = tasks - {"loss_task_question_answering"}
     one, two = sorted((first[0][other], first[0]["loss_task_question_answering"]))
     assert one < first[0]["loss"] < two
-    # Without a weight the one task alone is left.
-    assert first[1]["loss"] == pytest.approx(first[1][other], rel=1e-5)
+    # The loss is a sum over tasks, each by its share of all label tokens: what the others weigh changes nothing of it.
+    share = (first[0]["loss"] - first[0]["loss_task_question_answering"]) / (
+        first[0][other] - first[0]["loss_task_question_answering"]
+    )
+    for line, weight in ((first[1], 0), (first[2], 0.25)):
+        expected = share * line[other] + weight * (1 - share) * line["loss_task_question_answering"]
+        assert line["loss"] == pytest.approx(expected, rel=1e-4)
     with pytest.raises(RecipeError, match="the task nonsense, of which there is no row"):
         made(recipe_at("pretrain.task_weights={nonsense: 1}", more=words), force=True)
 
