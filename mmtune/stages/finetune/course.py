@@ -72,22 +72,17 @@ def _course(run: Run) -> Any:
     )
     held_out, checkpoints = run.validate, run.checkpoints
     parts = (run.model, run.optimizer, run.accelerator, run.train, held_out, checkpoints, run.identity, loop)
+    ledger, weighed = run.ledger, bool(settings.task_weights)
 
     def keep() -> dict[str, float]:
         run.unfreezing.thaw()
-        state: dict[str, float] = run.ledger.state()
+        state: dict[str, float] = ledger.state() if weighed else {}
         return state
 
-    return Course(
-        "finetune",
-        *parts,
-        surroundings=run.surroundings,
-        parts=run.ledger.line,
-        held_out_parts=run.ledger.held_out_line,
-        counted=run.ledger.counted,
-        staged=tuple(settings.unfreeze),
-        keep=keep,
-    )
+    # Nothing is said without tasks, and the processes need not ask each other.
+    said = {"parts": ledger.line, "held_out_parts": ledger.held_out_line, "counted": ledger.counted} if weighed else {}
+    staged = tuple(settings.unfreeze)
+    return Course("finetune", *parts, surroundings=run.surroundings, staged=staged, keep=keep, **said)
 
 
 def _say_speed(outcome: Any, processes: int, sharded: bool, console: Talk) -> None:
