@@ -12,10 +12,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from mmtune.errors import ResourceError
+from mmtune.training.batching import Batching
 from mmtune.training.engine import Plain
 from mmtune.training.loss import answer_loss
 from mmtune.training.plan import Plan, TreeSizes
 from mmtune.training.rehearsal import heaviest, rehearse
+from mmtune.training.unfreezing import Unfreezing, in_stages
 from tests.training.course import Rows, tiny_model
 
 
@@ -55,3 +57,18 @@ def test_memory_that_runs_out_over_media_names_the_rows(batching: Any, monkeypat
     model = tiny_model()
     with pytest.raises(ResourceError, match="row-4"):
         rehearse(model, Plain(model, None), batching, Accelerator(cpu=True))
+
+
+def test_a_tower_that_starts_frozen_is_rehearsed_as_it_trains_later(batching: Any) -> None:
+    model, moved = tiny_model(), set[str]()
+    plan = batching.plan
+    assert plan.total_steps > 3
+    staged = in_stages(Batching(plan, batching.batches, answer_loss, (1, 1)), Unfreezing(model, {"vision": 3}))
+
+    class Watched(Plain):
+        def forget(self) -> None:
+            moved.update(name for name, parameter in model.named_parameters() if parameter.grad is not None)
+            super().forget()
+
+    rehearse(model, Watched(model, None), staged, Accelerator(cpu=True))
+    assert any("vision_tower" in name for name in moved)
