@@ -78,7 +78,7 @@ def standardized(
         if spread <= _CONSTANT * max(float(np.linalg.norm(mean)), 1.0):
             raise DataError(
                 f"extract.reduce: all {len(known):,} training vectors of {kind} are the same: there is nothing to keep",
-                "check the sources and the encoder, or leave them out with extract.reduce.of",
+                f"check the sources and the encoder, or leave {kind} out of extract.reduce.of and extract.joint",
                 "constant_features",
             )
         made[kind] = np.where(has[:, None], (own - mean) / spread, 0.0)

@@ -176,7 +176,7 @@ def test_processed_images_stay_away_with_a_note(fresh, settings, reason):
 
 
 def test_rows_of_many_lengths_are_packed_and_train_as_they_do_apart(tmp_path, repository, tiny_vlm, monkeypatch):
-    from mmtune.stages.finetune import preparation
+    from mmtune.stages.finetune import batches
 
     table = tmp_path / "rows.jsonl"
     rows = [{"q": " ".join(["left"] * (1 + 3 * k)), "a": "yes" if k % 2 else "no"} for k in range(16)]
@@ -191,7 +191,7 @@ def test_rows_of_many_lengths_are_packed_and_train_as_they_do_apart(tmp_path, re
     tokenize(recipe, console=Talk(quiet=True))
     found = {}
     for least, said in ((0.1, True), (1.0, False)):
-        monkeypatch.setattr(preparation, "_LEAST_PADDING", least)
+        monkeypatch.setattr(batches, "_LEAST_PADDING", least)
         console = Talk(quiet=True)
         finetune(recipe, force=True, console=console)
         assert any("less padding" in line for line in console.lines) == said
@@ -200,14 +200,14 @@ def test_rows_of_many_lengths_are_packed_and_train_as_they_do_apart(tmp_path, re
 
 
 def test_rows_train_apart_with_a_note_where_trees_are_refused(fresh, monkeypatch):
-    from mmtune.stages.finetune import preparation
+    from mmtune.stages.finetune import batches
     from mmtune.training import batching
     from mmtune.training.tree_check import TreeCheck
 
     plain = fresh(features={"use": "off"})
     finetune(plain, console=Talk(quiet=True))
     expected = weights_of(plain)
-    monkeypatch.setattr(preparation, "_LEAST_PADDING", -1.0)
+    monkeypatch.setattr(batches, "_LEAST_PADDING", -1.0)
     refused = TreeCheck(False, 0.0, 0.5, 1e-4, "gradients differ by 5.0e-01, of 1")
     monkeypatch.setattr(batching, "check_trees", lambda *_, **__: refused)
     console = Talk(quiet=True)
@@ -221,9 +221,9 @@ def test_rows_train_apart_with_a_note_where_trees_are_refused(fresh, monkeypatch
     ("settings", "near"), [({"checkpointing": True}, 1e-4), ({"method": "full", "precision": "bf16"}, 0.05)], ids=str
 )
 def test_flex_attention_trains_the_same_trees_in_one_row(fresh, monkeypatch, settings, near):
-    from mmtune.stages.finetune import preparation
+    from mmtune.stages.finetune import batches
 
-    monkeypatch.setattr(preparation, "_LEAST_PADDING", -1.0)
+    monkeypatch.setattr(batches, "_LEAST_PADDING", -1.0)
     recipe = fresh(**settings, batch_rows=None, batch_tokens=65536, features={"use": "off"})
     finetune(recipe, console=Talk(quiet=True))
     expected = numbers_of(recipe)

@@ -70,6 +70,7 @@ def run(asked: Recipe, **options) -> tuple[dict, Path]:
     result = extract(asked, console=Talk(quiet=True), **options)
     out = asked.run_dir / "features"
     facts = json.loads((out / "manifest.json").read_text())["facts"]
+    assert result["reduced"] == facts["reduced"]
     return {**result, **facts}, out
 
 

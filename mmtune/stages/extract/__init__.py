@@ -252,5 +252,6 @@ def _result(target: Path, manifest: Manifest, *, cached: bool) -> dict[str, Any]
         "kept": facts["kept"],
         "read": facts["read"],
         "drops": manifest.drops,
+        "reduced": facts["reduced"],
         "index": facts["index"],
     }

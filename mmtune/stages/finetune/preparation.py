@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,13 @@ from mmtune import __version__
 from mmtune.errors import CapabilityError, DataError, IntegrityError, RecipeError
 from mmtune.recipe import Augment, Finetune, Recipe
 from mmtune.stages.finetune.base import load_base, model_to_train, place, show_towers, weights_dtype
-from mmtune.stages.finetune.features import Means, use_features
-from mmtune.stages.finetune.pixels import use_pixels
-from mmtune.stages.finetune.wanted import wanted_features, with_proved
+from mmtune.stages.finetune.batches import Ground, batched
+from mmtune.stages.finetune.wanted import wanted_features
 from mmtune.storage import Manifest, library_versions, open_split
 from mmtune.talk import Talk
 
 SPREAD = ("shard", "offload", "engine", "liger")
 """Settings of where and by which kernels a run computes: free to change while it is stopped."""
-# Rows that share nothing are packed when padding would take more than this share of the tokens.
-_LEAST_PADDING = 0.1
 
 
 @dataclass
@@ -73,17 +70,58 @@ def prepare(
         DataError: A split is empty.
         IntegrityError: The processor is not the one of tokens/.
     """
-    from mmtune.encoding.processor import tokenizer_of
     from mmtune.models.attention import is_flex
-    from mmtune.models.left_out import set_aside
-    from mmtune.training.batching import packed_trees, rows_apart
     from mmtune.training.checkpoints import CheckpointFolder
-    from mmtune.training.data import row_sizes, soft_token_count
-    from mmtune.training.engine import precision_of
     from mmtune.training.ledger import Ledger
-    from mmtune.training.step_size import LIMITS, StepSize, planned_size
     from mmtune.training.surroundings import surroundings
     from mmtune.training.tasks import weigh_tasks
+
+    ground = _ground(recipe, settings, tokens, path, identity, limit, offline)
+    model = _model(recipe, settings, path, ground, console)
+    checkpoints = CheckpointFolder(recipe.run_dir / "checkpoints" / "finetune", settings.keep)
+    newest = checkpoints.newest_identity() if resume == "auto" else None
+    rows = batched(recipe, settings, tokens, model, ground, newest, console)
+    tasks, ledger = _tasks(recipe, settings, ["train", *([] if rows.validate is None else ["val"])]), Ledger()
+    train, unfreezing = _staged(weigh_tasks(rows.train, tasks, ledger), model, settings, console)
+    optimizer = _optimizer(model, settings, ground.accelerator)
+    # Bins are of another length under FlexAttention.
+    trees = "trees for FlexAttention" if is_flex(model) else "trees"
+    decided = {
+        "step_size": rows.step_size,
+        "precision": ground.precision,
+        "batches": trees if rows.as_trees else "rows",
+        "features": rows.features,
+    }
+    spread = {name: getattr(settings, name) for name in SPREAD}
+    return Run(
+        recipe=recipe,
+        settings=settings,
+        tokens=tokens,
+        model=model,
+        optimizer=optimizer,
+        accelerator=ground.accelerator,
+        train=train,
+        validate=None if rows.validate is None else weigh_tasks(rows.validate, tasks, ledger),
+        checkpoints=checkpoints,
+        identity=_identity(identity, decided),
+        surroundings=surroundings(model, ground.accelerator, {"mmtune": __version__, **library_versions()}, **spread),
+        processor=ground.processor,
+        load=rows.load,
+        ledger=ledger,
+        unfreezing=unfreezing,
+    )
+
+
+def _ground(
+    recipe: Recipe,
+    settings: Finetune,
+    tokens: Manifest,
+    path: str,
+    identity: dict[str, Any],
+    limit: int | None,
+    offline: bool,
+) -> Ground:
+    from mmtune.training.engine import precision_of
 
     _trackers_are_here(settings.trackers)
     precision = precision_of(settings.precision)
@@ -92,50 +130,28 @@ def prepare(
     splits = {"train": _split(recipe, tokens, processor, "train", limit, settings.augment)}
     if tokens.rows.get("val"):
         splits["val"] = _split(recipe, tokens, processor, "val", settings.eval_rows)
+    made_from = _made_from(identity, tokens, recipe, settings, precision)
+    towers = recipe.run_dir / "features" / "towers"
+    wanted = wanted_features(settings, towers, made_from, splits, precision, accelerator)
     load = partial(load_base, recipe, settings, path, precision, offline)
-    wanted = wanted_features(
-        settings,
-        recipe.run_dir / "features" / "towers",
-        _made_from(identity, tokens, recipe, settings, precision),
-        splits,
-        precision,
-        accelerator,
-    )
-    absent = [one.kind for one in wanted if one.found]
-    soft = max(soft_token_count(split.table) for split in splits.values())
-    row_tokens = float(row_sizes(splits["train"].table)[0].tokens.mean())
-    model = model_to_train(recipe, settings, path, absent, load, tokenizer_of(processor), soft, row_tokens, console)
+    return Ground(precision, accelerator, processor, splits, wanted, load)
+
+
+def _model(recipe: Recipe, settings: Finetune, path: str, ground: Ground, console: Talk) -> Any:
+    """Returns the model that trains, on its device."""
+    from mmtune.encoding.processor import tokenizer_of
+    from mmtune.models.left_out import set_aside
+    from mmtune.training.data import row_sizes, soft_token_count
+
+    absent = [one.kind for one in ground.wanted if one.found]
+    soft = max(soft_token_count(split.table) for split in ground.splits.values())
+    row_tokens = float(row_sizes(ground.splits["train"].table)[0].tokens.mean())
+    tokenizer = tokenizer_of(ground.processor)
+    model = model_to_train(recipe, settings, path, absent, ground.load, tokenizer, soft, row_tokens, console)
     show_towers(model, console)
     with set_aside(model):
-        place(model, settings, accelerator, console)
-    checkpoints = CheckpointFolder(recipe.run_dir / "checkpoints" / "finetune", settings.keep)
-    own_size = StepSize(
-        accelerator.num_processes * settings.accumulate, **{name: getattr(settings, name) for name in LIMITS}
-    )
-    size = planned_size(own_size, checkpoints.newest_identity() if resume == "auto" else None)
-    rows = _batching_of(rows_apart, recipe, settings, size, own_size)
-    train = with_proved(splits, wanted)["train"]
-    attn = recipe.model.attn if recipe.model else "auto"
-    as_trees = _trains_trees(model, train, rows(train, "train").plan, attn, accelerator, console)
-    make = _batching_of(partial(packed_trees, model), recipe, settings, size, own_size) if as_trees else rows
-    means = Means(settings, precision, model, make, as_trees, partial(load, whole=True), accelerator, console)
-    kept, kinds = use_features(wanted, splits, means)
-    if "image" not in kinds:
-        shelves = recipe.run_dir / "features" / "pixels"
-        kept = use_pixels(settings, shelves, str(tokens.facts["processor"]), kept, accelerator, console)
-    tasks, ledger = _tasks(recipe, settings, list(kept)), Ledger()
-    batching = weigh_tasks(make(kept["train"], "train"), tasks, ledger)
-    held_out = weigh_tasks(make(kept["val"], "val"), tasks, ledger) if "val" in kept else None
-    batching, unfreezing = _staged(batching, model, settings, console)
-    optimizer = _optimizer(model, settings, accelerator)
-    # Bins are of another length under FlexAttention.
-    batches = ("trees for FlexAttention" if is_flex(model) else "trees") if as_trees else "rows"
-    decided = {"step_size": asdict(size), "precision": precision, "batches": batches, "features": kinds}
-    whole = _identity(identity, decided)
-    parts = (recipe, settings, tokens, model, optimizer, accelerator, batching, held_out, checkpoints, whole)
-    spread = {name: getattr(settings, name) for name in SPREAD}
-    under = surroundings(model, accelerator, {"mmtune": __version__, **library_versions()}, **spread)
-    return Run(*parts, under, processor, means.load, ledger, unfreezing)
+        place(model, settings, ground.accelerator, console)
+    return model
 
 
 def _staged(batching: Any, model: Any, settings: Finetune, console: Talk) -> tuple[Any, Any]:
@@ -244,27 +260,6 @@ def _by_deepspeed(model: Any, make: Any, settings: Finetune, accelerator: Any) -
     return Zero(model, make, stage=stage, device=accelerator.device, offload=settings.offload)
 
 
-def _batching_of(make: Any, recipe: Recipe, settings: Finetune, size: Any, own_size: Any) -> Any:
-    """Returns a function from a split and its name to its batching.
-
-    Args:
-        make: Makes the batching of a split for a course.
-        recipe: The recipe.
-        settings: Its finetune part.
-        size: The size of a step by which the run is planned.
-        own_size: That of this process's settings.
-    """
-    train = {
-        **asdict(size),
-        "cut": None if size == own_size else own_size.limits(),
-        "seed": recipe.seed,
-        "epochs": settings.epochs,
-        "max_steps": settings.max_steps,
-    }
-    held_out = {**own_size.limits(), "cut": None, "seed": 0, "micro_batches": 1, "epochs": 1.0}
-    return lambda split, name: make(split, train if name == "train" else held_out)
-
-
 def _made_from(
     identity: dict[str, Any], tokens: Manifest, recipe: Recipe, settings: Finetune, precision: str
 ) -> dict[str, Any]:
@@ -273,48 +268,6 @@ def _made_from(
     made = {"weights": config["weights"], "model": config["model"], "processor": tokens.facts.get("processor")}
     made |= {"attn": recipe.model.attn if recipe.model else "auto", "tower": str(weights_dtype(settings, precision))}
     return made | ({"random": recipe.seed} if settings.from_scratch else {})
-
-
-def _trains_trees(model: Any, split: Any, rows: Any, attn: str, accelerator: Any, console: Talk) -> bool:
-    """Says whether rows are packed: where they share a prefix or packing saves padding, and the model proves exact.
-
-    Args:
-        model: The model.
-        split: The training split.
-        rows: The plan of its rows, each apart.
-        attn: The attention kernel that the recipe asks for; the model is left with the one that proved exact.
-        accelerator: The accelerator.
-        console: Where the verdict goes.
-    """
-    import torch
-
-    from mmtune.models.attention import text_attention
-    from mmtune.training.batching import check_sharing
-    from mmtune.training.ranks import sum_tensor
-    from mmtune.training.tree_kernels import kernels_to_try, prove
-
-    def agree(exact: bool) -> bool:
-        refused = torch.tensor([float(not exact)], device=accelerator.device)
-        return float(sum_tensor(refused, "agreeing on trees")) == 0
-
-    kernels = kernels_to_try(model, attn, accelerator.device.type)
-    padding = 0.0 if split.shares else rows.padding()
-    if not split.shares and padding < _LEAST_PADDING:
-        return False
-    own = text_attention(model)
-    proof = prove(model, kernels, lambda: check_sharing(model, split, accelerator, own, rows.batch_tokens), agree)
-    for line in proof.refused:
-        console.note(f"trees do not train by {line}")
-    if not proof.exact:
-        cost = "its media computed again" if split.shares else f"with {padding:.0%} padding"
-        console.note(f"each row trains apart, {cost}: {proof.check.reason or 'another process refused trees'}")
-        return False
-    what = "rows that share media train as one tree" if split.shares else f"packed, for {padding:.0%} less padding"
-    console.say(
-        f"finetune: {what}, by {proof.kernel}; a few compared with separate rows:"
-        f" loss differs by {proof.check.loss_error:.0e}, gradients by {proof.check.gradient_error:.0e} of 1"
-    )
-    return True
 
 
 def _trackers_are_here(names: Sequence[str]) -> None:
