@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.func import functional_call
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -45,7 +46,7 @@ class _RmsNorm(torch.autograd.Function):
 def fused_rms_norms(model: nn.Module) -> Iterator[int]:
     """Within this context every RMSNorm that computes as Llama's does has the fused forward; gives how many there are.
 
-    Numbers of another type than fp32, and weights that are spread or elsewhere than on a CPU, go the module's own way.
+    Numbers of another type than fp32, or elsewhere than on a CPU, go the module's own way.
     """
     fused = [module for module in model.modules() if _is_plain(module)]
     for module in fused:
@@ -58,22 +59,27 @@ def fused_rms_norms(model: nn.Module) -> Iterator[int]:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a module is an RMSNorm of a weight alone, by its name and by what it makes of some numbers."""
+    """Whether a module is an RMSNorm of a weight alone, by its name and by what it makes of some numbers.
+
+    Its own weight may be spread over processes, and gathered only while it runs.
+    """
     weight, epsilon = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
     if not type(module).__name__.endswith("RMSNorm") or not isinstance(epsilon, float) or "forward" in vars(module):
         return False
-    if not isinstance(weight, torch.Tensor) or isinstance(weight, DTensor) or weight.ndim != 1 or not weight.numel():
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 1 or not weight.numel():
         return False
     if weight.dtype != torch.float32 or weight.device.type != "cpu":
         return False
+    width = weight.shape[0]
     with torch.no_grad():
-        x_TH = torch.linspace(-2.0, 3.0, 3 * weight.numel()).view(3, -1)
-        return torch.allclose(module(x_TH), _RmsNorm.apply(x_TH, weight, epsilon), rtol=1e-5, atol=1e-6)
+        x_TH, other_H = torch.linspace(-2.0, 3.0, 3 * width).view(3, -1), torch.linspace(0.5, 2.0, width)
+        own_TH = functional_call(module, {"weight": other_H}, (x_TH,))
+        return torch.allclose(own_TH, _RmsNorm.apply(x_TH, other_H, epsilon), rtol=1e-5, atol=1e-6)
 
 
 def _forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     x, weight = hidden_states, module.weight
-    if x.dtype != torch.float32 or x.device.type != "cpu":
+    if x.dtype != torch.float32 or x.device.type != "cpu" or isinstance(weight, DTensor):
         found: torch.Tensor = type(module).forward(module, x)
         return found
     made: torch.Tensor = _RmsNorm.apply(x, weight, module.variance_epsilon)
