@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import compress
@@ -24,6 +25,7 @@ from mmtune.encoding.tree import TREE_SCHEMA
 from mmtune.errors import DataError, RecipeError
 from mmtune.prompts.exemplars import Order, shown_ranks
 from mmtune.prompts.schema import row_to_messages
+from mmtune.prompts.searched import context_of
 from mmtune.recipe import Recipe, Tokenize
 from mmtune.records import Medium
 from mmtune.storage import (
@@ -47,7 +49,7 @@ _INLINE_UNITS = 12
 # What loading a processor imports for seconds.
 _SLOW_IMPORTS = ("transformers.processing_utils", "transformers.models.auto.processing_auto")
 # Encoding reads these columns; the others (answers to score against, lineage) stay on disk.
-_READ = ["id", "messages", "images", "audios", "videos", "tools", "exemplar_ids"]
+_READ = ["id", "messages", "images", "audios", "videos", "tools", "exemplar_ids", "references", "metadata"]
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def _write(
     assert recipe.model is not None
     rows: dict[str, int] = {}
     examples: dict[str, int] = {}
-    totals = {"tokens": 0, "tokens_apart": 0, "exemplars_dropped": 0, "rows_with_fewer": 0}
+    totals = {"tokens": 0, "tokens_apart": 0, "exemplars_dropped": 0, "rows_with_fewer": 0, "contexts_shortened": 0}
     notes: dict[str, None] = {}
     started = time.monotonic()
     with RejectLog(staging.path / "rejects.jsonl") as rejects:
@@ -155,6 +157,7 @@ def _write(
                     totals["tokens_apart"] += done.apart
                     totals["exemplars_dropped"] += done.exemplars_dropped
                     totals["rows_with_fewer"] += done.rows_with_fewer
+                    totals["contexts_shortened"] += done.contexts_shortened
                     notes.update(dict.fromkeys(done.notes))
                     bar.advance(done.rows + len(done.rejects))
             rows[split] = writer.close()
@@ -192,6 +195,8 @@ def _write(
             f"{totals['exemplars_dropped']:,} exemplars of {totals['rows_with_fewer']:,} rows did not fit"
             " tokenize.max_length; the farthest were left out"
         )
+    if totals["contexts_shortened"]:
+        console.note(f"the contexts of {totals['contexts_shortened']:,} rows were cut to fit tokenize.max_length")
     if rejects.counts:
         console.say(f"tokenize: refused {_drops(rejects.counts)}; see {staging.target / 'rejects.jsonl'}")
     return _result(staging.target, manifest, cached=False)
@@ -262,9 +267,10 @@ class _Encoder:
     """Encodes units of groups with its own processor and its own view of the table."""
 
     def __init__(self, job: _Job) -> None:
-        self._job, self._fewer = job, [0, 0]
+        self._job, self._fewer = job, [0, 0, 0]
         self._max_length = job.settings.max_length
         self._drop_turns = job.settings.too_long == "drop_turns"
+        self._shorten = job.settings.too_long == "shorten"
         processor = _processor(job)
         self._renderer = Renderer(processor, video_frames=job.settings.video_frames)
         self._table = open_split(job.split).select(_READ)
@@ -275,16 +281,42 @@ class _Encoder:
         """Encodes the groups of one unit, in order."""
         numbers, starts = unit
         rows = _rows(self._table, numbers)
-        self._fewer = [0, 0]
+        self._fewer = [0, 0, 0]
         done = encode_groups(rows, starts, self._encode, self._max_length, self._renderer.counter.notes)
-        return replace(done, exemplars_dropped=self._fewer[0], rows_with_fewer=self._fewer[1])
+        dropped, fewer, shortened = self._fewer
+        return replace(done, exemplars_dropped=dropped, rows_with_fewer=fewer, contexts_shortened=shortened)
 
     def _encode(self, row: Mapping[str, Any]) -> EncodedRow:
         messages = row_to_messages(row)
         ranks = shown_ranks(self._job.order, len(row["exemplar_ids"]), f"{self._job.seed}\0{row['id']}")
-        fitted = fit(self._renderer, messages, row["tools"], self._max_length, drop_turns=self._drop_turns, ranks=ranks)
+        context = context_of(json.loads(row["metadata"])) if self._shorten else ""
+        fitted = fit(
+            self._renderer,
+            messages,
+            row["tools"],
+            self._max_length,
+            drop_turns=self._drop_turns,
+            ranks=ranks,
+            context=context,
+        )
+        if fitted.context is not None and cut_away(row["references"], context, fitted.context):
+            raise Refused("answer_cut", f"its answer stands in what tokenize.max_length ({self._max_length}) cuts off")
         if not (fitted.row.labels != IGNORED).any():
             raise Refused("no_target", "no token of this row bears loss")
         self._fewer[0] += fitted.dropped
         self._fewer[1] += fitted.dropped > 0
+        self._fewer[2] += fitted.context is not None
         return fitted.row
+
+
+def cut_away(references: Sequence[str], context: str, left: str) -> bool:
+    """Says whether a context named a right answer and what is left of it names none.
+
+    Args:
+        references: Right answers.
+        context: The whole of it.
+        left: Its first words, one blank between them.
+    """
+    whole, rest = (" ".join(text.split()).casefold() for text in (context, left))
+    named = [answer for answer in (" ".join(one.split()).casefold() for one in references) if answer in whole]
+    return bool(named) and not any(answer in rest for answer in named)
