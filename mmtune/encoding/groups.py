@@ -30,6 +30,7 @@ class EncodedGroups:
         notes: What a person should know, each said once.
         exemplars_dropped: Exemplars that did not fit.
         rows_with_fewer: Rows that they were left out of.
+        contexts_shortened: Rows whose context lost its end.
     """
 
     batch: pa.RecordBatch | None
@@ -40,6 +41,7 @@ class EncodedGroups:
     notes: tuple[str, ...]
     exemplars_dropped: int = 0
     rows_with_fewer: int = 0
+    contexts_shortened: int = 0
 
 
 def group_order(groups: Iterable[str], count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,10 +1,12 @@
-"""Shortening a conversation by whole early turns."""
+"""Shortening a conversation: by whole early turns, by exemplars, by the end of a context."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 
-from mmtune.records import Message
+from mmtune.records import Message, TextPart
 
 
 def without_first_turn(messages: Sequence[Message]) -> tuple[Message, ...] | None:
@@ -38,3 +40,35 @@ def without_farthest(
     start = ends[place - 1] if place else head
     kept = (*messages[:start], *messages[ends[place] :])
     return kept, (*ranks[:place], *ranks[place + 1 :])
+
+
+def context_words(messages: Sequence[Message], context: str) -> int:
+    """Returns how many words of a context may stay where some must go: all but the last; 0 if it does not stand once.
+
+    Args:
+        messages: The last user turn says the context.
+        context: As it stands there.
+    """
+    last = next((message for message in reversed(messages) if message.role == "user"), None)
+    if not context or last is None:
+        return 0
+    times = sum(part.text.count(context) for part in last.parts if isinstance(part, TextPart))
+    return max(len(context.split()) - 1, 0) if times == 1 else 0
+
+
+def with_context(messages: Sequence[Message], context: str, words: int) -> tuple[Message, ...]:
+    """Returns the conversation with the first words of its context.
+
+    Args:
+        messages: Of which ``context_words`` says that it can.
+        context: As it stands in the last user turn.
+        words: How many words stay.
+    """
+    ends = [match.end() for match in re.finditer(r"\S+", context)]
+    kept = context[: ends[words - 1]]
+    at = max(at for at, message in enumerate(messages) if message.role == "user")
+    parts = tuple(
+        TextPart(part.text.replace(context, kept)) if isinstance(part, TextPart) else part
+        for part in messages[at].parts
+    )
+    return (*messages[:at], replace(messages[at], parts=parts), *messages[at + 1 :])

@@ -79,6 +79,11 @@ def _no_ranks(example: Example) -> Sequence[int]:
     return ()
 
 
+def no_context(example: Example) -> str:
+    """Returns nothing: no part of a row may be cut."""
+    return ""
+
+
 class EvalRows:
     """The examples that a model can take, encoded when they are asked for.
 
@@ -89,6 +94,7 @@ class EvalRows:
         max_length: Longest conversation in tokens, answer included, as in training.
         drop_turns: Let over-long conversations lose whole early turns.
         ranks: Example to the ranks of its exemplars; the farthest are left out where they do not fit.
+        context: Example to what it says that may lose its end where the rest does not fit; empty for nothing.
 
     Attributes:
         kept: Numbers of the examples that fit, in order; rows below are numbered within it.
@@ -96,6 +102,7 @@ class EvalRows:
         row_sizes: Tokens of every kept conversation.
         rejects: The examples that do not fit.
         dropped: Exemplars that were left out, per kept row.
+        shortened: Whether the context lost its end, per kept row.
     """
 
     def __init__(
@@ -107,14 +114,16 @@ class EvalRows:
         max_length: int,
         drop_turns: bool = False,
         ranks: Callable[[Example], Sequence[int]] = _no_ranks,
+        context: Callable[[Example], str] = no_context,
     ) -> None:
         self._example, self._renderer = example, renderer
-        self._max_length, self._drop_turns, self._ranks = max_length, drop_turns, ranks
+        self._max_length, self._drop_turns, self._ranks, self._context = max_length, drop_turns, ranks, context
         self.kept: list[int] = []
         self.prompt_sizes: list[int] = []
         self.row_sizes: list[int] = []
         self.rejects: list[Reject] = []
         self.dropped: list[int] = []
+        self.shortened: list[bool] = []
         self._count = count
 
     def examine(self) -> Iterator[Example | None]:
@@ -132,6 +141,7 @@ class EvalRows:
             self.row_sizes.append(fitted.row.input_ids.size)
             self.prompt_sizes.append(prompt.input_ids.size)
             self.dropped.append(fitted.dropped)
+            self.shortened.append(fitted.context is not None)
             yield example
 
     def for_model(self, model: Any) -> EvalRows:
@@ -143,13 +153,19 @@ class EvalRows:
         return other
 
     def example(self, row: int) -> Example:
-        """Returns the example of a kept row, without the exemplars that do not fit."""
-        example = self._example(self.kept[row])
-        if not self.dropped[row]:
+        """Returns the example of a kept row, without the exemplars and the end of the context that do not fit."""
+        example = self.whole(row)
+        if not self.dropped[row] and not self.shortened[row]:
             return example
         fitted, ranks = self._fit(example), self._ranks(example)
-        shown = (name for name, rank in zip(example.exemplar_ids, ranks, strict=True) if rank in fitted.ranks)
-        return replace(example, messages=tuple(fitted.messages), exemplar_ids=tuple(shown))
+        shown = example.exemplar_ids
+        if self.dropped[row]:
+            shown = tuple(name for name, rank in zip(shown, ranks, strict=True) if rank in fitted.ranks)
+        return replace(example, messages=tuple(fitted.messages), exemplar_ids=shown)
+
+    def whole(self, row: int) -> Example:
+        """Returns the example of a kept row as it was given."""
+        return self._example(self.kept[row])
 
     def changed(self, rows: Sequence[int], change: Callable[[int, Example], Example]) -> EvalRows:
         """Returns some kept rows as other examples, still to be examined.
@@ -164,6 +180,7 @@ class EvalRows:
             self._renderer,
             max_length=self._max_length,
             drop_turns=self._drop_turns,
+            context=self._context,
         )
 
     def encode(self, messages: Sequence[Message], tools: str) -> EncodedRow:
@@ -178,6 +195,7 @@ class EvalRows:
             self._max_length,
             drop_turns=self._drop_turns,
             ranks=self._ranks(example),
+            context=self._context(example),
         )
 
     def prompts(self, rows: Sequence[int]) -> list[EncodedRow]:

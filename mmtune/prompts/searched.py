@@ -71,6 +71,17 @@ def slot_names(example: Example) -> frozenset[str]:
     return frozenset(names | {"media"} if example.media else names)
 
 
+def context_of(metadata: Mapping[str, str]) -> str:
+    """Returns the context of a row that keeps its slots, as its question says it; empty where it has none."""
+    context: str = json.loads(metadata.get(SLOTS, "{}")).get("context", "")
+    return context
+
+
+def shortenable(example: Example) -> str:
+    """Returns what a row says that may lose its end where it does not fit: its context."""
+    return context_of(example.metadata)
+
+
 def asked_with(prompt: SearchedPrompt, example: Example, name: Callable[[Medium], str] = own_name) -> Example | Reject:
     """Returns a row as a searched prompt asks it, its answer and references in the prompt's words.
 

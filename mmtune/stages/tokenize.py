@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import compress
@@ -24,6 +25,7 @@ from mmtune.encoding.tree import TREE_SCHEMA
 from mmtune.errors import DataError, RecipeError
 from mmtune.prompts.exemplars import Order, shown_ranks
 from mmtune.prompts.schema import row_to_messages
+from mmtune.prompts.searched import context_of
 from mmtune.recipe import Recipe, Tokenize
 from mmtune.records import Medium
 from mmtune.storage import (
@@ -47,7 +49,7 @@ _INLINE_UNITS = 12
 # What loading a processor imports for seconds.
 _SLOW_IMPORTS = ("transformers.processing_utils", "transformers.models.auto.processing_auto")
 # Encoding reads these columns; the others (answers to score against, lineage) stay on disk.
-_READ = ["id", "messages", "images", "audios", "videos", "tools", "exemplar_ids"]
+_READ = ["id", "messages", "images", "audios", "videos", "tools", "exemplar_ids", "references", "metadata"]
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ class _Encoded:
         tokens_apart: Of all rows, were nothing shared.
         exemplars_dropped: Exemplars that did not fit.
         rows_with_fewer: Rows that lost some.
+        contexts_shortened: Rows whose context was cut.
         notes: What there is to say of the counts of media tokens, once each.
     """
 
@@ -133,6 +136,7 @@ class _Encoded:
     tokens_apart: int = 0
     exemplars_dropped: int = 0
     rows_with_fewer: int = 0
+    contexts_shortened: int = 0
     notes: dict[str, None] = field(default_factory=dict)
 
     def add(self, split: str, done: EncodedGroups) -> None:
@@ -142,11 +146,12 @@ class _Encoded:
         self.tokens_apart += done.apart
         self.exemplars_dropped += done.exemplars_dropped
         self.rows_with_fewer += done.rows_with_fewer
+        self.contexts_shortened += done.contexts_shortened
         self.notes.update(dict.fromkeys(done.notes))
 
     def facts(self) -> dict[str, Any]:
         """Returns what the manifest says of it."""
-        totals = ("tokens", "tokens_apart", "exemplars_dropped", "rows_with_fewer")
+        totals = ("tokens", "tokens_apart", "exemplars_dropped", "rows_with_fewer", "contexts_shortened")
         return {"examples": self.examples, "notes": list(self.notes), **{name: getattr(self, name) for name in totals}}
 
 
@@ -237,6 +242,8 @@ def _tell(made: _Encoded, refused: dict[str, int], seconds: float, target: Path,
             f"{made.exemplars_dropped:,} exemplars of {made.rows_with_fewer:,} rows did not fit"
             " tokenize.max_length; the farthest were left out"
         )
+    if made.contexts_shortened:
+        console.note(f"the contexts of {made.contexts_shortened:,} rows were cut to fit tokenize.max_length")
     if refused:
         console.say(f"tokenize: refused {_drops(refused)}; see {target / 'rejects.jsonl'}")
 
@@ -306,9 +313,10 @@ class _Encoder:
     """Encodes units of groups with its own processor and its own view of the table."""
 
     def __init__(self, job: _Job) -> None:
-        self._job, self._fewer = job, [0, 0]
+        self._job, self._fewer = job, [0, 0, 0]
         self._max_length = job.settings.max_length
         self._drop_turns = job.settings.too_long == "drop_turns"
+        self._shorten = job.settings.too_long == "shorten"
         processor = _processor(job)
         self._renderer = Renderer(processor, video_frames=job.settings.video_frames)
         self._table = open_split(job.split).select(_READ)
@@ -319,16 +327,42 @@ class _Encoder:
         """Encodes the groups of one unit, in order."""
         numbers, starts = unit
         rows = _rows(self._table, numbers)
-        self._fewer = [0, 0]
+        self._fewer = [0, 0, 0]
         done = encode_groups(rows, starts, self._encode, self._max_length, self._renderer.counter.notes)
-        return replace(done, exemplars_dropped=self._fewer[0], rows_with_fewer=self._fewer[1])
+        dropped, fewer, shortened = self._fewer
+        return replace(done, exemplars_dropped=dropped, rows_with_fewer=fewer, contexts_shortened=shortened)
 
     def _encode(self, row: Mapping[str, Any]) -> EncodedRow:
         messages = row_to_messages(row)
         ranks = shown_ranks(self._job.order, len(row["exemplar_ids"]), f"{self._job.seed}\0{row['id']}")
-        fitted = fit(self._renderer, messages, row["tools"], self._max_length, drop_turns=self._drop_turns, ranks=ranks)
+        context = context_of(json.loads(row["metadata"])) if self._shorten else ""
+        fitted = fit(
+            self._renderer,
+            messages,
+            row["tools"],
+            self._max_length,
+            drop_turns=self._drop_turns,
+            ranks=ranks,
+            context=context,
+        )
+        if fitted.context is not None and cut_away(row["references"], context, fitted.context):
+            raise Refused("answer_cut", f"its answer stands in what tokenize.max_length ({self._max_length}) cuts off")
         if not (fitted.row.labels != IGNORED).any():
             raise Refused("no_target", "no token of this row bears loss")
         self._fewer[0] += fitted.dropped
         self._fewer[1] += fitted.dropped > 0
+        self._fewer[2] += fitted.context is not None
         return fitted.row
+
+
+def cut_away(references: Sequence[str], context: str, left: str) -> bool:
+    """Says whether a context named a right answer and what is left of it names none.
+
+    Args:
+        references: Right answers.
+        context: The whole of it.
+        left: Its first words, one blank between them.
+    """
+    whole, rest = (" ".join(text.split()).casefold() for text in (context, left))
+    named = [answer for answer in (" ".join(one.split()).casefold() for one in references) if answer in whole]
+    return bool(named) and not any(answer in rest for answer in named)

@@ -12,7 +12,9 @@ from mmtune.records import Modality
 
 
 def keeps_slots(recipe: Recipe) -> bool:
-    """Says whether rows keep their slots beside the worded question: where a searched prompt is put into them."""
+    """Says whether rows keep their slots beside the worded question: for a searched prompt, or to cut their context."""
+    if recipe.tokenize.too_long == "shorten":
+        return True
     asked = () if recipe.eval is None else recipe.eval.compare
     return recipe.prompt is not None or recipe.build.prompt is not None or any("prompt" in name for name in asked)
 

@@ -130,8 +130,9 @@ def _write(plan: _Plan, staging: Staging, console: Talk) -> dict[str, Any]:
     from mmtune.evaluation.asking import answerer
     from mmtune.evaluation.comparison import answered_rows, compare, perplexities
     from mmtune.evaluation.looking import looked_report
-    from mmtune.evaluation.rows import ChosenExamples, EvalRows
+    from mmtune.evaluation.rows import ChosenExamples, EvalRows, no_context
     from mmtune.prompts.schema import row_to_example
+    from mmtune.prompts.searched import shortenable
     from mmtune.reports.folder import write_report
     from mmtune.reports.wording import steps
 
@@ -150,6 +151,7 @@ def _write(plan: _Plan, staging: Staging, console: Talk) -> dict[str, Any]:
         renderer=Renderer(processor, video_frames=tokenize.video_frames),
         max_length=tokenize.max_length,
         drop_turns=tokenize.too_long == "drop_turns",
+        context=shortenable if tokenize.too_long == "shorten" else no_context,
     )
     rows = make(len(examples), examples)
     scored = _scored(rows, settings, len(examples), console)
@@ -166,6 +168,9 @@ def _write(plan: _Plan, staging: Staging, console: Talk) -> dict[str, Any]:
     found = compare(scored, texts, **sure)
     few = sum("vqa_accuracy" in row.metrics and 0 < len(row.references) < 4 for row in scored)
     notes = [*([_FEW_REFERENCES.format(few)] if few else []), *(prompted.notes() if prompted else [])]
+    notes += (
+        [f"The contexts of {cut:,} rows were cut to fit tokenize.max_length."] if (cut := sum(rows.shortened)) else []
+    )
     report: dict[str, Any] = {
         "schema": SCHEMA,
         "run": {**_run_facts(plan), "compare": list(texts)},

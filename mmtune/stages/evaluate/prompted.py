@@ -119,10 +119,10 @@ def prompted_rows(
     prompt = moved(found, media_root, str(instructions.facts["media_root"]))
     name = names_beside(instructions.facts["media_root"], prompt.media)
     count = len(rows.kept)
-    places = [row for row in range(count) if isinstance(asked_with(prompt, rows.example(row), name), Example)]
+    places = [row for row in range(count) if isinstance(asked_with(prompt, rows.whole(row), name), Example)]
 
     def example(number: int) -> Example:
-        asked = asked_with(prompt, rows.example(places[number]), name)
+        asked = asked_with(prompt, rows.whole(places[number]), name)
         assert isinstance(asked, Example)
         return asked
 

@@ -16,11 +16,11 @@ from mmtune.evaluation import CORPUS_METRICS, measure, metrics_of
 from mmtune.evaluation.asking import Answering, Asking
 from mmtune.evaluation.options import score_options
 from mmtune.evaluation.ranking import Words, question_of_row
-from mmtune.evaluation.rows import EvalRows
+from mmtune.evaluation.rows import EvalRows, no_context
 from mmtune.media.content import own_name
 from mmtune.models.soft_tokens import soft_tokens
 from mmtune.prompts.search.reward import WRONG, piecewise
-from mmtune.prompts.searched import SearchedPrompt, asked_with
+from mmtune.prompts.searched import SearchedPrompt, asked_with, shortenable
 from mmtune.records import Example, Medium
 
 _UNASKABLE = {"metric": 0.0, "gap": -1.0, "piecewise": -WRONG, "likelihood": 0.0}
@@ -53,6 +53,7 @@ class Asker:
         media_root: Of the rows.
         max_length: Longest conversation in tokens.
         drop_turns: Let over-long conversations lose whole early turns.
+        shorten: Let them lose the end of their context.
         max_new_tokens: Longest answer.
         batch_rows: Rows at once.
         rank: Answer rows with options by the likeliest one.
@@ -69,6 +70,7 @@ class Asker:
     media_root: Path
     max_length: int
     drop_turns: bool
+    shorten: bool
     max_new_tokens: int
     batch_rows: int
     rank: bool
@@ -115,6 +117,7 @@ class Asker:
             self.renderer,
             max_length=self.max_length,
             drop_turns=self.drop_turns,
+            context=shortenable if self.shorten else no_context,
         )
         for _ in rows.examine():
             pass

@@ -278,6 +278,7 @@ def _asker(course: Course, should_stop: Callable[[], bool], note: Callable[[str]
         media_root=course.media_root,
         max_length=tokenize.max_length,
         drop_turns=tokenize.too_long == "drop_turns",
+        shorten=tokenize.too_long == "shorten",
         max_new_tokens=asked.max_new_tokens,
         batch_rows=asked.batch_rows,
         rank=asked.answer == "rank",
