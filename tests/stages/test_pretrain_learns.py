@@ -38,7 +38,7 @@ pretrain:
     encoders:
       image: {{hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, image_size: 48, patch_size: 12,
         image_mean: 0.2, image_std: 0.2}}
-  objectives: {{caption: 1, reconstruction: 0.2, adversarial: 0.1, contrastive: 0.5}}
+  objectives: {{caption: 1, reconstruction: 0.2, adversarial: 0.5, contrastive: 0.5}}
   max_steps: 150
   batch_rows: 32
   log_every: 50
@@ -82,4 +82,4 @@ def test_codes_find_fill_in_and_rebuild_each_other(game, tmp_path, repository):
     fills_in_a_picture(recipe)
     # No part's codes are one point, and the discriminator is not sure of them.
     assert min(value for name, value in found.items() if "variance" in name) > 5e-3, found
-    assert found["discriminator_accuracy"] < (0.85 if game == "reversal" else 0.95), found
+    assert found["discriminator_accuracy"] < 0.85, found
