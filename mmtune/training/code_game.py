@@ -64,14 +64,14 @@ class GameHeads(nn.Module):
 def pace_of(name: str) -> Pace:
     """Returns how a parameter of a learner, by its name there, steps in a run with the adversarial objective.
 
-    An opponent that learns no faster than the encoders judges codes of long ago, and one that cools down as they do
-    says less and less: it takes larger steps (the two rates of Heusel et al. 2017, arXiv:1706.08500), all of one size.
-    Where both sides keep a momentum of 0.9 they circle each other (Gidel et al. 2019, arXiv:1807.04740), so neither
-    has any.
+    A discriminator that learns no faster than the encoders judges codes of long ago, and one that cools down as they
+    do says less and less: it takes larger steps (the two rates of Heusel et al. 2017, arXiv:1706.08500), all of one
+    size. Where both sides keep a momentum of 0.9 they circle each other (Gidel et al. 2019, arXiv:1807.04740), so
+    neither has any. Generators have their squared error to go by, and they and their judges step as usual.
     """
-    if ".game.discriminator." in name or ".game.judges." in name:
+    if ".game.discriminator." in name:
         return _OPPONENT_PACE
-    return _PLAYER_PACE if ".autoencoder.encoders." in name or ".game.generators." in name else USUAL
+    return _PLAYER_PACE if ".autoencoder.encoders." in name else USUAL
 
 
 def game_losses(

@@ -40,7 +40,7 @@ pretrain:
     encoders:
       image: {{hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, image_size: 48, patch_size: 12,
         image_mean: 0.2, image_std: 0.2}}
-  objectives: {{caption: 1, reconstruction: 0.2, adversarial: 0.1, contrastive: 0.5}}
+  objectives: {{caption: 1, reconstruction: 0.2, adversarial: 0.5, contrastive: 0.5}}
   max_steps: 150
   batch_rows: 32
   log_every: 50

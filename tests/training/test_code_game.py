@@ -199,18 +199,24 @@ def test_the_pace_of_the_players_erases_the_part_even_for_another_discriminator(
     assert told_by_another(*played(lambda name: USUAL)) > 0.85
 
 
-def test_an_opponent_steps_at_its_own_rate_to_the_end():
-    learner = torch.nn.ModuleDict(
-        {"heads": torch.nn.ModuleDict({"codes": CodeHeads({"adversarial"}, PARTS, 24, 6, {})})}
-    )
-    optimizer = make_optimizer(learner, name="muon", rate=1e-3, weight_decay=0.1, beta2=0.98, pace=pace_of)
+def test_a_discriminator_steps_at_its_own_rate_to_the_end():
+    learner = torch.nn.ModuleDict({"codes": CodeHeads({"adversarial"}, PARTS, 24, 6, {})})
+    optimizer = make_optimizer(learner, rate=1e-3, weight_decay=0.1, beta2=0.98, pace=pace_of)
     set_rate(optimizer, 0.0)
     names = {parameter: name for name, parameter in learner.named_parameters()}
     for group in optimizer.param_groups:
         for name in (names[parameter] for parameter in group["params"]):
-            opponent = "discriminator" in name or "judges" in name
-            assert group["lr"] == (pytest.approx(0.02) if opponent else 0.0), name
-            assert group["betas"] == (0.0, 0.98), name
+            assert group["lr"] == (pytest.approx(0.02) if "discriminator" in name else 0.0), name
+            plays = "discriminator" in name or "encoders" in name
+            assert group["betas"] == (0.0 if plays else 0.9, 0.98), name
+
+
+def test_muon_leaves_those_of_another_pace_to_adamw():
+    learner = torch.nn.ModuleDict({"codes": CodeHeads({"adversarial"}, PARTS, 24, 6, {})})
+    muon, _ = make_optimizer(learner, name="muon", rate=1e-3, weight_decay=0.1, beta2=0.98, pace=pace_of).parts
+    names = {parameter: name for name, parameter in learner.named_parameters()}
+    taken = {names[parameter] for group in muon.param_groups for parameter in group["params"]}
+    assert taken and all(".generators." in name or ".judges." in name for name in taken)
 
 
 def test_codes_say_nothing_of_their_part_by_place_or_size_and_a_row_alone_has_its_own():
