@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# What makes a model folder; metrics.jsonl and the manifest stay with the run.
+OMNI_FILES := config.json generation_config.json model.safetensors chat_template.jinja processor_config.json \
+	tokenizer.json tokenizer_config.json
 
 .PHONY: quickstart test test-fast lint types format base omni clean
 
@@ -40,11 +43,10 @@ base: $(STAMP)         ## train the bundled base again (about a quarter of an ho
 	cp runs/base/adapter/model.safetensors data/base/model.safetensors
 
 omni: $(STAMP)         ## train the bundled omni base again
-	$(BIN)/python data/make_omni.py
+	$(BIN)/python data/make_lessons.py
 	$(BIN)/mmtune run recipes/omni.yaml
 	mkdir -p data/omni
-	cp runs/omni/start/* data/omni/
-	cp runs/omni/adapter/model.safetensors data/omni/model.safetensors
+	cp $(addprefix runs/omni/base/,$(OMNI_FILES)) data/omni/
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache

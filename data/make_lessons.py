@@ -1,15 +1,15 @@
-"""Write what the bundled omni base is trained from: the joined parts, and its lessons.
+"""Write runs/omni/lessons.jsonl: the omni base's lessons, one conversation per line.
 
-``runs/omni/start`` joins the bundled base (its vision tower, projector and language model, with their weights) and a
-fresh log-mel sound encoder into one composite model. ``runs/omni/lessons.jsonl`` asks several questions about one
-sound, one clip, a picture with a sound, or a scene that the base knows already, so that it is not forgotten. All
-questions and answers are those of the annotation files of the train splits; only their arrangement is made here, and
-which picture goes with which sound. Run from anywhere::
+Each asks about one sound, one clip, a picture with a sound, or a scene that the base knows already, so that it is not
+forgotten. What is hard to learn, the voice and whether picture and sound are the same, is often asked alone: beside
+easier questions it would be a small part of what is learned from. Sounds, clips, scenes and their questions are those
+of the train splits; made here are their arrangement, which picture goes with which sound, and which of a clip's digits
+is named in a question for the one after or before it. Run from anywhere::
 
-    python data/make_omni.py
+    python data/make_lessons.py
     mmtune run recipes/omni.yaml
 
-The same bundled data give the same files.
+The same bundled data give the same file.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 HERE = Path(__file__).parent
-RATE_HZ = 8000
-WINDOW_SAMPLES, HOP_SAMPLES, MEL_BINS = 200, 80, 40
-SOUND_WIDTH = 96
-LESSONS = {"sound": 4200, "match": 2400, "clip": 3600, "scene": 2400}
+LESSONS = {"sound": 4000, "match": 6000, "order": 2500, "way": 2200, "scene": 1800}
 TURNS = 4
+# One order lesson in so many asks for all digits alone.
+LIST_ALONE = 4
 MATCH = "Is the digit in the picture the one that is said?"
 READ_PICTURE = "What digit is this?"
 
@@ -80,17 +80,19 @@ def conversation(identifier: str, media: list[Part], turns: list[Turn]) -> dict[
 
 
 def sound_lessons(draw: random.Random) -> Iterator[dict[str, object]]:
-    """A sound alone: word, digit and voice in any order."""
+    """A sound alone: the voice, or word, digit and voice in any order."""
     rows = rows_of("sounds")
     for number in range(LESSONS["sound"]):
         name = draw.choice(list(rows))
         turns = [(row["question"], row["answer"]) for row in rows[name] if row["question_type"] != "match"]
+        if number % 2:
+            turns = [(row["question"], row["answer"]) for row in rows[name] if row["question_type"] == "voice"]
         draw.shuffle(turns)
         yield conversation(f"sound-{number}", [{"type": "audio", "path": name}], turns)
 
 
 def match_lessons(draw: random.Random) -> Iterator[dict[str, object]]:
-    """A picture and a sound; in half of the lessons both are read before they are compared."""
+    """A picture and a sound: are they of the same digit, and what each is."""
     rows, pictures = rows_of("sounds"), pictures_by_digit()
     for number in range(LESSONS["match"]):
         name = draw.choice(list(rows))
@@ -99,19 +101,43 @@ def match_lessons(draw: random.Random) -> Iterator[dict[str, object]]:
         shown = heard[1] if same else draw.choice([digit for digit in sorted(pictures) if digit != heard[1]])
         media = [{"type": "image", "path": draw.choice(pictures[shown])}, {"type": "audio", "path": name}]
         verdict = (MATCH, "yes" if same else "no")
-        read_first = [(READ_PICTURE, shown), heard]
-        draw.shuffle(read_first)
-        yield conversation(f"match-{number}", media, [*read_first, verdict] if number % 2 else [verdict, *read_first])
+        read = [(READ_PICTURE, shown), heard]
+        draw.shuffle(read)
+        turns = [[*read, verdict], [verdict, *read], [verdict], [verdict]][number % 4]
+        yield conversation(f"match-{number}", media, turns)
 
 
-def clip_lessons(draw: random.Random) -> Iterator[dict[str, object]]:
-    """A clip: several of its questions in any order."""
-    rows = rows_of("clips")
-    for number in range(LESSONS["clip"]):
-        name = draw.choice(list(rows))
-        turns = [(row["question"], row["answer"]) for row in rows[name]]
-        chosen = draw.sample(turns, min(TURNS, len(turns)))
-        yield conversation(f"clip-{number}", [{"type": "video", "path": name}], chosen)
+def neighbours(digits: list[int]) -> list[Turn]:
+    """Every question for the digit after or before another one of a clip."""
+    pairs = list(pairwise(digits))
+    after = [(f"Which digit comes after the {one}?", str(other)) for one, other in pairs]
+    return after + [(f"Which digit comes before the {other}?", str(one)) for one, other in pairs]
+
+
+def order_lessons(draw: random.Random) -> Iterator[dict[str, object]]:
+    """A clip of three digits: which is where in their order, and at last all of them."""
+    clips = [rows for rows in rows_of("clips").values() if not rows[0]["shown"]["way"]]
+    for number in range(LESSONS["order"]):
+        rows = draw.choice(clips)
+        digits = rows[0]["shown"]["digits"]
+        asked = {row["question_type"]: (row["question"], row["answer"]) for row in rows}
+        # Behind the other answers the list could be put together from their words, so it is asked alone.
+        turns = [asked["list"]]
+        if number % LIST_ALONE:
+            ends = [asked["first"], asked["last"]]
+            turns = [draw.choice(ends), *draw.sample(neighbours(digits), 2)]
+            draw.shuffle(turns)
+        yield conversation(f"order-{number}", [{"type": "video", "path": rows[0]["video"]}], turns)
+
+
+def way_lessons(draw: random.Random) -> Iterator[dict[str, object]]:
+    """A clip of one digit that moves: which digit, and which way."""
+    clips = [rows for rows in rows_of("clips").values() if rows[0]["shown"]["way"]]
+    for number in range(LESSONS["way"]):
+        rows = draw.choice(clips)
+        turns = [(row["question"], row["answer"]) for row in rows]
+        draw.shuffle(turns)
+        yield conversation(f"way-{number}", [{"type": "video", "path": rows[0]["video"]}], turns)
 
 
 def scene_lessons(draw: random.Random) -> Iterator[dict[str, object]]:
@@ -131,64 +157,18 @@ def scene_lessons(draw: random.Random) -> Iterator[dict[str, object]]:
 def write_lessons(path: Path) -> None:
     """Write all lessons in an order of their own."""
     draw = random.Random(0)
-    lessons = [lesson for kind in (sound_lessons, match_lessons, clip_lessons, scene_lessons) for lesson in kind(draw)]
+    kinds = (sound_lessons, match_lessons, order_lessons, way_lessons, scene_lessons)
+    lessons = [lesson for kind in kinds for lesson in kind(draw)]
     draw.shuffle(lessons)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(lesson) + "\n" for lesson in lessons), encoding="utf-8")
 
 
-def join_parts() -> tuple[Any, Any]:
-    """The composite model with the base's weights and a fresh sound encoder (seed 0), and its processor."""
-    import torch
-    from transformers import AutoModelForImageTextToText
-
-    from mmtune.models.composite.assemble import assemble
-    from mmtune.models.encoders import LogMelConfig
-
-    base = AutoModelForImageTextToText.from_pretrained(HERE / "base", dtype=torch.float32)
-    make_base = script("make_base")
-    tokenizer = make_base.make_tokenizer()
-    reader = make_base.make_processor(tokenizer)
-    sounds = LogMelConfig(
-        hidden_size=SOUND_WIDTH,
-        intermediate_size=2 * SOUND_WIDTH,
-        num_hidden_layers=3,
-        num_mel_bins=MEL_BINS,
-        sampling_rate=RATE_HZ,
-        n_fft=WINDOW_SAMPLES,
-        hop_length=HOP_SAMPLES,
-        initializer_range=0.05,
-    )
-    torch.manual_seed(0)
-    tokenizer.chat_template = make_base.CHAT_TEMPLATE.replace(
-        "{%- elif part.text is defined",
-        "{%- elif part.type == 'audio' -%}{{ '<audio>' }}\n{%- elif part.text is defined",
-    )
-    model, processor = assemble(
-        base.config.text_config,
-        encoders={"image": base.config.vision_config, "audio": sounds},
-        tokenizer=tokenizer,
-        preprocessors={"image": reader.image_processor},
-        vision_feature_layer=base.config.vision_feature_layer,
-    )
-    taught, own = base.state_dict(), model.state_dict()
-    with torch.no_grad():
-        for name, value in taught.items():
-            # The embeddings have one row more, that of <audio>; it starts as the mean of the others.
-            own[name][: len(value)] = value
-            own[name][len(value) :] = value.mean(0)
-    return model, processor
-
-
 def main() -> None:
-    """Write the start and the lessons below the folder given by ``--out``."""
+    """Write the file given by ``--out``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=HERE.parent / "runs" / "omni")
-    out: Path = parser.parse_args().out
-    write_lessons(out / "lessons.jsonl")
-    model, processor = join_parts()
-    model.save_pretrained(out / "start")
-    processor.save_pretrained(out / "start")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "runs" / "omni" / "lessons.jsonl")
+    write_lessons(parser.parse_args().out)
 
 
 if __name__ == "__main__":

@@ -157,17 +157,7 @@ def _config(key: str, values: dict[str, Any]) -> Any:
             f"pretrain.build.{key}: a config of {kind} has no {strange[0]!r}", "check the spelling", "no_such_setting"
         )
     if kind in _SMALL.values():
-        for name, value in settings.items():
-            if type(getattr(plain, name)) is int and (type(value) is not int or value < 1):
-                raise RecipeError(
-                    f"pretrain.build.{key}.{name}: {value!r} is no number of 1 or more",
-                    "check the values",
-                    "bad_setting",
-                )
-            if name.endswith("_std") and not (type(value) in (int, float) and value > 0):
-                raise RecipeError(
-                    f"pretrain.build.{key}.{name}: {value!r} is no number above 0", "check the values", "bad_setting"
-                )
+        _check_small(key, plain, settings)
     try:
         return AutoConfig.for_model(kind, **settings)
     except (StrictDataclassError, TypeError, ValueError) as error:
@@ -176,3 +166,15 @@ def _config(key: str, values: dict[str, Any]) -> Any:
         raise RecipeError(
             f"pretrain.build.{key}: a config of {kind} refuses this: {why}", "check the values", "bad_setting"
         ) from error
+
+
+def _check_small(key: str, plain: Any, settings: dict[str, Any]) -> None:
+    """Refuses values that a small encoder cannot be made of; its config takes them all."""
+    for name, value in settings.items():
+        wanted = "above 0" if name.endswith("_std") else "of 1 or more"
+        whole = type(getattr(plain, name)) is int and (type(value) is not int or value < 1)
+        deviation = name.endswith("_std") and not (type(value) in (int, float) and value > 0)
+        if whole or deviation:
+            raise RecipeError(
+                f"pretrain.build.{key}.{name}: {value!r} is no number {wanted}", "check the values", "bad_setting"
+            )
