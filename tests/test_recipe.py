@@ -58,6 +58,41 @@ def test_mistakes_are_named(tmp_path, text, expected):
     assert caught.value.hint
 
 
+BUILT = (
+    "run_dir: x\npretrain: {build: {text: a, encoders: {image: b}, fusion: {mode: %s}}}\nfinetune: {train: [llm, %s]}\n"
+)
+
+
+@pytest.mark.parametrize(("mode", "tower", "has"), [("early", "fusion", False), ("late", "fusion", True),
+                                                    ("late", "audio", False), ("early", "vision", True)])  # fmt: skip
+def test_what_tunes_a_model_that_is_made_first_is_known_before(tmp_path, mode, tower, has):
+    if has:
+        assert load(tmp_path, BUILT % (mode, tower)).finetune.train == ("llm", tower)
+        return
+    with pytest.raises(
+        RecipeError, match=f"finetune.train names the tower {tower}, which pretrain.build does not make"
+    ):
+        load(tmp_path, BUILT % (mode, tower))
+
+
+def test_a_value_from_elsewhere_is_named_by_where_it_comes_from(tmp_path):
+    text = "run_dir: x\nfinetune:\n  epochs: 1\n"
+    with pytest.raises(RecipeError, match=r": --set finetune.epochs: `finetune.epochs`: "):
+        load(tmp_path, text, ["finetune.epochs=soon"])
+    with pytest.raises(RecipeError, match=r": the environment's MMTUNE_FINETUNE__EPOCHS: `finetune.epochs`: "):
+        load(tmp_path, text, environ={"MMTUNE_FINETUNE__EPOCHS": "-1"})
+    with pytest.raises(RecipeError, match=r"--set finetune.lora.z: unknown key `finetune.lora.z`"):
+        load(tmp_path, text, ["finetune.lora.z=1"])
+
+
+def test_problems_name_keys_and_not_types(tmp_path):
+    text = "run_dir: x\npretrain: {build: {text: a, encoders: {image: b}}, train: most, objectives: {zork: 1}}\n"
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, text)
+    assert "`pretrain.train`" in caught.value.message and "`pretrain.objectives.zork`" in caught.value.message
+    assert "[" not in caught.value.message.replace(str(tmp_path), "")
+
+
 def test_precedence(tmp_path):
     write(tmp_path, "run_dir: x\nseed: 1\nfinetune: {epochs: 1, accumulate: 2}\n", "base.yaml")
     text = "extends: base.yaml\nfinetune: {epochs: 2}\n"

@@ -32,7 +32,7 @@ class _LoraLinear(torch.autograd.Function):
         y_TO = functional.linear(x_TI, weight_OI, bias_O).addmm_(inner_Tr, b_Or.to(x.dtype).T, alpha=scaling)
         ctx.save_for_backward(x_TI, weight_OI, a_rI, b_Or, inner_Tr)
         ctx.scaling = scaling
-        return y_TO.view(*x.shape[:-1], -1)
+        return y_TO.view(*x.shape[:-1], weight_OI.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -45,7 +45,9 @@ class _LoraLinear(torch.autograd.Function):
         b_grad = torch.addmm(b, grad_TO.T, inner_Tr, beta=0, alpha=scaling).to(b_Or.dtype)
         x_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = (grad_TO @ weight_OI).addmm_(inner_grad_Tr, a, alpha=scaling).view(*grad.shape[:-1], -1)
+            x_grad = (
+                (grad_TO @ weight_OI).addmm_(inner_grad_Tr, a, alpha=scaling).view(*grad.shape[:-1], weight_OI.shape[1])
+            )
         return x_grad, None, None, a_grad, b_grad, None
 
 

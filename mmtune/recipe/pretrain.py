@@ -20,7 +20,8 @@ _ELSEWHERE = {
     "text": "text is read by the language model that build.text names",
     "behaviour": "histories are read as words, from `columns: {text: ...}` of a table; extract encodes them apart",
 }
-_TOWERS: dict[str, Tower] = {"text": "llm", "image": "vision", "audio": "audio"}
+TOWER_OF: dict[str, Tower] = {"text": "llm", "image": "vision", "audio": "audio"}
+"""The tower that a part becomes."""
 
 
 class Projector(Section):
@@ -175,7 +176,7 @@ class Pretrain(Section):
         if self.train != "all":
             if not self.train:
                 raise ValueError("train: name at least one tower; freezing everything would train nothing")
-            still = sorted(part for part in self.unfreeze if _TOWERS[part] not in self.train)
+            still = sorted(part for part in self.unfreeze if TOWER_OF[part] not in self.train)
             if still:
                 raise ValueError(f"unfreeze names {still[0]}, which does not train")
             idle = sorted(set(self.tower_rates) - set(self.train))

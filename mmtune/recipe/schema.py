@@ -11,7 +11,7 @@ from mmtune.recipe.build import Build
 from mmtune.recipe.evaluation import Eval
 from mmtune.recipe.extract import Extract
 from mmtune.recipe.finetune import Finetune
-from mmtune.recipe.pretrain import Pretrain
+from mmtune.recipe.pretrain import TOWER_OF, Pretrain
 from mmtune.recipe.prompt import Prompt
 from mmtune.recipe.section import Section
 from mmtune.recipe.sources import Source
@@ -76,6 +76,21 @@ class Recipe(Section):
         if self.pretrain is not None:
             return str(self.run_dir / "start")
         return self.model.path if self.model else ""
+
+    @model_validator(mode="after")
+    def _towers_that_are_built(self) -> Recipe:
+        """What tunes a model that pretrain makes is known before it is made."""
+        if self.pretrain is None or self.finetune is None:
+            return self
+        build = self.pretrain.build
+        has = {"llm", "projector", *(tower for part, tower in TOWER_OF.items() if part in build.encoders)}
+        if build.fusion.mode != "early" or build.fusion.attention != "none":
+            has.add("fusion")
+        for tower in self.finetune.train:
+            if tower not in has:
+                names = ", ".join(sorted(has))
+                raise ValueError(f"finetune.train names the tower {tower}, which pretrain.build does not make: {names}")
+        return self
 
     @model_validator(mode="after")
     def _unique_sources(self) -> Recipe:

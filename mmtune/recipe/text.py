@@ -21,6 +21,8 @@ ENV_PREFIX = "MMTUNE_"
 # Variables of the tool itself, not recipe keys.
 _RESERVED_ENV = ("MMTUNE_TEST_", "MMTUNE_LAUNCHED", "MMTUNE_RECIPE", "MMTUNE_NO_")
 _MAX_BYTES = 4 << 20
+# What pydantic names beside keys: the kinds of a value that may have several, and that a key itself is meant.
+_NO_KEY = re.compile(r"(?:literal|tuple|list|dict|function-\w+)\[.*|\[key\]|constrained-\w+|str|int|float|bool")
 
 
 class _Loader(yaml.SafeLoader):
@@ -102,25 +104,33 @@ def load_recipe(path: Path | None, overrides: Sequence[str] = (), environ: Mappi
     """
     found = find_recipe(path)
     values = _read_with_parents(found, ())
-    here = Path.cwd()
+    here, given = Path.cwd(), dict[tuple[str, ...], str]()
     for key, text in _environment(os.environ if environ is None else environ):
-        values = resolve_paths(_assign(values, key, text, f"environment variable for {'.'.join(key)}"), here)
+        given[key] = f"the environment's {ENV_PREFIX}{'__'.join(key).upper()}"
+        values = resolve_paths(_assign(values, key, text, given[key]), here)
     for override in overrides:
         name, equals, text = override.partition("=")
         keys = tuple(name.strip().split("."))
         if not equals or not all(keys):
             raise RecipeError(f"--set {override!r} is not of the form a.b=value", "example: --set finetune.epochs=2")
-        values = resolve_paths(_assign(values, keys, text, f"--set {name}"), here)
-    return check_recipe(values, found)
+        given[keys] = f"--set {name}"
+        values = resolve_paths(_assign(values, keys, text, given[keys]), here)
+    return check_recipe(values, found, given)
 
 
-def check_recipe(values: Mapping[str, Any], path: Path) -> Recipe:
-    """Returns a Recipe from plain values, or raises RecipeError with one line per problem."""
+def check_recipe(values: Mapping[str, Any], path: Path, given: Mapping[tuple[str, ...], str] | None = None) -> Recipe:
+    """Returns a Recipe from plain values, or raises RecipeError with one line per problem.
+
+    Args:
+        values: Of the whole recipe.
+        path: The file, for errors.
+        given: Keys that do not stand in it, and what gave them.
+    """
     try:
         return Recipe.model_validate(dict(values))
     except ValidationError as error:
-        lines = _key_lines(path)
-        problems = [_describe(item, lines) for item in error.errors()]
+        places = {key: f"line {line}" for key, line in _key_lines(path).items()} | dict(given or {})
+        problems = [_describe(item, places) for item in error.errors()]
         unique = list(dict.fromkeys(problems))
         raise RecipeError(
             f"{path}: " + "; ".join(unique), "mend the recipe; `mmtune init` lists working ones", "bad_recipe"
@@ -208,11 +218,11 @@ def _assign_at(values: Any, keys: tuple[str, ...], value: Any, what: str) -> Any
     return out
 
 
-def _describe(item: Any, lines: Mapping[tuple[str, ...], int]) -> str:
-    location = tuple(str(part) for part in item["loc"])
+def _describe(item: Any, places: Mapping[tuple[str, ...], str]) -> str:
+    location = tuple(str(part) for part in item["loc"] if not _NO_KEY.fullmatch(str(part)))
     name = ".".join(location)
-    line = lines.get(location) or lines.get(location[:-1])
-    where = f"line {line}: " if line else ""
+    place = places.get(location) or places.get(location[:-1])
+    where = f"{place}: " if place else ""
     if item["type"] == "extra_forbidden":
         known = sorted(_known_keys(location[:-1]))
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.6)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 LIMITS = ("batch_tokens", "batch_rows", "batch_media_tokens")
@@ -37,6 +37,19 @@ class StepSize:
     def is_as_large_as(self, other: StepSize) -> bool:
         """Says whether as many tokens and rows make a step, in whatever micro batches."""
         return self._whole() == other._whole()
+
+    def in_micro_batches(self, count: int) -> StepSize | None:
+        """Returns a step as large in so many micro batches; None where it does not come out even."""
+        tokens, rows = self._whole()
+        if tokens % count or (rows is not None and rows % count):
+            return None
+        return StepSize(count, tokens // count, None if rows is None else rows // count, self.batch_media_tokens)
+
+    def micro_batches_like(self, other: StepSize) -> int | None:
+        """Returns how many micro batches of another size make a step as large; None where none do."""
+        count = self.micro_batches * self.batch_tokens // other.batch_tokens
+        like = replace(other, micro_batches=count)
+        return count if like.is_as_large_as(self) else None
 
 
 def planned_size(own: StepSize, identity: Mapping[str, Any] | None) -> StepSize:

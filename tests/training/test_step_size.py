@@ -51,3 +51,11 @@ def test_smaller_micro_batches_hold_the_same_rows_in_the_same_steps(
         for part in parts:
             assert part.size == 1 or part.size * sizes.tokens[part].max() <= larger // times
             assert rows is None or part.size <= rows
+
+
+def test_a_step_comes_out_as_large_in_other_micro_batches_where_it_can():
+    size = StepSize(1, 8192, 8)
+    assert size.in_micro_batches(2) == StepSize(2, 4096, 4) and size.in_micro_batches(2).is_as_large_as(size)
+    assert StepSize(2, 10).in_micro_batches(1) == StepSize(1, 20)
+    assert size.micro_batches_like(StepSize(1, 4096, 4)) == 2 and size.micro_batches_like(StepSize(1, 4096, 8)) is None
+    assert size.in_micro_batches(3) is None and StepSize(1, 9, 3).in_micro_batches(2) is None

@@ -13,6 +13,7 @@ from mmtune.features.joint import JOINT
 from mmtune.features.table import FeatureTable, open_features
 from mmtune.features.units import FeatureKind, Gathered
 from mmtune.files import disk_errors
+from mmtune.prompts.template import check_task
 from mmtune.recipe import Extract, Recipe
 from mmtune.records import Reject
 from mmtune.stages.extract.encoders import Chosen, choose, write_small
@@ -51,6 +52,8 @@ def extract(
         DataError: Nothing has features, or an encoder's numbers overflow fp16.
         CapabilityError: An encoder, or a library that it needs, is not at hand.
     """
+    for task in (task for source in recipe.sources for task in (*source.tasks, source.task) if task):
+        check_task(task)
     settings = recipe.extract or Extract()
     gathered, media_root = gather_units(recipe, settings, limit)
     chosen = choose(recipe, settings, gathered.units, _known_items(gathered), offline)

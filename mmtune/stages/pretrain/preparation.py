@@ -9,11 +9,10 @@ from typing import Any
 from mmtune import __version__
 from mmtune.errors import DataError, IntegrityError, RecipeError
 from mmtune.recipe import Recipe
-from mmtune.recipe.pretrain import Pretrain
+from mmtune.recipe.pretrain import TOWER_OF, Pretrain
 from mmtune.storage import Manifest, library_versions, open_split
 from mmtune.talk import Talk
 
-_TOWER_OF = {"text": "llm", "image": "vision", "audio": "audio"}
 # Media that a part's code is made of, by the number that ``tree_modalities`` gives them.
 _KINDS = {"image": 1 | 2, "audio": 4}
 # Rows that tell what is usual, for codes.
@@ -231,8 +230,8 @@ def _learner_settings(recipe: Recipe, settings: Pretrain, processor: Any, plan: 
                 "name two in pretrain.codes.modalities, of text and the encoders",
                 "one_modality",
             )
-    frozen = frozen_steps({_TOWER_OF[part]: epochs for part, epochs in settings.unfreeze.items()}, plan)
-    towers = {"llm", "projector", *(_TOWER_OF[name] for name in settings.build.encoders)}
+    frozen = frozen_steps({TOWER_OF[part]: epochs for part, epochs in settings.unfreeze.items()}, plan)
+    towers = {"llm", "projector", *(TOWER_OF[name] for name in settings.build.encoders)}
     trained = towers if settings.train == "all" else set(settings.train)
     if not trained - set(frozen):
         raise RecipeError(
