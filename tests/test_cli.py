@@ -89,3 +89,19 @@ def test_a_signal_ends_any_command_with_its_code_and_one_document(tmp_path, monk
     out = capsys.readouterr()
     assert ended.value.code == code and "Traceback" not in out.err
     assert json.loads(out.out)["error"]["exit_code"] == code
+
+
+def test_what_a_library_prints_is_no_part_of_the_document(tmp_path, monkeypatch, capsys):
+    def noisy(recipe, **_):
+        print("[WARNING] a library speaks")
+        return {"stage": "build-data"}
+
+    monkeypatch.setattr(build_data, "build_data", noisy)
+    (tmp_path / "r.yaml").write_text("run_dir: x\n")
+    for name in ("build-data", "build-instructions"):
+        monkeypatch.setattr("sys.argv", ["mmtune", name, str(tmp_path / "r.yaml"), "--json"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        assert not ended.value.code and json.loads(said.out)["ok"]
+        assert "a library speaks" in said.err

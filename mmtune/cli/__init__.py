@@ -14,6 +14,7 @@ import typer
 from mmtune import __version__
 from mmtune.cli.datasets import build_data, extract, tokenize
 from mmtune.cli.looking import doctor, init, keys, show
+from mmtune.cli.options import keeping_stdout
 from mmtune.cli.prompting import prompt
 from mmtune.cli.scoring import evaluate, score
 from mmtune.cli.training import finetune, pretrain
@@ -36,7 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-COMMANDS: dict[str, Callable[..., None]] = {
+STAGES: dict[str, Callable[..., None]] = {
     "build-data": build_data,
     "extract": extract,
     "prompt": prompt,
@@ -44,14 +45,18 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "pretrain": pretrain,
     "finetune": finetune,
     "eval": evaluate,
-    "score": score,
     "run": run,
+}
+"""Commands that run stages, and with them libraries that may print."""
+COMMANDS: dict[str, Callable[..., None]] = {
+    **{name: keeping_stdout(command) for name, command in STAGES.items()},
+    "score": score,
     "init": init,
     "show": show,
     "doctor": doctor,
     "keys": keys,
 }
-SECOND_NAMES: dict[str, Callable[..., None]] = {"build-instructions": build_data, "evaluate": evaluate}
+SECOND_NAMES = {"build-instructions": COMMANDS["build-data"], "evaluate": COMMANDS["eval"]}
 """Other names of a command, left out of the help."""
 
 for _name, _command in COMMANDS.items():

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from contextvars import ContextVar
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -45,13 +50,32 @@ def load(recipe: Path | None, overrides: list[str] | None, seed: int | None) -> 
     return load_recipe(recipe, [*(overrides or ()), *extra])
 
 
+# Where documents go while a stage runs; None is stdout.
+_DATA: ContextVar[IO[str] | None] = ContextVar("data", default=None)
+
+
 def check_resume(resume: str) -> None:
     """Raises RecipeError when ``--resume`` is neither auto nor never."""
     if resume not in ("auto", "never"):
         raise RecipeError(f"--resume {resume!r}: expected auto or never", "leave it out to go on where a run stopped")
 
 
+def keeping_stdout(command: Callable[..., None]) -> Callable[..., None]:
+    """Returns a command of a stage that sends what libraries print to stderr: stdout carries its document alone."""
+
+    @wraps(command)
+    def run(*args: Any, **options: Any) -> None:
+        token = _DATA.set(sys.stdout)
+        try:
+            with redirect_stdout(sys.stderr):
+                command(*args, **options)
+        finally:
+            _DATA.reset(token)
+
+    return run
+
+
 def finish(command: str, result: dict[str, Any], as_json: bool) -> None:
     """Prints a command's result document on stdout where ``--json`` asked for it."""
     if as_json:
-        print(json_line({"ok": True, "schema": f"mmtune.{command}/1", **result}))
+        print(json_line({"ok": True, "schema": f"mmtune.{command}/1", **result}), file=_DATA.get())

@@ -381,7 +381,7 @@ filling._PART_UNITS = 4
 write = filling.write_part
 def slow(*given):
     write(*given)
-    print("part", flush=True)
+    print("part", flush=True, file=sys.__stdout__)
     time.sleep(float(os.environ["MMTUNE_TEST_PAUSE"]))
 filling.write_part = slow
 main()
