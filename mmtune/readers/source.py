@@ -32,6 +32,7 @@ class SourceFiles:
         subset: The split to read of a hub dataset.
         seed: For readers that draw (the negatives of ``coco_instances``).
         keep_fields: Keep the columns of a raw row for templates that name them.
+        split_in_id: Files of other folders may have the same names: the split stands before a file's name in its id.
     """
 
     id: str
@@ -48,6 +49,7 @@ class SourceFiles:
     subset: str | None = None
     seed: int = 0
     keep_fields: bool = False
+    split_in_id: bool = False
 
     def file(self, key: str) -> Path:
         """Returns an input that the reader cannot do without.
