@@ -16,7 +16,8 @@
 * ``rationale``: how the answer is reached, for ``build.mixture.chain_of_thought``;
 * ``image``, ``audio``, ``video``: one column or a list of them;
 * ``references``, ``options``: a column that holds a list, or a list of columns;
-* ``history``: ids of items, oldest first, as a list or separated by spaces, commas or bars;
+* ``history``: ids of items, oldest first, as a list (of JSON too, in a CSV file), a list of columns, or a text with
+  spaces, commas or bars between them;
 * ``id``; ``metadata``: columns for grouping scores;
 * ``rows``: the name of the array in a JSON object; without it an object is a table whose keys are
   the column ``key``; ``delimiter`` of a CSV file; ``strip``: removed from the front of media paths.
@@ -41,7 +42,7 @@ from typing import Any
 from mmtune.errors import DataError, RecipeError
 from mmtune.readers.fields import answer_text, as_list, kind, media_of, record_id, scalar_text
 from mmtune.readers.source import Refused, Row, SourceFiles, read_rows
-from mmtune.readers.strict_json import iter_jsonl, iter_lines, open_bytes, stream_arrays
+from mmtune.readers.strict_json import iter_jsonl, iter_lines, open_bytes, parse, stream_arrays
 from mmtune.records import MODALITIES, Medium, Record, Reject
 
 _SLOT = re.compile(r"\{([^{}]+)\}")
@@ -49,6 +50,7 @@ _TAUGHT = ("answer", "output", "target", "references")
 _KNOWN = {*_TAUGHT} | {"question", "text", "instruction", "context", "options", "id", "metadata", "rows", "delimiter"}
 _KNOWN |= {"strip", "rationale", "history", "image", "audio", "video", "images", "audios", "videos"}
 _BETWEEN = re.compile(r"[\s,;|]+")
+_MISSING = ("nan", "NaN", "null", "NULL", "None", "<NA>")
 _MAX_FIELD = 64 << 20
 _BINARY = re.compile("[\0-\x08\x0e-\x1f\ud800-\udfff]")
 
@@ -192,10 +194,39 @@ def _texts(columns: Mapping[str, Any], name: str, row: Any) -> tuple[str, ...]:
 
 
 def _history(columns: Mapping[str, Any], row: Any) -> tuple[str, ...] | None:
-    if "history" not in columns:
+    """Returns the items of a list as they are, those of a text between spaces, commas and bars; None without a column.
+
+    Of a list of columns every one that is filled holds one item.
+    """
+    spec = columns.get("history")
+    if spec is None:
         return None
-    found = _texts(columns, "history", row)
-    return tuple(item for text in found for item in (_BETWEEN.split(text) if len(found) == 1 else [text]) if item)
+    if isinstance(spec, list | tuple):
+        return tuple(item for item in _texts(columns, "history", row) if item)
+    found, pointer = _cell(spec, row, "history"), f"/{spec}"
+    if isinstance(found, str) and not found.lstrip().startswith("["):
+        items = tuple(item for item in _BETWEEN.split(found) if item)
+        missing = next((item for item in items if item in _MISSING), None)
+        if missing is not None:
+            raise Refused("bad_field", f"{pointer}: {missing!r} is no item; leave the cell empty where there is none")
+        return items
+    if isinstance(found, str):
+        found = _list_of(found, pointer)
+    listed = () if found is None else found if isinstance(found, list | tuple) else (found,)
+    return tuple(_item(item, f"{pointer}/{at}") for at, item in enumerate(listed))
+
+
+def _list_of(text: str, pointer: str) -> Any:
+    try:
+        return parse(text)
+    except Refused as refused:
+        raise Refused("bad_field", f"{pointer}: begins like a list, and {refused.detail}") from refused
+
+
+def _item(value: Any, pointer: str) -> str:
+    if value is None or value == "" or value != value:
+        raise Refused("bad_field", f"{pointer}: expected an item, found {'nothing' if value == '' else kind(value)}")
+    return scalar_text(value, pointer)
 
 
 def _media(source: SourceFiles, row: Any) -> tuple[Medium, ...]:

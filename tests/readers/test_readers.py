@@ -468,6 +468,42 @@ def test_table_csv_faults(tmp_path: Path):
         assert error.value.code == "empty_input"
 
 
+@pytest.mark.parametrize(
+    ("cell", "items"),
+    [
+        (["a b, c", "C|D"], ("a b, c", "C|D")),
+        (["ünï 🦄"], ("ünï 🦄",)),
+        ([], ()),
+        (None, ()),
+        ([7, 8], ("7", "8")),
+        (7, ("7",)),
+        ("1 2,3|4", ("1", "2", "3", "4")),
+        ('["Alien", "Paris, Texas"]', ("Alien", "Paris, Texas")),
+        (["nan"], ("nan",)),
+        (["a", None], "/past/1: expected an item, found null"),
+        (["a", ""], "/past/1: expected an item, found nothing"),
+        ("nan", "'nan' is no item"),
+        ("a,null", "'null' is no item"),
+        ('["Alien", NaN]', "/past: begins like a list"),
+        ("['1', '2']", "/past: begins like a list"),
+        ({"a": 1}, "expected a string, found an object"),
+    ],
+)
+def test_the_items_of_a_history(tmp_path: Path, cell, items):
+    path = write(tmp_path / "h.jsonl", [{"past": cell, "next": "x"}])
+    (found,) = read("table", path=path, columns={"history": "past", "answer": "next"})
+    if isinstance(items, str):
+        assert isinstance(found, Reject) and found.reason == "bad_field" and items in found.detail
+    else:
+        assert found.history == items
+
+
+def test_a_history_in_columns_has_the_filled_ones(tmp_path: Path):
+    path = write(tmp_path / "h.csv", "a,b,c,next\none two,,three,x\n")
+    (found,) = read("table", path=path, columns={"history": ["a", "b", "c"], "answer": "next"})
+    assert found.history == ("one two", "three")
+
+
 def test_folder(tmp_path: Path):
     for name in ("cat/1.jpg", "cat/2.PNG", "dog/1.wav", "dog/notes.txt", ".hidden/x.jpg", "top.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
