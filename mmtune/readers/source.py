@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +80,14 @@ class SourceFiles:
                 return path if path.is_dir() else path.parent
         return Path.cwd()
 
+    def own_id(self, name: str) -> str:
+        """Returns the id of a record that has a name of its own."""
+        return f"{self.id}/{unicodedata.normalize('NFC', name)}"
+
+    def row_id(self, index: int) -> str:
+        """Returns the id of a record that has none: its place in the file."""
+        return f"{self.id}/{self.split}-{index}"
+
     def wants(self, task: str) -> bool:
         """Says whether records of a task are asked for."""
         return not self.tasks or task in self.tasks
@@ -114,8 +123,16 @@ def read_rows(
     *,
     source: SourceFiles,
     what: Path | None = None,
+    id_column: str = "",
 ) -> Iterator[Record | Reject]:
     """Yields the records of each row, or its Reject when ``make`` refuses it.
+
+    Args:
+        rows: What was parsed, and what could not be.
+        make: Row to records.
+        source: Whose rows they are.
+        what: Where they come from, if not ``source.path``.
+        id_column: Where a row has its id if ``columns`` does not say.
 
     Raises:
         DataError: There was no row at all (``empty_input``).
@@ -129,8 +146,16 @@ def read_rows(
         try:
             yield from make(row)
         except Refused as refused:
-            yield Reject(row.where, f"{source.id}/{source.split}-{row.index}", refused.reason, refused.detail)
+            yield Reject(row.where, _refused_id(source, row, id_column), refused.reason, refused.detail)
     if empty:
         raise DataError(
             f"{what or source.path} holds no rows", "check the file; an empty source is never skipped", "empty_input"
         )
+
+
+def _refused_id(source: SourceFiles, row: Row, id_column: str) -> str:
+    """Returns the id that a refused row would have had, as far as one can be read."""
+    column = source.columns.get("id", id_column)
+    own = row.value.get(column) if isinstance(row.value, Mapping) else None
+    plain = isinstance(own, str | int) and not isinstance(own, bool) and own != ""
+    return source.own_id(str(own)) if plain else source.row_id(row.index)

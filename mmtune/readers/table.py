@@ -24,7 +24,8 @@
 
 A value is a column's name or index, a template with names or indexes in braces, or a fixed text
 after ``=``. ``tasks: [caption]`` names the task; else a row with a question is ``vqa`` (with media) or
-``instruction``, one with media only is ``label``, and one with an answer only is ``text``.
+``instruction``. Where no column holds questions, a row with media is ``label``, and one with an
+answer only is ``text``; where one does, a row without is refused.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ _KNOWN = {*_TAUGHT} | {"question", "text", "instruction", "context", "options", 
 _KNOWN |= {"strip", "rationale", "history", "image", "audio", "video", "images", "audios", "videos"}
 _BETWEEN = re.compile(r"[\s,;|]+")
 _MISSING = ("nan", "NaN", "null", "NULL", "None", "<NA>")
+_UNASKED = ("caption", "label", "text")
 _MAX_FIELD = 64 << 20
 _BINARY = re.compile("[\0-\x08\x0e-\x1f\ud800-\udfff]")
 
@@ -89,7 +91,7 @@ def table_record(source: SourceFiles, row: Row) -> Record:
     if not isinstance(row.value, Mapping | list | tuple):
         raise Refused("bad_field", f"/: expected an object or a list, found {kind(row.value)}")
     columns = source.columns
-    question = _first_text(columns, ("question", "text", "instruction"), row.value)
+    question = _question(source, row.value)
     context = _first_text(columns, ("context",), row.value)
     references = _texts(columns, "references", row.value)
     answer = _first_text(columns, ("answer", "output", "target"), row.value)
@@ -122,6 +124,15 @@ def table_record(source: SourceFiles, row: Row) -> Record:
         history=_history(columns, row.value),
         where=row.where,
     )
+
+
+def _question(source: SourceFiles, row: Any) -> str:
+    names = ("question", "text", "instruction")
+    question = _first_text(source.columns, names, row)
+    named = next((source.columns[name] for name in names if name in source.columns), None)
+    if named is not None and not question.strip() and not set(source.tasks) & set(_UNASKED):
+        raise Refused("empty_question", f"/{named}: the question is empty")
+    return question
 
 
 def _fields(row: Any) -> dict[str, Any]:

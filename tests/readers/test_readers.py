@@ -468,6 +468,27 @@ def test_table_csv_faults(tmp_path: Path):
         assert error.value.code == "empty_input"
 
 
+def test_a_row_without_its_question_is_refused_where_one_is_asked(tmp_path: Path):
+    path = write(tmp_path / "q.jsonl", [{"q": "Why?", "a": "so", "i": "a.jpg"}, {"q": " ", "a": "so", "i": "b.jpg"}])
+    for columns in ({"question": "q", "answer": "a"}, {"question": "q", "answer": "a", "image": "i"}):
+        assert reasons(read("table", path=path, columns=columns)) == ["empty_question"]
+    columns = {"text": "q", "answer": "a", "image": "i"}
+    assert not reasons(read("table", path=path, columns=columns, tasks=("caption",)))
+    assert not reasons(read("table", path=path, columns={"answer": "a"}))
+
+
+def test_a_refused_row_has_the_id_that_it_would_have_had(tmp_path: Path):
+    rows = [{"id": 7, "name": "x", "q": "", "a": "y"}, {"id": "", "name": "", "q": "", "a": "y"}]
+    path, columns = write(tmp_path / "r.jsonl", rows), {"question": "q", "answer": "a"}
+    named = [read("table", path=path, columns=columns | own) for own in ({"id": "id"}, {"id": "name"}, {})]
+    assert [[item.id for item in items] for items in named] == [
+        ["s/7", "s/train-1"],
+        ["s/x", "s/train-1"],
+        ["s/train-0", "s/train-1"],
+    ]
+    assert [item.id for item in read("messages", path=path)] == ["s/7", "s/train-1"]
+
+
 @pytest.mark.parametrize(
     ("cell", "items"),
     [
