@@ -47,7 +47,9 @@ def gather_units(recipe: Recipe, settings: Extract, limit: int | None) -> tuple[
     missing = [kind for kind in named if kind not in gathered.units]
     if missing or not gathered.units:
         what = " and ".join(missing) or "anything that could have features"
-        first = f"; the first refused: {gathered.rejects[0].detail}" if gathered.rejects else ""
+        # A note beside the pictures of a folder is no reason why something else is not there.
+        refused = next((one for one in gathered.rejects if one.reason != "not_media"), None)
+        first = f"; the first refused at {refused.where}: {refused.detail}" if refused else ""
         raise DataError(f"the sources hold no {what}{first}", "check sources, extract.modalities and joint", "no_units")
     return gathered, media_root
 
