@@ -88,7 +88,7 @@ def run_stages(recipe: Recipe, stages: Iterator[Stage], *, force: bool, dry_run:
     for name, stage, options in stages:
         missing = [folder for folder in _needs(name, recipe) if dry_run and not is_finished(recipe.run_dir / folder)]
         if missing:
-            console.say(f"{name}: would run once {' and '.join(missing)} is there")
+            console.say(f"{name}: would run once {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} there")
             continue
         results[name] = stage(recipe, **options, force=force, dry_run=dry_run, console=console)
     return results

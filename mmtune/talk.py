@@ -153,6 +153,11 @@ class _PlainProgress:
         self._console.print(f"{line} {self._note}".rstrip(), markup=False)
 
 
+def counted(count: int, noun: str) -> str:
+    """Returns a number of things in words: ``1 row``, ``2 rows``."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def json_line(value: Any) -> str:
     """Returns the one JSON document of ``--json``, readable by people and programs."""
     return json.dumps(value, ensure_ascii=False, indent=1, default=str)

@@ -366,4 +366,5 @@ def test_a_dry_run_says_what_each_stage_would_do(recipe):
     assert "max_length: 200 -> 150" in said
     said = mmtune("run", recipe, "--dry-run", "--set", f"run_dir={recipe.parent / 'elsewhere'}", check=0).stderr
     assert "finetune: would run once tokens is there" in said
+    assert "eval: would run once instructions and adapter are there" in said
     assert not (recipe.parent / "elsewhere").exists()

@@ -39,3 +39,7 @@ def test_a_bar_after_a_resume_begins_where_the_run_goes_on(now, monkeypatch):
         now[0] += 10
         bar.advance(20)
     assert seen == ["2.0/s"]
+
+
+def test_one_thing_is_told_as_one():
+    assert [talk.counted(count, "row") for count in (0, 1, 2000)] == ["0 rows", "1 row", "2,000 rows"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from mmtune.media.known import MediaPlace
-from mmtune.media.paths import MediaRefused, resolve
+from mmtune.media.paths import MediaRefused, check_relative, resolve
 from mmtune.records import Medium, Record, Reject, TextPart
 
 FeatureKind = Literal["image", "audio", "video", "text", "behaviour"]
@@ -115,7 +115,7 @@ def gather(
             if unit.kind not in wanted:
                 continue
             if key not in found:
-                stood = _stand(unit, media_root)
+                stood = _stand(unit, place, media_root)
                 if isinstance(stood, Reject):
                     rejects.append(stood)
                 found[key] = stood if isinstance(stood, Unit) else None
@@ -209,13 +209,15 @@ def _texts(record: Record, has_media: bool) -> list[str]:
     return [text for text in parts if text.strip()]
 
 
-def _stand(unit: Unit, media_root: str) -> Unit | Reject:
+def _stand(unit: Unit, place: MediaPlace, media_root: str) -> Unit | Reject:
     """Returns a unit with its file's size and time, or why its file cannot be used."""
     if unit.medium is None:
         return unit
     if unit.medium.data is not None:
         return replace(unit, size=len(unit.medium.data))
     try:
+        # As the row says it: below the common root an address or an absolute path is but a name that is not there.
+        check_relative(unit.medium.path.removeprefix(place.prefixes.get(unit.medium.modality, "")))
         stat = Path(resolve(media_root, unit.medium.path)).stat()
     except MediaRefused as refused:
         return Reject(unit.where, unit.id, refused.code, refused.message)

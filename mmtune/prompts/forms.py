@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
-from mmtune.records import Record, Reject, SoftPart, marked
+from mmtune.records import Modality, Record, Reject, SoftPart, marked
 
 AnswerKind = Literal["text", "label", "number", "yes_no", "entities"]
 MEDIA = "\0media\0"
@@ -42,6 +42,7 @@ class Template:
         inverted: Asks for another thing than the task's answer, such as the question to an answer.
         form: How braces are read.
         raw: May name the columns of the raw row, and not only the slots of a record.
+        speaks_of: Kinds of media that its words fit; empty for any row, also one without media.
     """
 
     id: str
@@ -54,6 +55,7 @@ class Template:
     inverted: bool = False
     form: Literal["slots", "jinja"] = "slots"
     raw: bool = False
+    speaks_of: frozenset[Modality] = frozenset()
 
     @property
     def shows_options(self) -> bool:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from mmtune.prompts.forms import AnswerKind, Template
+from mmtune.records import MODALITIES
 
 
 def wordings(
-    task: str, kind: AnswerKind, prompts: Mapping[str, str], inverted: Mapping[str, tuple[str, str]] | None = None
+    task: str,
+    kind: AnswerKind,
+    prompts: Mapping[str, str],
+    inverted: Mapping[str, tuple[str, str]] | None = None,
+    of: Mapping[str, str] | None = None,
 ) -> tuple[Template, ...]:
     """Returns the templates of a task.
 
@@ -17,12 +23,14 @@ def wordings(
         kind: What its answers are.
         prompts: Template id to what the user says.
         inverted: Template id to what the user says and what is answered, when the answer is given.
+        of: Template id to the kinds of media that it speaks of, a space between them; those not named fit any row.
     """
-    plain = (Template(name, prompt, task=task, answer_kind=kind) for name, prompt in prompts.items())
-    turned = (
+    said = {name: frozenset(kind for kind in MODALITIES if kind in kinds.split()) for name, kinds in (of or {}).items()}
+    plain = [Template(name, prompt, task=task, answer_kind=kind) for name, prompt in prompts.items()]
+    turned = [
         Template(name, prompt, answer, task=task, inverted=True) for name, (prompt, answer) in (inverted or {}).items()
-    )
-    return (*plain, *turned)
+    ]
+    return tuple(replace(one, speaks_of=said.get(one.id, frozenset())) for one in (*plain, *turned))
 
 
 _VQA = {
@@ -36,10 +44,25 @@ _VQA = {
     "vqa_q_a": "Q: {question}\nA:",
     "vqa_media_first": "{media}\nThe question about it is: {question} Reply with one word or phrase.",
     "vqa_brief": "{question} Keep the answer to one or two words.",
+    "vqa_listen": "Listen and answer briefly: {question}",
+    "vqa_sound": "Based on the sound, answer in a few words. {question}",
+    "vqa_heard": "Given what is heard, {question}\nGive only the answer.",
+    "vqa_hear": "Use what you hear to answer this question: {question}",
+    "vqa_watch": "Watch the video and answer briefly: {question}",
+    "vqa_video": "Based on the video, answer in a few words. {question}",
 }
 _VQA_INVERTED = {
     "vqa_ask": ("Ask a question about what is shown that has the answer: {answer}", "{question}"),
     "vqa_what_question": ('The answer is "{answer}". What was asked about this picture?', "{question}"),
+    "vqa_ask_heard": ("Ask a question about what is heard that has the answer: {answer}", "{question}"),
+    "vqa_sound_question": ('The answer is "{answer}". What was asked about this sound?', "{question}"),
+}
+_VQA_OF = {
+    **dict.fromkeys(("vqa_look", "vqa_based", "vqa_what_question"), "image"),
+    **dict.fromkeys(("vqa_shown", "vqa_see", "vqa_ask"), "image video"),
+    **dict.fromkeys(("vqa_listen", "vqa_sound", "vqa_heard", "vqa_hear"), "audio"),
+    **dict.fromkeys(("vqa_ask_heard", "vqa_sound_question"), "audio"),
+    **dict.fromkeys(("vqa_watch", "vqa_video"), "video"),
 }
 _CAPTION = {
     "caption_sentence": "Describe the image in one sentence.",
@@ -52,6 +75,34 @@ _CAPTION = {
     "caption_label": "A caption for this image:",
     "caption_scene": "What is happening in this scene? Answer with one sentence.",
     "caption_below": "{media}\nWrite the line that would stand below this picture.",
+}
+_CAPTION_HEARD = {
+    "caption_sound_sentence": "Describe the sound in one sentence.",
+    "caption_sound_short": "Write a short caption for this sound.",
+    "caption_sound_what": "What can be heard here?",
+    "caption_sound_provide": "Provide a one-sentence caption for the sound.",
+    "caption_sound_say": "Say in a few words what this sounds like.",
+    "caption_sound_sum_up": "Sum up the content of the recording briefly.",
+    "caption_sound_reader": "Describe this sound to a person who cannot hear it, in one sentence.",
+    "caption_sound_label": "A caption for this recording:",
+    "caption_sound_going_on": "What is going on in this recording? Answer with one sentence.",
+    "caption_sound_below": "{media}\nWrite the line that would stand below this recording.",
+}
+_CAPTION_FILMED = {
+    "caption_video_sentence": "Describe the video in one sentence.",
+    "caption_video_short": "Write a short caption for this video.",
+    "caption_video_what": "What does this video show?",
+    "caption_video_provide": "Provide a one-sentence caption for the video.",
+    "caption_video_sum_up": "Sum up the content of the clip briefly.",
+    "caption_video_reader": "Describe this clip to a person who cannot see it, in one sentence.",
+    "caption_video_label": "A caption for this video:",
+    "caption_video_below": "{media}\nWrite the line that would stand below this video.",
+}
+_CAPTION_OF = {
+    **dict.fromkeys(_CAPTION, "image"),
+    **dict.fromkeys(("caption_say", "caption_scene"), "image video"),
+    **dict.fromkeys(_CAPTION_HEARD, "audio"),
+    **dict.fromkeys(_CAPTION_FILMED, "video"),
 }
 _CHART = {
     "chart_short": "{question}\nAnswer the question using a single word, number or phrase.",
@@ -93,11 +144,11 @@ _CHOICE = {
 }
 
 MEDIA_POOLS: dict[str, tuple[Template, ...]] = {
-    "vqa": wordings("vqa", "text", _VQA, _VQA_INVERTED),
-    "caption": wordings("caption", "text", _CAPTION),
+    "vqa": wordings("vqa", "text", _VQA, _VQA_INVERTED, _VQA_OF),
+    "caption": wordings("caption", "text", {**_CAPTION, **_CAPTION_HEARD, **_CAPTION_FILMED}, of=_CAPTION_OF),
     "chart": wordings("chart", "text", _CHART, _CHART_INVERTED),
     "count": wordings("count", "number", _COUNT),
-    "presence": wordings("presence", "yes_no", _PRESENCE),
+    "presence": wordings("presence", "yes_no", _PRESENCE, of={"presence_look": "image"}),
     "label": wordings("label", "label", _LABEL),
     "label_options": wordings("label", "label", _LABEL_OPTIONS),
     "choice": wordings("", "label", _CHOICE),

@@ -28,7 +28,7 @@ from mmtune.prompts.forms import (
 )
 from mmtune.prompts.pool_media import MEDIA_POOLS
 from mmtune.prompts.pool_text import TEXT_POOLS
-from mmtune.records import Example, Medium, Message, Part, Record, Reject, TextPart, parts_of
+from mmtune.records import Example, Medium, Message, Modality, Part, Record, Reject, TextPart, parts_of
 
 POOLS: dict[str, tuple[Template, ...]] = {**MEDIA_POOLS, **TEXT_POOLS}
 """Pool to its wordings; the first is the one of ``templates: first``."""
@@ -163,7 +163,7 @@ def _example(
 
 
 def choose_templates(record: Record, *, seed: int, wordings: Wordings, style: Style) -> list[Template]:
-    """Returns the wordings that fit a record, the drawn one first; captions of one image share theirs.
+    """Returns the wordings that fit a record and its media, the drawn one first; captions of one image share theirs.
 
     The others follow in the pool's order: they take over where the drawn one says nothing of the
     row, as PromptSource's conditional templates do. An option style that no template has is left
@@ -175,7 +175,7 @@ def choose_templates(record: Record, *, seed: int, wordings: Wordings, style: St
     if wordings.name is not None:
         return [template_names(wordings.file)[wordings.name]]
     values = _values(record, raw=bool(wordings.file))
-    fit = _fitting(_pool_name(record, style), wordings.file, frozenset(values), bool(record.media), style)
+    fit = _fitting(_pool_name(record, style), wordings.file, frozenset(values), _kinds(record), style)
     if wordings.draw == "first" or len(fit) < 2:
         return fit
     basis = record.id
@@ -188,13 +188,25 @@ def choose_templates(record: Record, *, seed: int, wordings: Wordings, style: St
 
 
 @lru_cache(maxsize=256)
-def _fitting(pool: str, file: tuple[Template, ...], names: frozenset[str], media: bool, style: Style) -> list[Template]:
-    """Returns the templates of a file, or of a shipped pool, for rows that have values of some names."""
+def _fitting(
+    pool: str, file: tuple[Template, ...], names: frozenset[str], media: frozenset[Modality], style: Style
+) -> list[Template]:
+    """Returns the templates of a file, or of a shipped pool, for rows that have values of some names and some media.
+
+    Where the words of none fit all of the media, those that fit some of them are taken.
+    """
     fit = [one for one in file or POOLS[pool] if one.inverted == style.inverted and not missing_slots(one, names)]
     fit = [one for one in fit if media or "media" not in one.slots]
+    fit = [one for one in fit if not one.speaks_of or (media and media <= one.speaks_of)] or [
+        one for one in fit if media & one.speaks_of
+    ]
     if style.options is not None:
         fit = [one for one in fit if one.shows_options == style.options] or fit
     return fit
+
+
+def _kinds(record: Record) -> frozenset[Modality]:
+    return frozenset(medium.modality for medium in record.media)
 
 
 def template_names(file: Sequence[Template] = ()) -> dict[str, Template]:
@@ -244,7 +256,7 @@ def _ask(
         says = filled.prompt.strip() or record.media or template.id == "text_plain"
         if says and (filled.taught or record.split != "train"):
             return template, filled
-    names = ", ".join(template.id for template in templates[:3]) or "there is none that has its fields"
+    names = ", ".join(template.id for template in templates[:3]) or "there is none for its fields and media"
     return Reject(record.where, record.id, "template_empty", f"no template says anything of this row: {names}")
 
 

@@ -84,6 +84,8 @@ def _promptsource(path: Path, templates: Mapping[str, Any]) -> Iterator[Template
         jinja = value.get("jinja") if isinstance(value, Mapping) else None
         if not isinstance(jinja, str):
             raise _bad(path, f"has no `jinja` text in {key!r}")
+        if "|||" in jinja and "{{" not in jinja and "{%" not in jinja:
+            raise _bad(path, f"teaches the same words for every row in {key!r}")
         facts = value.get("metadata") or {}
         yield Template(
             id=str(value.get("name") or key).strip(),
@@ -108,6 +110,8 @@ def _flan(path: Path, tasks: Mapping[str, Any]) -> Iterator[Template]:
             asked, answered = _names(path, prompt), _names(path, answer)
             if any(name == "soft" and more for _, name, more, _ in string.Formatter().parse(answer)):
                 raise _bad(path, f"has soft tokens in the target of {task}[{at}]")
+            if not answered:
+                raise _bad(path, f"teaches the same words for every row at {task}[{at}]")
             if _ANSWER & asked & answered:
                 raise _bad(path, f"says the answer in the question of {task}[{at}]")
             yield Template(

@@ -48,4 +48,4 @@ def read_chartqa(source: SourceFiles) -> Iterator[Record | Reject]:
             )
         ]
 
-    yield from read_rows(iter_items(path), record, source=source)
+    yield from read_rows(iter_items(path), record, source=source, id_column="id")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -88,8 +87,8 @@ def answer_text(text: str, pointer: str) -> str:
 def record_id(source: SourceFiles, own: Any, row: Row) -> str:
     """Returns ``source/own-id``, or ``source/split-index`` for rows that have no id."""
     if own is None or own == "":
-        return f"{source.id}/{source.split}-{row.index}"
-    return f"{source.id}/{unicodedata.normalize('NFC', scalar_text(own, '/id'))}"
+        return source.row_id(row.index)
+    return source.own_id(scalar_text(own, "/id"))
 
 
 def media_of(value: Any, modality: Modality, pointer: str, strip: str = "") -> tuple[Medium, ...]:

@@ -14,6 +14,9 @@ or a pattern that finds the label in the relative path
 The label is the group ``label``, else the first group; other named groups become metadata.
 ``columns: {keep: pattern}`` reads only the files whose path fits. The labels found are the
 options, when there are at most 200. Hidden files are passed over.
+
+A record's id is ``source/path``; where sources of one id read several folders, whose files may
+have the same names, it is ``source/split/path``.
 """
 
 from __future__ import annotations
@@ -59,7 +62,7 @@ def read_folder(source: SourceFiles) -> Iterator[Record | Reject]:
 def _record(
     source: SourceFiles, path: str, found: tuple[str, dict[str, str]] | None, options: tuple[str, ...]
 ) -> Record | Reject:
-    own = f"{source.id}/{path}"
+    own = f"{source.id}/{source.split}/{path}" if source.split_in_id else f"{source.id}/{path}"
     modality = SUFFIXES.get(Path(path).suffix.lower())
     if modality is None:
         return Reject(path, own, "not_media", "not the name of an image, sound or video")

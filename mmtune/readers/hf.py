@@ -46,7 +46,9 @@ def read_hf(source: SourceFiles) -> Iterator[Record | Reject]:
     else:
         check_columns(source)
         make = table_record
-    yield from read_rows(_rows(dataset, str(source.path)), lambda row: [make(source, row)], source=source)
+    own = "" if make is table_record else "id"
+    rows = _rows(dataset, str(source.path))
+    yield from read_rows(rows, lambda row: [make(source, row)], source=source, id_column=own)
 
 
 def _rows(dataset: Any, name: str) -> Iterator[Row]:

@@ -52,7 +52,9 @@ _TEXT_TYPES = ("text", "input_text", "output_text")
 
 def read_messages(source: SourceFiles) -> Iterator[Record | Reject]:
     """Yields one conversation per row of a JSONL or JSON file."""
-    yield from read_rows(iter_items(source.file("path")), lambda row: [message_record(source, row)], source=source)
+    yield from read_rows(
+        iter_items(source.file("path")), lambda row: [message_record(source, row)], source=source, id_column="id"
+    )
 
 
 def message_record(source: SourceFiles, row: Row) -> Record:

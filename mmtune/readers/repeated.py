@@ -54,7 +54,7 @@ def drop_repeated(items: Sequence[Record | Reject], seen: SeenIds, policy: str) 
             if policy == "error":
                 raise DataError(
                     f"the id {item.id!r} stands twice (again at {item.where})",
-                    "give the rows ids of their own, or set build.dedup: first to keep the first of them",
+                    "give the rows, or their sources, ids of their own; build.dedup: first keeps only the first",
                     "duplicate_id",
                 )
             out.append(Reject(item.where, item.id, "duplicate_id", "the first row of this id is kept"))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +19,33 @@ PATHS = ("path", "questions", "annotations", "images", "audios", "videos")
 _SAME = ("id", "split", "columns", "tasks", "name", "subset")
 
 
-def source_files(source: Mapping[str, Any], seed: int, *, keep_fields: bool = False) -> SourceFiles:
-    """Returns what the reader of a source is given.
+def files_of(sources: Sequence[Mapping[str, Any]], seed: int, keep_fields: Sequence[bool] = ()) -> list[SourceFiles]:
+    """Returns what the readers of a recipe's sources are given.
 
     Args:
-        source: The source's keys in the recipe.
+        sources: The keys of each source in the recipe.
         seed: The recipe's.
-        keep_fields: Records keep the columns of their row.
+        keep_fields: Per source, whether records keep the columns of their row; empty for none.
 
     Raises:
         RecipeError: There is no such reader.
         DataError: A media folder is not there.
     """
+    keep = keep_fields or [False] * len(sources)
+    given = [_given(source, seed, own) for source, own in zip(sources, keep, strict=True)]
+    folders = {(one["id"], os.path.realpath(one["path"])) for one in sources if _is_folder(one)}
+    several = {name for name, count in Counter(name for name, _ in folders).items() if count > 1}
+    return [
+        replace(own, split_in_id=_is_folder(source) and own.id in several)
+        for source, own in zip(sources, given, strict=True)
+    ]
+
+
+def _is_folder(source: Mapping[str, Any]) -> bool:
+    return source["reader"] == "folder" and source["path"] is not None
+
+
+def _given(source: Mapping[str, Any], seed: int, keep_fields: bool) -> SourceFiles:
     find_reader(source["reader"])
     paths: dict[str, Any] = {key: Path(source[key]) for key in PATHS if source[key] is not None}
     for key in ("images", "audios", "videos"):

@@ -42,7 +42,9 @@ from mmtune.records import Message, Record, Reject, TextPart
 
 def read_sharegpt(source: SourceFiles) -> Iterator[Record | Reject]:
     """Yields one conversation per row."""
-    yield from read_rows(iter_items(source.file("path")), lambda row: [sharegpt_record(source, row)], source=source)
+    yield from read_rows(
+        iter_items(source.file("path")), lambda row: [sharegpt_record(source, row)], source=source, id_column="id"
+    )
 
 
 def sharegpt_record(source: SourceFiles, row: Row) -> Record:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ class SourceFiles:
         subset: The split to read of a hub dataset.
         seed: For readers that draw (the negatives of ``coco_instances``).
         keep_fields: Keep the columns of a raw row for templates that name them.
+        split_in_id: Files of other folders may have the same names: the split stands before a file's name in its id.
     """
 
     id: str
@@ -48,6 +50,7 @@ class SourceFiles:
     subset: str | None = None
     seed: int = 0
     keep_fields: bool = False
+    split_in_id: bool = False
 
     def file(self, key: str) -> Path:
         """Returns an input that the reader cannot do without.
@@ -76,6 +79,14 @@ class SourceFiles:
             if path is not None:
                 return path if path.is_dir() else path.parent
         return Path.cwd()
+
+    def own_id(self, name: str) -> str:
+        """Returns the id of a record that has a name of its own."""
+        return f"{self.id}/{unicodedata.normalize('NFC', name)}"
+
+    def row_id(self, index: int) -> str:
+        """Returns the id of a record that has none: its place in the file."""
+        return f"{self.id}/{self.split}-{index}"
 
     def wants(self, task: str) -> bool:
         """Says whether records of a task are asked for."""
@@ -112,8 +123,16 @@ def read_rows(
     *,
     source: SourceFiles,
     what: Path | None = None,
+    id_column: str = "",
 ) -> Iterator[Record | Reject]:
     """Yields the records of each row, or its Reject when ``make`` refuses it.
+
+    Args:
+        rows: What was parsed, and what could not be.
+        make: Row to records.
+        source: Whose rows they are.
+        what: Where they come from, if not ``source.path``.
+        id_column: Where a row has its id if ``columns`` does not say.
 
     Raises:
         DataError: There was no row at all (``empty_input``).
@@ -127,8 +146,16 @@ def read_rows(
         try:
             yield from make(row)
         except Refused as refused:
-            yield Reject(row.where, f"{source.id}/{source.split}-{row.index}", refused.reason, refused.detail)
+            yield Reject(row.where, _refused_id(source, row, id_column), refused.reason, refused.detail)
     if empty:
         raise DataError(
             f"{what or source.path} holds no rows", "check the file; an empty source is never skipped", "empty_input"
         )
+
+
+def _refused_id(source: SourceFiles, row: Row, id_column: str) -> str:
+    """Returns the id that a refused row would have had, as far as one can be read."""
+    column = source.columns.get("id", id_column)
+    own = row.value.get(column) if isinstance(row.value, Mapping) else None
+    plain = isinstance(own, str | int) and not isinstance(own, bool) and own != ""
+    return source.own_id(str(own)) if plain else source.row_id(row.index)

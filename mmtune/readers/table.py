@@ -16,14 +16,16 @@
 * ``rationale``: how the answer is reached, for ``build.mixture.chain_of_thought``;
 * ``image``, ``audio``, ``video``: one column or a list of them;
 * ``references``, ``options``: a column that holds a list, or a list of columns;
-* ``history``: ids of items, oldest first, as a list or separated by spaces, commas or bars;
+* ``history``: ids of items, oldest first, as a list (of JSON too, in a CSV file), a list of columns, or a text with
+  spaces, commas or bars between them;
 * ``id``; ``metadata``: columns for grouping scores;
 * ``rows``: the name of the array in a JSON object; without it an object is a table whose keys are
   the column ``key``; ``delimiter`` of a CSV file; ``strip``: removed from the front of media paths.
 
 A value is a column's name or index, a template with names or indexes in braces, or a fixed text
 after ``=``. ``tasks: [caption]`` names the task; else a row with a question is ``vqa`` (with media) or
-``instruction``, one with media only is ``label``, and one with an answer only is ``text``.
+``instruction``. Where no column holds questions, a row with media is ``label``, and one with an
+answer only is ``text``; where one does, a row without is refused.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ from typing import Any
 from mmtune.errors import DataError, RecipeError
 from mmtune.readers.fields import answer_text, as_list, kind, media_of, record_id, scalar_text
 from mmtune.readers.source import Refused, Row, SourceFiles, read_rows
-from mmtune.readers.strict_json import iter_jsonl, iter_lines, open_bytes, stream_arrays
+from mmtune.readers.strict_json import iter_jsonl, iter_lines, open_bytes, parse, stream_arrays
 from mmtune.records import MODALITIES, Medium, Record, Reject
 
 _SLOT = re.compile(r"\{([^{}]+)\}")
@@ -49,6 +51,8 @@ _TAUGHT = ("answer", "output", "target", "references")
 _KNOWN = {*_TAUGHT} | {"question", "text", "instruction", "context", "options", "id", "metadata", "rows", "delimiter"}
 _KNOWN |= {"strip", "rationale", "history", "image", "audio", "video", "images", "audios", "videos"}
 _BETWEEN = re.compile(r"[\s,;|]+")
+_MISSING = ("nan", "NaN", "null", "NULL", "None", "<NA>")
+_UNASKED = ("caption", "label", "text")
 _MAX_FIELD = 64 << 20
 _BINARY = re.compile("[\0-\x08\x0e-\x1f\ud800-\udfff]")
 
@@ -87,7 +91,7 @@ def table_record(source: SourceFiles, row: Row) -> Record:
     if not isinstance(row.value, Mapping | list | tuple):
         raise Refused("bad_field", f"/: expected an object or a list, found {kind(row.value)}")
     columns = source.columns
-    question = _first_text(columns, ("question", "text", "instruction"), row.value)
+    question = _question(source, row.value)
     context = _first_text(columns, ("context",), row.value)
     references = _texts(columns, "references", row.value)
     answer = _first_text(columns, ("answer", "output", "target"), row.value)
@@ -120,6 +124,15 @@ def table_record(source: SourceFiles, row: Row) -> Record:
         history=_history(columns, row.value),
         where=row.where,
     )
+
+
+def _question(source: SourceFiles, row: Any) -> str:
+    names = ("question", "text", "instruction")
+    question = _first_text(source.columns, names, row)
+    named = next((source.columns[name] for name in names if name in source.columns), None)
+    if named is not None and not question.strip() and not set(source.tasks) & set(_UNASKED):
+        raise Refused("empty_question", f"/{named}: the question is empty")
+    return question
 
 
 def _fields(row: Any) -> dict[str, Any]:
@@ -192,10 +205,39 @@ def _texts(columns: Mapping[str, Any], name: str, row: Any) -> tuple[str, ...]:
 
 
 def _history(columns: Mapping[str, Any], row: Any) -> tuple[str, ...] | None:
-    if "history" not in columns:
+    """Returns the items of a list as they are, those of a text between spaces, commas and bars; None without a column.
+
+    Of a list of columns every one that is filled holds one item.
+    """
+    spec = columns.get("history")
+    if spec is None:
         return None
-    found = _texts(columns, "history", row)
-    return tuple(item for text in found for item in (_BETWEEN.split(text) if len(found) == 1 else [text]) if item)
+    if isinstance(spec, list | tuple):
+        return tuple(item for item in _texts(columns, "history", row) if item)
+    found, pointer = _cell(spec, row, "history"), f"/{spec}"
+    if isinstance(found, str) and not found.lstrip().startswith("["):
+        items = tuple(item for item in _BETWEEN.split(found) if item)
+        missing = next((item for item in items if item in _MISSING), None)
+        if missing is not None:
+            raise Refused("bad_field", f"{pointer}: {missing!r} is no item; leave the cell empty where there is none")
+        return items
+    if isinstance(found, str):
+        found = _list_of(found, pointer)
+    listed = () if found is None else found if isinstance(found, list | tuple) else (found,)
+    return tuple(_item(item, f"{pointer}/{at}") for at, item in enumerate(listed))
+
+
+def _list_of(text: str, pointer: str) -> Any:
+    try:
+        return parse(text)
+    except Refused as refused:
+        raise Refused("bad_field", f"{pointer}: begins like a list, and {refused.detail}") from refused
+
+
+def _item(value: Any, pointer: str) -> str:
+    if value is None or value == "" or value != value:
+        raise Refused("bad_field", f"{pointer}: expected an item, found {'nothing' if value == '' else kind(value)}")
+    return scalar_text(value, pointer)
 
 
 def _media(source: SourceFiles, row: Any) -> tuple[Medium, ...]:

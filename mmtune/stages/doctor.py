@@ -108,6 +108,16 @@ def _try_rename() -> bool:
         return (target / "x").is_file()
 
 
+def _states(extras: list[dict[str, Any]]) -> dict[str, str]:
+    """Returns every extra once: ``ok``, ``-``, or which of its modules are missing."""
+    states = {}
+    for name in dict.fromkeys(one["extra"] for one in extras):
+        own = [one for one in extras if one["extra"] == name]
+        missing = [one["module"] for one in own if not one["present"]]
+        states[name] = "ok" if not missing else "-" if len(missing) == len(own) else f"without {' and '.join(missing)}"
+    return states
+
+
 def render(result: dict[str, Any]) -> str:
     """Returns the examination as plain text to paste into a report."""
     lines = [
@@ -115,7 +125,7 @@ def render(result: dict[str, Any]) -> str:
         "libraries   " + ", ".join(f"{name} {version}" for name, version in result["libraries"].items()),
         "devices     " + "; ".join(", ".join(f"{v}" for v in device.values()) for device in result["devices"]),
         "decoders    " + ", ".join(f"{name} {'ok' if ok else 'missing'}" for name, ok in result["decoders"].items()),
-        "extras      " + ", ".join(f"{e['extra']} {'ok' if e['present'] else '-'}" for e in result["extras"]),
+        "extras      " + ", ".join(f"{extra} {state}" for extra, state in _states(result["extras"]).items()),
         f"disk        {result['disk_free_gib']} GiB free here",
         f"rename      {'atomic' if result['atomic_rename'] else 'FAILS: choose another disk for run_dir'}",
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import compress
@@ -39,7 +39,7 @@ from mmtune.storage import (
     open_stage,
     read_manifest,
 )
-from mmtune.talk import Talk
+from mmtune.talk import Talk, counted
 from mmtune.workers import in_order, process_count
 
 # Groups per unit of work: large enough to keep a process busy, small enough to hold in memory.
@@ -173,7 +173,7 @@ def _write(
     if not sum(made.examples.values()):
         raise DataError(
             f"no row could be encoded: {_drops(rejects.counts)}",
-            "look at the reasons; --set tokenize.max_length=... may help",
+            _next_step(rejects.counts, recipe),
             "no_rows",
         )
     seconds = time.monotonic() - started
@@ -234,18 +234,28 @@ def _tell(made: _Encoded, refused: dict[str, int], seconds: float, target: Path,
     count = encoded + sum(refused.values())
     saved = 1 - made.tokens / max(made.tokens_apart, 1)
     console.say(
-        f"tokenize: {encoded:,} rows in {sum(made.trees.values()):,} trees, {made.tokens:,} tokens"
-        f" ({saved:.0%} saved by sharing), {count / max(seconds, 1e-9):,.0f} rows/s"
+        f"tokenize: {counted(encoded, 'row')} in {counted(sum(made.trees.values()), 'tree')}"
+        f", {counted(made.tokens, 'token')} ({saved:.0%} saved by sharing), {count / max(seconds, 1e-9):,.0f} rows/s"
     )
     if made.exemplars_dropped:
         console.note(
-            f"{made.exemplars_dropped:,} exemplars of {made.rows_with_fewer:,} rows did not fit"
+            f"{counted(made.exemplars_dropped, 'exemplar')} of {counted(made.rows_with_fewer, 'row')} did not fit"
             " tokenize.max_length; the farthest were left out"
         )
     if made.contexts_shortened:
-        console.note(f"the contexts of {made.contexts_shortened:,} rows were cut to fit tokenize.max_length")
+        console.note(f"the contexts of {counted(made.contexts_shortened, 'row')} were cut to fit tokenize.max_length")
     if refused:
         console.say(f"tokenize: refused {_drops(refused)}; see {target / 'rejects.jsonl'}")
+
+
+def _next_step(refused: Iterable[str], recipe: Recipe) -> str:
+    """Returns what may help where every row was refused, by the reasons."""
+    steps = []
+    if {"too_long", "media_too_long", "answer_cut"} & set(refused):
+        steps.append("--set tokenize.max_length=... may help")
+    if "modality_unsupported" in refused and recipe.model is not None:
+        steps.append(f"{recipe.model.path} reads no such media: name a `model` that does, or leave these sources out")
+    return "; ".join(steps) or "look at the reasons"
 
 
 def _drops(counts: dict[str, int]) -> str:

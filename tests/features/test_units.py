@@ -56,6 +56,22 @@ def test_what_is_shown_twice_is_gathered_once_with_all_its_splits(tmp_path):
     assert again.digest != found.digest
 
 
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("http://x.invalid/a.jpg", "url_refused"),
+        ("/etc/hostname", "path_escape"),
+        ("../b/x.png", "path_escape"),
+        ("gone.png", "media_missing"),
+        ("", "bad_path"),
+    ],
+)
+def test_an_unsafe_path_is_refused_for_the_reason_that_build_data_gives(tmp_path, path, reason):
+    (tmp_path / "a").mkdir()
+    found = gather([(record(media=(Medium("image", path),)), PLACE)], str(tmp_path), ("image",))
+    assert [reject.reason for reject in found.rejects] == [reason] and not found.units
+
+
 def test_a_chart_is_its_picture_and_its_table_whatever_is_asked(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.png").write_bytes(b"12345")

@@ -69,13 +69,47 @@ def test_every_template_is_drawn_and_the_draw_is_by_id_and_seed(task: str):
         records = [replace(record, text="") for record in records]
     drawn = [choose_template(record, seed=3) for record in records]
     counts = Counter(template.id for template in drawn)
-    pool = [template for template in POOLS[task] if not template.inverted]
+    pool = [one for one in POOLS[task] if not one.inverted and (not one.speaks_of or "image" in one.speaks_of)]
     assert set(counts) == {template.id for template in pool}
     assert min(counts.values()) > 400 / len(pool) / 2
     assert [choose_template(record, seed=3) for record in reversed(records)] == drawn[::-1]
     if len(counts) > 1:
         assert [choose_template(record, seed=4) for record in records] != drawn
     assert {choose_template(record, seed=3, templates="first") for record in records} == {POOLS[task][0]}
+
+
+OTHERS = {
+    "image": ("sound", "recording", "listen", "hear", "video", "clip", "watch"),
+    "audio": ("image", "picture", "look", "see", "shown", "video", "clip", "watch", "scene"),
+    "video": ("image", "picture", "sound", "recording", "listen", "hear"),
+}
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+@pytest.mark.parametrize("kind", ["image", "audio", "video"])
+@pytest.mark.parametrize("task", ["vqa", "caption", "presence"])
+def test_the_words_fit_the_kind_of_media(task: str, kind: str, inverted: bool):
+    row = replace(VQA, task=task, media=(Medium(kind, "a"),))
+    fit = choose_templates(row, seed=0, wordings=Wordings(), style=Style(inverted=inverted))
+    least = 2 if task == "presence" else 10
+    assert len(fit) >= (0 if inverted else least)
+    said = " ".join(one.prompt.lower() for one in fit)
+    assert not [word for word in OTHERS[kind] if word in said]
+
+
+def test_rows_without_media_and_with_several_kinds():
+    def named(task: str, *kinds: str) -> set[str]:
+        row = replace(VQA, task=task, media=tuple(Medium(kind, "a") for kind in kinds))
+        return {one.id for one in choose_templates(row, seed=0, wordings=Wordings(), style=Style())}
+
+    plain = {"vqa_short", "vqa_plain", "vqa_question", "vqa_q_a", "vqa_brief"}
+    assert named("vqa") == plain
+    assert named("vqa", "image", "audio") == plain | {"vqa_media_first"}
+    assert named("vqa", "image", "video") == plain | {"vqa_media_first", "vqa_shown", "vqa_see"}
+    assert named("caption") == set()
+    assert {"caption_sentence", "caption_sound_sentence"} <= named("caption", "image", "audio")
+    nothing = make_example(Record("s/1", "s", "caption", "train", references=("a cat",)))
+    assert isinstance(nothing, Reject) and nothing.reason == "template_empty"
 
 
 def test_captions_of_one_image_share_their_prompt():

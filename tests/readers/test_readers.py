@@ -468,6 +468,63 @@ def test_table_csv_faults(tmp_path: Path):
         assert error.value.code == "empty_input"
 
 
+def test_a_row_without_its_question_is_refused_where_one_is_asked(tmp_path: Path):
+    path = write(tmp_path / "q.jsonl", [{"q": "Why?", "a": "so", "i": "a.jpg"}, {"q": " ", "a": "so", "i": "b.jpg"}])
+    for columns in ({"question": "q", "answer": "a"}, {"question": "q", "answer": "a", "image": "i"}):
+        assert reasons(read("table", path=path, columns=columns)) == ["empty_question"]
+    columns = {"text": "q", "answer": "a", "image": "i"}
+    assert not reasons(read("table", path=path, columns=columns, tasks=("caption",)))
+    assert not reasons(read("table", path=path, columns={"answer": "a"}))
+
+
+def test_a_refused_row_has_the_id_that_it_would_have_had(tmp_path: Path):
+    rows = [{"id": 7, "name": "x", "q": "", "a": "y"}, {"id": "", "name": "", "q": "", "a": "y"}]
+    path, columns = write(tmp_path / "r.jsonl", rows), {"question": "q", "answer": "a"}
+    named = [read("table", path=path, columns=columns | own) for own in ({"id": "id"}, {"id": "name"}, {})]
+    assert [[item.id for item in items] for items in named] == [
+        ["s/7", "s/train-1"],
+        ["s/x", "s/train-1"],
+        ["s/train-0", "s/train-1"],
+    ]
+    assert [item.id for item in read("messages", path=path)] == ["s/7", "s/train-1"]
+
+
+@pytest.mark.parametrize(
+    ("cell", "items"),
+    [
+        (["a b, c", "C|D"], ("a b, c", "C|D")),
+        (["ünï 🦄"], ("ünï 🦄",)),
+        ([], ()),
+        (None, ()),
+        ([7, 8], ("7", "8")),
+        (7, ("7",)),
+        ("1 2,3|4", ("1", "2", "3", "4")),
+        ('["Alien", "Paris, Texas"]', ("Alien", "Paris, Texas")),
+        (["nan"], ("nan",)),
+        (["a", None], "/past/1: expected an item, found null"),
+        (["a", ""], "/past/1: expected an item, found nothing"),
+        ("nan", "'nan' is no item"),
+        ("a,null", "'null' is no item"),
+        ('["Alien", NaN]', "/past: begins like a list"),
+        ("['1', '2']", "/past: begins like a list"),
+        ({"a": 1}, "expected a string, found an object"),
+    ],
+)
+def test_the_items_of_a_history(tmp_path: Path, cell, items):
+    path = write(tmp_path / "h.jsonl", [{"past": cell, "next": "x"}])
+    (found,) = read("table", path=path, columns={"history": "past", "answer": "next"})
+    if isinstance(items, str):
+        assert isinstance(found, Reject) and found.reason == "bad_field" and items in found.detail
+    else:
+        assert found.history == items
+
+
+def test_a_history_in_columns_has_the_filled_ones(tmp_path: Path):
+    path = write(tmp_path / "h.csv", "a,b,c,next\none two,,three,x\n")
+    (found,) = read("table", path=path, columns={"history": ["a", "b", "c"], "answer": "next"})
+    assert found.history == ("one two", "three")
+
+
 def test_folder(tmp_path: Path):
     for name in ("cat/1.jpg", "cat/2.PNG", "dog/1.wav", "dog/notes.txt", ".hidden/x.jpg", "top.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -192,6 +192,25 @@ def test_what_ends_a_build_leaves_nothing(tmp_path: Path, build: dict, rows: lis
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".instructions.lock"]
 
 
+def test_folders_of_one_id_may_hold_the_same_names(tmp_path: Path):
+    for top in ("train", "test"):
+        for at, name in enumerate(("cat/1.jpg", "dog/1.jpg")):
+            (tmp_path / top / name).parent.mkdir(parents=True)
+            (tmp_path / top / name).write_bytes(jpeg(at + 10 * (top == "test")))
+    sources = [{"id": "cl", "reader": "folder", "path": str(tmp_path / top), "split": top} for top in ("train", "test")]
+    made = recipe(tmp_path, *sources)
+    assert run(made)["rows"] == {"train": 2, "test": 2}
+    assert [row.id for row in rows_of(made, "test")] == ["cl/test/cat/1.jpg", "cl/test/dog/1.jpg"]
+    # One folder is one set of names, into however many splits it is cut.
+    parts = [{**sources[0], "part": [0, 0.5]}, {**sources[0], "part": [0.5, 1], "split": "test"}]
+    alone = recipe(tmp_path, *parts, run="alone")
+    rows = [row.id for split in run(alone)["rows"] for row in rows_of(alone, split)]
+    assert sorted(rows) == ["cl/cat/1.jpg", "cl/dog/1.jpg"]
+    with pytest.raises(DataError, match="stands twice") as error:
+        run(recipe(tmp_path, sources[0], {**sources[0], "split": "test"}, run="again"))
+    assert "their sources, ids of their own" in (error.value.hint or "")
+
+
 def test_dedup_first_keeps_the_first_of_all_sources(tmp_path: Path):
     first = chat(tmp_path / "a", [{**turns("one"), "id": "x"}, turns("other")])
     second = chat(tmp_path / "b", [{**turns("two"), "id": "x"}], split="val")

@@ -29,6 +29,7 @@ from mmtune.recipe import Recipe
 from mmtune.records import Medium
 from mmtune.stages.extract import extract, filling
 from mmtune.stages.extract.encoders import SETTINGS, TIMES_SECONDS
+from mmtune.storage import read_manifest
 from mmtune.talk import Talk
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
@@ -297,6 +298,8 @@ def test_pooled_vectors_alone(tmp_path):
     _, out = run(recipe(tmp_path, pictures(tmp_path / "media", 3), tokens=False, index={"kind": "none"}))
     table = open_features(out, "image")
     assert table.pooled().shape == (3, 32) and not (out / "index").exists()
+    facts = read_manifest(out).facts
+    assert facts["width"] == {"image": 32} and "tokens" not in facts and facts["refused_units"] == 0
     with pytest.raises(DataError, match="no tokens"):
         table.tokens(0)
 
@@ -327,6 +330,14 @@ def test_what_is_asked_for_must_be_there(tmp_path, tiny_vlm):
     folder = pictures(tmp_path / "media", 2)
     with pytest.raises(DataError, match="hold no audio"):
         run(recipe(tmp_path, folder, modalities=["audio"]))
+    (folder / "SOURCE.md").touch()
+    with pytest.raises(DataError, match=r"hold no text$"):
+        run(recipe(tmp_path, folder, modalities=["text"]))
+    (tmp_path / "h.jsonl").write_text('{"h": ["1"], "a": "2"}')
+    past = {"id": "h", "reader": "table", "path": str(tmp_path / "h.jsonl"), "columns": {"history": "h", "answer": "a"}}
+    of_base = {"encoders": {"behaviour": "base"}}
+    with pytest.raises(RecipeError, match=r"hold behaviour, and the base model reads none$"):
+        run(Recipe(run_dir=tmp_path / "run", sources=[past], model={"path": str(tiny_vlm)}, extract=of_base))
     with pytest.raises(RecipeError, match="no encoder of it is named"):
         run(recipe(tmp_path, folder, encoders={}))
     with pytest.raises(RecipeError, match="hiden_size"):

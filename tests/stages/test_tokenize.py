@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmtune.errors import DataError
 from mmtune.recipe import Model, Recipe, Tokenize
 from mmtune.records import Example, Medium, Message, TextPart
 from mmtune.stages import tokenize as stage
@@ -93,6 +94,20 @@ def test_rows_out_and_refused_add_up(tmp_path: Path, model: Path) -> None:
 
     assert len(datasets.load_from_disk(str(tmp_path / "tokens"))["train"]) == table.num_rows
     assert run(tmp_path, model, workers=2, max_length=400)["cached"]
+
+
+def test_the_next_step_fits_the_reasons(tmp_path: Path, model: Path) -> None:
+    sound = Medium("audio", "a.wav", frames=800, sample_rate_hz=8000, seconds=0.1)
+    messages = (Message("user", (sound, TextPart("Which?"))), Message("assistant", (TextPart("one"),)))
+    prepare(tmp_path, [Example("s/1", "s", "vqa", "train", messages, ("one",), "exact_match", group="a.wav")])
+    with pytest.raises(DataError, match="modality_unsupported 1") as error:
+        run(tmp_path, model, workers=1)
+    assert error.value.hint == f"{model} reads no such media: name a `model` that does, or leave these sources out"
+    (tmp_path / "media").mkdir()
+    prepare(tmp_path / "long", [example(1, tmp_path / "media", question="why " * 400)])
+    with pytest.raises(DataError, match="too_long 1") as error:
+        run(tmp_path / "long", model, workers=1, max_length=400)
+    assert error.value.hint == "--set tokenize.max_length=... may help"
 
 
 def test_output_does_not_depend_on_the_number_of_processes(tmp_path: Path, model: Path, monkeypatch: Any) -> None:

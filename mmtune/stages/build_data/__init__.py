@@ -29,7 +29,7 @@ from mmtune.prompts.searched import SearchedPrompt
 from mmtune.readers import find_reader
 from mmtune.readers.limit import cut, part, take
 from mmtune.readers.repeated import SeenIds, drop_repeated
-from mmtune.readers.roots import PATHS, media_roots, source_files
+from mmtune.readers.roots import PATHS, files_of, media_roots
 from mmtune.readers.source import SourceFiles
 from mmtune.recipe import Build, Recipe, Source
 from mmtune.records import Record, Reject
@@ -125,7 +125,8 @@ def build_data(
     if not recipe.sources:
         raise RecipeError("the recipe has no sources", "add `sources:` with at least one dataset", "no_sources")
     asked = tuple(asked_of(source, recipe.build) for source in recipe.sources)
-    files = [_check_source(source, recipe) for source in recipe.sources]
+    keep = [template_file(source, recipe.build) is not None for source in recipe.sources]
+    files = files_of([source.model_dump() for source in recipe.sources], recipe.seed, keep)
     roots = [
         media_roots(source.reader, given, recipe.run_dir) for source, given in zip(recipe.sources, files, strict=True)
     ]
@@ -158,10 +159,6 @@ def build_data(
         staging.publish(rows=rows, drops=drops, facts=facts)
     say_result(rows, drops, facts, target, console)
     return _result(target, rows, drops, facts, skipped=False)
-
-
-def _check_source(source: Source, recipe: Recipe) -> SourceFiles:
-    return source_files(source.model_dump(), recipe.seed, keep_fields=template_file(source, recipe.build) is not None)
 
 
 def _inputs(recipe: Recipe) -> dict[str, str]:

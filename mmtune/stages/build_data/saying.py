@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmtune.talk import Talk
+from mmtune.talk import Talk, counted
 
 
 def say_result(
@@ -39,12 +39,12 @@ def say_result(
         _say_exemplars(facts["exemplars"], console)
     if drops:
         listed = ", ".join(f"{reason} {count:,}" for reason, count in drops.items())
-        refused = f"{sum(drops.values()):,} of {facts['read']:,} rows were refused: {listed}"
+        refused = f"{sum(drops.values()):,} of {counted(facts['read'], 'row')} were refused: {listed}"
         console.note(f"{refused} ({target}/rejects.jsonl)")
     for pair, shared in facts["leakage"].items():
         console.note(f"{pair} share {shared['media']:,} media and {shared['questions']:,} questions on the same media")
     counts = ", ".join(f"{split} {count:,}" for split, count in rows.items())
-    console.say(f"build-data: {counts} rows in {target}")
+    console.say(f"build-data: {counts} {'row' if list(rows.values()) == [1] else 'rows'} in {target}")
 
 
 def _say_mixture(mixture: dict[str, Any], console: Talk) -> None:
@@ -58,7 +58,7 @@ def _say_mixture(mixture: dict[str, Any], console: Talk) -> None:
     )
     shots = ", ".join(f"{count} exemplars {rows:,}" for count, rows in mixture["shots"].items())
     counts = ", ".join(f"{name} {mixture[name]:,}" for name in ("rationale", "options", "no_options", "inverted"))
-    console.say(f"mixture: {mixture['rows']:,} rows; {shots}; {counts}")
+    console.say(f"mixture: {counted(mixture['rows'], 'row')}; {shots}; {counts}")
     for cluster, sources in mixture["held_out"].items():
         console.say(f"mixture: {cluster} is held out ({', '.join(sources)}): no training row, no exemplar")
 

@@ -22,7 +22,7 @@ from mmtune.stages.extract.joining import join
 from mmtune.stages.extract.reducing import Reducer
 from mmtune.stages.extract.units import gather_units
 from mmtune.storage import Manifest, RejectLog, Staging, foresee, is_finished, open_stage, read_manifest, stage_hash
-from mmtune.talk import Talk
+from mmtune.talk import Talk, counted
 
 # The towers' outputs that finetune keeps stand in the same folder and are its own.
 _OTHERS = ("towers",)
@@ -70,7 +70,7 @@ def extract(
     if dry_run:
         plan = foresee(target, stage="extract", config=config, inputs=inputs, force=force, others=_OTHERS)
         counts: dict[str, int] = {kind: len(units) for kind, units in gathered.units.items()}
-        console.say(f"{plan}; {_listed(counts)} of {gathered.read:,} rows")
+        console.say(f"{plan}; {_listed(counts)} of {counted(gathered.read, 'row')}")
         return {"stage": "extract", "dry_run": True, "target": str(target), "distinct": counts, "read": gathered.read}
     staging = open_stage(
         target, stage="extract", config=config, inputs=inputs, force=force, others=_OTHERS, say=console.say
@@ -148,9 +148,9 @@ class _Run:
         )
         shutil.rmtree(self._journal, ignore_errors=True)
         if drops:
-            self._console.note(
-                f"{sum(drops.values()):,} were refused: {_listed(drops)} ({staging.target}/rejects.jsonl)"
-            )
+            refused_rows, of_all = manifest.facts["refused_rows"], sum(drops.values())
+            said = f"{counted(refused_rows, 'row')} and {counted(of_all - refused_rows, 'unit')} were refused"
+            self._console.note(f"{said}: {_listed(drops)} ({staging.target}/rejects.jsonl)")
         self._console.say(f"extract: {_listed(rows)} in {staging.target}")
         return manifest
 
@@ -216,11 +216,14 @@ class _Run:
             "media_root": self._media_root,
             "read": gathered.read,
             "refused_rows": gathered.refused,
+            "refused_units": len(gathered.rejects)
+            - gathered.refused
+            + sum(len(one.rejects) for one in filled.values()),
             "distinct": {kind: len(units) for kind, units in gathered.units.items()},
             "failed": {kind: len(one.rejects) for kind, one in filled.items()},
             "kept": {kind: one.kept for kind, one in filled.items()},
             "width": {kind: one.width for kind, one in filled.items()},
-            "tokens": {kind: one.tokens for kind, one in filled.items()},
+            **({"tokens": {kind: one.tokens for kind, one in filled.items()}} if self._settings.tokens else {}),
             "fingerprints": {kind: one.fingerprint for kind, one in self._chosen.items()},
         }
 

@@ -96,8 +96,10 @@ def _choose(recipe: Recipe, settings: Extract, kind: FeatureKind, items: Sequenc
     own = named is None or named.path == BASE
     if own and (recipe.model is None or encodes == "behaviour"):
         small = f"{{{encodes}: {{config: {{hidden_size: 64}}}}}}"
+        of_base = named is not None and encodes == "behaviour"
         raise RecipeError(
-            f"the sources hold {kind}, and no encoder of it is named"
+            f"the sources hold {kind}, and "
+            + ("the base model reads none" if of_base else "no encoder of it is named")
             + ("" if encodes == "behaviour" else "; the recipe has no base model either"),
             f"add `extract: {{encoders: {{{encodes}: FOLDER_OR_HUB_ID}}}}`"
             + ("" if encodes == "text" else f", or a small one: `encoders: {small}`")

@@ -288,7 +288,8 @@ class Filler:
         assert writer is not None
         rows = writer.close()
         finish_split(target, some.schema)
-        filled.width = some.schema.field("tokens").type.value_type.list_size if self._dtype else 0
+        tokens = some.schema.field("tokens").type.value_type if self._dtype else None
+        filled.width = (tokens or some.schema.field("pooled").type).list_size
         return rows
 
     def _codes(

@@ -12,7 +12,7 @@ from mmtune.features.units import KINDS, Gathered, gather
 from mmtune.media.known import MediaPlace, media_places
 from mmtune.readers import Reader, find_reader
 from mmtune.readers.limit import part, take
-from mmtune.readers.roots import media_roots, source_files
+from mmtune.readers.roots import files_of, media_roots
 from mmtune.readers.source import SourceFiles
 from mmtune.recipe import Extract, Recipe
 from mmtune.records import Record, Reject
@@ -27,7 +27,7 @@ def gather_units(recipe: Recipe, settings: Extract, limit: int | None) -> tuple[
     """
     if not recipe.sources:
         raise RecipeError("the recipe has no sources", "add `sources:` with at least one dataset", "no_sources")
-    files = [source_files(source.model_dump(), recipe.seed) for source in recipe.sources]
+    files = files_of([source.model_dump() for source in recipe.sources], recipe.seed)
     roots = [
         media_roots(source.reader, given, Path(recipe.run_dir))
         for source, given in zip(recipe.sources, files, strict=True)
@@ -47,7 +47,9 @@ def gather_units(recipe: Recipe, settings: Extract, limit: int | None) -> tuple[
     missing = [kind for kind in named if kind not in gathered.units]
     if missing or not gathered.units:
         what = " and ".join(missing) or "anything that could have features"
-        first = f"; the first refused: {gathered.rejects[0].detail}" if gathered.rejects else ""
+        # A note beside the pictures of a folder is no reason why something else is not there.
+        refused = next((one for one in gathered.rejects if one.reason != "not_media"), None)
+        first = f"; the first refused at {refused.where}: {refused.detail}" if refused else ""
         raise DataError(f"the sources hold no {what}{first}", "check sources, extract.modalities and joint", "no_units")
     return gathered, media_root
 

@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 from mmtune.stages.pretrain.preparation import Run
-from mmtune.talk import Talk
+from mmtune.talk import Talk, counted
 
 
 def follow(run: Run, resume: str, console: Talk) -> Any:
@@ -88,7 +88,7 @@ def _show_course(run: Run, largest: Any, start: int, console: Talk) -> None:
         ("steps", f"{plan.total_steps:,}" + (f", {start:,} of them done" if start else "")),
         ("objectives", ", ".join(f"{name} {weight:g}" for name, weight in run.learner.settings.weights.items())),
         ("processes", f"{world} on {run.accelerator.device}"),
-        ("largest micro batch", f"{largest.rows:,} rows, {largest.tokens:,} tokens"),
+        ("largest micro batch", f"{counted(largest.rows, 'row')}, {counted(largest.tokens, 'token')}"),
         ("memory at its peak", f"{largest.peak_bytes / (1 << 30):.2f} GiB"),
         ("time", f"about {timedelta(seconds=round(seconds))} by that batch alone"),
     ]
