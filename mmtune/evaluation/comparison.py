@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from mmtune.evaluation import NORMALISERS, Measured, measure
+from mmtune.errors import RecipeError
+from mmtune.evaluation import ERROR_RATES, NORMALISERS, Measured, check_metric, measure
 from mmtune.evaluation.intervals import Interval, bootstrap, holm, paired_difference
 from mmtune.records import Prediction
 
@@ -242,6 +243,21 @@ def perplexities(
 def _exp(loss: float) -> float:
     # Perplexities beyond this are noise, and JSON has no infinity.
     return round(math.exp(min(loss, 50.0)), 4)
+
+
+def check_bars(least: Mapping[str, float]) -> None:
+    """Raises RecipeError for a bar that no gate can mean: of an unknown metric, or a fraction where scores are of 100.
+
+    An error rate may well be held below 1 %; a score of at most 1 of 100 stops nothing.
+    """
+    for name, bar in least.items():
+        check_metric(name)
+        if 0 < bar <= 1 and name not in ERROR_RATES:
+            raise RecipeError(
+                f"eval.fail_under: {name} {bar:g} would never fail, scores are of 100",
+                f"write {name}: {100 * bar:g}",
+                "bar_is_a_fraction",
+            )
 
 
 def failed_gates(metrics: Mapping[str, Any], model: str, least: Mapping[str, float]) -> list[str]:

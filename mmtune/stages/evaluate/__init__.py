@@ -54,7 +54,7 @@ def evaluate(
 
     Raises:
         DataError: instructions/ or adapter/ is missing, or no row can be asked.
-        RecipeError: A metric is unknown.
+        RecipeError: A metric is unknown, or a bar is no score of 100.
         GateError: A score is below ``eval.fail_under``; the report is published first.
         Interrupted: A signal came; nothing was written.
     """
@@ -93,10 +93,12 @@ def evaluate(
 def _plan(recipe: Recipe, limit: int | None, offline: bool) -> _Plan:
     """Checks everything that can be checked before a model is loaded."""
     from mmtune.evaluation import check_metric
+    from mmtune.evaluation.comparison import check_bars
 
     settings = recipe.eval or Eval()
-    for name in (*(() if settings.metrics == "auto" else settings.metrics), *settings.fail_under):
+    for name in () if settings.metrics == "auto" else settings.metrics:
         check_metric(name)
+    check_bars(settings.fail_under)
     instructions = read_manifest(recipe.run_dir / "instructions", made_by="build-data")
     if not instructions.rows.get(settings.split):
         have = ", ".join(f"{split} ({count:,})" for split, count in instructions.rows.items() if count)
