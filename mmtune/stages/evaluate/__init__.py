@@ -14,7 +14,8 @@ from mmtune.models.digest import weights_digest
 from mmtune.recipe import Eval, Recipe
 from mmtune.stages.evaluate.filling import filling_of
 from mmtune.stages.evaluate.prompted import adapter_of, in_order, is_prompted, prompt_of, prompted_rows
-from mmtune.stages.evaluate.shots import asked_rows, features_of, notes_of
+from mmtune.stages.evaluate.saying import notes_of, said_of_fewer
+from mmtune.stages.evaluate.shots import asked_rows, features_of
 from mmtune.storage import Manifest, RejectLog, Staging, foresee, is_finished, open_split, open_stage, read_manifest
 from mmtune.talk import Talk
 
@@ -163,6 +164,8 @@ def _write(plan: _Plan, staging: Staging, console: Talk) -> dict[str, Any]:
     if not scored:
         raise DataError(f"no row can be asked: {log.counts}", "look at tokenize.max_length and the model", "no_rows")
     asked = asked_rows(recipe, settings, rows, make, plan.instructions, plan.features)
+    for line in said_of_fewer(asked.facts, len(scored)):
+        console.note(line)
     prompted = prompted_rows(recipe, rows, make, plan.instructions) if plan.prompt is not None else None
     texts, losses, looked, filling = _answers(plan, processor, rows, asked.rows, prompted, console)
     texts = {**{answerer("vote", way): said for way, said in asked.votes.items()}, **texts}
