@@ -270,7 +270,8 @@ def ablation_report(
 def _entry(
     kind: str, name: str, rows: Sequence[ScoredRow], texts: Mapping[str, Sequence[str]], sure: Mapping[str, int]
 ) -> dict[str, Any]:
-    return {"kind": kind, "name": name, "n": len(rows), "metrics": compare(rows, texts, **sure).metrics}
+    found = compare(rows, texts, resamples=sure["resamples"], seed=sure["seed"])
+    return {"kind": kind, "name": name, "n": len(rows), "metrics": found.metrics}
 
 
 def commonest_answers(rows: Sequence[ScoredRow]) -> list[str]:

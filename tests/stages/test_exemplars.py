@@ -375,7 +375,10 @@ def test_eval_asks_the_same_rows_with_and_without_exemplars(tmp_path: Path, tiny
     names = ["vote, 2 retrieval", "base", "base, 2 random", "base, 2 retrieval"]
     assert report["run"]["compare"] == names == list(report["metrics"]["exact_match"]["models"])
     assert list(report["perplexity"]["models"]) == names[1:]
-    assert len(report["metrics"]["exact_match"]["steps"]) == 5
+    # Whom the exemplars would vote for is shown, and is no system that another one is compared with.
+    pairs = [(one["first"], one["second"]) for one in report["metrics"]["exact_match"]["steps"]]
+    assert pairs == [(names[1], names[2]), (names[1], names[3]), (names[2], names[3])]
+    assert report["run"]["pair"] == list(pairs[-1])
     assert read_manifest(recipe.run_dir / "report").parents.keys() == {"instructions", "features"}
     by_way = {name: {line["id"]: line for line in lines if line["model"] == name} for name in names}
     assert len({frozenset(found) for found in by_way.values()}) == 1 and len(by_way["base"]) == 14
