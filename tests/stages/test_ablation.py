@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from mmtune.errors import RecipeError
 from mmtune.recipe.text import load_recipe
 from mmtune.stages.build_data import build_data
 from mmtune.stages.evaluate import evaluate
@@ -18,7 +19,9 @@ from mmtune.talk import Talk
 QUIET = Talk(quiet=True)
 
 
-def run(folder: Path, model: Path, source: list[str], *settings: str) -> tuple[dict[str, Any], Path]:
+def run(
+    folder: Path, model: Path, source: list[str], *settings: str, talk: Talk = QUIET
+) -> tuple[dict[str, Any], Path]:
     """Builds the rows of a source and lets a base model answer them."""
     lines = ["run_dir: run", "seed: 1", f"model: {{path: {model}}}", "sources:", *source, "build: {workers: 1}"]
     file = folder / "recipe.yaml"
@@ -26,7 +29,7 @@ def run(folder: Path, model: Path, source: list[str], *settings: str) -> tuple[d
     evaluation = ["eval.split=test", "eval.compare=[base]", "eval.bootstrap=200", "eval.max_new_tokens=6", *settings]
     recipe = load_recipe(file, evaluation)
     build_data(recipe, console=QUIET)
-    return evaluate(recipe, console=QUIET), folder / "run" / "report"
+    return evaluate(recipe, console=talk), folder / "run" / "report"
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +72,13 @@ def scores(entry: dict[str, Any]) -> list[float]:
 
 
 def test_a_hybrid_model_tells_its_passes_apart(hybrid: Path, repository: Path, tmp_path: Path) -> None:
+    talk = Talk(quiet=True)
     result, report = run(
-        tmp_path, hybrid, sounds(repository, tmp_path), "eval.ablate=[modality, fusion, shots, instructions]"
+        tmp_path, hybrid, sounds(repository, tmp_path), "eval.ablate=[modality, fusion, shots, instructions]", talk=talk
     )
+    # Rows share their beginnings under every ablation, and what cannot be taken away is said.
+    (note,) = [line for line in talk.lines if "one by one" in line or "eval.ablate" in line]
+    assert note == "eval.ablate: shots takes nothing away: no row shows exemplars"
     fusion = result["fusion"]["base"]
     branches = fusion["branches"]
     assert list(branches) == ["joint", "image", "audio"] and branches["joint"]["n"] == 26
@@ -147,7 +154,14 @@ def test_a_blind_llava_is_worse(repository: Path, tmp_path: Path) -> None:
         f"     questions: {scenes}/annotations/base_test_questions.json.gz,",
         f"     annotations: {scenes}/annotations/base_test_annotations.json.gz}}",
     ]
-    result, _ = run(tmp_path, repository / "data" / "base", source, "eval.ablate=[modality, fusion]", "eval.loss=false")
+    talk = Talk(quiet=True)
+    settings = "eval.ablate=[modality, fusion]", "eval.loss=false"
+    result, _ = run(tmp_path, repository / "data" / "base", source, *settings, talk=talk)
+    assert any(
+        line.startswith("eval.ablate: fusion takes nothing away: the model has no passes") for line in talk.lines
+    )
+    with pytest.raises(RecipeError, match="takes nothing away: shots: no row shows exemplars; fusion: "):
+        run(tmp_path, repository / "data" / "base", source, "eval.ablate=[shots, fusion]", "eval.loss=false")
     assert result["fusion"] is None and result["ablation"]["nothing"] == ["fusion"]
     blind, guess = result["ablation"]["entries"]
     assert blind["name"] == "without image" and blind["n"] == 40 and "perplexity" not in blind

@@ -8,12 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmtune.errors import Interrupted
+from mmtune.errors import Interrupted, RecipeError
+from mmtune.evaluation.ablation import idle_kinds, row_facts
 from mmtune.evaluation.asking import Asking, Losses, answerer, ask_each
 from mmtune.evaluation.generation import Stopped
 from mmtune.evaluation.looking import Looking
 from mmtune.evaluation.ranking import label_words
-from mmtune.models.load import load_to_answer
+from mmtune.models.composite.scores import branches_of_config
+from mmtune.models.load import load_config, load_to_answer
 from mmtune.stages.evaluate.answerers import VOTE, in_order
 from mmtune.stages.evaluate.filling import filling_of
 from mmtune.stages.evaluate.plan import Plan
@@ -45,7 +47,9 @@ def answers_of(plan: Plan, processor: Any, questions: Questions, console: Talk) 
 
     Raises:
         Interrupted: A signal came.
+        RecipeError: ``eval.ablate`` names only what no row and no model has.
     """
+    _check_ablation(plan, questions, console)
     with StopFlag() as stop:
         asking = Asking(
             media_root=Path(plan.instructions.facts["media_root"]),
@@ -64,6 +68,22 @@ def answers_of(plan: Plan, processor: Any, questions: Questions, console: Talk) 
             error = Interrupted("eval was stopped by a signal; report/ was not touched", "run the same command again")
             error.exit_code = 130 if stop.wanted == 2 else 75
             raise error from stopped
+
+
+def _check_ablation(plan: Plan, questions: Questions, console: Talk) -> None:
+    """Says before anything is asked what of ``eval.ablate`` takes nothing away."""
+    kinds = plan.settings.ablate
+    if not kinds:
+        return
+    rows = list(questions.asked.rows.values())[-1]
+    facts = [row_facts(rows.example(at)) for at in range(len(rows.kept))]
+    config = load_config(plan.model, revision=plan.revision, offline=plan.offline)
+    idle = idle_kinds(kinds, facts, branches_of_config(config))
+    if len(idle) == len(kinds):
+        said = "; ".join(f"{kind}: {why}" for kind, why in idle.items())
+        raise RecipeError(f"eval.ablate takes nothing away: {said}", "leave eval.ablate out", "nothing_to_ablate")
+    for kind, why in idle.items():
+        console.note(f"eval.ablate: {kind} takes nothing away: {why}")
 
 
 def _answers(plan: Plan, processor: Any, questions: Questions, asking: Asking) -> Answers:
