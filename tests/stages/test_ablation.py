@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mmtune.errors import RecipeError
+from mmtune.errors import IntegrityError, RecipeError
 from mmtune.recipe.text import load_recipe
 from mmtune.stages.build_data import build_data
 from mmtune.stages.evaluate import evaluate
@@ -117,23 +118,29 @@ def test_a_hybrid_model_tells_its_passes_apart(hybrid: Path, repository: Path, t
         assert "Nothing to take away by: shots" in text
 
 
-def test_a_base_with_generators_says_how_well_it_fills_in_what_is_missing(repository: Path, tmp_path: Path) -> None:
-    """The heads are random here: codes are hardly nearer to their own than by chance; no other base says anything."""
-    import shutil
-
+@pytest.fixture(scope="module")
+def omni_with_heads(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
+    """The bundled omni base beside random heads of the adversarial objective."""
     from mmtune.models.load import load_model
     from mmtune.training.heads import save_heads
     from mmtune.training.learner import CodeSettings, Learner, LearnerSettings
     from mmtune.training.pair_losses import TextMasking
 
-    base = tmp_path / "base"
+    base = tmp_path_factory.mktemp("heads") / "base"
     shutil.copytree(repository / "data" / "omni", base)
     settings = LearnerSettings(
         {"adversarial": 1.0}, CodeSettings(("image", "audio", "text"), 8), TextMasking(3, 100, (0, 1)), 0, {}
     )
     save_heads(Learner(load_model(str(base)), settings), base)
+    return base
+
+
+def test_a_base_with_generators_says_how_well_it_fills_in_what_is_missing(
+    omni_with_heads: Path, repository: Path, tmp_path: Path
+) -> None:
+    """The heads are random: codes are hardly nearer to their own than by chance; no other base says anything."""
     source = sounds(repository, tmp_path)
-    result, report = run(tmp_path, base, source, "eval.ablate=[modality]", "eval.loss=false")
+    result, report = run(tmp_path, omni_with_heads, source, "eval.ablate=[modality]", "eval.loss=false")
     found = {(own["missing"], own["source"]): own for own in result["filling"]}
     assert list(found) == [("audio", "image"), ("image", "audio"), ("image", "text"), ("audio", "text")]
     both, heard = found["image", "audio"], found["audio", "text"]
@@ -142,9 +149,33 @@ def test_a_base_with_generators_says_how_well_it_fills_in_what_is_missing(reposi
     assert json.loads((report / "metrics.json").read_text())["filling"] == result["filling"]
     for name in ("report.md", "index.html"):
         assert "Missing parts filled in" in (report / name).read_text()
-    plain, _ = run(tmp_path, base, source, "eval.loss=false")
+    plain, _ = run(tmp_path, omni_with_heads, source, "eval.loss=false")
     other, _ = run(tmp_path, repository / "data" / "omni", source, "eval.ablate=[modality]", "eval.loss=false")
     assert plain["filling"] is None and other["filling"] is None
+
+
+@pytest.mark.parametrize("changed", ["setting", "weight"])
+def test_heads_of_another_version_end_eval_before_anything_is_asked(
+    changed: str, omni_with_heads: Path, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from mmtune.stages.evaluate import answers
+
+    base = tmp_path / "base"
+    shutil.copytree(omni_with_heads, base)
+    if changed == "setting":
+        (file,) = (base / "heads").glob("*.json")
+        kept = json.loads(file.read_text())
+        file.write_text(json.dumps({**kept, "codes": {**kept["codes"], "older": 1}}))
+    else:
+        (file,) = (base / "heads").glob("*.safetensors")
+        weights = load_file(file)
+        save_file({f"older.{name}": value for name, value in weights.items()}, file)
+    monkeypatch.setattr(answers, "ask_each", lambda *args: pytest.fail("asked"))
+    with pytest.raises(IntegrityError, match="not those that this version makes") as error:
+        run(tmp_path, base, sounds(repository, tmp_path), "eval.ablate=[modality]", "eval.limit=4")
+    assert error.value.exit_code == 7 and error.value.hint == "run: mmtune pretrain --force"
 
 
 def test_a_blind_llava_is_worse(repository: Path, tmp_path: Path) -> None:

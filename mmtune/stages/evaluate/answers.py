@@ -89,6 +89,10 @@ def _check_ablation(plan: Plan, questions: Questions, console: Talk) -> None:
 def _answers(plan: Plan, processor: Any, questions: Questions, asking: Asking) -> Answers:
     settings, ways, prompted = plan.settings, questions.asked.rows, questions.prompted
     models: dict[str, Any] = {name: partial(_load, plan, name) for name in settings.compare}
+    # First: heads of another version end the run before anything was asked.
+    filling = None
+    if "modality" in settings.ablate:
+        filling = filling_of(partial(_load, plan, "base"), Path(plan.model), processor, questions.rows, asking)
     plain = {name: load for name, load in models.items() if not is_prompted(name)}
     looking = Looking(processor, ways, asking, settings.ablate, list(plain)[-1:], plan.recipe.seed)
     texts, losses = ask_each(plain, processor, ways, asking, looking)
@@ -98,9 +102,6 @@ def _answers(plan: Plan, processor: Any, questions: Questions, asking: Asking) -
         texts |= {name: prompted.answers(answers) for name, answers in said.items()}
         # Label words are other texts than the references: their losses say nothing beside those.
         losses |= {} if prompted.unaskable or prompted.prompt.words else more
-    filling = None
-    if "modality" in settings.ablate:
-        filling = filling_of(partial(_load, plan, "base"), Path(plan.model), processor, questions.rows, asking)
     votes = {answerer(VOTE, way): said for way, said in questions.asked.votes.items()}
     ordered = {**votes, **in_order(texts, settings.compare)}
     return Answers(ordered, in_order(losses, settings.compare), looking, filling)
