@@ -30,7 +30,16 @@ Stage = tuple[str, Callable[..., dict[str, Any]], dict[str, Any]]
 
 
 def stages_of(recipe: Recipe, limit: int | None, offline: bool) -> Iterator[Stage]:
-    """Yields name, function and own options of every stage of a run."""
+    """Yields name, function and own options of every stage of a run; what only a late one needs is checked first.
+
+    Raises:
+        RecipeError: ``prompt.budget`` is too small for its method.
+        CapabilityError: A library of that method is missing.
+    """
+    if recipe.prompt is not None:
+        from mmtune.stages.prompt import check_budget
+
+        check_budget(recipe.prompt, limit)
     if recipe.extract is not None:
         from mmtune.stages.extract import extract as extract_stage
 

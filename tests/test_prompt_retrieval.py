@@ -21,9 +21,9 @@ def test_the_nearest_exemplars_beat_random_ones_and_these_beat_none(repository: 
     entry = json.loads((tmp_path / "run" / "report" / "metrics.json").read_text())["metrics"]["exact_match"]
     scores = {name: one["value"] for name, one in entry["models"].items()}
     assert list(scores) == ["vote, 4 retrieval", "tuned", "tuned, 4 random", "tuned, 4 retrieval"], found
-    steps = {one["second"]: one for one in entry["steps"] if one["first"].startswith("tuned")}
+    steps = {(one["first"], one["second"]): one for one in entry["steps"]}
     # One word of sixteen fits where nothing says which game is played.
     assert scores["tuned"] < 15
-    assert steps["tuned, 4 random"]["low"] > 0
+    assert steps["tuned", "tuned, 4 random"]["low"] > 0
     # Three runs: 38.7 to 49.3, 44.5 to 55.3 in the middle.
-    assert steps["tuned, 4 retrieval"]["low"] > 25
+    assert steps["tuned, 4 random", "tuned, 4 retrieval"]["low"] > 25

@@ -81,6 +81,23 @@ def row_facts(example: Example) -> RowFacts:
     return RowFacts(modalities, bool(example.exemplar_ids), question_of(example))
 
 
+def idle_kinds(kinds: Sequence[str], facts: Sequence[RowFacts], branches: Sequence[str]) -> dict[str, str]:
+    """Returns what cannot be taken away, and why.
+
+    Args:
+        kinds: Some of ``KINDS``.
+        facts: Of every kept row.
+        branches: What the model's gate mixes.
+    """
+    why = {
+        "modality": "" if any(own.modalities for own in facts) else "no row has a medium",
+        "fusion": "" if len(branches) > 1 else "the model has no passes, as those of late and hybrid fusion",
+        "shots": "" if any(own.shots for own in facts) else "no row shows exemplars",
+        "instructions": "" if len({own.question for own in facts}) > 1 else "all rows ask the same",
+    }
+    return {kind: why[kind] for kind in kinds if why[kind]}
+
+
 def plan_ablations(
     kinds: Sequence[str], facts: Sequence[RowFacts], *, branches: Sequence[str], by_mask: bool, seed: int
 ) -> list[Ablation]:
@@ -270,7 +287,8 @@ def ablation_report(
 def _entry(
     kind: str, name: str, rows: Sequence[ScoredRow], texts: Mapping[str, Sequence[str]], sure: Mapping[str, int]
 ) -> dict[str, Any]:
-    return {"kind": kind, "name": name, "n": len(rows), "metrics": compare(rows, texts, **sure).metrics}
+    found = compare(rows, texts, resamples=sure["resamples"], seed=sure["seed"])
+    return {"kind": kind, "name": name, "n": len(rows), "metrics": found.metrics}
 
 
 def commonest_answers(rows: Sequence[ScoredRow]) -> list[str]:

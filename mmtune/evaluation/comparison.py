@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from mmtune.evaluation import NORMALISERS, Measured, measure
+from mmtune.errors import RecipeError
+from mmtune.evaluation import ERROR_RATES, NORMALISERS, Measured, check_metric, measure
 from mmtune.evaluation.intervals import Interval, bootstrap, holm, paired_difference
+from mmtune.evaluation.pairs import Pair
 from mmtune.records import Prediction
 
 FACETS = ("source", "task", "template", "answer_type", "question_type")
@@ -96,17 +97,25 @@ class Comparison:
 
 
 def compare(
-    rows: Sequence[ScoredRow], texts: Mapping[str, Sequence[str]], *, resamples: int = 1000, seed: int = 0
+    rows: Sequence[ScoredRow],
+    texts: Mapping[str, Sequence[str]],
+    *,
+    pairs: Sequence[Pair] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> Comparison:
     """Returns all scores of the models' answers.
 
     Args:
         rows: The examples, in the order of the answers.
-        texts: Model name to its answers; with two models the second is compared to the first, with more
-            each to the one before it and to the first.
+        texts: Model name to its answers.
+        pairs: Names of models, the second compared with the first; left out: of two models the second with the first.
         resamples: Bootstrap samples.
         seed: Of the bootstrap.
     """
+    if pairs is None:
+        first, *others = texts
+        pairs = [(first, others[0])] if len(others) == 1 else []
     names = list(dict.fromkeys(name for row in rows for name in row.metrics))
     per_row: dict[str, list[dict[str, float]]] = {model: [{} for _ in rows] for model in texts}
     metrics: dict[str, Any] = {}
@@ -120,10 +129,10 @@ def compare(
             for at, value, weight in zip(index, found.values, found.weights, strict=True):
                 per_row[model][at][name] = round(float(value / weight) if weight else 0.0, 4)
         media = [rows[at].group for at in index]
-        metrics[name] = _entry(measured, media, np.arange(len(index)), resamples, seed)
+        metrics[name] = _entry(measured, pairs, media, np.arange(len(index)), resamples, seed)
         for facet in FACETS:
             for value, chosen in _places(rows, index, facet).items():
-                entry = _entry(measured, media, chosen, resamples, seed)
+                entry = _entry(measured, pairs, media, chosen, resamples, seed)
                 groups.setdefault(facet, {}).setdefault(value, {})[name] = entry
     return Comparison(metrics, groups, per_row)
 
@@ -148,7 +157,12 @@ def _places(rows: Sequence[ScoredRow], index: Sequence[int], facet: str) -> dict
 
 
 def _entry(
-    measured: Mapping[str, Measured], media: Sequence[str], chosen: np.ndarray, resamples: int, seed: int
+    measured: Mapping[str, Measured],
+    pairs: Sequence[Pair],
+    media: Sequence[str],
+    chosen: np.ndarray,
+    resamples: int,
+    seed: int,
 ) -> dict[str, Any]:
     names = [media[place] for place in chosen]
     models = {
@@ -185,12 +199,9 @@ def _entry(
             if key != "n"
         }
 
-    if len(measured) == 2:
-        entry["difference"] = difference(*measured)
-    elif len(measured) > 2:
-        # Each against the one before it, and against the first.
-        first_name, *others = measured
-        pairs = dict.fromkeys([*pairwise(measured), *((first_name, other) for other in others)])
+    if len(measured) == 2 and pairs:
+        entry["difference"] = difference(*pairs[0])
+    elif pairs:
         tested = [{"first": one, "second": two, **difference(one, two)} for one, two in pairs]
         adjusted = holm([one["p"] for one in tested])
         entry["steps"] = [{**one, "p_holm": round(p, 6)} for one, p in zip(tested, adjusted, strict=True)]
@@ -242,6 +253,21 @@ def perplexities(
 def _exp(loss: float) -> float:
     # Perplexities beyond this are noise, and JSON has no infinity.
     return round(math.exp(min(loss, 50.0)), 4)
+
+
+def check_bars(least: Mapping[str, float]) -> None:
+    """Raises RecipeError for a bar that no gate can mean: of an unknown metric, or a fraction where scores are of 100.
+
+    An error rate may well be held below 1 %; a score of at most 1 of 100 stops nothing.
+    """
+    for name, bar in least.items():
+        check_metric(name)
+        if 0 < bar <= 1 and name not in ERROR_RATES:
+            raise RecipeError(
+                f"eval.fail_under: {name} {bar:g} would never fail, scores are of 100",
+                f"write {name}: {100 * bar:g}",
+                "bar_is_a_fraction",
+            )
 
 
 def failed_gates(metrics: Mapping[str, Any], model: str, least: Mapping[str, float]) -> list[str]:

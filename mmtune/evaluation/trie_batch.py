@@ -19,9 +19,10 @@ from mmtune.models.mask_rules import MaskRules, in_form
 from mmtune.models.rope_index import RopeIndex
 from mmtune.models.soft_prompt import is_prefix, run_behind_virtual_tokens, virtual_tokens
 
-LAYOUT = ("ends", "places", "images", "asks")
+LAYOUT = ("ends", "places", "images", "hidden", "asks")
 """``(B, T)`` each: see ``Trie``; a number for each run of image tokens that see each other both ways, -1
-elsewhere; whether the token predicts a label. Padding sees and is seen by itself alone."""
+elsewhere; whether the token is padding or of a modality that is taken for missing, so that it sees and is seen by
+itself alone; whether the token predicts a label."""
 
 
 def trie_batch(tries: Sequence[Trie], collate: Collator, rope: RopeIndex | None) -> dict[str, torch.Tensor]:
@@ -37,7 +38,8 @@ def trie_batch(tries: Sequence[Trie], collate: Collator, rope: RopeIndex | None)
     """
     packed = [EncodedRow(trie.input_ids, np.full_like(trie.input_ids, IGNORED), trie.media) for trie in tries]
     batch = collate.text(packed)
-    del batch["labels"], batch["attention_mask"]
+    hidden = batch.pop("attention_mask") == 0
+    del batch["labels"]
     length = batch["input_ids"].shape[1]
     shown = packed if collate.media_by_row else [own for trie in tries for own in _conversations(trie)]
     batch |= collate.media(shown)
@@ -48,6 +50,7 @@ def trie_batch(tries: Sequence[Trie], collate: Collator, rope: RopeIndex | None)
         "ends": _filled([trie.ends for trie in tries], alone + 1),
         "places": places,
         "images": torch.full_like(places, -1) if types is None else _runs(types, tries),
+        "hidden": hidden,
         "asks": _filled([_asking(trie) for trie in tries], np.zeros_like(alone)).bool(),
     }
     if "prompt_mask" in batch:
@@ -77,19 +80,22 @@ def run_tries(model: Any, batch: Mapping[str, torch.Tensor], rules: MaskRules) -
 
 def _seen(batch: Mapping[str, torch.Tensor], window: int | None, virtual: int) -> torch.Tensor:
     """Returns the ``(B, 1, V + T, V + T)`` bool mask, True where a token is seen."""
-    ends, places, images = batch["ends"], batch["places"], batch["images"]
+    ends, places, images, hidden = (batch[name] for name in ("ends", "places", "images", "hidden"))
     if virtual:
         rows, length = ends.shape
         first = torch.arange(virtual, device=ends.device).expand(rows, -1)
         ends = torch.cat((torch.full_like(first, virtual + length), ends + virtual), dim=1)
         places = torch.cat((first, places + virtual), dim=1)
         images = torch.cat((torch.full_like(first, -1), images), dim=1)
+        hidden = torch.nn.functional.pad(hidden, (virtual, 0))
     at = torch.arange(ends.shape[1], device=ends.device)
     seen = (at[None, None, :] <= at[None, :, None]) & (at[None, :, None] < ends[:, None, :])
     if bool((images >= 0).any()):
         seen = seen | ((images[:, None, :] == images[:, :, None]) & (images[:, None, :] >= 0))
     if window is not None:
         seen = seen & (places[:, None, :] > places[:, :, None] - window)
+    apart = hidden[:, None, :] | hidden[:, :, None]
+    seen = (seen & ~apart) | torch.eye(at.numel(), dtype=torch.bool, device=at.device)
     return seen[:, None]
 
 

@@ -26,7 +26,7 @@ class Exemplars(Section):
     """The answers take turns: none stands a second time while another one has not stood yet."""
     pool: Literal["own", "all"] | tuple[str, ...] = "own"
     """Where they come from: training rows of the row's own source, of all sources, or of the named ones; a held-out
-    cluster gives none."""
+    cluster gives none. Left out in eval: that of build.exemplars."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Exemplars:

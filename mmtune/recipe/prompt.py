@@ -109,7 +109,7 @@ class Prompt(Section):
     test: Annotated[int, Field(ge=1)] = 200
     """Rows of the test split that nothing is chosen by: start, best and random search's best are scored on them."""
     test_split: SplitName | None = None
-    """Split of the test rows; default: that of eval."""
+    """Split of the test rows, not train, where the dev rows come from; default: that of eval."""
     reward: Literal["metric", "gap", "piecewise", "likelihood"] = "metric"
     """metric: the row's first metric that has a value of one row alone, answered as eval does (of captions ROUGE-L:
     CIDEr depends on the other rows); gap: probability of the right option less that of the best wrong one; piecewise:
@@ -147,6 +147,13 @@ class Prompt(Section):
     def _some_part(cls, value: tuple[Part, ...]) -> tuple[Part, ...]:
         if not value or len(set(value)) != len(value):
             raise ValueError("name at least one part, each once")
+        return value
+
+    @field_validator("test_split")
+    @classmethod
+    def _not_the_dev_rows(cls, value: SplitName | None) -> SplitName | None:
+        if value == "train":
+            raise ValueError("the dev rows come from train: take val or test")
         return value
 
     @model_validator(mode="after")

@@ -93,6 +93,13 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _prompts_are_tested_on_rows_apart(self) -> Recipe:
+        split = (self.eval or Eval()).split if self.prompt and self.prompt.test_split is None else None
+        if split == "train":
+            raise ValueError("eval.split is train, where the dev rows of prompt come from: set prompt.test_split")
+        return self
+
+    @model_validator(mode="after")
     def _unique_sources(self) -> Recipe:
         seen: set[tuple[str, str]] = set()
         for source in self.sources:

@@ -19,13 +19,36 @@ class Extra:
     note: str
 
 
-def extra_tables(report: Mapping[str, Any]) -> list[Extra]:
+def extra_tables(report: Mapping[str, Any], *, every_metric: bool = True) -> list[Extra]:
     """Returns the tables that a report has something for.
 
     Args:
         report: The report document.
+        every_metric: Pairs of answerers are compared by all metrics, not by the leading one alone.
     """
-    return [*_passes(report.get("fusion")), *_ablation(report.get("ablation")), *_filling(report.get("filling"))]
+    compared = list(_pairs(report["metrics"]))
+    return [
+        *(compared if every_metric else compared[:1]),
+        *_passes(report.get("fusion")),
+        *_ablation(report.get("ablation")),
+        *_filling(report.get("filling")),
+    ]
+
+
+def _pairs(metrics: Mapping[str, Any]) -> Iterator[Extra]:
+    for metric, entry in metrics.items():
+        rows = []
+        for one in entry.get("steps", ()):
+            sure = [interval(one, sign=True), p_value(one["p"]), p_value(one["p_holm"])]
+            rows.append([one["second"], one["first"], signed(one["value"]), *sure])
+        if rows:
+            yield Extra(
+                f"{label(metric)}: what differs in one thing",
+                ["answers by", "against", "difference", "95 % interval", "p", "p by Holm"],
+                rows,
+                "Pairs on the same rows that differ in tuning, in the prompt or in the exemplars, and tuning against a"
+                " better prompt alone. Holm's p is corrected for the number of lines.",
+            )
 
 
 def _passes(found: Mapping[str, Any] | None) -> Iterator[Extra]:

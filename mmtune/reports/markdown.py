@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mmtune.reports.extras import extra_tables
+from mmtune.reports.tables import is_turned, turned_head, turned_lines
 from mmtune.reports.wording import (
     FACET_LABELS,
     headline,
@@ -83,12 +84,14 @@ def _facts(report: Mapping[str, Any]) -> str:
 def _scores(report: Mapping[str, Any]) -> str:
     if not report["metrics"]:
         return "No row has a metric."
-    first = next(iter(report["metrics"].values()))
-    return table(
-        _head("metric", first),
-        (_row(label(name), entry) for name, entry in report["metrics"].items()),
-        right=range(1, 9),
-    )
+    return _table("metric", [(label(name), entry) for name, entry in report["metrics"].items()])
+
+
+def _table(what: str, entries: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    if is_turned(list(entries[0][1]["models"])):
+        lines = (map(escape, line) for name, entry in entries for line in turned_lines(name, entry))
+        return table(turned_head(what), (list(line) for line in lines), right=range(2, 5))
+    return table(_head(what, entries[0][1]), (_row(name, entry) for name, entry in entries), right=range(1, 9))
 
 
 def _head(what: str, entry: Mapping[str, Any]) -> list[str]:
@@ -133,9 +136,9 @@ def _groups(report: Mapping[str, Any]) -> list[str]:
         rows = [(value, name, entry) for value, found in values.items() for name, entry in found.items()]
         if len(values) < 2:
             continue
-        shown = [_row(f"{value} · {label(name)}", entry) for value, name, entry in rows[:_MOST_VALUES]]
+        shown = [(f"{value} · {label(name)}", entry) for value, name, entry in rows[:_MOST_VALUES]]
         parts.append(f"## By {FACET_LABELS.get(facet, facet)}")
-        parts.append(table(_head(FACET_LABELS.get(facet, facet), rows[0][2]), shown, right=range(1, 9)))
+        parts.append(_table(FACET_LABELS.get(facet, facet), shown))
         if len(rows) > _MOST_VALUES:
             parts.append(f"{len(rows) - _MOST_VALUES} more in `metrics.json`.")
     return parts

@@ -47,6 +47,7 @@ def write_page(
         report=report,
         run=report["run"],
         headline=wording.headline(report),
+        outcome=wording.outcome(report),
         leading=next(iter(report["metrics"].values()), None),
         facets=_facets(report),
         kinds={KINDS[kind]: rows for kind, rows in shown.items() if rows},

@@ -101,7 +101,7 @@ PAGE = """\
 <p class="meta"><span><code>{{ run.model | model }}</code></span> <span>{{ run.split }} split</span>
 <span>{{ "{:,}".format(report.n) }} rows</span> <span>greedy, at most {{ run.max_new_tokens }} new tokens</span>
 <span>seed {{ run.seed }}</span></p>
-<div class="finding {{ (leading | verdict) if leading else "" }}"><p>{{ headline }}</p></div>
+<div class="finding {{ outcome }}"><p>{{ headline }}</p></div>
 
 {% if report.metrics %}
 <h2>Scores</h2>

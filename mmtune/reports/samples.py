@@ -61,7 +61,8 @@ class Shown:
     Attributes:
         group: Equal for rows that show the same media.
         metric: The leading metric, empty when the row has none.
-        scores: One per model, base before tuned; None where it was not scored.
+        scores: One per model; None where it was not scored.
+        compared: Places of the models that tell its kind: one, or the two of which the second is judged by the first.
     """
 
     id: str
@@ -70,6 +71,7 @@ class Shown:
     scores: tuple[float | None, ...]
     higher_is_better: bool
     references: tuple[str, ...]
+    compared: tuple[int, ...] = (0, 1)
 
 
 def choose_rows(rows: Sequence[Shown], *, each: int = 12, seed: int = 0) -> dict[str, list[int]]:
@@ -82,7 +84,7 @@ def choose_rows(rows: Sequence[Shown], *, each: int = 12, seed: int = 0) -> dict
     """
     found: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
-        kind = _kind(row.scores, row.higher_is_better)
+        kind = _kind([row.scores[at] for at in row.compared], row.higher_is_better)
         if kind:
             found.setdefault(kind, []).append(number)
     chosen = {}

@@ -70,43 +70,50 @@ def verdict(entry: Mapping[str, Any]) -> str:
 
 
 def headline(report: Mapping[str, Any]) -> str:
-    """Returns the report's finding in one sentence, from its leading metric."""
+    """Returns the report's finding in one sentence, from its leading metric and the pair that it opens with."""
     if not report["metrics"]:
         return "No row has a metric; nothing was scored."
     name, entry = next(iter(report["metrics"].items()))
-    models = list(entry["models"])
-    last = entry["models"][models[-1]]
-    rows = f"{entry['n']:,} held-out {'row' if entry['n'] == 1 else 'rows'}"
-    ends = [one for one in entry.get("steps", ()) if (one["first"], one["second"]) == (models[0], models[-1])]
-    found = entry.get("difference") or next(iter(ends), None)
-    if found is None:
-        return (
-            f"{label(name)} of {_who(models[-1])} is {number(last['value'])}"
-            f" (95 % interval {interval(last)}) on {rows}."
-        )
-    first = entry["models"][models[0]]
-    who = "tuning" if models == ["base", "tuned"] else f"{models[-1]!r} against {models[0]!r}"
-    change = f"{label(name)} from {number(first['value'])} to {number(last['value'])}"
+    kind = "training" if report["run"]["split"] == "train" else "held-out"
+    rows = f"{entry['n']:,} {kind} {'row' if entry['n'] == 1 else 'rows'}"
+    pair = report["run"]["pair"]
+    if pair is None:
+        who, last = list(entry["models"].items())[-1]
+        return f"{label(name)} of {_who(who)} is {number(last['value'])} (95 % interval {interval(last)}) on {rows}."
+    found = leading_test(entry, pair)
+    before, after = (number(entry["models"][who]["value"]) for who in pair)
     sure = (
         f"a difference of {signed(found['value'])} (95 % interval {interval(found, sign=True)},"
         f" p {_p(found['p'])}) on {rows}"
     )
-    outcome = verdict({**entry, "difference": {**found, "p": found.get("p_holm", found["p"])}})
-    if outcome == "unclear":
-        return f"No clear effect: {who} moved {change}, {sure}."
+    change, subject = f"{label(name)} from {before} to {after}", _subject(*pair)
+    if outcome(report) == "unclear":
+        return f"No clear effect: {subject} moved {change}, {sure}."
     verb = "raised" if found["value"] > 0 else "lowered"
-    return f"{who[0].upper()}{who[1:]} {verb} {change}, {sure}."
+    return f"{subject[0].upper()}{subject[1:]} {verb} {change}, {sure}."
 
 
-def steps(report: Mapping[str, Any]) -> list[str]:
-    """Returns one line per paired test of three or more answerers: each against the one before it and the first."""
-    lines = []
-    for name, entry in report["metrics"].items():
-        for one in entry.get("steps", ()):
-            sure = f"95 % interval {interval(one, sign=True)}, p {_p(one['p'])}, {p_value(one['p_holm'])} by Holm"
-            change = f"{signed(one['value'])} ({sure})"
-            lines.append(f"{label(name)}: {one['second']} against {one['first']} {change}.")
-    return lines
+def outcome(report: Mapping[str, Any]) -> str:
+    """Returns the ``verdict`` of what the report opens with, by Holm's p where there are several pairs."""
+    pair, entry = report["run"]["pair"], next(iter(report["metrics"].values()), None)
+    if pair is None or entry is None:
+        return ""
+    found = leading_test(entry, pair)
+    return verdict({**entry, "difference": {**found, "p": found.get("p_holm", found["p"])}})
+
+
+def leading_test(entry: Mapping[str, Any], pair: Sequence[str]) -> Mapping[str, Any]:
+    """Returns the paired test of the pair that a report opens with."""
+    own = (one for one in entry.get("steps", ()) if [one["first"], one["second"]] == list(pair))
+    found: Mapping[str, Any] = entry.get("difference") or next(own)
+    return found
+
+
+def _subject(first: str, second: str) -> str:
+    (before, _, way), (after, _, other) = first.partition(", "), second.partition(", ")
+    if (before, after) == ("base", "tuned") and way == other:
+        return f"tuning ({way} exemplars)" if way else "tuning"
+    return f"{second!r} against {first!r}"
 
 
 def _who(answerer: str) -> str:
@@ -132,28 +139,3 @@ def short_hash(value: str) -> str:
 def interval_head(models: Sequence[str]) -> str:
     """Returns what stands over the interval of the last of several answerers, or of the only one."""
     return "95 % interval" if len(models) == 1 else f"95 % interval of {models[-1]}"
-
-
-def table_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Returns head and rows of the score table for a terminal, with the sources below the totals."""
-    entries = [(label(name), entry) for name, entry in report["metrics"].items()]
-    sources = report["groups"].get("source", {})
-    if len(sources) > 1:
-        entries += [
-            (f"  {value} · {label(name)}", entry) for value, found in sources.items() for name, entry in found.items()
-        ]
-    models = report["run"]["compare"]
-    head = ["metric", *models, *(["difference", "p"] if len(models) == 2 else [interval_head(models)]), "rows"]
-    rows = []
-    for name, entry in entries:
-        cells = [name, *(number(found["value"]) for found in entry["models"].values())]
-        if found := entry.get("difference"):
-            cells += [f"{signed(found['value'])} [{interval(found, sign=True)}]", p_value(found["p"])]
-        else:
-            cells += [interval(list(entry["models"].values())[-1])]
-        rows.append([*cells, f"{entry['n']:,}"])
-    if perplexity := report.get("perplexity"):
-        given = perplexity["models"]
-        cells = ["perplexity", *(number(given[model]["value"]) if model in given else "" for model in models)]
-        rows.append([*cells, *[""] * (len(head) - len(cells) - 1), f"{perplexity['n']:,}"])
-    return head, rows

@@ -57,14 +57,16 @@ def load_heads(model: Any, base: Path) -> Learner:
             f"{base} has no heads", "pretrain it with reconstruction, adversarial or contrastive", "no_heads"
         )
     kept = json.loads((folder / _SETTINGS).read_text("utf-8"))
-    codes = CodeSettings(**{**kept["codes"], "parts": tuple(kept["codes"]["parts"])})
-    text = TextMasking(**{**kept["text"], "special_ids": tuple(kept["text"]["special_ids"])})
-    learner = Learner(model, LearnerSettings(kept["weights"], codes, text, kept["seed"], {}))
     try:
+        codes = CodeSettings(**{**kept["codes"], "parts": tuple(kept["codes"]["parts"])})
+        text = TextMasking(**{**kept["text"], "special_ids": tuple(kept["text"]["special_ids"])})
+        learner = Learner(model, LearnerSettings(kept["weights"], codes, text, kept["seed"], {}))
         learner.heads.load_state_dict(load_file(folder / _WEIGHTS))
-    except RuntimeError as error:
+    except (KeyError, TypeError, RuntimeError) as error:
         raise IntegrityError(
-            f"the heads in {folder} are not those that this version makes", "pretrain again", "other_heads"
+            f"the heads in {folder} are not those that this version makes",
+            "run: mmtune pretrain --force",
+            "other_heads",
         ) from error
     return learner.eval()
 

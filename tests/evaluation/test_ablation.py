@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 from mmtune.evaluation.ablation import (
+    KINDS,
     Ablated,
     Ablation,
     RowFacts,
     ablation_report,
     changed_places,
     commonest_answers,
+    idle_kinds,
     plan_ablations,
     row_facts,
     with_question,
@@ -104,6 +106,15 @@ def test_plan_names_what_rows_and_model_have():
     assert masked[0].change(0, example(PICTURE, "?")).media == (PICTURE,)
     alone = plan_ablations(["fusion"], facts, branches=("joint", "image", "audio"), by_mask=True, seed=0)
     assert [(one.branch, one.rows) for one in alone] == [("joint", (0, 1)), ("image", (0, 1)), ("audio", (1,))]
+
+
+def test_what_takes_nothing_away_is_named_with_its_reason():
+    bare = [RowFacts(frozenset(), False, "same?")] * 2
+    idle = idle_kinds(("modality", "fusion", "shots", "instructions"), bare, ())
+    assert list(idle) == ["modality", "fusion", "shots", "instructions"] and idle["shots"] == "no row shows exemplars"
+    rich = [RowFacts(frozenset({"image"}), True, "a?"), RowFacts(frozenset(), False, "b?")]
+    assert idle_kinds(KINDS, rich, ("joint", "image")) == {}
+    assert list(idle_kinds(("fusion",), rich, ("image",))) == ["fusion"]
 
 
 def scored(number: int, source: str, reference: str) -> ScoredRow:

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from mmtune.evaluation.comparison import ScoredRow, compare, failed_gates, perplexities
+from mmtune.errors import RecipeError
+from mmtune.evaluation.comparison import ScoredRow, check_bars, compare, failed_gates, perplexities
 
 
 def row(name: str, source: str, metric: str = "exact_match", **more) -> ScoredRow:
@@ -64,3 +65,11 @@ def test_gates():
     assert failed_gates(metrics, "tuned", {"exact_match": 60, "wer": 60}) == []
     missed = failed_gates(metrics, "tuned", {"exact_match": 70, "wer": 40, "cider": 1})
     assert len(missed) == 3 and "cider was not scored" in missed[2]
+
+
+def test_a_fraction_is_no_bar_where_scores_are_of_100():
+    check_bars({"exact_match": 60, "vqa_accuracy": 0, "wer": 0.5, "cider": 110})
+    for name, bar, meant in (("vqa_accuracy", 0.6, "60"), ("macro_f1", 1.0, "100"), ("cider", 0.9, "90")):
+        with pytest.raises(RecipeError, match=f"{name} .* never fail") as error:
+            check_bars({"wer": 0.5, name: bar})
+        assert error.value.hint == f"write {name}: {meant}"

@@ -42,13 +42,13 @@ def questions_of(family: Any, media: Any, served: dict[str, Any]) -> list[Questi
     return [Question(at, (Message("user", tuple(parts)),), "", OPTIONS, OWNERS) for at, parts in enumerate(prompts)]
 
 
-def alone(family: Any, model: Any, questions: Sequence[Question]) -> np.ndarray:
+def alone(family: Any, model: Any, questions: Sequence[Question], missing: Sequence[str] = ()) -> np.ndarray:
     """Returns the log-probability of every (question, word), one row per forward pass."""
     rows = [family.renderer.encode(question.conversation(at)) for question in questions for at in range(len(OPTIONS))]
     nll, _ = answer_losses(
         model,
         lambda chosen: [rows[at] for at in chosen],
-        Collator(family.processor, media_root=Path()),
+        Collator(family.processor, media_root=Path()).without(missing),
         sizes=[row.input_ids.size for row in rows],
         batch_rows=1,
     )
@@ -59,12 +59,15 @@ def pairs(questions: Sequence[Question]) -> list[tuple[Question, int]]:
     return [(question, at) for question in questions for at in range(len(question.words))]
 
 
-def assert_scores_of_rows(family: Any, model: Any, questions: Sequence[Question], share: float = 0.5) -> RowScorer:
+def assert_scores_of_rows(
+    family: Any, model: Any, questions: Sequence[Question], share: float = 0.5, missing: Sequence[str] = ()
+) -> RowScorer:
     """Compares tries with rows alone; ``share`` of the tokens at most may have run."""
     notes: list[str] = []
-    scorer = RowScorer(model, Collator(family.processor, media_root=Path()), note=notes.append)
+    collate = Collator(family.processor, media_root=Path()).without(missing)
+    scorer = RowScorer(model, collate, note=notes.append)
     found = score_words(scorer, family.renderer.encode, pairs(questions))
-    expected = alone(family, model, questions)
+    expected = alone(family, model, questions, missing)
     assert notes == []
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-5) and len(set(expected.round(3))) > len(questions)
     assert scorer.calls.rows == len(expected)
@@ -106,6 +109,38 @@ def test_fusions_that_read_the_prompt_share_whole_prompts(
     scorer = RowScorer(model, Collator(family.processor, media_root=Path()), note=notes.append)
     score_words(scorer, family.renderer.encode, pairs(questions_of(family, media, served)))
     assert notes and "differ" in notes[0]
+
+
+@pytest.mark.parametrize("missing", ["image", "audio"])
+@pytest.mark.parametrize(
+    "fusion",
+    [
+        {},
+        {"mode": "late"},
+        {"mode": "hybrid", "instruction": True},
+        {"attention": "cross", "layers": [1]},
+        {"attention": "self"},
+        {"attention": "co", "layers": [0, 1]},
+    ],
+    ids=lambda fusion: "-".join(map(str, fusion.values())) or "early",
+)
+def test_a_missing_modality_is_hidden_in_tries_too(
+    fusion: dict[str, Any], missing: str, tiny_family: Any, media: Any, served: Any
+) -> None:
+    from tests.training.conftest import _composite
+
+    family = deepcopy(tiny_family("composite"))
+    torch.manual_seed(0)
+    model = _composite(**fusion)(family.processor, family.processor.tokenizer).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gate") or parameter.dim() > 1:
+                parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
+    family.processor.reads_prompt = model.config.reads_prompt
+    questions = questions_of(family, media, served)
+    assert_scores_of_rows(family, model, questions, share=0.6, missing=[missing])
+    seen, hidden = alone(family, model, questions), alone(family, model, questions, [missing])
+    assert np.abs(seen - hidden).max() > 1e-3
 
 
 @pytest.mark.parametrize("method", ["prompt", "p_tuning", "prefix", "ia3", "lora"])

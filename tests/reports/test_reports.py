@@ -14,7 +14,8 @@ from mmtune.reports.markdown import escape, write_markdown
 from mmtune.reports.page import write_page
 from mmtune.reports.plots import loss_plot, ticks
 from mmtune.reports.samples import Shown, choose_rows, make_sample, picture
-from mmtune.reports.wording import headline, p_value, table_rows, verdict
+from mmtune.reports.tables import table_rows
+from mmtune.reports.wording import headline, p_value, verdict
 
 EVIL = "<img src=x onerror=alert(1)> \"' & | `x` {{ 7*7 }}"
 
@@ -40,6 +41,7 @@ def make_report(models=("base", "tuned"), count=40):
             "model": "some/model",
             "split": "test",
             "compare": list(models),
+            "pair": list(models) if len(models) == 2 else None,
             "max_new_tokens": 8,
             "bootstrap": 200,
             "seed": 0,
@@ -239,3 +241,52 @@ def test_the_interval_of_several_answerers_is_that_of_the_last_and_says_so():
         "run": {"compare": ["base"]},
     }
     assert table_rows(one)[0][-2] == "95 % interval"
+
+
+def shown_with_exemplars(split="val"):
+    """A report of a vote, and of base and tuned without and with exemplars, on 40 rows."""
+    report = make_report()
+    rows = [ScoredRow(f"r{n}", "plain", "vqa", f"g{n}", ("exact_match",), ("yes",)) for n in range(40)]
+    ways = ("", ", 2 random", ", 4 retrieval")
+    right = {"vote, 4 retrieval": 40, **{f"base{way}": 5 * at for at, way in enumerate(ways)}}
+    right |= {f"tuned{way}": 20 + 5 * at for at, way in enumerate(ways)}
+    texts = {name: ["yes"] * count + ["no"] * (40 - count) for name, count in right.items()}
+    pairs = [(f"base{way}", f"tuned{way}") for way in reversed(ways)]
+    found = compare(rows, texts, pairs=pairs, resamples=200)
+    run = {**report["run"], "split": split, "compare": list(texts), "pair": list(pairs[0])}
+    return {**report, "run": run, "metrics": found.metrics, "groups": found.groups}
+
+
+def test_the_headline_is_tuning_at_equal_exemplars():
+    report = shown_with_exemplars()
+    said = headline(report)
+    assert said.startswith("Tuning (4 retrieval exemplars) raised Exact match from 25.00 to 75.00, a difference of +50")
+    assert "on 40 held-out rows" in said
+    (compared,) = extra_tables(report)
+    assert [row[:3] for row in compared.rows] == [
+        [f"tuned{way}", f"base{way}", "+50.00"] for way in (", 4 retrieval", ", 2 random", "")
+    ]
+    for shown in (write_page(report), write_markdown(report)):
+        assert all(cell in shown for row in compared.rows for cell in row[:4]) and compared.title in shown
+    assert '<div class="finding better">' in write_page(report)
+
+
+def test_rows_that_were_trained_on_are_not_called_held_out():
+    assert "on 40 training rows." in headline(shown_with_exemplars("train"))
+
+
+def test_many_answerers_stand_below_each_other_and_no_word_is_broken():
+    report = shown_with_exemplars()
+    report["perplexity"] = {
+        "n": 40,
+        "tokens": 80,
+        "models": {name: {"value": 2.0, "low": 1.5, "high": 2.5} for name in report["run"]["compare"][1:]},
+    }
+    head, rows = table_rows(report)
+    assert head == ["metric", "answers by", "score", "95 % interval", "rows"]
+    assert [row[1] for row in rows] == [*report["run"]["compare"], *report["run"]["compare"][1:]]
+    assert rows[0][:3] == ["Exact match", "vote, 4 retrieval", "100.00"] and rows[1][:3] == ["", "base", "0.00"]
+    assert max(sum(len(cell) + 3 for cell in row) for row in rows) <= 80
+    lines = write_markdown(report).splitlines()
+    assert "| metric | answers by | score | 95 % interval | rows |" in lines
+    assert all(len(line) < 120 for line in lines if line.startswith("|"))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mmtune.errors import IntegrityError, RecipeError
 from mmtune.recipe.text import load_recipe
 from mmtune.stages.build_data import build_data
 from mmtune.stages.evaluate import evaluate
@@ -18,7 +20,9 @@ from mmtune.talk import Talk
 QUIET = Talk(quiet=True)
 
 
-def run(folder: Path, model: Path, source: list[str], *settings: str) -> tuple[dict[str, Any], Path]:
+def run(
+    folder: Path, model: Path, source: list[str], *settings: str, talk: Talk = QUIET
+) -> tuple[dict[str, Any], Path]:
     """Builds the rows of a source and lets a base model answer them."""
     lines = ["run_dir: run", "seed: 1", f"model: {{path: {model}}}", "sources:", *source, "build: {workers: 1}"]
     file = folder / "recipe.yaml"
@@ -26,7 +30,7 @@ def run(folder: Path, model: Path, source: list[str], *settings: str) -> tuple[d
     evaluation = ["eval.split=test", "eval.compare=[base]", "eval.bootstrap=200", "eval.max_new_tokens=6", *settings]
     recipe = load_recipe(file, evaluation)
     build_data(recipe, console=QUIET)
-    return evaluate(recipe, console=QUIET), folder / "run" / "report"
+    return evaluate(recipe, console=talk), folder / "run" / "report"
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +73,13 @@ def scores(entry: dict[str, Any]) -> list[float]:
 
 
 def test_a_hybrid_model_tells_its_passes_apart(hybrid: Path, repository: Path, tmp_path: Path) -> None:
+    talk = Talk(quiet=True)
     result, report = run(
-        tmp_path, hybrid, sounds(repository, tmp_path), "eval.ablate=[modality, fusion, shots, instructions]"
+        tmp_path, hybrid, sounds(repository, tmp_path), "eval.ablate=[modality, fusion, shots, instructions]", talk=talk
     )
+    # Rows share their beginnings under every ablation, and what cannot be taken away is said.
+    (note,) = [line for line in talk.lines if "one by one" in line or "eval.ablate" in line]
+    assert note == "eval.ablate: shots takes nothing away: no row shows exemplars"
     fusion = result["fusion"]["base"]
     branches = fusion["branches"]
     assert list(branches) == ["joint", "image", "audio"] and branches["joint"]["n"] == 26
@@ -110,23 +118,29 @@ def test_a_hybrid_model_tells_its_passes_apart(hybrid: Path, repository: Path, t
         assert "Nothing to take away by: shots" in text
 
 
-def test_a_base_with_generators_says_how_well_it_fills_in_what_is_missing(repository: Path, tmp_path: Path) -> None:
-    """The heads are random here: codes are hardly nearer to their own than by chance; no other base says anything."""
-    import shutil
-
+@pytest.fixture(scope="module")
+def omni_with_heads(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
+    """The bundled omni base beside random heads of the adversarial objective."""
     from mmtune.models.load import load_model
     from mmtune.training.heads import save_heads
     from mmtune.training.learner import CodeSettings, Learner, LearnerSettings
     from mmtune.training.pair_losses import TextMasking
 
-    base = tmp_path / "base"
+    base = tmp_path_factory.mktemp("heads") / "base"
     shutil.copytree(repository / "data" / "omni", base)
     settings = LearnerSettings(
         {"adversarial": 1.0}, CodeSettings(("image", "audio", "text"), 8), TextMasking(3, 100, (0, 1)), 0, {}
     )
     save_heads(Learner(load_model(str(base)), settings), base)
+    return base
+
+
+def test_a_base_with_generators_says_how_well_it_fills_in_what_is_missing(
+    omni_with_heads: Path, repository: Path, tmp_path: Path
+) -> None:
+    """The heads are random: codes are hardly nearer to their own than by chance; no other base says anything."""
     source = sounds(repository, tmp_path)
-    result, report = run(tmp_path, base, source, "eval.ablate=[modality]", "eval.loss=false")
+    result, report = run(tmp_path, omni_with_heads, source, "eval.ablate=[modality]", "eval.loss=false")
     found = {(own["missing"], own["source"]): own for own in result["filling"]}
     assert list(found) == [("audio", "image"), ("image", "audio"), ("image", "text"), ("audio", "text")]
     both, heard = found["image", "audio"], found["audio", "text"]
@@ -135,9 +149,33 @@ def test_a_base_with_generators_says_how_well_it_fills_in_what_is_missing(reposi
     assert json.loads((report / "metrics.json").read_text())["filling"] == result["filling"]
     for name in ("report.md", "index.html"):
         assert "Missing parts filled in" in (report / name).read_text()
-    plain, _ = run(tmp_path, base, source, "eval.loss=false")
+    plain, _ = run(tmp_path, omni_with_heads, source, "eval.loss=false")
     other, _ = run(tmp_path, repository / "data" / "omni", source, "eval.ablate=[modality]", "eval.loss=false")
     assert plain["filling"] is None and other["filling"] is None
+
+
+@pytest.mark.parametrize("changed", ["setting", "weight"])
+def test_heads_of_another_version_end_eval_before_anything_is_asked(
+    changed: str, omni_with_heads: Path, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from mmtune.stages.evaluate import answers
+
+    base = tmp_path / "base"
+    shutil.copytree(omni_with_heads, base)
+    if changed == "setting":
+        (file,) = (base / "heads").glob("*.json")
+        kept = json.loads(file.read_text())
+        file.write_text(json.dumps({**kept, "codes": {**kept["codes"], "older": 1}}))
+    else:
+        (file,) = (base / "heads").glob("*.safetensors")
+        weights = load_file(file)
+        save_file({f"older.{name}": value for name, value in weights.items()}, file)
+    monkeypatch.setattr(answers, "ask_each", lambda *args: pytest.fail("asked"))
+    with pytest.raises(IntegrityError, match="not those that this version makes") as error:
+        run(tmp_path, base, sounds(repository, tmp_path), "eval.ablate=[modality]", "eval.limit=4")
+    assert error.value.exit_code == 7 and error.value.hint == "run: mmtune pretrain --force"
 
 
 def test_a_blind_llava_is_worse(repository: Path, tmp_path: Path) -> None:
@@ -147,7 +185,14 @@ def test_a_blind_llava_is_worse(repository: Path, tmp_path: Path) -> None:
         f"     questions: {scenes}/annotations/base_test_questions.json.gz,",
         f"     annotations: {scenes}/annotations/base_test_annotations.json.gz}}",
     ]
-    result, _ = run(tmp_path, repository / "data" / "base", source, "eval.ablate=[modality, fusion]", "eval.loss=false")
+    talk = Talk(quiet=True)
+    settings = "eval.ablate=[modality, fusion]", "eval.loss=false"
+    result, _ = run(tmp_path, repository / "data" / "base", source, *settings, talk=talk)
+    assert any(
+        line.startswith("eval.ablate: fusion takes nothing away: the model has no passes") for line in talk.lines
+    )
+    with pytest.raises(RecipeError, match="takes nothing away: shots: no row shows exemplars; fusion: "):
+        run(tmp_path, repository / "data" / "base", source, "eval.ablate=[shots, fusion]", "eval.loss=false")
     assert result["fusion"] is None and result["ablation"]["nothing"] == ["fusion"]
     blind, guess = result["ablation"]["entries"]
     assert blind["name"] == "without image" and blind["n"] == 40 and "perplexity" not in blind

@@ -219,6 +219,8 @@ def test_wrong_settings_are_named_before_a_model_is_loaded(run, model_folder, tm
     with pytest.raises(RecipeError, match="unknown metric 'vqa_acuracy'") as error:
         evaluate(load_recipe(folder / "recipe.yaml", ["eval.metrics=[vqa_acuracy]"]), console=QUIET)
     assert "did you mean 'vqa_accuracy'" in error.value.hint
+    with pytest.raises(RecipeError, match="scores are of 100"):
+        evaluate(load_recipe(folder / "recipe.yaml", ["eval.fail_under={vqa_accuracy: 0.6}"]), console=QUIET)
     with pytest.raises(DataError, match="no rows in the split 'test'"):
         evaluate(load_recipe(folder / "recipe.yaml", ["eval.split=test"]), console=QUIET)
     with pytest.raises(IntegrityError, match="was tuned from"):

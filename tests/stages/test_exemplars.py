@@ -367,13 +367,18 @@ def test_eval_asks_the_same_rows_with_and_without_exemplars(tmp_path: Path, tiny
     }
     recipe = few_shot(tmp_path, tiny_vlm, eval=settings, tokenize={"max_length": 512, "workers": 1})
     train = {row.id: row for row in built(recipe) if row.split == "train"}
-    evaluate(recipe, console=QUIET)
+    talk = Talk(quiet=True)
+    evaluate(recipe, console=talk)
+    assert "2 random: 6 of 14 rows have fewer than 2 exemplars" in talk.lines
     report = json.loads((recipe.run_dir / "report" / "metrics.json").read_text())
     lines = [json.loads(line) for line in (recipe.run_dir / "report" / "predictions.jsonl").read_text().splitlines()]
     names = ["vote, 2 retrieval", "base", "base, 2 random", "base, 2 retrieval"]
     assert report["run"]["compare"] == names == list(report["metrics"]["exact_match"]["models"])
     assert list(report["perplexity"]["models"]) == names[1:]
-    assert len(report["metrics"]["exact_match"]["steps"]) == 5
+    # Whom the exemplars would vote for is shown, and is no system that another one is compared with.
+    pairs = [(one["first"], one["second"]) for one in report["metrics"]["exact_match"]["steps"]]
+    assert pairs == [(names[1], names[2]), (names[1], names[3]), (names[2], names[3])]
+    assert report["run"]["pair"] == list(pairs[-1])
     assert read_manifest(recipe.run_dir / "report").parents.keys() == {"instructions", "features"}
     by_way = {name: {line["id"]: line for line in lines if line["model"] == name} for name in names}
     assert len({frozenset(found) for found in by_way.values()}) == 1 and len(by_way["base"]) == 14
@@ -438,3 +443,31 @@ def test_shots_without_training_rows_say_so(tmp_path: Path, tiny_vlm: Path):
     with pytest.raises(DataError, match="instructions/ has none") as error:
         evaluate(recipe, console=QUIET)
     assert error.value.code == "no_exemplars"
+
+
+def test_a_pool_without_rows_is_no_zero_shot_by_another_name(tmp_path: Path, tiny_vlm: Path):
+    sources = [pictures(tmp_path, "a", 6), pictures(tmp_path, "b", 3, "val")]
+    settings = {"compare": ["base"], "shots": [0, 2], "bootstrap": 100, "max_new_tokens": 2, "loss": False}
+
+    def recipe(run: str, build: dict, exemplars: list[dict]) -> Recipe:
+        models = {"model": {"path": str(tiny_vlm)}, "extract": {"encoders": {"image": "base"}}}
+        return make(tmp_path, sources, run, build=build, eval={**settings, "exemplars": exemplars}, **models)
+
+    ways = [{"method": "random"}, {"method": "retrieval", "by": ["image"]}]
+    own = recipe("own", {}, ways)
+    built(own)
+    for way, method in zip(ways, ("random", "retrieval"), strict=True):
+        with pytest.raises(
+            RecipeError, match=rf"no row has an exemplar \(2 {method}\); .*pool is own, rows are of b"
+        ) as error:
+            evaluate(recipe("own", {}, [way]), console=QUIET)
+        assert "are of a: set eval.exemplars.pool" in error.value.hint
+    # The pool of the training rows is that of eval, unless it names one.
+    opened = recipe("all", {"exemplars": {"pool": ["a"], "k": 1}}, ways)
+    built(opened)
+    evaluate(opened, console=QUIET)
+    report = json.loads((opened.run_dir / "report" / "metrics.json").read_text())
+    assert [(one["pool"], one["shown"]) for one in report["exemplars"]] == [(["a"], 12), (["a"], 12)]
+    closed = recipe("all", {"exemplars": {"pool": ["a"], "k": 1}}, [{"pool": "own"}])
+    with pytest.raises(RecipeError, match="pool is own"):
+        evaluate(closed, console=QUIET)

@@ -1,7 +1,6 @@
 """prompt from instructions/ to prompt/: rows held apart, calls counted, killed and resumed, put into rows one way."""
 
 import json
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from typer.testing import CliRunner
 from mmtune.errors import CapabilityError, DataError, IntegrityError, Interrupted, RecipeError
 from mmtune.prompts.schema import row_to_example
 from mmtune.prompts.searched import SearchedPrompt, asked_with, read_prompt
-from mmtune.recipe import Finetune, Recipe
+from mmtune.recipe import Finetune, Prompt, Recipe
 from mmtune.records import Example, Message, TextPart
 from mmtune.stages.build_data import build_data
 from mmtune.stages.evaluate import evaluate
@@ -235,7 +234,6 @@ def test_one_answer_in_the_dev_rows_is_refused(recipe):
     ("settings", "error", "said"),
     [
         ({"instruction": "{prompt} {nothing}"}, RecipeError, "unknown_slot"),
-        ({"test_split": "train"}, RecipeError, "dev rows come from there"),
         ({"method": "gepa", "dev": 500, "budget": 9000}, DataError, "training rows beside the dev rows"),
         ({"sources": ["x"]}, RecipeError, "prompt.sources names 'x'"),
         ({"test_split": "test"}, DataError, "no rows in the split 'test'"),
@@ -256,6 +254,20 @@ def test_what_cannot_be_searched_is_said_before_a_model_is_loaded(recipe, counte
     with pytest.raises(error, match=said):
         search_prompt(given, console=QUIET)
     assert not counted
+
+
+def test_what_the_recipe_alone_tells_is_said_before_any_stage_runs(recipe):
+    from mmtune.order import run_stages, stages_of
+
+    given = recipe(prompt={"method": "ape", "budget": 9})
+    with pytest.raises(RecipeError, match=r"prompt.budget is 9 model calls, ape needs at least \d+"):
+        run_stages(given, stages_of(given, None, True), force=False, dry_run=False, console=QUIET)
+    assert not given.run_dir.exists()
+    with pytest.raises(ValueError, match="dev rows come from train"):
+        Prompt(test_split="train")
+    with pytest.raises(ValueError, match=r"eval.split is train, where the dev rows .* set prompt.test_split"):
+        Recipe(run_dir="x", prompt={}, eval={"split": "train"})
+    assert Recipe(run_dir="x", prompt={"test_split": "val"}, eval={"split": "train"}).eval.split == "train"
 
 
 def test_a_chat_model_proposes_and_is_not_asked_twice(recipe, monkeypatch: pytest.MonkeyPatch):
@@ -461,8 +473,11 @@ def test_base_and_tuned_answer_with_and_without_the_prompt(recipe):
     entry = results["eval"]["metrics"]["accuracy"]
     assert list(entry["models"]) == four
     assert [(one["first"], one["second"]) for one in entry["steps"]] == [
-        *pairwise(four),
-        *((four[0], other) for other in four[2:]),
+        ("base", "tuned"),
+        ("best_prompt", "tuned_best_prompt"),
+        ("best_prompt", "tuned"),
+        ("base", "best_prompt"),
+        ("tuned", "tuned_best_prompt"),
     ]
     assert all(one["p"] <= one["p_holm"] <= 1 for one in entry["steps"])
     assert "tuned_best_prompt" in (given.run_dir / "report" / "index.html").read_text()

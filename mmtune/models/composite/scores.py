@@ -78,12 +78,15 @@ def branches_of(model: Any) -> tuple[str, ...]:
     Args:
         model: Any transformers or PEFT model.
     """
-    config = base_of(model).config
     adapters = getattr(model, "peft_config", {}).values()
     # A branch is run on the base, which does not see virtual tokens.
-    if not isinstance(config, CompositeConfig) or any(adapter.is_prompt_learning for adapter in adapters):
-        return ()
-    return config.branches if len(config.branches) > 1 else ()
+    behind = any(adapter.is_prompt_learning for adapter in adapters)
+    return () if behind else branches_of_config(base_of(model).config)
+
+
+def branches_of_config(config: Any) -> tuple[str, ...]:
+    """Returns what the gate of a base of this config mixes; nothing where it has no gate."""
+    return config.branches if isinstance(config, CompositeConfig) and len(config.branches) > 1 else ()
 
 
 def sees_by_mask(model: Any) -> bool:

@@ -28,7 +28,7 @@ How the pieces meet::
 from mmtune.prompts.search import ape, bbt, gepa, grpo, mipro, opro, random, rl
 from mmtune.prompts.search.budget import Budget, Exhausted
 from mmtune.prompts.search.candidate import Candidate, Scorable, candidate_of
-from mmtune.prompts.search.problem import Found, Method, Problem, search
+from mmtune.prompts.search.problem import Found, Method, Problem, Sizes, search
 from mmtune.prompts.search.proposer import Mistake, Proposer, Solved
 from mmtune.prompts.search.scorer import Scored, Scorer
 from mmtune.prompts.search.space import Admission, Space, slots_of
@@ -60,6 +60,7 @@ __all__ = [
     "Scorable",
     "Scored",
     "Scorer",
+    "Sizes",
     "Solved",
     "Space",
     "Trace",

@@ -9,7 +9,7 @@ what it does not meet no variant will.
 from __future__ import annotations
 
 from mmtune.prompts.search.candidate import Candidate
-from mmtune.prompts.search.problem import Method, Problem
+from mmtune.prompts.search.problem import Method, Problem, Sizes
 from mmtune.prompts.search.scorer import Scorer
 from mmtune.prompts.search.space import Admission
 
@@ -49,8 +49,8 @@ def _filled(problem: Problem, admission: Admission, proposed: list[Candidate]) -
     return alive
 
 
-def _least(problem: Problem) -> int:
-    return _FIRST * problem.population * min(problem.minibatch, problem.rows) + problem.rows
+def _least(sizes: Sizes) -> int:
+    return _FIRST * sizes.population * min(sizes.minibatch, sizes.rows) + sizes.rows
 
 
 METHOD = Method(ape, _least)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mmtune.prompts.search.candidate import Scorable
-from mmtune.prompts.search.problem import Problem
+from mmtune.prompts.search.problem import Problem, Sizes
 from mmtune.prompts.search.scorer import Scorer
 
 
@@ -22,9 +22,9 @@ def look_rows(problem: Problem, dice: random.Random) -> list[int]:
     return sorted(dice.sample(range(problem.rows), min(problem.minibatch, problem.rows)))
 
 
-def look_calls(problem: Problem, prompts: int) -> int:
+def look_calls(sizes: Sizes, prompts: int) -> int:
     """Returns the most calls that a look at so many prompts takes, the whole score of the best included."""
-    return prompts * min(problem.minibatch, problem.rows) + problem.rows
+    return prompts * min(sizes.minibatch, sizes.rows) + sizes.rows
 
 
 def look(scorer: Scorer, prompts: Sequence[Scorable], rows: Sequence[int]) -> np.ndarray:

@@ -16,17 +16,29 @@ from mmtune.prompts.search.scorer import Scored, Scorer
 from mmtune.prompts.search.space import Admission, Space
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What the fewest calls of a method depend on.
+
+    Attributes:
+        rows: Number of dev rows.
+        population: Prompts that are alive at once.
+        minibatch: Rows of a first look.
+    """
+
+    rows: int
+    population: int = 8
+    minibatch: int = 16
+
+
 @dataclass(frozen=True)
-class Problem:
+class Problem(Sizes):
     """What is searched, and how.
 
     Attributes:
         space: The prompts that may be tried.
         proposer: Proposes them.
-        rows: Number of dev rows.
         seed: Of the search.
-        population: Prompts that are alive at once.
-        minibatch: Rows of a first look.
         feedback: More rows as a proposer reads them, numbered behind the dev rows: their mistakes say what to change,
             no prompt is chosen by them.
         settings: Of one method alone, such as the learning rate of ``rl``.
@@ -34,10 +46,7 @@ class Problem:
 
     space: Space
     proposer: Proposer
-    rows: int
     seed: int = 0
-    population: int = 8
-    minibatch: int = 16
     feedback: tuple[Solved, ...] = ()
     settings: Any = None
 
@@ -59,16 +68,16 @@ class Method:
     """
 
     search: Callable[[Problem, Scorer, Admission], None]
-    least: Callable[[Problem], int]
+    least: Callable[[Sizes], int]
     needs: str = ""
     extra: str = "prompt"
     random: Callable[[Problem, Scorer, Admission], None] | None = None
 
-    def check(self, problem: Problem, budget: int, name: str) -> None:
+    def check(self, sizes: Sizes, budget: int, name: str) -> None:
         """Raises what keeps a search from beginning.
 
         Args:
-            problem: What is searched.
+            sizes: Of the search.
             budget: Model calls.
             name: Of the method, for the message.
 
@@ -76,11 +85,11 @@ class Method:
             RecipeError: The budget is too small.
             CapabilityError: The library is not installed.
         """
-        least = problem.rows + self.least(problem)
+        least = sizes.rows + self.least(sizes)
         if budget < least:
             raise RecipeError(
                 f"prompt.budget is {budget:,} model calls, {name} needs at least {least:,} "
-                f"({problem.rows} dev rows, population {problem.population}, minibatch {problem.minibatch})",
+                f"({sizes.rows} dev rows, population {sizes.population}, minibatch {sizes.minibatch})",
                 "raise prompt.budget, or lower dev, population or minibatch",
                 "small_budget",
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -130,9 +130,3 @@ def prompted_rows(
     for _ in prompted.examine():
         pass
     return Prompted(prompt, prompted, places, count)
-
-
-def in_order(found: Mapping[str, Any], compare: Sequence[str]) -> dict[str, Any]:
-    """Returns what was found by answerer, in the order of ``eval.compare``; the others stay where they are."""
-    places = {name: at for at, name in enumerate(compare)}
-    return {name: found[name] for name in sorted(found, key=lambda name: places.get(name.partition(", ")[0], -1))}

@@ -43,11 +43,20 @@ class Way:
     settings: Exemplars
 
 
-def ways_of(settings: Eval) -> list[Way]:
-    """Returns the ways of asking that a recipe names, those without exemplars first."""
+def ways_of(settings: Eval, built: Mapping[str, Any] | None = None) -> list[Way]:
+    """Returns the ways of asking that a recipe names, those without exemplars first.
+
+    Args:
+        settings: The recipe's eval part.
+        built: ``build.exemplars`` that the rows were made with; its pool is taken where eval names none.
+    """
     ways: list[Way] = []
     for shots in sorted(settings.shots):
-        for own in settings.exemplars if shots else settings.exemplars[:1]:
+        for given in settings.exemplars if shots else settings.exemplars[:1]:
+            own = given
+            if built and "pool" not in given.model_fields_set:
+                pool = built["pool"]
+                own = given.model_copy(update={"pool": pool if isinstance(pool, str) else tuple(pool)})
             name = f"{shots} {own.method}" if shots else ""
             again = sum(way.name.startswith(name) for way in ways) if name else 0
             ways.append(Way(f"{name} ({again + 1})" if again else name, shots, own))
@@ -269,10 +278,10 @@ def asked_rows(
         features: Manifest of features/, for retrieval.
 
     Raises:
-        RecipeError: A pool is unknown, or there are no features of a kind.
+        RecipeError: A pool is unknown or gives no row any exemplar, or there are no features of a kind.
         DataError: There are no training rows, or the features are of other rows.
     """
-    ways = ways_of(settings)
+    ways = ways_of(settings, instructions.config["build"].get("exemplars"))
     if not any(way.shots for way in ways):
         return Asked({"": plain}, {}, [])
     train = TrainRows(recipe.run_dir / "instructions" / "train", instructions.facts["media_root"])
@@ -291,9 +300,26 @@ def asked_rows(
             made = _features(recipe, way, instructions, features)
             found = NearShots(train, made, features.config["index"]["kind"], recipe.seed)(examples, way)
             votes[way.name] = [majority(train.cards[row].label for row in own) for own in found]
+        _check_some(way, found, examples, train)
         rows[way.name] = _with_shots(examples, found, train, way, make, recipe.seed)
         facts.append(_facts(way, found, rows[way.name]))
     return Asked(rows, votes, facts)
+
+
+def _check_some(way: Way, found: Found, rows: Sequence[Example], train: TrainRows) -> None:
+    """Raises RecipeError where no row has any exemplar: what is asked so would be zero-shot by another name."""
+    if any(found):
+        return
+    asked = dict.fromkeys(example.source for example in rows)
+    there = ", ".join(dict.fromkeys(card.source for card in train.cards))
+    pool = way.settings.pool if isinstance(way.settings.pool, str) else f"[{', '.join(way.settings.pool)}]"
+    raise RecipeError(
+        f"eval.shots: no row has an exemplar ({way.name}); eval.exemplars.pool is {pool},"
+        f" rows are of {', '.join(asked)}",
+        f"training rows that may be shown are of {there}: set eval.exemplars.pool to all, or name some;"
+        " or set eval.shots: 0",
+        "no_exemplars",
+    )
 
 
 def _features(recipe: Recipe, way: Way, instructions: Manifest, features: Manifest) -> RowFeatures:
@@ -339,30 +365,3 @@ def _facts(way: Way, found: Found, rows: EvalRows) -> dict[str, Any]:
         "rows_with_dropped": sum(number > 0 for number in rows.dropped),
         "rows_with_fewer_found": sum(len(own) < way.shots for own in found),
     }
-
-
-def notes_of(facts: Sequence[Mapping[str, Any]], rows: int) -> list[str]:
-    """Returns what a reader of the report must know of the exemplars.
-
-    Args:
-        facts: Of ``Asked``.
-        rows: How many rows are asked.
-    """
-    notes = []
-    for one in facts:
-        how = "drawn at random"
-        if one["method"] == "retrieval":
-            how = f"the nearest by {' and '.join(one['by']) or 'all features'}, {one['order'].replace('_', ' ')}"
-        more = [f"diversity {one['diversity']:g}"] if one["diversity"] else []
-        more += ["answers in turns"] if one["balance"] else []
-        listed = ", ".join([how, *more])
-        said = f"{one['name']}: {one['shown']:,} exemplars before {rows:,} questions out of the training rows, {listed}"
-        if one["rows_with_fewer_found"]:
-            said += f"; for {one['rows_with_fewer_found']:,} rows the pool has fewer than {one['shots']}"
-        if one["dropped"]:
-            said += (
-                f"; {one['dropped']:,} of {one['rows_with_dropped']:,} rows did not fit tokenize.max_length:"
-                " the farthest were left out"
-            )
-        notes.append(f"{said}.")
-    return notes

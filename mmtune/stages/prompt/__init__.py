@@ -12,8 +12,10 @@ from typing import Any
 from mmtune.errors import IntegrityError, RecipeError
 from mmtune.files import disk_errors, write_json
 from mmtune.models.digest import weights_digest
+from mmtune.prompts.search import METHODS, Sizes
 from mmtune.recipe import Eval, Prompt, Recipe
 from mmtune.stages.prompt.course import Course, follow
+from mmtune.stages.prompt.own import method_name
 from mmtune.stages.prompt.rows import choose_rows
 from mmtune.storage import Manifest, Staging, foresee, open_stage, read_manifest, stage_hash
 from mmtune.talk import Talk
@@ -84,6 +86,22 @@ def prompt(
         _publish(staging, document, kept, instructions)
     console.say(f"prompt: wrote {target / 'prompt.json'}")
     return {"stage": "prompt", "cached": False, "target": str(target), **_brief(document)}
+
+
+def check_budget(settings: Prompt, limit: int | None) -> None:
+    """Checks what a recipe alone tells of a search: do its calls and libraries do for its method.
+
+    Args:
+        settings: The recipe's section.
+        limit: At most this many dev rows.
+
+    Raises:
+        RecipeError: The budget is too small.
+        CapabilityError: A library is missing.
+    """
+    rows, name = min(settings.dev, limit or settings.dev), method_name(settings)
+    sizes = Sizes(rows=rows, population=settings.population, minibatch=settings.minibatch)
+    METHODS[name].check(sizes, settings.budget, name)
 
 
 def _config(recipe: Recipe, settings: Prompt, path: str, limit: int | None, offline: bool) -> dict[str, Any]:

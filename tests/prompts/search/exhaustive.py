@@ -102,4 +102,4 @@ class Landscape:
 def problem(seed: int, **settings: object) -> Problem:
     feedback = tuple(Solved(str(row), f"row {row}", "yes" if row % 2 else "no") for row in range(ROWS, ROWS + FEEDBACK))
     chosen = {"population": 8, "minibatch": 6, **settings}
-    return Problem(SPACE, GridProposer(), ROWS, seed, feedback=feedback, **chosen)  # type: ignore[arg-type]
+    return Problem(SPACE, GridProposer(), rows=ROWS, seed=seed, feedback=feedback, **chosen)  # type: ignore[arg-type]

@@ -24,7 +24,13 @@ def quadratic(candidate, rows):
 
 def searched(prompts, seed=0, trace=None, score=quadratic, population=8, minibatch=ROWS):
     problem = Problem(
-        Space(Candidate("{prompt}")), None, ROWS, seed, population, minibatch, settings=BbtSettings(D, 0.5)
+        Space(Candidate("{prompt}")),
+        None,
+        rows=ROWS,
+        seed=seed,
+        population=population,
+        minibatch=minibatch,
+        settings=BbtSettings(D, 0.5),
     )
     scorer = Scorer(score, ROWS, Budget((prompts + 1) * ROWS), trace or Trace())
     return search(problem, scorer, METHOD, "bbt"), scorer

@@ -145,7 +145,7 @@ def test_a_search_survives_bad_proposals_and_is_replayed_without_a_question(tmp_
     for _ in range(2):
         trace = Trace(path, {"seed": 1})
         made, asked = proposer(replies, trace)
-        problem = Problem(SPACE, made, 4, population=3, minibatch=2)
+        problem = Problem(SPACE, made, rows=4, population=3, minibatch=2)
         scorer = Scorer(lambda one, rows: [float("good" in one.instruction)] * len(rows), 4, Budget(60), trace)
         founds.append((search(problem, scorer, METHODS["ape"], "ape"), len(asked)))
         trace.close()

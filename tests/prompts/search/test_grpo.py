@@ -19,7 +19,9 @@ def digits(candidate, rows):
 
 
 def problem(population=4, settings=None):
-    return Problem(Space(Candidate("{prompt}")), None, ROWS, 0, population, ROWS, settings=settings)
+    return Problem(
+        Space(Candidate("{prompt}")), None, rows=ROWS, population=population, minibatch=ROWS, settings=settings
+    )
 
 
 def test_the_reward_is_the_score_in_the_order_of_the_completions():

@@ -42,7 +42,7 @@ class Model:
 def problem(seed, minibatch=ROWS, population=4, **more):
     settings = RlSettings(WORDS, np.eye(len(WORDS)), length=LENGTH, **more)
     space = Space(Candidate(START))
-    return Problem(space, None, ROWS, seed, population, minibatch, settings=settings)
+    return Problem(space, None, rows=ROWS, seed=seed, population=population, minibatch=minibatch, settings=settings)
 
 
 def searched(table, seed, prompts, trace=None, **more):

@@ -1,0 +1,131 @@
+"""The files of report/: the document with all numbers, the predictions, and what a person opens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mmtune.evaluation.comparison import AnsweredRow, Comparison, answered_rows, compare, perplexities
+from mmtune.evaluation.looking import looked_report
+from mmtune.evaluation.pairs import Answerer, leading_pair, pairs_of
+from mmtune.evaluation.rows import EvalRows, question_of
+from mmtune.reports.facts import training_facts
+from mmtune.reports.folder import write_report
+from mmtune.reports.samples import Sample, Shown, choose_rows, make_sample
+from mmtune.stages.evaluate.answerers import answerers_of
+from mmtune.stages.evaluate.answers import Answers
+from mmtune.stages.evaluate.plan import SCHEMA, Plan
+from mmtune.stages.evaluate.questions import Questions
+from mmtune.storage import Staging, is_finished, read_manifest
+
+
+def write_stage(plan: Plan, questions: Questions, answers: Answers, staging: Staging) -> dict[str, Any]:
+    """Scores the answers and publishes report/; returns the document of ``metrics.json``."""
+    answerers = answerers_of(answers.texts, questions.asked.facts)
+    resamples, seed = plan.settings.bootstrap, plan.recipe.seed
+    pairs = pairs_of(answerers)
+    found = compare(questions.scored, answers.texts, pairs=pairs, resamples=resamples, seed=seed)
+    report = _document(plan, questions, answers, answerers, found)
+    answered = answered_rows(questions.scored, answers.texts, found)
+    _write_predictions(staging.path, answered, questions)
+    log = plan.recipe.run_dir / "adapter" / "metrics.jsonl" if plan.adapter is not None else None
+    write_report(staging.path, report, _samples(plan, answered, questions.rows, report), log)
+    rows: dict[str, int] = {plan.settings.split: len(questions.scored)}
+    staging.publish(rows=rows, drops=questions.rejected, facts=_manifest_facts(plan, found.metrics))
+    return report
+
+
+def _document(
+    plan: Plan, questions: Questions, answers: Answers, answerers: Sequence[Answerer], found: Comparison
+) -> dict[str, Any]:
+    sure = {"resamples": plan.settings.bootstrap, "seed": plan.recipe.seed}
+    texts, losses, looked, scored = answers.texts, answers.losses, answers.looked, questions.scored
+    seen = looked_report(looked.found, scored, texts, losses, ablated=looked.judged, kinds=plan.settings.ablate, **sure)
+    return {
+        "schema": SCHEMA,
+        "run": {**_run_facts(plan), "compare": list(texts), "pair": leading_pair(answerers)},
+        "exemplars": questions.asked.facts,
+        "read": questions.read,
+        "n": len(scored),
+        "rejected": questions.rejected,
+        "metrics": found.metrics,
+        "groups": found.groups,
+        "perplexity": perplexities(losses, [row.group for row in scored], **sure) if losses else None,
+        **seen,
+        "filling": answers.filling,
+        "training": _training_facts(plan),
+        "manifests": _chain(plan.recipe.run_dir),
+        "notes": questions.notes(),
+    }
+
+
+def _manifest_facts(plan: Plan, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    scores = {
+        name: {model: found["value"] for model, found in entry["models"].items()} for name, entry in metrics.items()
+    }
+    return {"model": plan.model, "scores": scores}
+
+
+def _run_facts(plan: Plan) -> dict[str, Any]:
+    settings, recipe = plan.settings, plan.recipe
+    return {
+        "title": recipe.description.strip().split("\n")[0].rstrip(".") or recipe.run_dir.name,
+        "model": plan.model,
+        "split": settings.split,
+        "max_new_tokens": settings.max_new_tokens,
+        "bootstrap": settings.bootstrap,
+        "seed": recipe.seed,
+    }
+
+
+def _training_facts(plan: Plan) -> dict[str, Any] | None:
+    if plan.adapter is None:
+        return None
+    settings, made = plan.adapter.config.get("finetune", {}), plan.adapter
+    return training_facts(settings, made.facts, made.rows.get("train", 0), made.timings.get("total_seconds"))
+
+
+def _chain(run_dir: Path) -> list[dict[str, Any]]:
+    """Returns what every finished stage before this one says of itself."""
+    found = []
+    for name in ("instructions", "prompt", "tokens", "adapter"):
+        if is_finished(run_dir / name):
+            made = read_manifest(run_dir / name)
+            seconds = made.timings.get("total_seconds", 0.0)
+            kept = {"stage": made.stage, "folder": name, "hash": made.hash, "rows": made.rows, "drops": made.drops}
+            found.append({**kept, "seconds": seconds, "parents": made.parents, "mmtune": made.mmtune_version})
+    return found
+
+
+def _write_predictions(folder: Path, answered: Sequence[AnsweredRow], questions: Questions) -> None:
+    rows, ways = questions.rows, questions.asked.rows
+    with open(folder / "predictions.jsonl", "w", encoding="utf-8", errors="backslashreplace") as handle:
+        for at, given in enumerate(answered):
+            for found in given.predictions(question_of(rows.example(at))):
+                line = {**asdict(found), "source": given.row.source, "scores": given.scores[found.model]}
+                way = found.model.partition(", ")[2]
+                if way:
+                    line["exemplar_ids"] = list(ways[way].example(at).exemplar_ids)
+                handle.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _samples(plan: Plan, answered: Sequence[AnsweredRow], rows: EvalRows, report: Mapping[str, Any]) -> list[Sample]:
+    root = Path(plan.instructions.facts["media_root"])
+    metrics, names = report["metrics"], report["run"]["compare"]
+    compared = tuple(names.index(name) for name in report["run"]["pair"] or names[-1:])
+    shown = []
+    for given in answered:
+        name = given.leading_metric
+        values = tuple(scores.get(name) for scores in given.scores.values())
+        better = metrics.get(name, {}).get("higher_is_better", True)
+        shown.append(Shown(given.row.id, given.row.group, name, values, better, given.row.references, compared))
+    samples = []
+    for kind, numbers in choose_rows(shown, seed=plan.recipe.seed).items():
+        for at in numbers:
+            example = rows.example(at)
+            question = question_of(example)
+            samples.append(make_sample(shown[at], kind, question, example.media, answered[at].answers, root))
+    return samples

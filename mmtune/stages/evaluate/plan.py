@@ -1,0 +1,76 @@
+"""What eval is about to do, checked before a model is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mmtune.errors import DataError, IntegrityError, RecipeError
+from mmtune.recipe import Eval, Recipe
+from mmtune.stages.evaluate.prompted import prompt_of
+from mmtune.stages.evaluate.shots import features_of
+from mmtune.storage import Manifest, read_manifest
+
+SCHEMA = "mmtune.report/2"
+"""Of the report document."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is evaluated, and from what."""
+
+    recipe: Recipe
+    settings: Eval
+    instructions: Manifest
+    adapter: Manifest | None
+    features: Manifest | None
+    prompt: Manifest | None
+    model: str
+    limit: int | None
+    offline: bool
+
+    @property
+    def revision(self) -> str | None:
+        """Of the base model; None for the newest."""
+        return self.recipe.model.revision if self.recipe.model else None
+
+
+def plan_of(recipe: Recipe, limit: int | None, offline: bool) -> Plan:
+    """Checks everything that can be checked before a model is loaded.
+
+    Raises:
+        DataError: instructions/, adapter/, features/ or prompt/ is missing, or the split has no rows.
+        IntegrityError: They were made of other rows or another model.
+        RecipeError: A metric is unknown, a bar is no score of 100, or no model is named.
+    """
+    from mmtune.evaluation import check_metric
+    from mmtune.evaluation.comparison import check_bars
+
+    settings = recipe.eval or Eval()
+    for name in () if settings.metrics == "auto" else settings.metrics:
+        check_metric(name)
+    check_bars(settings.fail_under)
+    instructions = read_manifest(recipe.run_dir / "instructions", made_by="build-data")
+    if not instructions.rows.get(settings.split):
+        have = ", ".join(f"{split} ({count:,})" for split, count in instructions.rows.items() if count)
+        raise DataError(
+            f"instructions/ has no rows in the split {settings.split!r}; it has {have or 'none'}",
+            f"set eval.split, or add a source with `split: {settings.split}` and run: mmtune build-data",
+            "split_missing",
+        )
+    adapter = None
+    if any(name.startswith("tuned") for name in settings.compare):
+        adapter = read_manifest(recipe.run_dir / "adapter", made_by="finetune")
+    asked = recipe.model.path if recipe.model else ""
+    made_from = str(adapter.facts.get("model") or "") if adapter else ""
+    if asked and made_from and asked != made_from:
+        raise IntegrityError(
+            f"adapter/ was tuned from {made_from}, the recipe asks for {asked}",
+            "run: mmtune finetune --force",
+            "other_model",
+        )
+    if not (asked or made_from):
+        raise RecipeError("the recipe names no model", "add `model: {path: ...}`")
+    least = [value for value in (limit, settings.limit) if value is not None]
+    most, features, model = min(least, default=None), features_of(recipe, settings), made_from or asked
+    prompt = prompt_of(recipe, settings, instructions, model)
+    return Plan(recipe, settings, instructions, adapter, features, prompt, model, most, offline)
