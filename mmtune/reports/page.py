@@ -53,6 +53,7 @@ def write_page(
         kinds={KINDS[kind]: rows for kind, rows in shown.items() if rows},
         extras=extra_tables(report),
         loss=loss_plot(loss_rows),
+        validated=any("val_loss" in row for row in loss_rows),
         dots=_dots,
     )
 

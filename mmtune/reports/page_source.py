@@ -147,7 +147,7 @@ scores on a common axis from 0, with 95 % intervals</p>
 
 {% if report.training %}
 <h2>Training</h2>
-{% if loss %}{{ loss }}<p class="note key"><span><i class="base"></i>training loss</span><span><i class="tuned"></i>validation loss</span>
+{% if loss %}{{ loss }}<p class="note key"><span><i class="base"></i>training loss</span>{% if validated %}<span><i class="tuned"></i>validation loss</span>{% endif %}
 per answer token, over optimizer steps</p>{% endif %}
 <dl>{% for key, value in report.training.items() %}<div><dt>{{ key }}</dt><dd>{{ value }}</dd></div>{% endfor %}</dl>
 {% endif %}

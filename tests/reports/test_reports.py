@@ -106,6 +106,9 @@ def test_page_escapes_everything_and_asks_for_nothing(root):
     assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     assert "7*7" in page and "&lt;img src=x onerror" in page and "b.wav" in page
     assert "yes ×2" in page and "prefers-color-scheme: dark" in page
+    legend = "</i>validation loss"
+    assert legend in page
+    assert legend not in write_page(make_report(), [], [{"step": row["step"], "loss": row["loss"]} for row in losses])
 
 
 def test_page_without_pictures_training_or_metrics(root):

@@ -212,8 +212,9 @@ def _difference(wanted: Wanted, live: Any, kept: Any, means: Means) -> tuple[str
 
 
 def in_short(error: Exception) -> str:
-    """Returns the first line of an error."""
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    """Returns the first line of an error, with its kind where that line is no sentence."""
+    text = str(error).strip()
+    return text.splitlines()[0] if " " in text else f"{type(error).__name__}: {text}"
 
 
 def size_text(count: float) -> str:
