@@ -165,12 +165,12 @@ LONG = """
 import pathlib, time
 from mmtune.training import validation
 real = validation.validation_loss
-def long(*given, stopping):
+def long(*given, stopping, **more):
     def asked():
         pathlib.Path({marker!r}).touch()
         time.sleep(0.5)
         return stopping()
-    return real(*given, stopping=asked)
+    return real(*given, stopping=asked, **more)
 validation.validation_loss = long
 """
 

@@ -496,7 +496,7 @@ def test_a_dry_run_of_all_stages_says_what_waits(recipe):
     talk = Talk(quiet=True)
     run_stages(given, stages_of(given, None, True), force=False, dry_run=True, console=talk)
     assert "prompt: would run once instructions is there" in talk.lines
-    assert "eval: would run once instructions and prompt is there" in talk.lines
+    assert "eval: would run once instructions and prompt are there" in talk.lines
     assert not (given.run_dir / "instructions").exists()
 
 

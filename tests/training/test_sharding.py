@@ -156,7 +156,8 @@ def test_as_one_process_with_twice_the_rows(ranks, case):
         assert numbers_found == pytest.approx(numbers(alone), rel=5e-2 if case == "lora in bf16" else 1e-4)
         assert weights.keys() == expected.keys()
         for name, value in expected.items():
-            assert torch.allclose(weights[name], value, **tight), name
+            # The gradient of a key's bias is rounding alone, which Adam's step makes as large as any other.
+            assert name.endswith("k_proj.bias") or torch.allclose(weights[name], value, **tight), name
 
 
 def test_resumed_on_the_same_processes_it_is_the_unbroken_run(ranks):
