@@ -117,21 +117,20 @@ def check_sharing(model: Any, split: Split, accelerator: Any, rows_by: str, batc
     except CapabilityError as error:
         return TreeCheck(False, float("nan"), float("nan"), 0.0, str(error))
     worst = TreeCheck(True, 0.0, 0.0, 0.0)
-    for numbers in trees_to_check(split.lengths, tree_modalities(split.table)):
-        trees = split.trees.trees(numbers)
-        with fused_parts(model):
+    with fused_parts(model):
+        for numbers in trees_to_check(split.lengths, tree_modalities(split.table)):
             found = check_trees(
                 model,
-                trees,
+                split.trees.trees(numbers),
                 collate,
                 device=accelerator.device,
                 autocast=accelerator.autocast,
                 rows_by=rows_by,
                 batch_tokens=batch_tokens,
             )
-        if not found.exact:
-            return found
-        worst = max(worst, found, key=lambda check: check.gradient_error)
+            if not found.exact:
+                return found
+            worst = max(worst, found, key=lambda check: check.gradient_error)
     return worst
 
 

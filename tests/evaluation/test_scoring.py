@@ -88,10 +88,8 @@ def test_every_family(family_name: str, tiny_family: Any, media: Any, served: An
     assert_scores_of_rows(family, family.model, questions_of(family, media, served))
 
 
-@pytest.mark.parametrize("fusion", [{"attention": "self"}, {"attention": "co", "layers": [0, 1]}])
-def test_fusions_that_read_the_prompt_share_whole_prompts(
-    fusion: dict[str, Any], tiny_family: Any, media: Any, served: Any
-) -> None:
+def composite_of(fusion: dict[str, Any], tiny_family: Any) -> tuple[Any, Any]:
+    """A composite family and a model of it whose gates are open and whose passes say different things."""
     from tests.training.conftest import _composite
 
     family = deepcopy(tiny_family("composite"))
@@ -101,6 +99,14 @@ def test_fusions_that_read_the_prompt_share_whole_prompts(
         for name, parameter in model.named_parameters():
             if name.endswith("gate") or parameter.dim() > 1:
                 parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
+    return family, model
+
+
+@pytest.mark.parametrize("fusion", [{"attention": "self"}, {"attention": "co", "layers": [0, 1]}])
+def test_fusions_that_read_the_prompt_share_whole_prompts(
+    fusion: dict[str, Any], tiny_family: Any, media: Any, served: Any
+) -> None:
+    family, model = composite_of(fusion, tiny_family)
     family.processor.reads_prompt = True
     assert_scores_of_rows(family, model, questions_of(family, media, served), share=0.6)
     # Told nothing of it, the check finds out.
@@ -127,15 +133,7 @@ def test_fusions_that_read_the_prompt_share_whole_prompts(
 def test_a_missing_modality_is_hidden_in_tries_too(
     fusion: dict[str, Any], missing: str, tiny_family: Any, media: Any, served: Any
 ) -> None:
-    from tests.training.conftest import _composite
-
-    family = deepcopy(tiny_family("composite"))
-    torch.manual_seed(0)
-    model = _composite(**fusion)(family.processor, family.processor.tokenizer).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("gate") or parameter.dim() > 1:
-                parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
+    family, model = composite_of(fusion, tiny_family)
     family.processor.reads_prompt = model.config.reads_prompt
     questions = questions_of(family, media, served)
     assert_scores_of_rows(family, model, questions, share=0.6, missing=[missing])
