@@ -112,7 +112,7 @@ def code_losses(
         pooled: ``(B, H)`` by part.
         present_BK: What each row has, a column per part of the heads.
         targets: ``(B, D)`` by part.
-        keys_BP: From ``PairedBatches``.
+        keys_BP: Of a ``PairCollator``.
         dropout: Chance of a part to be kept from the joint code.
         step: Of the training, -1 outside of it.
     """
@@ -179,7 +179,7 @@ def same_rows(keys_BP: torch.Tensor, one: str, other: str) -> torch.Tensor:
     """Returns bool ``(B, B)``: which rows share the one part or the other, and so fit each other as well.
 
     Args:
-        keys_BP: From ``PairedBatches``.
+        keys_BP: Of a ``PairCollator``.
         one: A part.
         other: Another one.
     """

@@ -135,7 +135,7 @@ class Learner(nn.Module):
         """Returns every objective's loss by name, facts to log, and the number of label tokens.
 
         Args:
-            batch: As ``PairedBatches`` makes it.
+            batch: As a ``PairCollator`` makes it, with ``step``, and ``tasks`` where there are several.
         """
         weights, facts = self.settings.weights, dict[str, float]()
         inputs = {name: value for name, value in batch.items() if name not in _OURS}

@@ -183,9 +183,9 @@ def _batching(
     recipe: Recipe, tokens: Manifest, processor: Any, split: str, size: Any, limit: int | None, tasks: Any
 ) -> Any:
     from mmtune.encoding.collate import Collator
-    from mmtune.training.batching import Split, rows_apart
+    from mmtune.training.batching import Split, WithColumns, rows_apart, step_column
     from mmtune.training.data import soft_token_count, some_rows
-    from mmtune.training.paired import PairedBatches
+    from mmtune.training.paired import PairCollator
 
     settings = recipe.pretrain
     assert settings is not None
@@ -207,8 +207,8 @@ def _batching(
         course |= {"seed": 0, "epochs": 1.0, "micro_batches": 1}
     collate = Collator(processor, media_root=Path(tokens.facts["media_root"]))
     made: Any = rows_apart(Split(table, collate), course)
-    rows = made.batches
-    return replace(made, batches=PairedBatches(rows, tasks.numbers(rows.ids(range(len(rows.at))))))
+    rows = replace(made.batches, collate=PairCollator(made.batches.collate))
+    return replace(made, batches=tasks.told(WithColumns(rows, step_column)))
 
 
 def _learner_settings(recipe: Recipe, settings: Pretrain, processor: Any, plan: Any, console: Talk) -> Any:
