@@ -103,6 +103,13 @@ def test_precedence(tmp_path):
     assert load(tmp_path, text, ["finetune.epochs=4"], environ).finetune.epochs == 4
 
 
+@pytest.mark.parametrize("key", ["run_dir: loop", "run_dir: r\nsources: [{id: a, reader: table, path: loop/x.csv}]"])
+def test_a_path_through_a_loop_of_links_is_refused(tmp_path, key):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(RecipeError, match="no path that can be followed"):
+        load_recipe(write(tmp_path, key), environ={})
+
+
 def test_extends_in_a_circle_is_refused(tmp_path):
     write(tmp_path, "extends: b.yaml\n", "a.yaml")
     write(tmp_path, "extends: a.yaml\n", "b.yaml")

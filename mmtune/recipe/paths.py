@@ -65,7 +65,11 @@ def _absolute(value: str, folder: Path) -> Path:
         path = Path(value).expanduser()
     except RuntimeError as error:
         raise RecipeError(f"no home folder for {value!r}", "write the path out") from error
-    return path if path.is_absolute() else (folder / path).resolve()
+    try:
+        return path if path.is_absolute() else (folder / path).resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        # A loop of links is a RuntimeError of pathlib, a NUL a ValueError.
+        raise RecipeError(f"{value!r} is no path that can be followed", "check it for a loop of links") from error
 
 
 def _local_or_hub(value: str, folder: Path) -> str:
