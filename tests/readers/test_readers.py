@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -312,6 +313,14 @@ def user(*content) -> dict:
     return {"role": "user", "content": list(content)}
 
 
+def test_a_part_whose_type_is_no_text_is_refused(tmp_path: Path):
+    rows = [{"messages": [user({"type": kind}), {"role": "assistant", "content": "ok"}]} for kind in ([], {}, 3, None)]
+    items = read("messages", path=write(tmp_path / "m.jsonl", rows))
+    assert [item.detail for item in items] == [
+        f"/messages/0/content/0/type: unknown part {said}" for said in ("a list", "an object", "a number", "null")
+    ]
+
+
 def test_messages_in_every_spelling(tmp_path: Path):
     answer = {"role": "assistant", "content": [{"type": "text", "text": "ok"}]}
     shown = [
@@ -456,6 +465,11 @@ def test_table_csv_faults(tmp_path: Path):
     with pytest.raises(DataError) as error:
         read("table", path=path, columns={"question": "query", "answer": "a"})
     assert error.value.code == "missing_column" and "q, a" in error.value.hint
+    path.write_text("q,a,a\nx,yes,no\n")
+    with pytest.raises(DataError) as error:
+        read("table", path=path, columns={"question": "{q}", "answer": "{a}"})
+    assert error.value.code == "duplicate_column" and "2 columns named 'a'" in error.value.message
+    assert len(read("table", path=path, columns={"answer": "q"})) == 1
     broken = tmp_path / "t.parquet"
     broken.write_bytes(b"PAR1 not really")
     with pytest.raises(DataError) as error:
@@ -466,6 +480,41 @@ def test_table_csv_faults(tmp_path: Path):
         with pytest.raises(DataError) as error:
             read("table", path=tmp_path / name, columns={"answer": "a"})
         assert error.value.code == "empty_input"
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"delimiter": ";;"}, "columns.delimiter is ';;'"),
+        ({"delimiter": ""}, "columns.delimiter is ''"),
+        ({"delimiter": "\n"}, "columns.delimiter is"),
+        ({"delimiter": 0}, "columns.delimiter is 0"),
+        ({"question": ["q", "a"]}, "columns.question is a list; it takes one column"),
+    ],
+)
+def test_a_column_map_that_cannot_be_followed_is_a_usage_error(tmp_path: Path, columns, said):
+    (tmp_path / "t.csv").write_text("q,a\nx,y\n")
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        read("table", path=tmp_path / "t.csv", columns={"answer": "a", **columns})
+
+
+def test_odd_parquet(tmp_path: Path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "t.parquet"
+    text = pa.array([b"fine", b"\xff", b"too"]).view(pa.string())
+    pq.write_table(pa.table({"q": text, "a": [1.0, 2.0, float("nan")]}), path)
+    one, *refused = read("table", path=path, columns={"question": "q", "answer": "a"})
+    assert (one.text, one.references) == ("fine", ("1",))
+    assert [(item.where, item.reason) for item in refused] == [
+        ("t.parquet#1", "bad_unicode"),
+        ("t.parquet#2", "bad_field"),
+    ]
+    pq.write_table(pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["a", "a"]), path)
+    with pytest.raises(DataError) as error:
+        read("table", path=path, columns={"answer": "a"})
+    assert error.value.code == "duplicate_column"
 
 
 def test_a_row_without_its_question_is_refused_where_one_is_asked(tmp_path: Path):
