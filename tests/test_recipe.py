@@ -44,7 +44,10 @@ def test_floats_and_words_keep_their_meaning(tmp_path):
         ("run_dir: x\nfinetune: {lora: {r: 0}}\n", "greater than or equal to 1"),
         ("run_dir: [x\n", "not valid YAML"),
         ("a: &b 1\nrun_dir: *b\n", "aliases"),
-        ("run_dir: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
+        ("run_dir: !!python/object/apply:os.system ['true']\n", "tags"),
+        ("run_dir: x\nseed: !!int soon\n", "r.yaml:2: YAML tags"),
+        ("run_dir: x\nseed: true\n", "line 2: `seed`: input should not be true or false (found True)"),
+        ("run_dir: x\nfinetune: {lora: {r: true}}\n", "`finetune.lora.r`: input should not be true or false"),
         ("just words", "not a recipe"),
         ("model: {path: m}\n", "`run_dir` is required"),
         ("run_dir: x\nsources: [{id: a/b, reader: llava}]\n", "pattern"),
@@ -83,6 +86,20 @@ def test_a_value_from_elsewhere_is_named_by_where_it_comes_from(tmp_path):
         load(tmp_path, text, environ={"MMTUNE_FINETUNE__EPOCHS": "-1"})
     with pytest.raises(RecipeError, match=r"--set finetune.lora.z: unknown key `finetune.lora.z`"):
         load(tmp_path, text, ["finetune.lora.z=1"])
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("seed=!!timestamp x", "--set seed: '!!timestamp x' is not a YAML value"),
+        ("seed=" + "[" * 5000, "is not a YAML value"),
+        ("extends=other.yaml", "--set extends: `extends` stands in the recipe's file alone"),
+    ],
+)
+def test_what_may_not_be_set_is_told(tmp_path, override, said):
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, "run_dir: x\n", [override])
+    assert said in caught.value.message and len(caught.value.message) < 200
 
 
 def test_problems_name_keys_and_not_types(tmp_path):
