@@ -1,5 +1,8 @@
 """Recipes are strict: a mistake is one line with the key, the line and the next step."""
 
+import os
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -125,6 +128,14 @@ def test_a_path_through_a_loop_of_links_is_refused(tmp_path, key):
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(RecipeError, match="no path that can be followed"):
         load_recipe(write(tmp_path, key), environ={})
+
+
+def test_a_recipe_below_a_name_that_is_not_utf8_is_refused(tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    folder.mkdir()
+    with pytest.raises(RecipeError, match="no path that can be followed") as caught:
+        load(folder, "run_dir: x\n")
+    caught.value.hint.encode("utf-8")
 
 
 def test_extends_in_a_circle_is_refused(tmp_path):

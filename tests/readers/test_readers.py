@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -602,6 +603,18 @@ def test_folder(tmp_path: Path):
         read("folder", path=digits, columns={"label": "("})
 
 
+def test_a_file_whose_name_is_not_utf8_is_refused(tmp_path: Path):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "a.png").touch()
+    for name in (b"/cat/\xff.png", b"/\xfe"):
+        path = Path(os.fsdecode(os.fsencode(tmp_path) + name))
+        (path / "b.png" if not path.suffix else path).parent.mkdir(exist_ok=True)
+        (path / "b.png" if not path.suffix else path).touch()
+    items = read("folder", path=tmp_path)
+    assert sorted(reasons(items)) == ["bad_unicode"] * 2
+    assert [item.options for item in items if isinstance(item, Record)] == [("cat",)]
+
+
 def test_hf_from_a_saved_folder(tmp_path: Path):
     import datasets
 
@@ -628,6 +641,12 @@ def test_hf_from_a_saved_folder(tmp_path: Path):
     with pytest.raises(CapabilityError) as unreachable:
         read("hf", path=Path("nobody/no-such-dataset"), columns={"answer": "a"})
     assert "save_to_disk" in unreachable.value.hint
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "x.parquet").write_bytes(b"no table")
+    for folder, code in (("gone", "file_missing"), ("words", "bad_dataset")):
+        with pytest.raises(DataError) as error:
+            read("hf", path=tmp_path / folder, columns={"answer": "a"})
+        assert error.value.code == code
 
 
 def test_limit_takes_a_subset_in_file_order(tmp_path: Path):
