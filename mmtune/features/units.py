@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -223,6 +224,8 @@ def _stand(unit: Unit, place: MediaPlace, media_root: str) -> Unit | Reject:
         return Reject(unit.where, unit.id, refused.code, refused.message)
     except FileNotFoundError:
         return Reject(unit.where, unit.id, "media_missing", f"{unit.id!r} is not below {Path(media_root).name!r}")
+    except OSError as error:
+        return Reject(unit.where, unit.id, "bad_path", f"{unit.id!r} cannot be opened: {os.strerror(error.errno or 0)}")
     return replace(unit, size=stat.st_size, mtime_ns=stat.st_mtime_ns)
 
 

@@ -165,7 +165,7 @@ def _part(part: Mapping[str, Any], pointer: str, queue: MediaQueue) -> Part:
     name = part.get("type")
     if name in _TEXT_TYPES:
         return TextPart(as_text(_payload(part, "text"), f"{pointer}/text"))
-    if name not in _PART_MODALITY:
+    if not isinstance(name, str) or name not in _PART_MODALITY:
         said = repr(name) if isinstance(name, str) else kind(name)
         raise Refused("bad_field", f"{pointer}/type: unknown part {said}")
     modality = _PART_MODALITY[name]

@@ -93,6 +93,11 @@ class SourceFiles:
         return not self.tasks or task in self.tasks
 
 
+def is_utf8(name: str) -> bool:
+    """Says whether a name of the file system is text: bytes that are no UTF-8 stand in it as half surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
 class Refused(Exception):
     """Raised inside a reader for one row; becomes a Reject, never reaches a caller."""
 

@@ -64,6 +64,7 @@ def test_what_is_shown_twice_is_gathered_once_with_all_its_splits(tmp_path):
         ("../b/x.png", "path_escape"),
         ("gone.png", "media_missing"),
         ("", "bad_path"),
+        ("x" * 300 + ".png", "bad_path"),
     ],
 )
 def test_an_unsafe_path_is_refused_for_the_reason_that_build_data_gives(tmp_path, path, reason):

@@ -12,6 +12,7 @@ from mmtune.encoding.render import Renderer
 from mmtune.errors import DataError
 from mmtune.evaluation.comparison import ScoredRow
 from mmtune.evaluation.rows import ChosenExamples, EvalRows, no_context, scored_row
+from mmtune.evaluation.vqa import few_references
 from mmtune.prompts.schema import row_to_example
 from mmtune.prompts.searched import shortenable
 from mmtune.stages.evaluate.plan import Plan
@@ -20,8 +21,6 @@ from mmtune.stages.evaluate.saying import notes_of, said_of_fewer
 from mmtune.stages.evaluate.shots import Asked, asked_rows
 from mmtune.storage import RejectLog, open_split
 from mmtune.talk import Talk
-
-_FEW_REFERENCES = "VQA accuracy: {:,} rows have fewer than four references; a perfect answer stays below 100 there."
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,7 @@ class Questions:
 
     def notes(self) -> list[str]:
         """Returns what a reader of the report must know of them."""
-        few = sum("vqa_accuracy" in row.metrics and 0 < len(row.references) < 4 for row in self.scored)
-        notes = [_FEW_REFERENCES.format(few)] if few else []
+        notes = few_references([row.references for row in self.scored if "vqa_accuracy" in row.metrics])
         notes += self.prompted.notes() if self.prompted else []
         if cut := sum(self.rows.shortened):
             notes.append(f"The contexts of {cut:,} rows were cut to fit tokenize.max_length.")
