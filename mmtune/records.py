@@ -88,6 +88,17 @@ def parts_of(prompt: str) -> tuple[TextPart | SoftPart, ...]:
     return tuple(SoftPart(int(piece)) if at % 2 else TextPart(piece) for at, piece in pieces if piece)
 
 
+def merged(parts: Iterable[Part]) -> tuple[Part, ...]:
+    """Returns parts with neighbouring texts joined and empty ones left out."""
+    out: list[Part] = []
+    for part in parts:
+        if isinstance(part, TextPart) and out and isinstance(out[-1], TextPart):
+            out[-1] = TextPart(out[-1].text + part.text)
+        elif not isinstance(part, TextPart) or part.text:
+            out.append(part)
+    return tuple(out)
+
+
 @dataclass(frozen=True, slots=True)
 class ToolCall:
     """A call of a tool by the assistant; ``arguments`` is a JSON object as text."""

@@ -10,7 +10,7 @@ import base64
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from mmtune.errors import DataError
 from mmtune.media.content import own_name
 from mmtune.prompts.forms import options_list, slot_values
 from mmtune.prompts.schema import COLUMN, example_to_row, row_to_example
-from mmtune.records import MODALITIES, Example, Medium, Message, Part, Record, Reject, TextPart
+from mmtune.records import MODALITIES, Example, Medium, Message, Part, Record, Reject, TextPart, merged
 
 SCHEMA = "mmtune.prompt/1"
 SOFT = "soft"
@@ -169,18 +169,7 @@ def _parts(
         else:
             return name
     out.append(TextPart(instruction[end:]))
-    return _merged(out)
-
-
-def _merged(parts: Iterable[Part]) -> tuple[Part, ...]:
-    """Returns parts with neighbouring texts joined and empty ones left out."""
-    out: list[Part] = []
-    for part in parts:
-        if isinstance(part, TextPart) and out and isinstance(out[-1], TextPart):
-            out[-1] = TextPart(out[-1].text + part.text)
-        elif not isinstance(part, TextPart) or part.text:
-            out.append(part)
-    return tuple(out)
+    return merged(out)
 
 
 def _slots(example: Example, words: Mapping[str, str]) -> dict[str, str]:

@@ -23,6 +23,7 @@ from mmtune.encoding.refused import Refused
 from mmtune.encoding.render import IGNORED, EncodedRow, Renderer
 from mmtune.encoding.tree import TREE_SCHEMA
 from mmtune.errors import DataError, RecipeError
+from mmtune.prompts.delimiters import DELIMITERS, joined
 from mmtune.prompts.exemplars import Order, shown_ranks
 from mmtune.prompts.schema import row_to_messages
 from mmtune.prompts.searched import context_of
@@ -345,7 +346,8 @@ class _Encoder:
     def _encode(self, row: Mapping[str, Any]) -> EncodedRow:
         messages = row_to_messages(row)
         ranks = shown_ranks(self._job.order, len(row["exemplar_ids"]), f"{self._job.seed}\0{row['id']}")
-        context = context_of(json.loads(row["metadata"])) if self._shorten else ""
+        metadata = json.loads(row["metadata"])
+        context = context_of(metadata) if self._shorten else ""
         fitted = fit(
             self._renderer,
             messages,
@@ -354,6 +356,7 @@ class _Encoder:
             drop_turns=self._drop_turns,
             ranks=ranks,
             context=context,
+            shown=lambda turns: joined(turns, metadata.get(DELIMITERS)),
         )
         if fitted.context is not None and cut_away(row["references"], context, fitted.context):
             raise Refused("answer_cut", f"its answer stands in what tokenize.max_length ({self._max_length}) cuts off")
