@@ -146,6 +146,8 @@ def processor_fingerprint(processor: Any) -> str:
         part = getattr(processor, name, None)
         if part is not None and hasattr(part, "to_dict"):
             parts[name] = part.to_dict()
+    if getattr(processor, "items", None) is not None:
+        parts["items"] = list(processor.items)
     if tokenizer is not processor:
         own = {name: value for name, value in vars(processor).items() if isinstance(value, int | float | str | bool)}
         parts["own"] = {name: value for name, value in own.items() if name != "chat_template"}

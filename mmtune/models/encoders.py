@@ -23,6 +23,7 @@ from transformers import (
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from mmtune.models.inputs import UNKNOWN_ITEM
 from mmtune.models.log_mel import LogMelFeatureExtractor, frame_count
 
 
@@ -234,7 +235,10 @@ class LogMelModel(_Encoder):
 
 
 class HistoryModel(_Encoder):
-    """What a user did, as items with recency positions: 0 is the newest item, wherever the padding stands."""
+    """What a user did, as items with recency positions: 0 is the newest item, wherever the padding stands.
+
+    An item that it does not know says nothing at first but that it was there.
+    """
 
     config_class = HistoryConfig
     main_input_name = "input_ids"
@@ -244,6 +248,12 @@ class HistoryModel(_Encoder):
         self.item_embedding = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.recency_embedding = nn.Embedding(config.window, config.hidden_size)
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self.item_embedding:
+            init.zeros_(module.weight[UNKNOWN_ITEM])
 
     def forward(
         self,

@@ -21,7 +21,7 @@ class Encoder(Section):
 
     path: str | None = None
     """Folder or hub id of any model that transformers' AutoModel knows, with its processor; base: the base model's own
-    towers and last hidden states, which know no behaviour."""
+    towers and last hidden states; not for behaviour."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     config: dict[str, int | float] | None = None

@@ -93,8 +93,8 @@ class Finetune(Section):
     lora: Lora = Lora()
     """Settings of the adapters."""
     train: tuple[Tower, ...] = ("llm",)
-    """Towers that train: llm, projector, vision, audio, and of a composite model fusion (its gate, segments, attention
-    to media), which lora trains whole and saves in adapter/ too."""
+    """Towers that train: llm, projector, vision, audio, behaviour, and of a composite model fusion (its gate, segments,
+    attention to media), which lora trains whole and saves in adapter/ too."""
     unfreeze: dict[Tower, Annotated[float, Field(gt=0)]] = {}
     """With method full: epochs for which a tower that trains stays frozen first, such as {vision: 3, llm: 5} (MMBT)."""
     augment: Augment | None = None

@@ -107,7 +107,11 @@ def _tree(value: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
         span = next((span for span in spans if span[0] == at and span[1] > at), None)
         if span is not None:
             runs.append(
-                {"branch": branch[at], "loss": False, "text": f"[{span[2]['path']}: {span[2]['length']} tokens]"}
+                {
+                    "branch": branch[at],
+                    "loss": False,
+                    "text": f"[{span[2]['path'] or span[2]['modality']}: {span[2]['length']} tokens]",
+                }
             )
             at = span[1]
             continue
