@@ -31,7 +31,7 @@ class _LoraLinears(torch.autograd.Function):
         x_TI = x.reshape(-1, x.shape[-1])
         a_RI = _joined([a.to(x.dtype) for a in a_rI], 0)
         inner_TR = x_TI @ a_RI.T
-        inners_Tr = inner_TR.split([a.shape[0] for a in a_rI], 1)
+        inners_Tr = _parts(inner_TR, [a.shape[0] for a in a_rI], 1)
         ctx.save_for_backward(x_TI, inner_TR, a_RI, *weights_OI, *b_Or)
         ctx.scaling, ctx.kinds = scaling, [parameter.dtype for parameter in (*a_rI, *b_Or)]
         made_TO = (
@@ -49,10 +49,10 @@ class _LoraLinears(torch.autograd.Function):
         grads_TO = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
         inner_grad_TR = _joined([grad_TO @ b for grad_TO, b in zip(grads_TO, b_Or, strict=True)], 1)
         # With beta 0 the first argument gives its shape alone.
-        a_grads_rI = torch.addmm(a_RI, inner_grad_TR.T, x_TI, beta=0, alpha=scaling).split(ranks)
+        a_grads_rI = _parts(torch.addmm(a_RI, inner_grad_TR.T, x_TI, beta=0, alpha=scaling), ranks, 0)
         b_grads_Or = [
             torch.addmm(b, grad_TO.T, inner_Tr, beta=0, alpha=scaling)
-            for b, grad_TO, inner_Tr in zip(b_Or, grads_TO, inner_TR.split(ranks, 1), strict=True)
+            for b, grad_TO, inner_Tr in zip(b_Or, grads_TO, _parts(inner_TR, ranks, 1), strict=True)
         ]
         found = [grad.to(kind) for grad, kind in zip((*a_grads_rI, *b_grads_Or), ctx.kinds, strict=True)]
         x_grad = None
@@ -66,6 +66,10 @@ class _LoraLinears(torch.autograd.Function):
 
 def _joined(parts: list[torch.Tensor], along: int) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, along)
+
+
+def _parts(joined: torch.Tensor, sizes: list[int], along: int) -> Sequence[torch.Tensor]:
+    return (joined,) if len(sizes) == 1 else joined.split_with_sizes(sizes, along)
 
 
 class _Readers:
@@ -124,6 +128,17 @@ def fuse_lora(model: nn.Module) -> int:
     for layer in (layer for layer, alone in plain.items() if alone):
         _fuse([layer])
     return len(plain)
+
+
+def read_apart(model: nn.Module) -> None:
+    """Makes every fused layer an operation of its own, in place.
+
+    Autograd hands on the gradients of one operation in no certain order, which may differ between processes; who
+    pairs the gradients of processes by that order needs this.
+    """
+    for layer in model.modules():
+        if isinstance(getattr(layer, "readers", None), _Readers):
+            _fuse([layer])
 
 
 def _fuse(layers: Sequence[Any]) -> None:

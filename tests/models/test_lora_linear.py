@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from mmtune.models.lora_linear import fuse_lora
+from mmtune.models.lora_linear import fuse_lora, read_apart
 
 
 class Two(nn.Module):
@@ -177,3 +177,10 @@ def test_a_frozen_input_asks_for_no_gradient():
     with torch.no_grad():
         assert not model(torch.randn(3, 12)).requires_grad
     assert model(torch.randn(3, 12)).requires_grad
+
+
+def test_layers_told_to_read_apart_do(readers):
+    _, ours, counts = readers
+    read_apart(ours)
+    ours(torch.randn(5, 12)).sum().backward()
+    assert counts == [1, 1, 1]
