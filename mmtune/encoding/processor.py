@@ -107,6 +107,25 @@ def _set_pixel_budget(processor: Any, low: int | None, high: int | None) -> None
     images.size = kept if isinstance(images.size, dict) else type(images.size)(**kept)
 
 
+def same_processor(path: str, fingerprint: str | None, **options: Any) -> Any:
+    """Returns the processor of a model, refusing another one than tokens/ was made with.
+
+    Args:
+        path: Model folder or hub id.
+        fingerprint: Of the processor that made tokens/.
+        options: As ``load_processor`` takes them.
+
+    Raises:
+        IntegrityError: It is another one.
+    """
+    processor = load_processor(path, **options)
+    if processor_fingerprint(processor) != fingerprint:
+        raise IntegrityError(
+            "the processor is not the one that tokens/ was made with", "run: mmtune tokenize", "other_processor"
+        )
+    return processor
+
+
 def tokenizer_of(processor: Any) -> Any:
     """Returns the tokenizer inside a processor, or the tokenizer itself."""
     return getattr(processor, "tokenizer", processor)
