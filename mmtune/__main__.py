@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 
-from mmtune.errors import EXIT_FILE, DataError, Interrupted, MmtuneError, RecipeError, ResourceError
+from mmtune.errors import EXIT_FOLDER, DataError, Interrupted, MmtuneError, RecipeError, ResourceError
 from mmtune.talk import json_line
 
 # What the system says of a path that cannot be one.
@@ -46,7 +46,7 @@ def main() -> None:
     except Exception as error:
         known = _known(error)
         if known is None:
-            if EXIT_FILE in os.environ:
+            if EXIT_FOLDER in os.environ:
                 _fail(MmtuneError(f"a process of this run has a bug: {error}", "see its traceback above"))
             raise
         code = _fail(known)
@@ -96,10 +96,9 @@ def _known(error: Exception) -> MmtuneError | None:
 
 def _fail(error: MmtuneError) -> int:
     document = {"code": error.code, "message": error.message, "hint": error.hint, "exit_code": error.exit_code}
-    if EXIT_FILE in os.environ:
+    if EXIT_FOLDER in os.environ:
         # The command that launched this process speaks; of several the first to fail is the cause.
-        with contextlib.suppress(FileExistsError), open(os.environ[EXIT_FILE], "x", encoding="utf-8") as handle:
-            json.dump(document, handle)
+        (Path(os.environ[EXIT_FOLDER]) / os.environ.get("RANK", "0")).write_text(json.dumps(document), "utf-8")
         return error.exit_code
     if "--json" in sys.argv and os.environ.get("RANK", "0") == "0":
         print(json_line({"ok": False, "error": document}))

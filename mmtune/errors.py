@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-EXIT_FILE = "MMTUNE_LAUNCHED_EXIT"
-"""Environment variable with the file in which a launched process leaves its error for the command that launched it:
-a launcher ends with 1 whatever its processes ended with."""
+EXIT_FOLDER = "MMTUNE_LAUNCHED_EXIT"
+"""Environment variable with the folder in which every launched process leaves its error for the command that launched
+them: a launcher ends with 1 whatever its processes ended with."""
 
 
 class MmtuneError(Exception):

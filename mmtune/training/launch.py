@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from mmtune.errors import EXIT_FILE, CapabilityError, MmtuneError, ResourceError
+from mmtune.errors import EXIT_FOLDER, CapabilityError, Interrupted, MmtuneError, ResourceError
 
 LAUNCHED = "MMTUNE_LAUNCHED"
 CPU_ONLY = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
@@ -99,23 +99,32 @@ def launch(
     command = launch_command(processes, arguments, cpu=cpu, nodes=nodes)
     say(f"{what}: starting " + " ".join(command))
     with tempfile.TemporaryDirectory(prefix="mmtune-") as folder:
-        left = Path(folder) / "exit"
-        environment = {**launch_environment(processes, cpu=cpu), EXIT_FILE: str(left)}
+        environment = {**launch_environment(processes, cpu=cpu), EXIT_FOLDER: folder}
         # A session of its own: Ctrl-C then reaches the processes once, through this one.
         child = subprocess.Popen(
             command, env=environment, start_new_session=True, preexec_fn=partial(end_with, os.getpid())
         )
+        asked: list[int] = []
+
+        def hand_on(received: int, _: object) -> None:
+            asked.append(received)
+            child.send_signal(received)
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda received, _: child.send_signal(received))
+            signal.signal(number, hand_on)
         code = child.wait()
-        if code and left.is_file() and left.stat().st_size:
-            raise _error_in(left)
-    if code:
+        said = _errors_in(Path(folder))
+    # A launcher that loses one process stops the others. They say that they were stopped, which is not the cause.
+    stopped = all(each.exit_code == Interrupted.exit_code for each in said)
+    lost = not said or (stopped and len(said) < processes and not asked)
+    if code and lost:
         raise ResourceError(
             f"a process of this run died (the launcher ended with {code})",
             "look for its last words above; run the same command again to go on from the last checkpoint",
             "lost_process",
         )
+    if code:
+        raise said[0]
 
 
 def need_gpus(count: int) -> None:
@@ -135,11 +144,17 @@ def need_gpus(count: int) -> None:
         )
 
 
-def _error_in(file: Path) -> MmtuneError:
-    said = json.loads(file.read_text("utf-8"))
-    error = MmtuneError(said["message"], said["hint"], said["code"])
-    error.exit_code = said["exit_code"]
-    return error
+def _errors_in(folder: Path) -> list[MmtuneError]:
+    """Returns what the processes of a run ended with, the first to fail first."""
+    found = []
+    # One that was killed while it wrote left nothing to read.
+    written = [each for each in folder.iterdir() if each.stat().st_size]
+    for file in sorted(written, key=lambda each: each.stat().st_mtime_ns):
+        said = json.loads(file.read_text("utf-8"))
+        error = MmtuneError(said["message"], said["hint"], said["code"])
+        error.exit_code = said["exit_code"]
+        found.append(error)
+    return found
 
 
 def end_with(parent: int) -> None:

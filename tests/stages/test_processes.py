@@ -2,11 +2,14 @@
 
 import json
 import os
+import signal
+import sys
 
 import pytest
 import torch
 
 from mmtune.__main__ import main
+from mmtune.errors import EXIT_FOLDER, MmtuneError
 from mmtune.stages import finetune as stage
 from mmtune.training import launch
 
@@ -74,3 +77,40 @@ def test_several_cpu_processes_take_none_either():
     environment = launch.launch_environment(2, cpu=True)
     assert {name: environment[name] for name in launch.CPU_ONLY} == launch.CPU_ONLY
     assert "ACCELERATE_USE_CPU" not in launch.launch_environment(2)
+
+
+@pytest.fixture
+def ended(monkeypatch):
+    """A function from what the processes leave, in that order, to what the launch of two says."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def launched(*said):
+        words = [(str(rank), {"message": "", "hint": "", "code": "", "exit_code": code}) for rank, code in said]
+        script = (
+            "import json, os, sys, time\n"
+            f"for rank, word in {words!r}:\n"
+            f"    open(os.path.join(os.environ[{EXIT_FOLDER!r}], rank), 'w').write(json.dumps(word))\n"
+            "    time.sleep(0.05)\n"
+            "sys.exit(1)"
+        )
+        monkeypatch.setattr(launch, "launch_command", lambda *_, **__: [sys.executable, "-c", script])
+        with pytest.raises(MmtuneError) as caught:
+            launch.launch("finetune", [], 2, cpu=True, say=lambda _: None)
+        return caught.value.exit_code
+
+    yield launched
+    for number, before in kept.items():
+        signal.signal(number, before)
+
+
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [
+        ([], 5),  # both were killed
+        ([(0, 75)], 5),  # one was killed, and the launcher stopped the other
+        ([(0, 75), (1, 75)], 75),  # somebody stopped both
+        ([(1, 6), (0, 75)], 6),  # the first to fail is the cause
+    ],
+)
+def test_the_cause_of_an_end_is_told_from_what_followed(ended, said, code):
+    assert ended(*said) == code
