@@ -48,6 +48,9 @@ def main() -> None:
         if known is None:
             if EXIT_FOLDER in os.environ:
                 _fail(MmtuneError(f"a process of this run has a bug: {error}", "see its traceback above"))
+            elif "--json" in sys.argv:
+                said = f"{type(error).__name__}: {error}".splitlines()[0]
+                _fail(MmtuneError(f"a bug of mmtune: {said}", "report it with the traceback below", "bug"))
             raise
         code = _fail(known)
     sys.exit(code)
@@ -81,6 +84,9 @@ def _known(error: Exception) -> MmtuneError | None:
         path = str(error.filename)
         shown = path if len(path) <= 120 else f"{path[:60]}...{path[-50:]}"
         return DataError(f"{shown}: {error.strerror}", "check this path in the recipe or command", "bad_path")
+    if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):
+        # tempfile tries to write in each place that it knows.
+        return ResourceError("no temporary folder can be written", "free some space, or set TMPDIR to a folder")
     if any(kind.__name__ in ("OutOfMemoryError", "MemoryError") for kind in type(error).__mro__):
         return ResourceError(
             f"memory ran out: {str(error).splitlines()[0] if str(error) else type(error).__name__}",

@@ -105,3 +105,43 @@ def test_what_a_library_prints_is_no_part_of_the_document(tmp_path, monkeypatch,
         said = capsys.readouterr()
         assert not ended.value.code and json.loads(said.out)["ok"]
         assert "a library speaks" in said.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ZeroDivisionError("by zero"), None), (FileNotFoundError(2, "No usable temporary directory found in ['/x']"), 5)],
+)
+def test_a_failure_that_nobody_foresaw_is_one_document_too(tmp_path, monkeypatch, capsys, error, code):
+    def stage(*_, **__):
+        raise error
+
+    monkeypatch.setattr(build_data, "build_data", stage)
+    (tmp_path / "recipe.yaml").write_text("run_dir: run\n")
+    monkeypatch.setattr("sys.argv", ["mmtune", "build-data", str(tmp_path / "recipe.yaml"), "--json"])
+    with pytest.raises(SystemExit if code else ZeroDivisionError):
+        main()
+    document = json.loads(capsys.readouterr().out)["error"]
+    assert document["exit_code"] == (code or 1)
+    assert document["message"] == (
+        "no temporary folder can be written" if code else "a bug of mmtune: ZeroDivisionError: by zero"
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"metrics": ["exact_macht"]}, "unknown metric 'exact_macht'"),
+        ({"fail_under": {"vqa_accuracy": 0.6}}, "would never fail, scores are of 100"),
+        ({"split": "test"}, "eval.split is 'test', the sources have train alone"),
+    ],
+)
+def test_what_eval_would_end_with_is_said_before_the_first_stage(tmp_path, monkeypatch, capsys, asked, said):
+    (tmp_path / "a.jsonl").write_text('{"q": "one", "a": "two"}\n')
+    table = {"id": "a", "reader": "table", "path": "a.jsonl", "columns": {"question": "q", "answer": "a"}}
+    recipe = {"run_dir": "run", "model": {"path": "m"}, "sources": [table], "finetune": {}, "eval": asked}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    monkeypatch.setattr("sys.argv", ["mmtune", "run", str(tmp_path / "recipe.yaml")])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2 and said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
