@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -145,3 +148,40 @@ def test_what_eval_would_end_with_is_said_before_the_first_stage(tmp_path, monke
         main()
     assert end.value.code == 2 and said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command line of bash in which ``mmtune`` is this checkout's."""
+    own = f'mmtune() {{ "{sys.executable}" -m mmtune "$@"; }}; {command}'
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent), **environment}
+    return subprocess.run(["bash", "-c", own], env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("command", ["init", "keys", "build-data --help", "build-data gone.yaml --json"])
+def test_nobody_who_reads_on_is_141(command: str):
+    # `true` has ended long before Python has begun.
+    found = shell(f"mmtune {command} | true; exit ${{PIPESTATUS[0]}}")
+    assert found.returncode == 141, found.stderr
+    assert "Traceback" not in found.stderr and "ignored" not in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("redirected", "code", "said"),
+    [
+        ("keys >&-", 0, ""),
+        ("keys >/dev/full", 5, "error: writing failed: No space left on device"),
+        ("build-data gone.yaml --json >/dev/full", 2, "error: the recipe gone.yaml is not there"),
+        ("build-data gone.yaml --json >&- 2>&-", 2, ""),
+        ("build-data gone.yaml 2>/dev/full", 2, ""),
+    ],
+)
+def test_streams_that_are_closed_or_full_change_no_code(redirected: str, code: int, said: str):
+    found = shell(f"mmtune {redirected}")
+    assert found.returncode == code and said in found.stderr
+    assert "Traceback" not in found.stderr and "ignored" not in found.stderr
+
+
+def test_a_document_is_json_in_the_letters_of_any_stream():
+    for environment in ({"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "utf-8"}):
+        found = shell("mmtune build-data 'ümläut 日.yaml' --json", **environment)
+        assert found.returncode == 2 and "ümläut 日" in json.loads(found.stdout)["error"]["message"]
