@@ -33,13 +33,17 @@ def stages_of(recipe: Recipe, limit: int | None, offline: bool) -> Iterator[Stag
     """Yields name, function and own options of every stage of a run; what only a late one needs is checked first.
 
     Raises:
-        RecipeError: ``prompt.budget`` is too small for its method.
+        RecipeError: ``prompt.budget`` is too small for its method, or eval could not end well whatever is trained.
         CapabilityError: A library of that method is missing.
     """
     if recipe.prompt is not None:
         from mmtune.stages.prompt import check_budget
 
         check_budget(recipe.prompt, limit)
+    if recipe.eval is not None:
+        from mmtune.stages.evaluate.plan import check_eval
+
+        check_eval(recipe)
     if recipe.extract is not None:
         from mmtune.stages.extract import extract as extract_stage
 

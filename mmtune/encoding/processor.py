@@ -53,6 +53,8 @@ def load_processor(
     except json.JSONDecodeError as error:
         raise _damaged(f"a JSON file in {path}") from error
     except (OSError, ValueError, LookupError) as error:
+        if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):
+            raise
         if isinstance(error, OSError) and not Path(path).is_dir():
             raise CapabilityError(
                 f"the processor of {path!r} is not on this machine and the hub did not give it: {_first_line(error)}",
