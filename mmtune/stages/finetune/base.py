@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any
 
 from mmtune.errors import RecipeError
-from mmtune.recipe import Finetune, Recipe, SoftPrompt
+from mmtune.recipe import Finetune, Recipe
+from mmtune.stages.finetune.virtual import start_of
 from mmtune.talk import Talk
 
 
@@ -90,6 +91,7 @@ def model_to_train(
         "targets": None if lora["targets"] == "all-linear" else lora["targets"],
         "pissa": settings.lora.init == "pissa",
     }
+    prompt = None if settings.soft_prompt is None else start_of(settings.soft_prompt, tokenizer, recipe.run_dir)
     with set_aside(model):
         return with_method(
             model,
@@ -98,15 +100,9 @@ def model_to_train(
             lora=lora,
             virtual_tokens=settings.virtual_tokens,
             base_path=path,
-            soft_prompt=None if settings.soft_prompt is None else _start(settings.soft_prompt, tokenizer),
+            soft_prompt=prompt,
             soft_tokens=soft,
         )
-
-
-def _start(prompt: SoftPrompt, tokenizer: Any) -> dict[str, Any]:
-    """Returns what virtual tokens start from."""
-    ids = tokenizer(prompt.text, add_special_tokens=False)["input_ids"] if prompt.init == "text" else []
-    return {"init": prompt.init, "text_ids": ids}
 
 
 def place(model: Any, settings: Finetune, accelerator: Any, console: Talk) -> None:
