@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtune.errors import DataError
+from mmtune.prompts.delimiters import DELIMITERS
 from mmtune.records import SOFT_ID
 from mmtune.storage import is_finished, open_split, read_manifest, verify_files
 
@@ -162,6 +163,9 @@ def render(result: dict[str, Any]) -> str:
         for message in row["messages"]:
             text = "".join(part["text"] or f"<{part['type']}>" for part in message["content"])
             lines.append(f"  {message['role']:9} {text!r}")
+        delimiters = json.loads(row["metadata"]).get(DELIMITERS)
+        if delimiters is not None:
+            lines.append(f"  delimiters {delimiters}: the exemplars are encoded as text of the last question")
         lines.append(f"  references {row['references']}")
     return "\n".join(lines)
 

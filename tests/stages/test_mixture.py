@@ -17,6 +17,7 @@ from mmtune.prompts.template import template_names
 from mmtune.recipe import Recipe
 from mmtune.records import Example
 from mmtune.stages import build_data as stage
+from mmtune.stages.show import describe, render
 from mmtune.stages.tokenize import tokenize
 from mmtune.storage import open_split, read_manifest
 from mmtune.talk import Talk
@@ -145,6 +146,9 @@ def test_what_is_encoded_is_the_chat_templates_own_text_of_exemplars_between_del
         assert ids.tolist() == fits[shown]
         assert processor.tokenizer.decode(ids[np.array(encoded["labels"]) >= 0]).startswith(own.messages[-1].text)
     assert facts["mixture"]["delimiters"]["turns"] < 30
+    for at, row in enumerate(rows):
+        shown = render(describe(tmp_path / "run" / "instructions", row=at))
+        assert ("delimiters" in row.metadata) == (f"  delimiters {row.metadata.get('delimiters')}: " in shown)
     assert (dropped > 0) == (max_length == 140)
 
 
