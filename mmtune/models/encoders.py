@@ -23,7 +23,7 @@ from transformers import (
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from mmtune.models.inputs import UNKNOWN_ITEM
+from mmtune.models.inputs import FIRST_ITEM, UNKNOWN_ITEM
 from mmtune.models.log_mel import LogMelFeatureExtractor, frame_count
 
 
@@ -91,6 +91,8 @@ class HistoryConfig(PreTrainedConfig):
     vocab_size: int = 1000
     window: int = 20
     """Items that are told apart by their recency; older ones share the last position."""
+    unknown_rate: float = 0.05
+    """Chance of each item to be told as unknown while items are learned, so that what to make of one is learned too."""
     pad_token_id: int = 0
 
 
@@ -265,6 +267,10 @@ class HistoryModel(_Encoder):
         """Returns the features ``(B, T, D)`` of item ids ``(B, T)``, oldest first."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         recency = mask.flip(-1).cumsum(-1).flip(-1) - 1
+        if self.training and self.config.unknown_rate and self.item_embedding.weight.requires_grad:
+            # Drawn on the CPU, so that every device draws the same.
+            gone = torch.rand(input_ids.shape).to(input_ids.device) < self.config.unknown_rate
+            input_ids = input_ids.masked_fill(gone & (input_ids >= FIRST_ITEM), UNKNOWN_ITEM)
         hidden = self.item_embedding(input_ids) + self.recency_embedding(recency.clamp(0, self.config.window - 1))
         return self._encode(hidden, mask, output_hidden_states)
 

@@ -216,10 +216,13 @@ def _config(key: str, values: dict[str, Any]) -> Any:
 def _check_small(key: str, plain: Any, settings: dict[str, Any]) -> None:
     """Refuses values that a small encoder cannot be made of; its config takes them all."""
     for name, value in settings.items():
-        wanted = "above 0" if name.endswith("_std") else "of 1 or more"
+        wanted = (
+            "above 0" if name.endswith("_std") else "from 0 to below 1" if name == "unknown_rate" else "of 1 or more"
+        )
         whole = type(getattr(plain, name)) is int and (type(value) is not int or value < 1)
         deviation = name.endswith("_std") and not (type(value) in (int, float) and value > 0)
-        if whole or deviation:
+        chance = name == "unknown_rate" and not (type(value) in (int, float) and 0 <= value < 1)
+        if whole or deviation or chance:
             raise RecipeError(
                 f"pretrain.build.{key}.{name}: {value!r} is no number {wanted}", "check the values", "bad_setting"
             )

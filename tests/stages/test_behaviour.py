@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,7 @@ ALL = "{caption: 1, reconstruction: 0.1, adversarial: 0.05, contrastive: 0.1, ma
 CODED = "{caption: 1, reconstruction: 0.1, contrastive: 0.1}"
 MLP = "{kind: mlp}"
 RESAMPLED = "{kind: qformer, queries: 3, heads: 2, layers: 1, instruction: true}"
+COLOURS = {"r": "red", "b": "blue"}
 WAYS = {
     "early": ("{}", MLP, ALL),
     "late": ("{mode: late}", MLP, CODED),
@@ -62,9 +64,12 @@ def users(folder, split, count):
     for user in range(count):
         own = draw.choice("rb")
         past = [f"{own}{draw.randrange(6)}" for _ in range(draw.randrange(1, 7))] + (["new"] if split == "val" else [])
-        for kind, colour in (("r", "red"), ("b", "blue")):
-            question, answer = f"Will they like a {colour} one?", "yes" if kind == own else "no"
-            row = {"id": f"{split}{user}{kind}", "past": past, "question": question, "answer": answer}
+        answers = {
+            "Which colour do they like?": COLOURS[own],
+            "Will they like a red one?": "yes" if own == "r" else "no",
+        }
+        for at, (question, answer) in enumerate(answers.items()):
+            row = {"id": f"{split}{user}_{at}", "past": past, "question": question, "answer": answer}
             lines.append(json.dumps(row) + "\n")
     (folder / f"{split}.jsonl").write_text("".join(lines), "utf-8")
 
@@ -126,7 +131,7 @@ def test_tastes_are_learned_from_histories_alone(recipe_at, repository):
     recipe = recipe_at("finetune=null", "pretrain.objectives={caption: 1}", text=text, steps=60, rows=(400, 60))
     run(recipe)
     report = report_of(recipe)
-    (without,) = report["ablation"]["entries"]
+    without = next(one for one in report["ablation"]["entries"] if one["name"] == "without behaviour")
     assert report["metrics"]["token_f1"]["models"]["base"]["value"] > 95
     assert without["metrics"]["token_f1"]["models"]["without behaviour"]["value"] < 70
 
@@ -143,6 +148,14 @@ def test_other_items_are_another_model(recipe_at, tmp_path):
     assert not again["cached"] and again["items"] == 13
 
 
+def test_a_dry_run_waits_for_the_items(recipe_at):
+    recipe, said = recipe_at(), []
+    talk = Talk(quiet=True)
+    talk.say = said.append
+    run_stages(recipe, stages_of(recipe, None, True), force=False, dry_run=True, console=talk)
+    assert "assemble: would run once instructions is there" in said
+
+
 def test_recipes_that_cannot_be_are_named(recipe_at):
     without = recipe_at(columns="{id: id, question: question, answer: answer}")
     with pytest.raises(DataError, match="not there"):
@@ -157,6 +170,9 @@ def test_recipes_that_cannot_be_are_named(recipe_at):
         assemble_stage(recipe, console=Talk(quiet=True))
     recipe = recipe_at("pretrain.build.encoders.behaviour.window=0")
     with pytest.raises(RecipeError, match=r"behaviour\.window: 0 is no number of 1 or more"):
+        assemble_stage(recipe, console=Talk(quiet=True))
+    recipe = recipe_at("pretrain.build.encoders.behaviour.unknown_rate=1")
+    with pytest.raises(RecipeError, match=r"unknown_rate: 1 is no number from 0 to below 1"):
         assemble_stage(recipe, console=Talk(quiet=True))
 
 
@@ -175,15 +191,14 @@ def test_films_that_real_users_chose(recipe_at, tmp_path, shared_datasets):
     if not (folder / "ratings.csv").is_file():
         pytest.skip(f"there are no ratings at {folder}")
     sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-    from bench_recommendation import rows_of, titles_of, users_of
+    from bench_recommendation import decades_of, rows_of, users_of
 
-    columns = "{id: id, behaviour: [past, film], question: question, answer: answer}"
-    recipe = recipe_at(columns=columns)
-    known, titles = users_of(folder), titles_of(folder)
+    recipe = recipe_at()
+    known, decades = users_of(folder), decades_of(folder)
     assert len(known) == 608 and 100_000 < sum(map(len, known)) < 100_840
     for split, own in (("train", "train"), ("val", "test")):
-        rows = [row for row, _ in zip(rows_of(known[:40], titles, own, 4), range(64), strict=False)]
-        assert {row["answer"] for row in rows} == {"yes", "no"}
+        rows = list(islice(rows_of(known[:40], decades, own, 4), 64))
+        assert {"1980s", "1990s"} < {row["answer"] for row in rows}
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     results = run(recipe)
     assert results["assemble"]["items"] > 200 and not results["tokenize"]["drops"]

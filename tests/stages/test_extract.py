@@ -374,7 +374,12 @@ def test_times_of_frames_are_those_that_models_are_told():
 
 def test_settings_of_the_small_encoders_are_those_of_their_configs():
     for kind, config in (("image", PatchesConfig), ("audio", LogMelConfig), ("behaviour", HistoryConfig)):
-        assert set(SETTINGS[kind]) == set(config.__annotations__) - {"num_channels", "vocab_size", "pad_token_id"}
+        assert set(SETTINGS[kind]) == set(config.__annotations__) - {
+            "num_channels",
+            "vocab_size",
+            "pad_token_id",
+            "unknown_rate",
+        }
 
 
 def test_a_deviation_of_nothing_is_refused(tmp_path):

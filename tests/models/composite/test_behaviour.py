@@ -14,7 +14,7 @@ from mmtune.errors import CapabilityError, RecipeError
 from mmtune.models.composite.assemble import assemble
 from mmtune.models.composite.processor import CompositeProcessor
 from mmtune.models.encoders import HistoryConfig, HistoryModel
-from mmtune.models.inputs import FIRST_ITEM, ITEMS, UNKNOWN_ITEM
+from mmtune.models.inputs import FIRST_ITEM, ITEMS, NO_ITEM, PADDING, UNKNOWN_ITEM
 from mmtune.models.load import load_model
 from tests.models.composite.test_assemble import SMALL, language
 from tests.training.conftest import encoding_tests
@@ -64,6 +64,24 @@ def test_an_unknown_item_says_nothing_at_first(language: Path) -> None:
     assert not embedded[UNKNOWN_ITEM].any() and embedded[FIRST_ITEM:].any(1).all()
     ids, _ = processor.process_histories([["never seen"], ["nor this"]])
     assert ids.tolist() == [[UNKNOWN_ITEM], [UNKNOWN_ITEM]]
+
+
+def test_training_shows_unknown_items_at_the_rate_that_is_set() -> None:
+    torch.manual_seed(0)
+    tower, seen = HistoryModel(config(unknown_rate=0.3)), []
+    tower.item_embedding.register_forward_hook(lambda _, given, made: seen.append(given[0]))
+    ids = torch.full((50, 40), FIRST_ITEM + 1)
+    ids[:, 30:] = PADDING
+    ids[0] = NO_ITEM
+    tower.eval()(ids)
+    tower.train()(ids)
+    assert torch.equal(seen[0], ids)
+    tower.item_embedding.requires_grad_(False)
+    tower(ids)
+    assert torch.equal(seen[2], ids)
+    changed = seen[1] != ids
+    assert (seen[1][changed] == UNKNOWN_ITEM).all() and not changed[:, 30:].any() and not changed[0].any()
+    assert changed[1:, :30].float().mean() == pytest.approx(0.3, abs=0.03)
 
 
 @pytest.mark.parametrize("kind", ["mlp", "perceiver"])
