@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import signal
 import sys
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 from mmtune.errors import EXIT_FOLDER, DataError, Interrupted, MmtuneError, RecipeError, ResourceError
 from mmtune.talk import json_line
@@ -29,28 +31,56 @@ def _stop(number: int, frame: FrameType | None) -> None:
 def main() -> None:
     """Runs the command line and exits with the code of the contract."""
     _asked.clear()
+    _open_streams()
     signal.signal(signal.SIGTERM, _stop)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stop)
     try:
-        code = _run()
+        code = _answer()
+    except BrokenPipeError:
+        # Nobody reads on; what is still in the buffers must not fail once more when Python ends.
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        code = 141
+    sys.exit(code)
+
+
+def _open_streams() -> None:
+    """Opens standard streams that are closed, lest a stage's file becomes one; what they cannot show is escaped."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _answer() -> int:
+    """Returns the exit code of the command line, after saying what stopped it."""
+    try:
+        return _run()
     except MmtuneError as error:
-        code = _fail(error)
+        return _fail(error)
     except KeyboardInterrupt:
         stopped = Interrupted("stopped; nothing was half-written", "run the same command again")
         stopped.exit_code = Interrupted.exit_code if signal.SIGTERM in _asked else 130
-        code = _fail(stopped)
+        return _fail(stopped)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = 141
+        raise
     except Exception as error:
         known = _known(error)
         if known is None:
             if EXIT_FOLDER in os.environ:
                 _fail(MmtuneError(f"a process of this run has a bug: {error}", "see its traceback above"))
+            elif "--json" in sys.argv:
+                said = f"{type(error).__name__}: {error}".splitlines()[0]
+                _fail(MmtuneError(f"a bug of mmtune: {said}", "report it with the traceback below", "bug"))
             raise
-        code = _fail(known)
-    sys.exit(code)
+        return _fail(known)
 
 
 def _run() -> int:
@@ -67,6 +97,9 @@ def _run() -> int:
         code = error.exit_code
     except typer.Abort as error:
         raise KeyboardInterrupt from error
+    except SystemExit as error:
+        # Typer's own answer to a closed pipe; nothing here exits that way.
+        raise BrokenPipeError from error
     if _asked and code == 130:
         raise KeyboardInterrupt
     sys.stdout.flush()
@@ -81,6 +114,9 @@ def _known(error: Exception) -> MmtuneError | None:
         path = str(error.filename)
         shown = path if len(path) <= 120 else f"{path[:60]}...{path[-50:]}"
         return DataError(f"{shown}: {error.strerror}", "check this path in the recipe or command", "bad_path")
+    if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):
+        # tempfile tries to write in each place that it knows.
+        return ResourceError("no temporary folder can be written", "free some space, or set TMPDIR to a folder")
     if any(kind.__name__ in ("OutOfMemoryError", "MemoryError") for kind in type(error).__mro__):
         return ResourceError(
             f"memory ran out: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
@@ -101,11 +137,20 @@ def _fail(error: MmtuneError) -> int:
         (Path(os.environ[EXIT_FOLDER]) / os.environ.get("RANK", "0")).write_text(json.dumps(document), "utf-8")
         return error.exit_code
     if "--json" in sys.argv and os.environ.get("RANK", "0") == "0":
-        print(json_line({"ok": False, "error": document}))
-    print(f"error: {error.message}", file=sys.stderr)
-    if error.hint:
-        print(f"  next: {error.hint}", file=sys.stderr)
+        _print(json_line({"ok": False, "error": document}), sys.stdout)
+    _print(f"error: {error.message}" + (f"\n  next: {error.hint}" if error.hint else ""), sys.stderr)
     return error.exit_code
+
+
+def _print(text: str, stream: TextIO) -> None:
+    """Prints where that is possible: a full disk under one stream does not keep the other from being told."""
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        # What the stream holds would fail again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":

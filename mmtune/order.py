@@ -33,13 +33,17 @@ def stages_of(recipe: Recipe, limit: int | None, offline: bool) -> Iterator[Stag
     """Yields name, function and own options of every stage of a run; what only a late one needs is checked first.
 
     Raises:
-        RecipeError: ``prompt.budget`` is too small for its method.
+        RecipeError: ``prompt.budget`` is too small for its method, or eval could not end well whatever is trained.
         CapabilityError: A library of that method is missing.
     """
     if recipe.prompt is not None:
         from mmtune.stages.prompt import check_budget
 
         check_budget(recipe.prompt, limit)
+    if recipe.eval is not None:
+        from mmtune.stages.evaluate.plan import check_eval
+
+        check_eval(recipe)
     if recipe.extract is not None:
         from mmtune.stages.extract import extract as extract_stage
 
@@ -110,6 +114,8 @@ def _needs(name: str, recipe: Recipe) -> tuple[str, ...]:
         needs += NEEDS_OF_BASE.get(name, ())
     if name == "build-data" and exemplars is not None and exemplars.method == "retrieval":
         needs += ("features",)
+    if name == "assemble" and recipe.pretrain is not None and recipe.pretrain.build.reads_items:
+        needs += ("instructions",)
     if name == "prompt" and recipe.prompt is not None and recipe.prompt.on == "tuned":
         needs += ("adapter",)
     if name == "eval" and recipe.eval is not None:

@@ -159,5 +159,6 @@ def counted(count: int, noun: str) -> str:
 
 
 def json_line(value: Any) -> str:
-    """Returns the one JSON document of ``--json``, readable by people and programs."""
-    return json.dumps(value, ensure_ascii=False, indent=1, default=str)
+    """Returns the one JSON document of ``--json``, readable by people and programs, in letters that stdout takes."""
+    ascii_only = not (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
+    return json.dumps(value, ensure_ascii=ascii_only, indent=1, default=str)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,9 @@ import pytest
 from PIL import Image
 
 from mmtune.__main__ import main
+from mmtune.recipe.text import load_recipe
+from mmtune.stages.finetune import finetune
+from mmtune.talk import Talk
 
 
 @pytest.fixture
@@ -316,3 +320,23 @@ def test_a_damaged_stage_is_an_integrity_error(built: Path, mmtune):
     data.write_bytes(data.read_bytes()[:100])
     code, _, err = mmtune("tokenize", built)
     assert code == 7 and data.name in err and "next: run: mmtune build-data --force" in err
+
+
+def test_a_byte_that_was_changed_in_a_stage_is_found_by_the_next(built: Path, mmtune):
+    (data,) = (built.parent / "run" / "instructions" / "train").glob("*.arrow")
+    raw = bytearray(data.read_bytes())
+    raw[len(raw) // 2] ^= 0xFF
+    data.write_bytes(raw)
+    said = f"{data} does not have the recorded bytes"
+    for command in (("tokenize", built), ("prompt", built), ("show", data.parents[1])):
+        fails(mmtune(*command, "--json"), 7, "damaged_file", said, "run: mmtune build-data --force")
+    assert [name for name in left_in(built.parent) if not name.endswith(".lock")] == ["instructions"]
+
+
+def test_a_stop_while_libraries_are_imported_leaves_nothing_aside(built: Path, mmtune, monkeypatch):
+    assert mmtune("tokenize", built)[0] == 0
+    # Of an import that is None Python says that it failed, wherever an interrupt would have come.
+    monkeypatch.setitem(sys.modules, "mmtune.training.ranks", None)
+    with pytest.raises(ImportError):
+        finetune(load_recipe(built), console=Talk(quiet=True))
+    assert not [name for name in left_in(built.parent) if ".tmp-" in name]

@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -105,3 +108,80 @@ def test_what_a_library_prints_is_no_part_of_the_document(tmp_path, monkeypatch,
         said = capsys.readouterr()
         assert not ended.value.code and json.loads(said.out)["ok"]
         assert "a library speaks" in said.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ZeroDivisionError("by zero"), None), (FileNotFoundError(2, "No usable temporary directory found in ['/x']"), 5)],
+)
+def test_a_failure_that_nobody_foresaw_is_one_document_too(tmp_path, monkeypatch, capsys, error, code):
+    def stage(*_, **__):
+        raise error
+
+    monkeypatch.setattr(build_data, "build_data", stage)
+    (tmp_path / "recipe.yaml").write_text("run_dir: run\n")
+    monkeypatch.setattr("sys.argv", ["mmtune", "build-data", str(tmp_path / "recipe.yaml"), "--json"])
+    with pytest.raises(SystemExit if code else ZeroDivisionError):
+        main()
+    document = json.loads(capsys.readouterr().out)["error"]
+    assert document["exit_code"] == (code or 1)
+    assert document["message"] == (
+        "no temporary folder can be written" if code else "a bug of mmtune: ZeroDivisionError: by zero"
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"metrics": ["exact_macht"]}, "unknown metric 'exact_macht'"),
+        ({"fail_under": {"vqa_accuracy": 0.6}}, "would never fail, scores are of 100"),
+        ({"split": "test"}, "eval.split is 'test', the sources have train alone"),
+    ],
+)
+def test_what_eval_would_end_with_is_said_before_the_first_stage(tmp_path, monkeypatch, capsys, asked, said):
+    (tmp_path / "a.jsonl").write_text('{"q": "one", "a": "two"}\n')
+    table = {"id": "a", "reader": "table", "path": "a.jsonl", "columns": {"question": "q", "answer": "a"}}
+    recipe = {"run_dir": "run", "model": {"path": "m"}, "sources": [table], "finetune": {}, "eval": asked}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    monkeypatch.setattr("sys.argv", ["mmtune", "run", str(tmp_path / "recipe.yaml")])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2 and said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command line of bash in which ``mmtune`` is this checkout's."""
+    own = f'mmtune() {{ "{sys.executable}" -m mmtune "$@"; }}; {command}'
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent), **environment}
+    return subprocess.run(["bash", "-c", own], env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("command", ["init", "keys", "build-data --help", "build-data gone.yaml --json"])
+def test_nobody_who_reads_on_is_141(command: str):
+    # `true` has ended long before Python has begun.
+    found = shell(f"mmtune {command} | true; exit ${{PIPESTATUS[0]}}")
+    assert found.returncode == 141, found.stderr
+    assert "Traceback" not in found.stderr and "ignored" not in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("redirected", "code", "said"),
+    [
+        ("keys >&-", 0, ""),
+        ("keys >/dev/full", 5, "error: writing failed: No space left on device"),
+        ("build-data gone.yaml --json >/dev/full", 2, "error: the recipe gone.yaml is not there"),
+        ("build-data gone.yaml --json >&- 2>&-", 2, ""),
+        ("build-data gone.yaml 2>/dev/full", 2, ""),
+    ],
+)
+def test_streams_that_are_closed_or_full_change_no_code(redirected: str, code: int, said: str):
+    found = shell(f"mmtune {redirected}")
+    assert found.returncode == code and said in found.stderr
+    assert "Traceback" not in found.stderr and "ignored" not in found.stderr
+
+
+def test_a_document_is_json_in_the_letters_of_any_stream():
+    for environment in ({"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "utf-8"}):
+        found = shell("mmtune build-data 'ümläut 日.yaml' --json", **environment)
+        assert found.returncode == 2 and "ümläut 日" in json.loads(found.stdout)["error"]["message"]

@@ -1,5 +1,8 @@
 """Recipes are strict: a mistake is one line with the key, the line and the next step."""
 
+import os
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,7 +47,10 @@ def test_floats_and_words_keep_their_meaning(tmp_path):
         ("run_dir: x\nfinetune: {lora: {r: 0}}\n", "greater than or equal to 1"),
         ("run_dir: [x\n", "not valid YAML"),
         ("a: &b 1\nrun_dir: *b\n", "aliases"),
-        ("run_dir: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
+        ("run_dir: !!python/object/apply:os.system ['true']\n", "tags"),
+        ("run_dir: x\nseed: !!int soon\n", "r.yaml:2: YAML tags"),
+        ("run_dir: x\nseed: true\n", "line 2: `seed`: input should not be true or false (found True)"),
+        ("run_dir: x\nfinetune: {lora: {r: true}}\n", "`finetune.lora.r`: input should not be true or false"),
         ("just words", "not a recipe"),
         ("model: {path: m}\n", "`run_dir` is required"),
         ("run_dir: x\nsources: [{id: a/b, reader: llava}]\n", "pattern"),
@@ -85,6 +91,20 @@ def test_a_value_from_elsewhere_is_named_by_where_it_comes_from(tmp_path):
         load(tmp_path, text, ["finetune.lora.z=1"])
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("seed=!!timestamp x", "--set seed: '!!timestamp x' is not a YAML value"),
+        ("seed=" + "[" * 5000, "is not a YAML value"),
+        ("extends=other.yaml", "--set extends: `extends` stands in the recipe's file alone"),
+    ],
+)
+def test_what_may_not_be_set_is_told(tmp_path, override, said):
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, "run_dir: x\n", [override])
+    assert said in caught.value.message and len(caught.value.message) < 200
+
+
 def test_problems_name_keys_and_not_types(tmp_path):
     text = "run_dir: x\npretrain: {build: {text: a, encoders: {image: b}}, train: most, objectives: {zork: 1}}\n"
     with pytest.raises(RecipeError) as caught:
@@ -101,6 +121,21 @@ def test_precedence(tmp_path):
     environ = {"MMTUNE_FINETUNE__EPOCHS": "3"}
     assert load(tmp_path, text, environ=environ).finetune.epochs == 3
     assert load(tmp_path, text, ["finetune.epochs=4"], environ).finetune.epochs == 4
+
+
+@pytest.mark.parametrize("key", ["run_dir: loop", "run_dir: r\nsources: [{id: a, reader: table, path: loop/x.csv}]"])
+def test_a_path_through_a_loop_of_links_is_refused(tmp_path, key):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(RecipeError, match="no path that can be followed"):
+        load_recipe(write(tmp_path, key), environ={})
+
+
+def test_a_recipe_below_a_name_that_is_not_utf8_is_refused(tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    folder.mkdir()
+    with pytest.raises(RecipeError, match="no path that can be followed") as caught:
+        load(folder, "run_dir: x\n")
+    caught.value.hint.encode("utf-8")
 
 
 def test_extends_in_a_circle_is_refused(tmp_path):

@@ -75,15 +75,29 @@ def test_damage_is_found(tmp_path):
     target = tmp_path / "demo"
     make(target, {"k": 1}, "abc")
     (target / "data.txt").write_text("abd")
-    storage.read_manifest(target)
-    with pytest.raises(IntegrityError, match="recorded bytes"):
+    manifest = storage.read_manifest(target)
+    with pytest.raises(IntegrityError, match="recorded bytes") as caught:
         storage.read_manifest(target, verify=True)
+    assert caught.value.hint == "run: mmtune demo --force"
+    storage.verify_files(target, manifest, part="train")
     (target / "data.txt").write_text("ab")
     with pytest.raises(IntegrityError, match="2 bytes instead of 3"):
         storage.read_manifest(target)
     (target / "data.txt").unlink()
     with pytest.raises(IntegrityError, match="missing"):
         storage.read_manifest(target)
+
+
+def test_nothing_is_made_from_a_damaged_parent(tmp_path):
+    parent = make(tmp_path / "parent", {"k": 1}, "abc")
+    child = {"stage": "child", "config": {}, "parents": {"parent": parent.hash}}
+    with storage.open_stage(tmp_path / "child", **child) as staging:
+        staging.publish()
+    (tmp_path / "parent" / "data.txt").write_text("abd")
+    assert storage.open_stage(tmp_path / "child", **child) is None
+    with pytest.raises(IntegrityError, match="recorded bytes"):
+        storage.open_stage(tmp_path / "child", **child, force=True)
+    assert [path.name for path in tmp_path.iterdir() if ".tmp-" in path.name] == []
 
 
 def test_a_missing_stage_names_the_command(tmp_path):

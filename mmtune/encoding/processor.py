@@ -53,6 +53,8 @@ def load_processor(
     except json.JSONDecodeError as error:
         raise _damaged(f"a JSON file in {path}") from error
     except (OSError, ValueError, LookupError) as error:
+        if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):
+            raise
         if isinstance(error, OSError) and not Path(path).is_dir():
             raise CapabilityError(
                 f"the processor of {path!r} is not on this machine and the hub did not give it: {_first_line(error)}",
@@ -165,6 +167,8 @@ def processor_fingerprint(processor: Any) -> str:
         part = getattr(processor, name, None)
         if part is not None and hasattr(part, "to_dict"):
             parts[name] = part.to_dict()
+    if getattr(processor, "items", None) is not None:
+        parts["items"] = list(processor.items)
     if tokenizer is not processor:
         own = {name: value for name, value in vars(processor).items() if isinstance(value, int | float | str | bool)}
         parts["own"] = {name: value for name, value in own.items() if name != "chat_template"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -45,6 +46,10 @@ CORPUS_METRICS: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], lis
     "macro_f1": macro_f1,
 }
 """Name to ``(predictions, references) -> one value per row`` where a row's value depends on all references."""
+
+BY_CLASS = frozenset({"macro_f1"})
+"""Metrics that average classes: the score of a part of the rows is measured among them, since one row bears more than
+100 where its class is rare."""
 
 NORMALISERS: dict[str, str] = {
     "vqa_accuracy": "VQA v2 official",
@@ -98,13 +103,24 @@ class Measured:
         total = self.weights.sum()
         return float(self.values.sum() / total) if total else 0.0
 
+    @property
+    def most(self) -> float:
+        """What no score of this metric is above."""
+        return 100.0 if self.higher_is_better and self.name != "cider" else math.inf
 
-def check_metric(name: str) -> None:
-    """Raises RecipeError with the nearest name unless a metric is known."""
+
+def check_metric(name: str, also: Sequence[str] = ()) -> None:
+    """Raises RecipeError with the nearest name unless a metric is known.
+
+    Args:
+        name: The metric.
+        also: Further names that its place knows.
+    """
     if name not in NAMES:
-        near = difflib.get_close_matches(name, [*NAMES, "vqa"], 1)
+        names = (*NAMES, *also)
+        near = difflib.get_close_matches(name, names, 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise RecipeError(f"unknown metric {name!r}", f"{hint}metrics: {', '.join(NAMES)}", "unknown_metric")
+        raise RecipeError(f"unknown metric {name!r}", f"{hint}metrics: {', '.join(names)}", "unknown_metric")
 
 
 def measure(
@@ -147,6 +163,7 @@ def metrics_of(task: str, metric: str, chosen: Sequence[str] | None) -> tuple[st
 
 
 __all__ = [
+    "BY_CLASS",
     "CORPUS_METRICS",
     "ERROR_RATES",
     "METRICS",

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mmtune.errors import RecipeError
-from mmtune.evaluation import ERROR_RATES, NORMALISERS, Measured, check_metric, measure
+from mmtune.evaluation import BY_CLASS, ERROR_RATES, NORMALISERS, Measured, check_metric, measure
 from mmtune.evaluation.intervals import Interval, bootstrap, holm, paired_difference
 from mmtune.evaluation.pairs import Pair
 from mmtune.records import Prediction
@@ -132,7 +132,12 @@ def compare(
         metrics[name] = _entry(measured, pairs, media, np.arange(len(index)), resamples, seed)
         for facet in FACETS:
             for value, chosen in _places(rows, index, facet).items():
-                entry = _entry(measured, pairs, media, chosen, resamples, seed)
+                part, own, places = measured, media, chosen
+                if name in BY_CLASS:
+                    inside = [index[place] for place in chosen]
+                    part = {model: _measure(name, rows, answers, inside) for model, answers in texts.items()}
+                    own, places = [media[place] for place in chosen], np.arange(len(chosen))
+                entry = _entry(part, pairs, own, places, resamples, seed)
                 groups.setdefault(facet, {}).setdefault(value, {})[name] = entry
     return Comparison(metrics, groups, per_row)
 
@@ -167,7 +172,12 @@ def _entry(
     names = [media[place] for place in chosen]
     models = {
         model: bootstrap(
-            found.values[chosen], weights=found.weights[chosen], groups=names, resamples=resamples, seed=seed
+            found.values[chosen],
+            weights=found.weights[chosen],
+            groups=names,
+            most=found.most,
+            resamples=resamples,
+            seed=seed,
         )
         for model, found in measured.items()
     }

@@ -74,6 +74,7 @@ def bootstrap(
     *,
     weights: Numbers | None = None,
     groups: Sequence[str] | None = None,
+    most: float = math.inf,
     resamples: int = 1000,
     seed: int = 0,
 ) -> Interval:
@@ -83,6 +84,7 @@ def bootstrap(
         values: ``(N,)`` one per row; not empty.
         weights: ``(N,)``, 1 each when not given.
         groups: ``(N,)`` names; equal names are resampled together.
+        most: No score is above it, so no end of the interval is.
         resamples: Number of bootstrap samples.
         seed: The same seed gives the same interval.
     """
@@ -90,7 +92,7 @@ def bootstrap(
     sums_G2 = _per_group(np.stack([values_N, weights_N], axis=1), groups)
     value = _ratio(values_N.sum(), weights_N.sum())
     drawn_R2 = _resampled(sums_G2, resamples, seed)
-    low, high = _percentiles(_ratios(drawn_R2[:, 0], drawn_R2[:, 1], value), value)
+    low, high = _percentiles(np.minimum(_ratios(drawn_R2[:, 0], drawn_R2[:, 1], value), most), value)
     return Interval(value, low, high, values_N.size, len(sums_G2))
 
 

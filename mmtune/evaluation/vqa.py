@@ -110,6 +110,15 @@ def vqa_accuracy(prediction: str, references: Sequence[str], options: Sequence[s
     return 100 * _share(prediction, references)
 
 
+def few_references(references: Iterable[Sequence[str]]) -> list[str]:
+    """Returns a note where rows have too few human answers for the official rule, else nothing."""
+    few = sum(0 < len(texts) < 4 for texts in references)
+    if not few:
+        return []
+    said = "1 row has" if few == 1 else f"{few:,} rows have"
+    return [f"VQA accuracy: {said} fewer than four references; a perfect answer stays below 100 there."]
+
+
 def _share(prediction: str, references: Sequence[str]) -> float:
     answers = [_clean(reference) for reference in references]
     guess = _clean(prediction)

@@ -9,7 +9,7 @@ A JSON array (or JSONL)::
       "output": "The skateboard in the image is in an upside-down position, ...", "type": "conv"}]
 
 ``history`` is a list of ``[question, answer]`` pairs that came before. Media (``image``,
-``images``, ``audios``, ``videos``) stand where ``<image>`` and its like stand, else first.
+``images``, ``audios``, ``videos``, ``histories``) stand where ``<image>`` and its like stand, else first.
 ``columns`` gives other names: ``instruction``, ``input``, ``output``, ``history``, ``system``.
 The published files repeat their ``id``, so it is used only with ``columns: {id: id}``.
 """

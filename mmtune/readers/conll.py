@@ -101,7 +101,7 @@ def _sentences(lines: Iterator[Line]) -> Iterator[list[Line]]:
 def _columns(line: str) -> tuple[str, str]:
     cells = line.split("\t") if "\t" in line else line.split()
     token, tag = cells[0].strip(), cells[-1].strip()
-    if len(cells) < 2 or not token or not (tag == "O" or tag[:2] in ("B-", "I-")):
+    if len(cells) < 2 or not token or not (tag == "O" or (tag[:2] in ("B-", "I-") and len(tag) > 2)):
         raise Refused("bad_field", f"expected a token and its tag (O, B-type or I-type), found {line[:80]!r}")
     return token, tag
 

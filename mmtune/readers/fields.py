@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,11 +51,17 @@ def text_field(row: Mapping[str, Any], key: str, pointer: str = "") -> str:
 
 
 def scalar_text(value: Any, pointer: str) -> str:
-    """Returns a string, number or truth value as text; ``yes`` and ``no`` for the last."""
+    """Returns a string, number or truth value as text; ``yes`` and ``no`` for the last.
+
+    Raises:
+        Refused: ``bad_field`` for anything else, NaN and infinity included.
+    """
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
         return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise Refused("bad_field", f"{pointer}: expected a string, found {value}")
     if isinstance(value, float):
         return repr(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
     return as_text(value, pointer)

@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mmtune.errors import DataError, RecipeError
-from mmtune.readers.source import SourceFiles
+from mmtune.readers.source import SourceFiles, is_utf8
 from mmtune.records import Medium, Modality, Record, Reject
 
 SUFFIXES: dict[str, Modality] = {
@@ -49,7 +49,7 @@ def read_folder(source: SourceFiles) -> Iterator[Record | Reject]:
     if not top.is_dir():
         raise DataError(f"{top} is not a folder", "give the folder that holds the classes", "file_missing")
     label, keep = _pattern(source, "label"), _pattern(source, "keep")
-    labels = {found[0] for path in _files(top, keep) if (found := _label(path, label)) is not None}
+    labels = {found[0] for path in _files(top, keep) if is_utf8(path) and (found := _label(path, label)) is not None}
     options = tuple(sorted(labels)) if len(labels) <= _MOST_OPTIONS else ()
     empty = True
     for path in _files(top, keep):
@@ -63,6 +63,8 @@ def _record(
     source: SourceFiles, path: str, found: tuple[str, dict[str, str]] | None, options: tuple[str, ...]
 ) -> Record | Reject:
     own = f"{source.id}/{source.split}/{path}" if source.split_in_id else f"{source.id}/{path}"
+    if not is_utf8(path):
+        return Reject(path, own, "bad_unicode", "the file's name is not UTF-8")
     modality = SUFFIXES.get(Path(path).suffix.lower())
     if modality is None:
         return Reject(path, own, "not_media", "not the name of an image, sound or video")
@@ -104,7 +106,10 @@ def _pattern(source: SourceFiles, key: str) -> re.Pattern[str] | None:
     try:
         pattern = re.compile(str(text))
     except re.error as error:
-        raise RecipeError(f"source {source.id!r}: columns.{key} is no regular expression: {error}") from error
+        raise RecipeError(
+            f"source {source.id!r}: columns.{key} is no regular expression: {error}",
+            "mend it; the letters of Python's `re` are read",
+        ) from error
     if key == "label" and not pattern.groups:
         raise RecipeError(
             f"source {source.id!r}: columns.label has no group", "put the label in parentheses: '([a-z]+)_'"

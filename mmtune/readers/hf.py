@@ -70,6 +70,8 @@ def _load(source: SourceFiles) -> Any:
             return datasets.load_from_disk(str(path))
         return datasets.load_dataset(str(path), source.name)
     except (ConnectionError, TimeoutError, FileNotFoundError) as error:
+        if path.is_absolute() and not path.exists():
+            raise DataError(f"{path} is not there", "check the path, or give a hub id", "file_missing") from error
         if path.exists():
             raise DataError(
                 f"{path} holds no dataset that can be read: {error}", "check the folder", "bad_dataset"
@@ -79,7 +81,7 @@ def _load(source: SourceFiles) -> Any:
             "check the id and the network, or save it with `save_to_disk` and give the folder",
             "hub_unreachable",
         ) from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"{path} is no dataset that can be read: {error}", "check path and name", "bad_dataset"
         ) from error

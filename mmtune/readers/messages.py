@@ -11,8 +11,9 @@ One JSON object per line (or a JSON array of them)::
 
 A part is text (``text`` or ``value``), an image (``{"type": "image", "image"|"path"|"url": ...}``
 or ``{"type": "image_url", "image_url": {"url": ...}}``), ``input_audio``, ``audio``, ``video``,
-``reasoning`` or ``tool_call``. A part that names no file takes the next of the row's ``images``,
-``audios`` or ``videos``. Content may be a plain string, whose ``<image>`` is just text.
+``behaviour`` (a user's history, ``{"type": "behaviour", "behaviour": ["318", "50"]}``), ``reasoning`` or
+``tool_call``. A part that names no file takes the next of the row's ``images``, ``audios``, ``videos`` or
+``histories``. Content may be a plain string, whose ``<image>`` is just text.
 A pair of ``chosen_messages`` and ``rejected_messages`` is read as its chosen conversation; a row
 with ``label: false`` (KTO) is refused as ``not_preferred``.
 """
@@ -34,9 +35,10 @@ from mmtune.readers.conversation import (
     tools_text,
 )
 from mmtune.readers.fields import as_object, as_text, kind, media_of, wrong
+from mmtune.readers.histories import history_items
 from mmtune.readers.source import Refused, Row, SourceFiles, read_rows
 from mmtune.readers.strict_json import iter_items
-from mmtune.records import MODALITIES, Medium, Message, Modality, Part, Record, Reject, TextPart, ToolCall
+from mmtune.records import MODALITIES, Medium, Message, Modality, Part, Record, Reject, TextPart, ToolCall, history
 
 _PART_MODALITY: dict[str, Modality] = {
     "image": "image",
@@ -47,6 +49,7 @@ _PART_MODALITY: dict[str, Modality] = {
     "input_audio": "audio",
     "video": "video",
     "video_url": "video",
+    "behaviour": "behaviour",
 }
 _TEXT_TYPES = ("text", "input_text", "output_text")
 
@@ -158,10 +161,13 @@ def _part(part: Mapping[str, Any], pointer: str, queue: MediaQueue) -> Part:
     name = part.get("type")
     if name in _TEXT_TYPES:
         return TextPart(as_text(_payload(part, "text"), f"{pointer}/text"))
-    if name not in _PART_MODALITY:
+    if not isinstance(name, str) or name not in _PART_MODALITY:
         said = repr(name) if isinstance(name, str) else kind(name)
         raise Refused("bad_field", f"{pointer}/type: unknown part {said}")
     modality = _PART_MODALITY[name]
+    if modality == "behaviour":
+        items = _payload(part, "behaviour", "items")
+        return queue.next(modality, pointer) if items is None else history(history_items(items, f"{pointer}/{name}"))
     payload = _payload(part, name, modality, f"{modality}_url", "path", "url", "bytes")
     if isinstance(payload, Mapping):
         if "data" in payload:

@@ -72,7 +72,7 @@ class SourceFiles:
 
     def root(self, modality: Modality) -> Path:
         """Returns the folder that this modality's paths are relative to."""
-        named = {"image": self.images, "audio": self.audios, "video": self.videos}[modality]
+        named = {"image": self.images, "audio": self.audios, "video": self.videos}.get(modality)
         if named is not None:
             return named
         for path in (self.path, self.annotations, self.questions):
@@ -91,6 +91,11 @@ class SourceFiles:
     def wants(self, task: str) -> bool:
         """Says whether records of a task are asked for."""
         return not self.tasks or task in self.tasks
+
+
+def is_utf8(name: str) -> bool:
+    """Says whether a name of the file system is text: bytes that are no UTF-8 stand in it as half surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 class Refused(Exception):

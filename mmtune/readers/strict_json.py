@@ -312,9 +312,8 @@ def _object(buffer: _Buffer, keys: tuple[str, ...]) -> Iterator[tuple[str, Row |
             value, reject = buffer.value(where)
             if isinstance(value, str | int) and not reject:
                 yield key, Row(where, -1, value)
-        if buffer.peek() != ",":
+        if not _another(buffer, "}"):
             break
-        buffer.at += 1
     buffer.take("}")
     missing = [key for key in keys if key and key not in seen]
     if missing:
@@ -335,7 +334,16 @@ def _array(buffer: _Buffer, key: str, *, keep: bool) -> Iterator[tuple[str, Row 
         if keep:
             yield key, reject or Row(where, index, value)
         index += 1
-        if buffer.peek() != ",":
+        if not _another(buffer, "]"):
             break
-        buffer.at += 1
     buffer.take("]")
+
+
+def _another(buffer: _Buffer, close: str) -> bool:
+    """Steps over a comma; says whether there was one, after which JSON wants another value."""
+    if buffer.peek() != ",":
+        return False
+    buffer.at += 1
+    if buffer.peek() == close:
+        raise buffer.broken(f"a comma before {close!r}")
+    return True

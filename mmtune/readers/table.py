@@ -16,45 +16,40 @@
 * ``rationale``: how the answer is reached, for ``build.mixture.chain_of_thought``;
 * ``image``, ``audio``, ``video``: one column or a list of them;
 * ``references``, ``options``: a column that holds a list, or a list of columns;
-* ``history``: ids of items, oldest first, as a list (of JSON too, in a CSV file), a list of columns, or a text with
-  spaces, commas or bars between them;
+* ``behaviour``: one column or a list of them, each a user's history that the model is shown: ids of items, oldest
+  first, as a list (of JSON too, in a CSV file) or a text with spaces, commas or bars between them; empty for none;
+* ``history``: the same, or a list of columns of one item each, that ``extract`` knows and the model is not shown;
 * ``id``; ``metadata``: columns for grouping scores;
 * ``rows``: the name of the array in a JSON object; without it an object is a table whose keys are
   the column ``key``; ``delimiter`` of a CSV file; ``strip``: removed from the front of media paths.
 
 A value is a column's name or index, a template with names or indexes in braces, or a fixed text
-after ``=``. ``tasks: [caption]`` names the task; else a row with a question is ``vqa`` (with media) or
-``instruction``. Where no column holds questions, a row with media is ``label``, and one with an
+after ``=``. ``tasks: [caption]`` names the task; else a row with a question is ``vqa`` (with media to see or
+hear) or ``instruction``. Where no column holds questions, a row with media is ``label``, and one with an
 answer only is ``text``; where one does, a row without is refused.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
 import re
-import sys
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from mmtune.errors import DataError, RecipeError
+from mmtune.errors import RecipeError
 from mmtune.readers.fields import answer_text, as_list, kind, media_of, record_id, scalar_text
+from mmtune.readers.histories import history_items
 from mmtune.readers.source import Refused, Row, SourceFiles, read_rows
-from mmtune.readers.strict_json import iter_jsonl, iter_lines, open_bytes, parse, stream_arrays
-from mmtune.records import MODALITIES, Medium, Record, Reject
+from mmtune.readers.table_rows import SLOT, as_sequence, table_rows
+from mmtune.records import MODALITIES, Medium, Record, Reject, history
 
-_SLOT = re.compile(r"\{([^{}]+)\}")
 _TAUGHT = ("answer", "output", "target", "references")
 _KNOWN = {*_TAUGHT} | {"question", "text", "instruction", "context", "options", "id", "metadata", "rows", "delimiter"}
-_KNOWN |= {"strip", "rationale", "history", "image", "audio", "video", "images", "audios", "videos"}
+_KNOWN |= {"strip", "rationale", "history", "behaviour", "image", "audio", "video", "images", "audios", "videos"}
 _BETWEEN = re.compile(r"[\s,;|]+")
 _MISSING = ("nan", "NaN", "null", "NULL", "None", "<NA>")
+_LISTED = frozenset({"references", "options", "history", "metadata", *MODALITIES, *(f"{name}s" for name in MODALITIES)})
+"""Names that may stand for a list of columns."""
 _UNASKED = ("caption", "label", "text")
-_MAX_FIELD = 64 << 20
-_BINARY = re.compile("[\0-\x08\x0e-\x1f\ud800-\udfff]")
 
 
 def read_table(source: SourceFiles) -> Iterator[Record | Reject]:
@@ -66,7 +61,8 @@ def read_table(source: SourceFiles) -> Iterator[Record | Reject]:
     """
     path = source.file("path")
     check_columns(source)
-    yield from read_rows(_rows(source, path), lambda row: [table_record(source, row)], source=source)
+    _check_delimiter(source)
+    yield from read_rows(table_rows(source, path), lambda row: [table_record(source, row)], source=source)
 
 
 def check_columns(source: SourceFiles) -> None:
@@ -78,11 +74,28 @@ def check_columns(source: SourceFiles) -> None:
             f"known: {', '.join(sorted(_KNOWN))}",
             "unknown_column",
         )
+    listed = sorted(name for name, spec in source.columns.items() if isinstance(spec, list) and name not in _LISTED)
+    if listed:
+        raise RecipeError(
+            f"source {source.id!r}: columns.{listed[0]} is a list; it takes one column",
+            "join columns in a template, such as '{a} {b}'",
+            "bad_column",
+        )
     if source.split == "train" and not set(_TAUGHT) & set(source.columns):
         raise RecipeError(
             f"source {source.id!r} needs `columns` with an `answer`",
             "for example: columns: {question: q, answer: a, image: file}",
             "missing_columns",
+        )
+
+
+def _check_delimiter(source: SourceFiles) -> None:
+    delimiter = source.columns.get("delimiter", ",")
+    if not isinstance(delimiter, str) or len(delimiter) != 1 or delimiter in '"\r\n':
+        raise RecipeError(
+            f"source {source.id!r}: columns.delimiter is {delimiter!r}; it is one character, such as ';'",
+            'write a tab as "\\t"',
+            "bad_column",
         )
 
 
@@ -103,7 +116,7 @@ def table_record(source: SourceFiles, row: Row) -> Record:
     media = _media(source, row.value)
     own = _first(columns, ("id",), row.value)
     metadata = {}
-    for name in _as_sequence(columns.get("metadata", [])):
+    for name in as_sequence(columns.get("metadata", [])):
         value = _cell(name, row.value, "metadata")
         if value is not None:
             metadata[str(name)] = scalar_text(value, f"/{name}")
@@ -146,12 +159,8 @@ def _task(source: SourceFiles, question: str, media: Sequence[Medium]) -> str:
     if len(source.tasks) == 1:
         return source.tasks[0]
     if question:
-        return "vqa" if media else "instruction"
+        return "vqa" if any(medium.modality != "behaviour" for medium in media) else "instruction"
     return "label" if media else "text"
-
-
-def _as_sequence(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list | tuple) else [value]
 
 
 def _cell(spec: str | int, row: Any, name: str) -> Any:
@@ -163,7 +172,7 @@ def _cell(spec: str | int, row: Any, name: str) -> Any:
     if isinstance(row, Mapping) and spec in row:
         return row[spec]
     if "{" in spec:
-        return _SLOT.sub(lambda match: scalar_text(_at(row, match.group(1), name), f"/{match.group(1)}"), spec)
+        return SLOT.sub(lambda match: scalar_text(_at(row, match.group(1), name), f"/{match.group(1)}"), spec)
     return _at(row, spec, name)
 
 
@@ -205,157 +214,29 @@ def _texts(columns: Mapping[str, Any], name: str, row: Any) -> tuple[str, ...]:
 
 
 def _history(columns: Mapping[str, Any], row: Any) -> tuple[str, ...] | None:
-    """Returns the items of a list as they are, those of a text between spaces, commas and bars; None without a column.
+    """Returns the items of the column ``history``; of a list of columns every one that is filled holds one item.
 
-    Of a list of columns every one that is filled holds one item.
+    None without such a column.
     """
     spec = columns.get("history")
-    if spec is None:
-        return None
     if isinstance(spec, list | tuple):
         return tuple(item for item in _texts(columns, "history", row) if item)
-    found, pointer = _cell(spec, row, "history"), f"/{spec}"
-    if isinstance(found, str) and not found.lstrip().startswith("["):
-        items = tuple(item for item in _BETWEEN.split(found) if item)
-        missing = next((item for item in items if item in _MISSING), None)
-        if missing is not None:
-            raise Refused("bad_field", f"{pointer}: {missing!r} is no item; leave the cell empty where there is none")
-        return items
-    if isinstance(found, str):
-        found = _list_of(found, pointer)
-    listed = () if found is None else found if isinstance(found, list | tuple) else (found,)
-    return tuple(_item(item, f"{pointer}/{at}") for at, item in enumerate(listed))
-
-
-def _list_of(text: str, pointer: str) -> Any:
-    try:
-        return parse(text)
-    except Refused as refused:
-        raise Refused("bad_field", f"{pointer}: begins like a list, and {refused.detail}") from refused
-
-
-def _item(value: Any, pointer: str) -> str:
-    if value is None or value == "" or value != value:
-        raise Refused("bad_field", f"{pointer}: expected an item, found {'nothing' if value == '' else kind(value)}")
-    return scalar_text(value, pointer)
+    return None if spec is None else history_items(_cell(spec, row, "history"), f"/{spec}")
 
 
 def _media(source: SourceFiles, row: Any) -> tuple[Medium, ...]:
     strip = str(source.columns.get("strip", ""))
     found: list[Medium] = []
-    for modality in MODALITIES:
+    for modality in MODALITIES[:-1]:
         for name in (modality, f"{modality}s"):
             if name in source.columns:
-                for spec in _as_sequence(source.columns[name]):
+                for spec in as_sequence(source.columns[name]):
                     media = media_of(_cell(spec, row, name), modality, f"/{spec}", strip)
                     if not media and name == modality:
                         raise Refused(
                             f"no_{modality}", f"/{spec} (for {name}): empty; `{name}s` takes rows without one"
                         )
                     found += media
+    for spec in as_sequence(source.columns.get("behaviour", ())):
+        found.append(history(history_items(_cell(spec, row, "behaviour"), f"/{spec}")))
     return tuple(found)
-
-
-def _rows(source: SourceFiles, path: Path) -> Iterator[Row | Reject]:
-    name = path.name.removesuffix(".gz").lower()
-    if name.endswith((".jsonl", ".ndjson")):
-        return iter_jsonl(path)
-    if name.endswith(".json"):
-        return _json_rows(source, path)
-    if name.endswith(".parquet"):
-        return _parquet_rows(path)
-    if name.endswith(".txt") and "delimiter" not in source.columns:
-        return _text_rows(path)
-    delimiter = str(source.columns.get("delimiter", "\t" if name.endswith(".tsv") else ","))
-    return _csv_rows(path, delimiter, source)
-
-
-def _json_rows(source: SourceFiles, path: Path) -> Iterator[Row | Reject]:
-    array = str(source.columns.get("rows", ""))
-    for key, row in stream_arrays(path, (array,)):
-        if key == array:
-            yield row
-        elif not array and isinstance(row, Row):
-            value = {"key": key, **row.value} if isinstance(row.value, Mapping) else row.value
-            yield Row(row.where, row.index, value)
-        elif not array:
-            yield row
-
-
-def _text_rows(path: Path) -> Iterator[Row | Reject]:
-    for index, (number, line) in enumerate(iter_lines(path)):
-        yield line if isinstance(line, Reject) else Row(f"{path.name}:{number}", index, {"text": line})
-
-
-def _csv_rows(path: Path, delimiter: str, source: SourceFiles) -> Iterator[Row | Reject]:
-    csv.field_size_limit(min(_MAX_FIELD, sys.maxsize))
-    with open_bytes(path) as handle:
-        # A byte that is not UTF-8 becomes a lone surrogate, so that only its own row is refused.
-        text = io.TextIOWrapper(handle, "utf-8-sig", errors="surrogateescape", newline="")
-        lines = csv.reader(text, delimiter=delimiter, strict=True)
-        head: list[str] | None = None
-        index = -1
-        while True:
-            try:
-                cells = next(lines, None)
-            except csv.Error as error:
-                index += 1
-                yield Reject(f"{path.name}:{lines.line_num}", "", "bad_row", f"not valid CSV: {error}")
-                continue
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise DataError(f"{path} is cut or damaged (gzip)", "fetch it again", "bad_gzip") from error
-            if cells is None:
-                return
-            if not any(cell.strip() for cell in cells):
-                continue
-            if head is None:
-                head = [name.strip() for name in cells]
-                _check_head(head, source, path)
-                continue
-            index += 1
-            yield _csv_row(head, cells, f"{path.name}:{lines.line_num}", index)
-
-
-def _check_head(head: list[str], source: SourceFiles, path: Path) -> None:
-    if any(_BINARY.search(name) for name in head):
-        raise DataError(
-            f"{path} begins with no line of column names; it is no UTF-8 text table",
-            "by its name a file is read as .csv, .tsv, .jsonl, .json, .txt (each also .gz) or .parquet",
-            "bad_table",
-        )
-    for name, spec in source.columns.items():
-        if name in ("rows", "delimiter", "strip"):
-            continue
-        for one in _as_sequence(spec):
-            plain = isinstance(one, str) and not one.startswith("=") and "{" not in one
-            if plain and one not in head:
-                raise DataError(
-                    f"{path} has no column {one!r} (`columns.{name}`)", f"it has: {', '.join(head)}", "missing_column"
-                )
-
-
-def _csv_row(head: list[str], cells: list[str], where: str, index: int) -> Row | Reject:
-    if len(cells) != len(head):
-        return Reject(where, "", "bad_row", f"{len(cells)} fields, the head has {len(head)}")
-    try:
-        "".join(cells).encode("utf-8")
-    except UnicodeEncodeError:
-        return Reject(where, "", "bad_unicode", "not valid UTF-8")
-    return Row(where, index, dict(zip(head, cells, strict=True)))
-
-
-def _parquet_rows(path: Path) -> Iterator[Row | Reject]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        index = 0
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
-                for value in batch.to_pylist():
-                    yield Row(f"{path.name}#{index}", index, value)
-                    index += 1
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"{path} is not a Parquet file that can be read", "fetch or write it again", "bad_parquet"
-        ) from error

@@ -65,7 +65,17 @@ def _absolute(value: str, folder: Path) -> Path:
         path = Path(value).expanduser()
     except RuntimeError as error:
         raise RecipeError(f"no home folder for {value!r}", "write the path out") from error
-    return path if path.is_absolute() else (folder / path).resolve()
+    try:
+        found = path if path.is_absolute() else (folder / path).resolve()
+        # Arrow, and every manifest, wants names that are text.
+        str(found).encode("utf-8")
+    except (OSError, RuntimeError, ValueError) as error:
+        # A loop of links is a RuntimeError of pathlib, a NUL and what is not UTF-8 a ValueError.
+        raise RecipeError(
+            f"{value!r} is no path that can be followed",
+            f"check {str(folder)!r} for loops of links and names that are not UTF-8",
+        ) from error
+    return found
 
 
 def _local_or_hub(value: str, folder: Path) -> str:

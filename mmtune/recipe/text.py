@@ -26,11 +26,13 @@ _NO_KEY = re.compile(r"(?:literal|tuple|list|dict|function-\w+)\[.*|\[key\]|cons
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML with floats such as ``1e-4``, no booleans from yes/no, no duplicates, no aliases."""
+    """Safe YAML with floats such as ``1e-4``, no booleans from yes/no, no duplicates, aliases or tags."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise _problem(self.peek_event().start_mark, "YAML aliases (*name) are not allowed in a recipe")
+        if getattr(self.peek_event(), "tag", None) is not None:
+            raise _problem(self.peek_event().start_mark, "YAML tags (!name) are not allowed in a recipe")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
@@ -198,8 +200,11 @@ def _environment(environ: Mapping[str, str]) -> list[tuple[tuple[str, ...], str]
 def _assign(values: Mapping[str, Any], keys: tuple[str, ...], text: str, what: str) -> dict[str, Any]:
     try:
         value = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, _RecipeProblem) as error:
-        raise RecipeError(f"{what}: {text!r} is not a YAML value", "quote it") from error
+    except (yaml.YAMLError, RecursionError, _RecipeProblem) as error:
+        shown = text if len(text) <= 80 else f"{text[:77]}..."
+        raise RecipeError(f"{what}: {shown!r} is not a YAML value", "quote it") from error
+    if keys == ("extends",):
+        raise RecipeError(f"{what}: `extends` stands in the recipe's file alone", "write it there")
     return _assign_at(values, keys, value, what)
 
 

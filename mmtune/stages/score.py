@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from mmtune.errors import DataError, RecipeError
 
 VQA = "vqa"
 BLEU = "bleu"
+_EXAMPLE = 'expected rows like {"id": "1", "prediction": "cat"}'
 
 
 def score(
@@ -158,20 +159,17 @@ def _same_ids(left: set[Any], right: set[Any], what: str, left_name: str, right_
 def _score_texts(metric: str, predictions: Path, references: Path | None) -> dict[str, Any]:
     from mmtune.evaluation import NORMALISERS, check_metric, corpus_bleu, measure
     from mmtune.evaluation.intervals import bootstrap
+    from mmtune.evaluation.vqa import few_references
 
     if metric != BLEU:
-        check_metric(metric)
+        check_metric(metric, (VQA, BLEU))
     kept, model = _one_model(_rows(predictions))
-    given = {_id(row, where): (where, row) for where, row in kept}
-    if len(given) != len(kept):
-        raise DataError(
-            f"{predictions} has {len(kept) - len(given):,} ids twice", "keep one row per id", "duplicate_id"
-        )
+    given = _by_id(kept, predictions)
     if not given:
         raise DataError(f"{predictions} has no rows", "check the file", "empty_input")
     wanted = _references(given, references, predictions)
     texts = [_text(row, where) for where, row in given.values()]
-    options = [[str(option) for option in row.get("options") or ()] for _, row in given.values()]
+    options = [_options(row, where) for where, row in given.values()]
     result: dict[str, Any] = {"metric": metric, "n": len(texts), "normaliser": NORMALISERS[metric]}
     if model:
         result["model"] = model
@@ -179,7 +177,9 @@ def _score_texts(metric: str, predictions: Path, references: Path | None) -> dic
         return {**result, "value": round(corpus_bleu(texts, wanted), 4)}
     measured = measure(metric, texts, wanted, options)
     groups = [str(row.get("group") or name) for name, (_, row) in given.items()]
-    found = bootstrap(measured.values, weights=measured.weights, groups=groups)
+    found = bootstrap(measured.values, weights=measured.weights, groups=groups, most=measured.most)
+    if measured.name == "vqa_accuracy" and (notes := few_references(wanted)):
+        result["note"] = notes[0]
     numbers = {key: round(getattr(found, key), 4) for key in ("value", "low", "high")}
     return {**result, **numbers, "higher_is_better": measured.higher_is_better}
 
@@ -191,7 +191,7 @@ def _references(
     if file is None:
         sources = {name: (where, row) for name, (where, row) in given.items()}
     else:
-        sources = {_id(row, where): (where, row) for where, row in _rows(file)}
+        sources = _by_id(_rows(file), file)
         _same_ids(set(sources), set(given), str(predictions), f"the ids of {file.name}", "the predictions")
     out = []
     for name in given:
@@ -200,7 +200,7 @@ def _references(
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
             raise DataError(
-                f"{where} has no references",
+                f"{where} has no references, a list of texts",
                 'expected rows like {"id": "1", "prediction": "cat", "references": ["cat"]}, or --references FILE',
                 "no_references",
             )
@@ -208,18 +208,33 @@ def _references(
     return out
 
 
+def _by_id(rows: Iterable[tuple[str, Mapping[str, Any]]], path: Path) -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """Returns rows with their places by id, which may stand once in a file."""
+    kept = list(rows)
+    found = {_id(row, where): (where, row) for where, row in kept}
+    if len(found) != len(kept):
+        raise DataError(f"{path} has {len(kept) - len(found):,} ids twice", "keep one row per id", "duplicate_id")
+    return found
+
+
 def _id(row: Mapping[str, Any], where: str) -> str:
-    if "id" not in row:
-        raise DataError(f"{where} has no id", 'expected rows like {"id": "1", "prediction": "cat"}', "wrong_layout")
-    return str(row["id"])
+    value = row.get("id")
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise DataError(f"{where} has no id, a text or a whole number", _EXAMPLE, "wrong_layout")
+    return str(value)
 
 
 def _text(row: Mapping[str, Any], where: str) -> str:
     if not isinstance(row.get("prediction"), str):
-        raise DataError(
-            f"{where} has no prediction", 'expected rows like {"id": "1", "prediction": "cat"}', "wrong_layout"
-        )
+        raise DataError(f"{where} has no text in 'prediction'", _EXAMPLE, "wrong_layout")
     return str(row["prediction"])
+
+
+def _options(row: Mapping[str, Any], where: str) -> list[str]:
+    options = row.get("options") or []
+    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+        raise DataError(f"{where}: 'options' is no list of texts", "mend the row, or leave options out", "wrong_layout")
+    return options
 
 
 def _array(path: Path, key: str, needed: tuple[str, ...]) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mmtune.errors import DataError
+from mmtune.prompts.delimiters import DELIMITERS
 from mmtune.records import SOFT_ID
-from mmtune.storage import is_finished, open_split, read_manifest
+from mmtune.storage import is_finished, open_split, read_manifest, verify_files
 
 _STAGES = ("features", "instructions", "prompt", "start", "tokens", "base", "adapter", "report")
 _TRAINED = ("pretrain", "finetune")
@@ -58,6 +59,7 @@ def _stage(path: Path, row: int, split: str | None) -> dict[str, Any]:
         "bytes": sum(file["size"] for file in manifest.files.values()),
     }
     if manifest.stage == "prompt":
+        verify_files(path, manifest)
         from mmtune.prompts.search import read_trace
         from mmtune.reports.search import search_facts
 
@@ -65,6 +67,7 @@ def _stage(path: Path, row: int, split: str | None) -> dict[str, Any]:
         result["searches"] = {str(lines[0].get("method", name)): search_facts(lines) for name, lines in traces.items()}
     chosen = split or next((name for name in manifest.rows if (path / name).is_dir()), None)
     if chosen is not None:
+        verify_files(path, manifest, chosen)
         table = open_split(path / chosen)
         if row >= table.num_rows:
             raise DataError(
@@ -105,7 +108,11 @@ def _tree(value: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
         span = next((span for span in spans if span[0] == at and span[1] > at), None)
         if span is not None:
             runs.append(
-                {"branch": branch[at], "loss": False, "text": f"[{span[2]['path']}: {span[2]['length']} tokens]"}
+                {
+                    "branch": branch[at],
+                    "loss": False,
+                    "text": f"[{span[2]['path'] or span[2]['modality']}: {span[2]['length']} tokens]",
+                }
             )
             at = span[1]
             continue
@@ -135,7 +142,7 @@ def render(result: dict[str, Any]) -> str:
     lines.append(f"{result['path']}  ({result['stage']}, {result['bytes'] / 1e6:.1f} MB, {result['hash'][:12]})")
     lines.append("rows      " + ", ".join(f"{split} {count:,}" for split, count in result["rows"].items()))
     if result["drops"]:
-        lines.append("refused   " + _drops(result["drops"]).lstrip("; "))
+        lines.append(f"refused   {_counts(result['drops'])}")
     for name, value in result["facts"].items():
         lines.append(f"{name:9} {_short(value)}")
     if "searches" in result:
@@ -156,12 +163,19 @@ def render(result: dict[str, Any]) -> str:
         for message in row["messages"]:
             text = "".join(part["text"] or f"<{part['type']}>" for part in message["content"])
             lines.append(f"  {message['role']:9} {text!r}")
+        delimiters = json.loads(row["metadata"]).get(DELIMITERS)
+        if delimiters is not None:
+            lines.append(f"  delimiters {delimiters}: the exemplars are encoded as text of the last question")
         lines.append(f"  references {row['references']}")
     return "\n".join(lines)
 
 
 def _drops(drops: dict[str, int]) -> str:
-    return "; refused " + ", ".join(f"{reason} {count:,}" for reason, count in drops.items()) if drops else ""
+    return f"; refused {_counts(drops)}" if drops else ""
+
+
+def _counts(drops: dict[str, int]) -> str:
+    return ", ".join(f"{reason} {count:,}" for reason, count in drops.items())
 
 
 def _short(value: Any) -> str:

@@ -8,6 +8,7 @@ from mmtune.storage.manifest import (
     library_versions,
     read_manifest,
     stage_hash,
+    verify_files,
 )
 from mmtune.storage.rejects import RejectLog
 from mmtune.storage.splits import SplitWriter, finish_split, open_split
@@ -28,4 +29,5 @@ __all__ = [
     "open_stage",
     "read_manifest",
     "stage_hash",
+    "verify_files",
 ]

@@ -17,6 +17,8 @@ from mmtune.files import file_digest
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+_COMMANDS = {"assemble": "pretrain"}
+"""Command of a stage that has none of its own."""
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 
@@ -125,9 +127,31 @@ def read_manifest(folder: Path, *, made_by: str = "", verify: bool = False) -> M
         if size != expected["size"]:
             found = "missing" if size < 0 else f"{size} bytes instead of {expected['size']}"
             raise IntegrityError(f"{file} is {found}", f"{hint} --force", "damaged_file")
-        if verify and file_digest(file) != expected["sha256"]:
-            raise IntegrityError(f"{file} does not have the recorded bytes", f"{hint} --force", "damaged_file")
+    if verify:
+        verify_files(folder, manifest)
     return manifest
+
+
+def verify_files(folder: Path, manifest: Manifest, part: str = "") -> None:
+    """Reads the files of a finished stage and compares their bytes with the manifest.
+
+    Args:
+        folder: The stage folder.
+        manifest: What it says of itself.
+        part: Only what is below this folder of it, such as a split.
+
+    Raises:
+        IntegrityError: A file is missing, or does not have the recorded sha256.
+    """
+    command = _COMMANDS.get(manifest.stage, manifest.stage)
+    for name, expected in manifest.files.items():
+        if part and not name.startswith(f"{part}/"):
+            continue
+        file = folder / name
+        if not file.is_file() or file_digest(file) != expected["sha256"]:
+            raise IntegrityError(
+                f"{file} does not have the recorded bytes", f"run: mmtune {command} --force", "damaged_file"
+            )
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

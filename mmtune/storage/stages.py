@@ -30,6 +30,7 @@ from mmtune.storage.manifest import (
     library_versions,
     read_manifest,
     stage_hash,
+    verify_files,
 )
 
 
@@ -120,7 +121,8 @@ def open_stage(
         stage: Name of the stage.
         config: Its resolved settings; anything that changes the output.
         inputs: Input name to sha256 of its bytes.
-        parents: Stage name to manifest hash.
+        parents: Name of a folder beside the target to its manifest hash. Where there is work to do, their files are
+            read and compared with what their manifests say: no stage learns from damaged bytes.
         force: Redo even if nothing changed.
         on_change: ``rebuild`` or ``refuse`` when the target is finished with other hashes.
         others: Names inside the target that belong to another stage; they stay as they are.
@@ -128,7 +130,7 @@ def open_stage(
 
     Raises:
         RecipeError: The target holds something that mmtune did not make.
-        IntegrityError: The target was made with other settings and ``on_change`` is refuse.
+        IntegrityError: The target was made with other settings and ``on_change`` is refuse, or a parent is damaged.
         LockedError: Another run is writing it.
     """
     identity = _identity(stage, config, inputs, parents)
@@ -139,6 +141,10 @@ def open_stage(
             say(f"{stage}: {target} is up to date; nothing to do")
             lock.close()
             return None
+        for name in parents or ():
+            parent = target.parent / name
+            if is_finished(parent):
+                verify_files(parent, read_manifest(parent))
         for reason in reasons:
             say(f"{stage}: again, because of {reason}")
         for stale in target.parent.glob(f".{target.name}.tmp-*"):

@@ -1,6 +1,7 @@
 """Losses over one code per part of a row: reconstruction, contrast, and the games over codes.
 
-Shapes: B rows, K parts of a row (image, audio, text), H model width, C width of a code, D numbers of a summary.
+Shapes: B rows, K parts of a row (image, audio, behaviour, text), H model width, C width of a code, D numbers of a
+summary.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class CodeSettings:
     """How a row's parts become codes.
 
     Attributes:
-        parts: Of image, audio and text, those that have a code.
+        parts: Of image, audio, behaviour and text, those that have a code.
         width: C.
         dropout: Chance of a part to be kept from the joint code.
         alternating: The players of the games move in turns.

@@ -1,6 +1,6 @@
 """Batches of separate rows that say which rows share a medium or their text.
 
-Shapes: B rows, K parts (image, audio, text).
+Shapes: B rows, K parts (image, audio, behaviour, text).
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from mmtune.encoding.render import EncodedRow
+from mmtune.records import READ_BY
 
-PARTS = ("image", "audio", "text")
+PARTS = ("image", "audio", "text", "behaviour")
 """The columns of ``keys``."""
 
 
@@ -52,7 +53,7 @@ def part_key(row: EncodedRow, part: str, number: int) -> int:
             words[span.start : span.start + span.length] = False
         content = row.input_ids[words].tobytes()
     else:
-        own = [span for span in row.media if (span.medium.modality == "audio") == (part == "audio")]
+        own = [span for span in row.media if READ_BY[span.medium.modality] == part]
         if not own:
             return -1 - number
         named = [(span.medium.path, span.frame, span.frames, span.medium.data) for span in own]

@@ -49,6 +49,18 @@ def test_cider_of_a_group_keeps_the_rarity_of_the_whole():
     )
 
 
+def test_macro_f1_of_a_group_is_its_own_and_no_end_is_above_100():
+    labels = ["joy"] * 9 + ["fear"]
+    rows = [row(str(n), "a" if n < 5 else "b", "macro_f1", references=(label,)) for n, label in enumerate(labels)]
+    found = compare(rows, {"base": labels, "tuned": ["joy"] * 10}, resamples=200)
+    whole = found.metrics["macro_f1"]["models"]
+    assert whole["base"]["value"] == whole["base"]["high"] == 100.0
+    assert whole["tuned"]["value"] == pytest.approx(100 * (18 / 19) / 2, abs=1e-3)
+    parts = {name: entry["macro_f1"]["models"] for name, entry in found.groups["source"].items()}
+    assert parts["a"]["base"]["value"] == parts["b"]["base"]["value"] == parts["a"]["tuned"]["value"] == 100.0
+    assert parts["b"]["tuned"]["value"] == pytest.approx(100 * (8 / 9) / 2, abs=1e-3)
+
+
 def test_perplexity_weighs_tokens_not_rows():
     losses = {
         "base": (np.array([3.0, 0.0]), np.array([1.0, 2.0])),

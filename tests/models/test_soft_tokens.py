@@ -36,7 +36,7 @@ def talk(*parts: Any, answer: str = "it is red") -> list[Message]:
 def shown(family: Any, media: Any, served: dict[str, Any]) -> list[Any]:
     parts = []
     for kind in sorted(family.takes):
-        made, real = media.audio(9_000) if kind == "audio" else media.image(60, 44)
+        made, real = media.of(kind)
         served[made.path] = real[kind]
         parts.append(made)
     return parts

@@ -82,6 +82,14 @@ def user(*content) -> dict:
     return {"role": "user", "content": list(content)}
 
 
+def test_a_part_whose_type_is_no_text_is_refused(tmp_path: Path):
+    rows = [{"messages": [user({"type": kind}), {"role": "assistant", "content": "ok"}]} for kind in ([], {}, 3, None)]
+    items = read("messages", path=write(tmp_path / "m.jsonl", rows))
+    assert [item.detail for item in items] == [
+        f"/messages/0/content/0/type: unknown part {said}" for said in ("a list", "an object", "a number", "null")
+    ]
+
+
 def test_messages_in_every_spelling(tmp_path: Path):
     answer = {"role": "assistant", "content": [{"type": "text", "text": "ok"}]}
     shown = [

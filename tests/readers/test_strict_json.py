@@ -105,6 +105,15 @@ def test_a_bad_item_of_an_array_is_one_reject(tmp_path: Path):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("text", ['[{"a": 1},]', '{"items": [{"a": 1}],}', '{"items": [{"a": 1},\n]}'])
+def test_a_comma_before_the_end_is_no_json(tmp_path: Path, text):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match="a comma before") as error:
+        list(stream_arrays(path, ("",) if text[0] == "[" else ("items",)))
+    assert error.value.code == "bad_json"
+
+
 def test_named_errors(tmp_path: Path):
     path = tmp_path / "a.json"
     for text, code in [("", "empty_input"), ('{"b": []}', "wrong_layout"), ('{"items": [], "items": []}', "bad_json")]:

@@ -1,6 +1,8 @@
 """Readers of tables, folders and saved datasets on tiny files, and what they refuse."""
 
 import csv
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,11 @@ def test_table_csv_faults(tmp_path: Path):
     with pytest.raises(DataError) as error:
         read("table", path=path, columns={"question": "query", "answer": "a"})
     assert error.value.code == "missing_column" and "q, a" in error.value.hint
+    path.write_text("q,a,a\nx,yes,no\n")
+    with pytest.raises(DataError) as error:
+        read("table", path=path, columns={"question": "{q}", "answer": "{a}"})
+    assert error.value.code == "duplicate_column" and "2 columns named 'a'" in error.value.message
+    assert len(read("table", path=path, columns={"answer": "q"})) == 1
     broken = tmp_path / "t.parquet"
     broken.write_bytes(b"PAR1 not really")
     with pytest.raises(DataError) as error:
@@ -76,6 +83,41 @@ def test_table_csv_faults(tmp_path: Path):
         with pytest.raises(DataError) as error:
             read("table", path=tmp_path / name, columns={"answer": "a"})
         assert error.value.code == "empty_input"
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"delimiter": ";;"}, "columns.delimiter is ';;'"),
+        ({"delimiter": ""}, "columns.delimiter is ''"),
+        ({"delimiter": "\n"}, "columns.delimiter is"),
+        ({"delimiter": 0}, "columns.delimiter is 0"),
+        ({"question": ["q", "a"]}, "columns.question is a list; it takes one column"),
+    ],
+)
+def test_a_column_map_that_cannot_be_followed_is_a_usage_error(tmp_path: Path, columns, said):
+    (tmp_path / "t.csv").write_text("q,a\nx,y\n")
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        read("table", path=tmp_path / "t.csv", columns={"answer": "a", **columns})
+
+
+def test_odd_parquet(tmp_path: Path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "t.parquet"
+    text = pa.array([b"fine", b"\xff", b"too"]).view(pa.string())
+    pq.write_table(pa.table({"q": text, "a": [1.0, 2.0, float("nan")]}), path)
+    one, *refused = read("table", path=path, columns={"question": "q", "answer": "a"})
+    assert (one.text, one.references) == ("fine", ("1",))
+    assert [(item.where, item.reason) for item in refused] == [
+        ("t.parquet#1", "bad_unicode"),
+        ("t.parquet#2", "bad_field"),
+    ]
+    pq.write_table(pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["a", "a"]), path)
+    with pytest.raises(DataError) as error:
+        read("table", path=path, columns={"answer": "a"})
+    assert error.value.code == "duplicate_column"
 
 
 def test_a_row_without_its_question_is_refused_where_one_is_asked(tmp_path: Path):
@@ -163,6 +205,18 @@ def test_folder(tmp_path: Path):
         read("folder", path=digits, columns={"label": "("})
 
 
+def test_a_file_whose_name_is_not_utf8_is_refused(tmp_path: Path):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "a.png").touch()
+    for name in (b"/cat/\xff.png", b"/\xfe"):
+        path = Path(os.fsdecode(os.fsencode(tmp_path) + name))
+        (path / "b.png" if not path.suffix else path).parent.mkdir(exist_ok=True)
+        (path / "b.png" if not path.suffix else path).touch()
+    items = read("folder", path=tmp_path)
+    assert sorted(reasons(items)) == ["bad_unicode"] * 2
+    assert [item.options for item in items if isinstance(item, Record)] == [("cat",)]
+
+
 def test_hf_from_a_saved_folder(tmp_path: Path):
     import datasets
 
@@ -190,6 +244,12 @@ def test_hf_from_a_saved_folder(tmp_path: Path):
     with pytest.raises(CapabilityError) as unreachable:
         read("hf", path=Path("nobody/no-such-dataset"), columns={"answer": "a"})
     assert "save_to_disk" in unreachable.value.hint
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "x.parquet").write_bytes(b"no table")
+    for folder, code in (("gone", "file_missing"), ("words", "bad_dataset")):
+        with pytest.raises(DataError) as error:
+            read("hf", path=tmp_path / folder, columns={"answer": "a"})
+        assert error.value.code == code
 
 
 def test_a_row_without_its_image_is_refused_and_images_may_be_none(tmp_path: Path):

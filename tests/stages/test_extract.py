@@ -340,7 +340,7 @@ def test_what_is_asked_for_must_be_there(tmp_path, tiny_vlm):
     (tmp_path / "h.jsonl").write_text('{"h": ["1"], "a": "2"}')
     past = {"id": "h", "reader": "table", "path": str(tmp_path / "h.jsonl"), "columns": {"history": "h", "answer": "a"}}
     of_base = {"encoders": {"behaviour": "base"}}
-    with pytest.raises(RecipeError, match=r"hold behaviour, and the base model reads none$"):
+    with pytest.raises(RecipeError, match=r"hold behaviour, and the base model gives no features of it$"):
         run(Recipe(run_dir=tmp_path / "run", sources=[past], model={"path": str(tiny_vlm)}, extract=of_base))
     with pytest.raises(RecipeError, match="no encoder of it is named"):
         run(recipe(tmp_path, folder, encoders={}))
@@ -378,7 +378,12 @@ def test_times_of_frames_are_those_that_models_are_told():
 
 def test_settings_of_the_small_encoders_are_those_of_their_configs():
     for kind, config in (("image", PatchesConfig), ("audio", LogMelConfig), ("behaviour", HistoryConfig)):
-        assert set(SETTINGS[kind]) == set(config.__annotations__) - {"num_channels", "vocab_size", "pad_token_id"}
+        assert set(SETTINGS[kind]) == set(config.__annotations__) - {
+            "num_channels",
+            "vocab_size",
+            "pad_token_id",
+            "unknown_rate",
+        }
 
 
 def test_a_deviation_of_nothing_is_refused(tmp_path):

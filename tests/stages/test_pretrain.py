@@ -122,7 +122,6 @@ def test_bad_recipes_are_named(recipe_at):
     for overrides, said in (
         (["pretrain.objectives={caption: 0}"], "sum to 0"),
         (["pretrain.build.encoders={smell: {}}"], "smell"),
-        (["pretrain.build.encoders={behaviour: {}}"], "no encoder of behaviour: histories are read as words"),
         (["pretrain.build.encoders={image: {}, video: {}}"], "no encoder of video: a video is its sampled frames"),
         (["model.path=elsewhere"], "leave out model.path"),
         (["pretrain.train=[llm]", "pretrain.unfreeze={image: 1}"], "image, which does not train"),

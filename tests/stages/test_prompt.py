@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mmtune.errors import CapabilityError, DataError, IntegrityError, Interrupted, RecipeError
+from mmtune.files import file_digest
 from mmtune.prompts.schema import row_to_example
 from mmtune.prompts.searched import SearchedPrompt, asked_with, read_prompt
 from mmtune.recipe import Finetune, Prompt, Recipe
@@ -524,7 +525,7 @@ def test_rows_that_a_prompt_makes_too_long_count_as_wrong(recipe):
     path.write_text(json.dumps(value))
     manifest = given.run_dir / "prompt" / "manifest.json"
     made = json.loads(manifest.read_text())
-    made["files"]["prompt.json"]["size"] = path.stat().st_size
+    made["files"]["prompt.json"] = {"size": path.stat().st_size, "sha256": file_digest(path)}
     manifest.write_text(json.dumps(made))
     result = evaluate(given, console=QUIET)
     assert result["metrics"]["accuracy"]["models"]["best_prompt"]["value"] == 0

@@ -143,3 +143,40 @@ def test_unknown_metric_names_the_nearest(tmp_path):
     with pytest.raises(RecipeError) as error:
         score("vqaa", predictions=tmp_path / "p.jsonl")
     assert "did you mean 'vqa'" in error.value.hint and "relaxed_accuracy" in error.value.hint
+    with pytest.raises(RecipeError, match="unknown metric") as error:
+        score("blue", predictions=tmp_path / "p.jsonl")
+    assert "did you mean 'bleu'" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"options": 5}, "p.jsonl:1: 'options' is no list of texts"),
+        ({"options": "abc"}, "'options' is no list of texts"),
+        ({"id": None}, "p.jsonl:1 has no id, a text or a whole number"),
+        ({"id": [1]}, "has no id"),
+        ({"id": True}, "has no id"),
+        ({"prediction": 3}, "p.jsonl:1 has no text in 'prediction'"),
+        ({"references": [3]}, "p.jsonl:1 has no references, a list of texts"),
+        ({"references": []}, "has no references"),
+    ],
+)
+def test_a_row_of_wrong_types_is_named(tmp_path, fields, said):
+    path = jsonl(tmp_path / "p.jsonl", [{"id": 1, "prediction": "cat", "references": ["cat"], **fields}])
+    with pytest.raises(DataError) as error:
+        score("accuracy", predictions=path)
+    assert said in error.value.message and error.value.hint
+
+
+def test_vqa_accuracy_of_few_references_says_so(tmp_path):
+    rows = [{"id": n, "prediction": "cat", "references": ["cat"] * count} for n, count in enumerate((1, 4))]
+    found = score("vqa_accuracy", predictions=jsonl(tmp_path / "p.jsonl", rows))
+    assert found["value"] == 50.0 and found["note"].startswith("VQA accuracy: 1 row has fewer than four references")
+    assert "note" not in score("vqa_accuracy", predictions=jsonl(tmp_path / "p.jsonl", rows[1:]))
+
+
+def test_references_that_stand_twice_are_refused(tmp_path):
+    rows = jsonl(tmp_path / "p.jsonl", [{"id": 1, "prediction": "cat"}])
+    beside = jsonl(tmp_path / "r.jsonl", [{"id": 1, "references": ["cat"]}, {"id": "1", "references": ["dog"]}])
+    with pytest.raises(DataError, match=r"r\.jsonl has 1 ids twice"):
+        score("accuracy", predictions=rows, references=beside)

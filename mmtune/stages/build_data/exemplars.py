@@ -39,7 +39,8 @@ def shares_of(build: Build) -> Shares | None:
     mixture = build.mixture
     if mixture is None:
         return Shares(build.shots) if build.shots else None
-    return Shares(build.shots, mixture.chain_of_thought, mixture.options, mixture.inverted)
+    shares = (mixture.chain_of_thought, mixture.options, mixture.inverted, mixture.delimiters)
+    return Shares(build.shots, *shares)
 
 
 def features_of(recipe: Recipe) -> Manifest | None:

@@ -34,6 +34,38 @@ class Plan:
         return self.recipe.model.revision if self.recipe.model else None
 
 
+def check_scores(settings: Eval) -> None:
+    """Checks what a recipe alone tells of its scores.
+
+    Raises:
+        RecipeError: A metric is unknown, or a bar is no score of 100.
+    """
+    from mmtune.evaluation import check_metric
+    from mmtune.evaluation.comparison import check_bars
+
+    for name in () if settings.metrics == "auto" else settings.metrics:
+        check_metric(name)
+    check_bars(settings.fail_under)
+
+
+def check_eval(recipe: Recipe) -> None:
+    """Checks, before the first stage of a run, what its last one would end with: scores and split.
+
+    Raises:
+        RecipeError: As ``check_scores``, or no source has rows of the split.
+    """
+    if recipe.eval is None:
+        return
+    check_scores(recipe.eval)
+    have = sorted({source.split for source in recipe.sources})
+    if have and recipe.eval.split not in have:
+        raise RecipeError(
+            f"eval.split is {recipe.eval.split!r}, the sources have {' and '.join(have)} alone",
+            f"set eval.split, or add a source with `split: {recipe.eval.split}`",
+            "split_missing",
+        )
+
+
 def plan_of(recipe: Recipe, limit: int | None, offline: bool) -> Plan:
     """Checks everything that can be checked before a model is loaded.
 
@@ -42,13 +74,8 @@ def plan_of(recipe: Recipe, limit: int | None, offline: bool) -> Plan:
         IntegrityError: They were made of other rows or another model.
         RecipeError: A metric is unknown, a bar is no score of 100, or no model is named.
     """
-    from mmtune.evaluation import check_metric
-    from mmtune.evaluation.comparison import check_bars
-
     settings = recipe.eval or Eval()
-    for name in () if settings.metrics == "auto" else settings.metrics:
-        check_metric(name)
-    check_bars(settings.fail_under)
+    check_scores(settings)
     instructions = read_manifest(recipe.run_dir / "instructions", made_by="build-data")
     if not instructions.rows.get(settings.split):
         have = ", ".join(f"{split} ({count:,})" for split, count in instructions.rows.items() if count)

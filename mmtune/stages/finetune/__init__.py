@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 from mmtune.errors import IntegrityError, RecipeError
@@ -59,11 +59,13 @@ def finetune(
     if staging is None and (is_main() or (not force and is_made(target, config, parents))):
         console.say(f"finetune: {target} is up to date (same settings, same tokens); nothing to do")
         return {"stage": "finetune", "cached": True, "target": str(target), **read_manifest(target).facts}
-    from mmtune.models.adapter import whole_state
-    from mmtune.models.left_out import bring_back
-    from mmtune.training.ranks import meeting
+    with staging or nullcontext(), ExitStack() as stack:
+        # torch is imported in here: an interrupt meanwhile leaves no folder aside.
+        from mmtune.models.adapter import whole_state
+        from mmtune.models.left_out import bring_back
+        from mmtune.training.ranks import meeting
 
-    with staging or nullcontext(), meeting("training"):
+        stack.enter_context(meeting("training"))
         run = prepare(
             recipe, settings, tokens, path, {"config": config, "tokens": tokens.hash}, limit, resume, offline, console
         )

@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any
 
 from mmtune.errors import RecipeError
-from mmtune.recipe import Finetune, Recipe, SoftPrompt
+from mmtune.recipe import Finetune, Recipe
+from mmtune.stages.finetune.virtual import start_of
 from mmtune.talk import Talk
 
 
@@ -77,6 +78,7 @@ def model_to_train(
     model: Any = load(partial(tower_weights, kinds=absent, with_projector=behind) if absent else None)
     skip_unused_layers(model)
     _set_course(model, settings, row_tokens, console)
+    prompt = None if settings.soft_prompt is None else start_of(settings.soft_prompt, tokenizer, recipe.run_dir)
     with set_aside(model):
         return with_method(
             model,
@@ -85,7 +87,7 @@ def model_to_train(
             lora=_lora(settings),
             virtual_tokens=settings.virtual_tokens,
             base_path=path,
-            soft_prompt=None if settings.soft_prompt is None else _start(settings.soft_prompt, tokenizer),
+            soft_prompt=prompt,
             soft_tokens=soft,
         )
 
@@ -109,12 +111,6 @@ def _lora(settings: Finetune) -> dict[str, Any]:
     own = settings.lora.model_dump(exclude={"init", "plus_ratio"})
     targets = None if own["targets"] == "all-linear" else own["targets"]
     return {**own, "targets": targets, "pissa": settings.lora.init == "pissa"}
-
-
-def _start(prompt: SoftPrompt, tokenizer: Any) -> dict[str, Any]:
-    """Returns what virtual tokens start from."""
-    ids = tokenizer(prompt.text, add_special_tokens=False)["input_ids"] if prompt.init == "text" else []
-    return {"init": prompt.init, "text_ids": ids}
 
 
 def place(model: Any, settings: Finetune, accelerator: Any, console: Talk) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from typing import Any
 
 from mmtune.errors import IntegrityError, RecipeError
@@ -79,9 +79,11 @@ def pretrain(
         staging = open_stage(target, **stage, force=force, on_change="refuse", say=console.say)
     if staging is None and (is_main() or (not force and is_made(target, config, parents))):
         return {"stage": "pretrain", "cached": True, "target": str(target), **read_manifest(target).facts}
-    from mmtune.training.ranks import meeting
+    with staging or nullcontext(), ExitStack() as stack:
+        # torch is imported in here: an interrupt meanwhile leaves no folder aside.
+        from mmtune.training.ranks import meeting
 
-    with staging or nullcontext(), meeting("training"):
+        stack.enter_context(meeting("training"))
         run = prepare(recipe, tokens, {"config": config, **parents}, limit, offline, console)
         outcome = follow(run, resume, console)
         if staging is None:

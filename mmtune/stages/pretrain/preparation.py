@@ -14,7 +14,7 @@ from mmtune.storage import Manifest, library_versions, open_split
 from mmtune.talk import Talk
 
 # Media that a part's code is made of, by the number that ``tree_modalities`` gives them.
-_KINDS = {"image": 1 | 2, "audio": 4}
+_KINDS = {"image": 1 | 2, "audio": 4, "behaviour": 8}
 # Rows that tell what is usual, for codes.
 _MEASURED = 256
 

@@ -52,7 +52,8 @@ def prompt(
         Interrupted: A signal came; the search goes on from its trace.
     """
     settings = recipe.prompt or Prompt()
-    instructions = read_manifest(recipe.run_dir / "instructions", made_by="build-data")
+    # Rows are chosen before the stage is opened, which verifies what it is made from.
+    instructions = read_manifest(recipe.run_dir / "instructions", made_by="build-data", verify=True)
     adapter = read_manifest(recipe.run_dir / "adapter", made_by="finetune") if settings.on == "tuned" else None
     path = _model_path(recipe, adapter)
     config = _config(recipe, settings, path, limit, offline)
