@@ -126,6 +126,39 @@ def test_every_fusion_reads_histories(way, recipe_at):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mode", ["early", "late", "hybrid"])
+def test_beside_pictures(mode, recipe_at, repository, tmp_path):
+    """Codes of both find and fill in each other; kept features of pictures stand beside histories that run live."""
+    recipe = recipe_at(
+        "pretrain.build.encoders.image={hidden_size: 16, num_attention_heads: 2, intermediate_size: 16, patch_size: 8}",
+        f"pretrain.build.fusion={{mode: {mode}, modality_dropout: 0.2}}",
+        "pretrain.objectives={caption: 1, reconstruction: 0.1, adversarial: 0.1, contrastive: 0.1}",
+        "eval.ablate=[modality, fusion]" if mode != "early" else "eval.ablate=[modality]",
+        "finetune.train=[llm, projector]",
+        "finetune.features.use=on",
+        columns="{id: id, behaviour: past, image: image, question: question, answer: answer}",
+    )
+    pictures = sorted(path.name for path in (repository / "data" / "scenes" / "train").glob("*.png"))
+    for split in ("train", "val"):
+        rows = [json.loads(line) for line in (tmp_path / f"{split}.jsonl").read_text().splitlines()]
+        lines = [json.dumps({**row, "image": pictures[at // 2]}) + "\n" for at, row in enumerate(rows)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines))
+    sources = [{**one.model_dump(), "images": str(repository / "data" / "scenes" / "train")} for one in recipe.sources]
+    recipe = recipe.model_copy(update={"sources": [type(recipe.sources[0])(**one) for one in sources]})
+    run(recipe)
+    report = report_of(recipe)
+    names = {one["name"] for one in report["ablation"]["entries"]}
+    assert {"without image", "without behaviour", "without any medium"} <= names
+    if mode != "early":
+        assert {"image pass alone", "behaviour pass alone"} <= names
+        (of_base,) = report["fusion"].values()
+        assert set(of_base["branches"]) >= {"image", "behaviour"}
+    filled = {(one["missing"], one["source"]) for one in report["filling"]}
+    assert filled == {("image", "behaviour"), ("behaviour", "image")}
+    assert (recipe.run_dir / "features" / "towers").is_dir()
+
+
+@pytest.mark.slow
 def test_tastes_are_learned_from_histories_alone(recipe_at, repository):
     text = str(repository / "data" / "base")
     recipe = recipe_at("finetune=null", "pretrain.objectives={caption: 1}", text=text, steps=60, rows=(400, 60))
