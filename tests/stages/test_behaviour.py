@@ -111,8 +111,11 @@ def test_from_a_table_to_a_report(recipe_at):
     assert any(run["text"].startswith("[behaviour: ") for run in shown)
     assert "without behaviour" in [one["name"] for one in report_of(recipe)["ablation"]["entries"]]
     assert "history: " in (recipe.run_dir / "report" / "index.html").read_text("utf-8")
-    towers = read_manifest(recipe.run_dir / "adapter").facts["towers"]
-    assert towers["behaviour"]["state"] == "lora" and towers["vision"]["state"] == "absent"
+    tuned = read_manifest(recipe.run_dir / "adapter").facts
+    towers = tuned["towers"]
+    assert (
+        tuned["batches"] == "trees" and towers["behaviour"]["state"] == "lora" and towers["vision"]["state"] == "absent"
+    )
 
 
 @pytest.mark.slow
