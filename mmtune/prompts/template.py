@@ -33,7 +33,7 @@ from mmtune.records import Example, Medium, Message, Modality, Part, Record, Rej
 POOLS: dict[str, tuple[Template, ...]] = {**MEDIA_POOLS, **TEXT_POOLS}
 """Pool to its wordings; the first is the one of ``templates: first``."""
 
-TASKS = (*(name for name in POOLS if name not in ("label_options", "choice")), "conversation")
+TASKS = (*(name for name in POOLS if name not in ("label_options", "choice", "recommendation_shown")), "conversation")
 """Every task that a source may name."""
 
 METRICS = {
@@ -235,6 +235,9 @@ def _pool_name(record: Record, style: Style) -> str:
     if record.task == "label" and not record.text:
         return "label_options" if few and style.options is not False else "label"
     own = record.task if record.task in POOLS and record.task != "label" else "instruction"
+    if own == "recommendation" and "behaviour" in _kinds(record):
+        # What the user chose is shown, and not told in the text, which is a question then.
+        own = "instruction" if record.text else "recommendation_shown"
     # These have wordings of their own with options and without; an inverted wording lists none.
     listed = own not in ("count", "presence", "sentiment_analysis", "recommendation", "dialogue", "text")
     return "choice" if few and record.text and listed and style.options is not False and not style.inverted else own
