@@ -24,7 +24,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmtune.models.inputs import FIRST_ITEM, UNKNOWN_ITEM
-from mmtune.models.log_mel import LogMelFeatureExtractor, frame_count
+from mmtune.models.log_mel import LogMelFeatureExtractor
 
 
 class PatchesConfig(PreTrainedConfig):
@@ -71,10 +71,6 @@ class LogMelConfig(PreTrainedConfig):
     """Taken from the log-mel values, Whisper's. What all frames share drowns what tells them apart: a voice's pitch."""
     mel_std: float = 1.0
     """They are divided by it."""
-
-    def token_count(self, samples: int) -> int:
-        """Returns the tokens of a sound of so many samples at the config's sampling rate."""
-        return token_length(frame_count(samples, self.n_fft, self.hop_length))
 
 
 class HistoryConfig(PreTrainedConfig):

@@ -154,6 +154,26 @@ def check_turns(messages: Sequence[Message], pointer: str) -> None:
         raise Refused("no_target", f"{pointer}: no assistant turn to learn from")
 
 
+def taught_turns(source: SourceFiles, row: Mapping[str, Any], spellings: Sequence[str]) -> tuple[str, list[Any]]:
+    """Returns the key of a row's turns, and the turns as they stand there.
+
+    Args:
+        source: Its column map may name the key.
+        row: The row.
+        spellings: Other keys that are looked for, the format's own first.
+
+    Raises:
+        Refused: The row is marked as not to be learned, or has no turns.
+    """
+    if row.get("label") is False:
+        raise Refused("not_preferred", "/label: false; this answer is not one to learn")
+    named = source.columns.get("messages")
+    key = str(named) if named is not None else next((name for name in spellings if name in row), spellings[0])
+    if key not in row:
+        raise Refused("bad_field", f"/{key}: missing; the row has {', '.join(map(str, row)) or 'nothing'}")
+    return key, list(as_list(row[key], f"/{key}"))
+
+
 def conversation(
     source: SourceFiles,
     row: Row,

@@ -30,10 +30,11 @@ from mmtune.readers.conversation import (
     media_columns,
     role_of,
     row_metadata,
+    taught_turns,
     tool_calls_of,
     tools_text,
 )
-from mmtune.readers.fields import as_list, as_object, as_text, kind, media_of, wrong
+from mmtune.readers.fields import as_object, as_text, kind, media_of, wrong
 from mmtune.readers.histories import history_items
 from mmtune.readers.source import Refused, Row, SourceFiles, read_rows
 from mmtune.readers.strict_json import iter_items
@@ -63,16 +64,8 @@ def read_messages(source: SourceFiles) -> Iterator[Record | Reject]:
 def message_record(source: SourceFiles, row: Row) -> Record:
     """Returns the conversation of one row."""
     value = as_object(row.value)
-    if value.get("label") is False:
-        raise Refused("not_preferred", "/label: false; this answer is not one to learn")
-    named = source.columns.get("messages")
-    key = str(named) if named is not None else "messages"
-    if named is None and "messages" not in value:
-        key = next((name for name in ("chosen_messages", "conversation") if name in value), key)
-    if key not in value:
-        raise Refused("bad_field", f"/{key}: missing; the row has {', '.join(map(str, value)) or 'nothing'}")
-    turns = list(as_list(value[key], f"/{key}"))
-    if named is None and isinstance(value.get("chosen"), Mapping):
+    key, turns = taught_turns(source, value, ("messages", "chosen_messages", "conversation"))
+    if "messages" not in source.columns and isinstance(value.get("chosen"), Mapping):
         turns.append(value["chosen"])
     queue = MediaQueue(media_columns(source, value), str(source.columns.get("strip", "")))
     messages = [read_turn(turn, f"/{key}/{at}", queue) for at, turn in enumerate(turns)]
