@@ -259,8 +259,18 @@ def _ask(
         says = filled.prompt.strip() or record.media or template.id == "text_plain"
         if says and (filled.taught or record.split != "train"):
             return template, filled
-    names = ", ".join(template.id for template in templates[:3]) or "there is none for its fields and media"
+    names = ", ".join(template.id for template in templates[:3]) or _why_none_fits(record, wordings.file)
     return Reject(record.where, record.id, "template_empty", f"no template says anything of this row: {names}")
+
+
+def _why_none_fits(record: Record, file: Sequence[Template]) -> str:
+    """Says which names of a file's first templates a row has no value for, where that is the reason."""
+    values = _values(record, raw=True)
+    missing = {one.id: ", ".join(missing_slots(one, values)) for one in file}
+    named = [f"{name!r} names {slots}" for name, slots in missing.items() if slots][:3]
+    if not named:
+        return "there is none for its fields and media"
+    return f"{'; '.join(named)}; the row has {', '.join(sorted(values))}"
 
 
 def _fill(template: Template, record: Record, seed: int, render: Render | None) -> Filled | Reject:

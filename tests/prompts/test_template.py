@@ -343,6 +343,12 @@ def test_a_conditional_template_gives_way():
     assert refused.reason == "template_empty" and "one" in refused.detail
 
 
+def test_a_file_whose_templates_name_what_no_row_has_says_what():
+    refused = from_file(VQA, Template("t", "{nothing} {text}", raw=True), Template("u", "{none} {why}", raw=True))
+    assert refused.reason == "template_empty"
+    assert "'t' names nothing; 'u' names none, why; the row has " in refused.detail and "question" in refused.detail
+
+
 @pytest.mark.parametrize(
     ("fields", "template", "reason"),
     [
