@@ -15,8 +15,10 @@ from typing import TextIO
 from mmtune.errors import EXIT_FOLDER, DataError, Interrupted, MmtuneError, RecipeError, ResourceError
 from mmtune.talk import json_line
 
-# What the system says of a path that cannot be one.
-_REFUSED_PATHS = frozenset({errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EROFS})
+# What the system says of a path that cannot be one, or that is gone while a command works.
+_REFUSED_PATHS = frozenset(
+    {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EROFS, errno.ENOENT, errno.EIO, errno.ESTALE}
+)
 
 
 # The signal that asked this process to stop; Typer makes an exit code of the interrupt and drops the rest.
@@ -114,6 +116,8 @@ def _known(error: Exception) -> MmtuneError | None:
         path = str(error.filename)
         shown = path if len(path) <= 120 else f"{path[:60]}...{path[-50:]}"
         return DataError(f"{shown}: {error.strerror}", "check this path in the recipe or command", "bad_path")
+    if isinstance(error, FileNotFoundError) and _is_gone():
+        return DataError("the folder that this runs in is gone", "change to another folder", "bad_path")
     if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):
         # tempfile tries to write in each place that it knows.
         return ResourceError("no temporary folder can be written", "free some space, or set TMPDIR to a folder")
@@ -128,6 +132,15 @@ def _known(error: Exception) -> MmtuneError | None:
         command = context.command_path if context else "mmtune"
         return RecipeError(str(error.format_message()), f"see: {command} --help", "usage")
     return None
+
+
+def _is_gone() -> bool:
+    """Says whether the folder that this process runs in was removed."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _fail(error: MmtuneError) -> int:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Modality = Literal["image", "audio", "video", "behaviour"]
-MODALITIES: tuple[Modality, ...] = ("image", "audio", "video", "behaviour")
+IN_FILES: tuple[Modality, ...] = ("image", "audio", "video")
+MODALITIES: tuple[Modality, ...] = (*IN_FILES, "behaviour")
 READ_BY: dict[str, str] = {"image": "image", "video": "image", "audio": "audio", "behaviour": "behaviour"}
 """Modality to that of the encoder that reads it: a video is its frames."""
 Role = Literal["system", "user", "assistant", "tool"]

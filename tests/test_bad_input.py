@@ -340,3 +340,19 @@ def test_a_stop_while_libraries_are_imported_leaves_nothing_aside(built: Path, m
     with pytest.raises(ImportError):
         finetune(load_recipe(built), console=Talk(quiet=True))
     assert not [name for name in left_in(built.parent) if ".tmp-" in name]
+
+
+@pytest.mark.parametrize(
+    ("more", "key"),
+    [
+        ({"columns": {"answer": "a"}, "reader": "squad"}, "columns"),
+        ({"questions": "chat.jsonl"}, "questions"),
+        ({"subset": "train"}, "subset"),
+        ({"reader": "coco_captions", "annotations": "chat.jsonl"}, "path"),
+    ],
+)
+def test_a_key_that_the_reader_would_pass_over_is_a_usage_error(folder: Path, mmtune, more: dict, key: str):
+    (folder / "chat.jsonl").write_text(lines_of(turns("a")))
+    said = f"the reader {more.get('reader', 'messages')} reads no `{key}`"
+    fails(mmtune("build-data", recipe(folder, {**CHAT, **more}), "--json"), 2, "unread_key", said)
+    assert left_in(folder) == []

@@ -185,3 +185,12 @@ def test_a_document_is_json_in_the_letters_of_any_stream():
     for environment in ({"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "utf-8"}):
         found = shell("mmtune build-data 'ümläut 日.yaml' --json", **environment)
         assert found.returncode == 2 and "ümläut 日" in json.loads(found.stdout)["error"]["message"]
+
+
+def test_what_is_gone_is_named(tmp_path: Path):
+    (tmp_path / "omni.yaml").symlink_to("/nowhere/omni.yaml")
+    found = shell(f"cd '{tmp_path}' && mmtune init omni")
+    assert found.returncode == 3 and "omni.yaml: No such file or directory" in found.stderr
+    for command in ("init omni", "build-data"):
+        found = shell(f"mkdir '{tmp_path}/here' && cd '{tmp_path}/here' && rmdir '{tmp_path}/here' && mmtune {command}")
+        assert found.returncode in (2, 3) and found.stderr.startswith("error: ")

@@ -22,7 +22,9 @@ class MediaRefused(DataError):
     """A medium that is not used; ``code`` is the reason (``media_missing``, ``path_escape``...)."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail, "see rejects.jsonl of build-data, or mend the file", reason)
+        super().__init__(
+            detail, "mend the file; build-data with `build.verify: decode` refuses such rows and lists them", reason
+        )
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return type(self), (self.code, self.message)

@@ -32,14 +32,12 @@ class ProbeLimits:
 
 
 def probe_medium(root: Path | str, medium: Medium, limits: ProbeLimits) -> Medium:
-    """Returns the medium with size and header facts filled in; a history is what it is.
+    """Returns the medium with size and header facts filled in.
 
     Raises:
         MediaRefused: The path is unsafe or the file unusable; ``code`` tells why.
         CapabilityError: An extra is missing that this medium needs.
     """
-    if medium.modality == "behaviour":
-        return medium
     handle, size = open_medium(root, medium)
     with handle:
         if medium.modality == "image":

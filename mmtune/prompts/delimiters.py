@@ -51,7 +51,7 @@ def delimited(example: Example, share: float, seed: int) -> Example:
     """Returns a row with the delimiters that it draws by seed and id, or as it is.
 
     A row without exemplars has none to part. One with soft tokens stays turns: each of its questions shows the same
-    tokens, and within one turn they would be others.
+    tokens, and within one turn they would be others. So does a conversation, whose own turns are what it teaches.
 
     Args:
         example: A training row.
@@ -60,7 +60,8 @@ def delimited(example: Example, share: float, seed: int) -> Example:
     """
     soft = any(isinstance(part, SoftPart) for message in example.messages for part in message.parts)
     dice = random.Random(f"{DELIMITERS}\0{seed}\0{example.id}")
-    if not example.exemplar_ids or soft or dice.random() >= share:
+    stays = not example.exemplar_ids or not example.template_id or soft
+    if stays or dice.random() >= share:
         return example
     return replace(example, metadata={**example.metadata, DELIMITERS: dice.choice(sorted(FORMS))})
 

@@ -19,12 +19,12 @@ from mmtune.errors import DataError
 from mmtune.media.content import own_name
 from mmtune.prompts.forms import options_list, slot_values
 from mmtune.prompts.schema import COLUMN, example_to_row, row_to_example
-from mmtune.records import Example, Medium, Message, Part, Record, Reject, TextPart, merged
+from mmtune.records import IN_FILES, Example, Medium, Message, Part, Record, Reject, TextPart, merged
 
 SCHEMA = "mmtune.prompt/1"
 SOFT = "soft"
 """Folder within prompt/ that holds the soft tokens of a searched prompt, a PEFT adapter of method prompt."""
-_WITH_BYTES = tuple(column for modality, column in COLUMN.items() if modality != "behaviour")
+_WITH_BYTES = tuple(COLUMN[modality] for modality in IN_FILES)
 SLOTS = "slots"
 """Metadata key with a row's slots as JSON: what a searched instruction may name beside ``{prompt}``."""
 _PIECE = re.compile(r"\{\{|\}\}|\{([A-Za-z_][A-Za-z0-9_]*)\}")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 
 from mmtune.errors import RecipeError
 from mmtune.readers.source import SourceFiles
-from mmtune.records import MODALITIES, Modality, Record, Reject
+from mmtune.records import IN_FILES, Modality, Record, Reject
 
 Reader = Callable[[SourceFiles], Iterator[Record | Reject]]
 
@@ -33,12 +33,36 @@ READERS: dict[str, str] = {
 }
 """Reader name to ``module:function``; a module is imported when a recipe uses it."""
 
+_OFFICIAL: dict[str, tuple[str, ...]] = {
+    "coco_captions": ("annotations",),
+    "coco_instances": ("annotations",),
+    "vqa_v2": ("questions", "annotations"),
+}
+"""The files of readers that take no ``path``."""
+_WITH_COLUMNS = ("alpaca", "folder", "hf", "llava", "messages", "sharegpt", "table")
 _IMAGES_ONLY = ("chartqa", "coco_captions", "coco_instances", "flickr30k", "vqa_v2")
 
 
 def modalities_of(name: str) -> tuple[Modality, ...]:
-    """Returns the kinds of media that a reader's files can name."""
-    return ("image",) if name in _IMAGES_ONLY else MODALITIES
+    """Returns the kinds of files that a reader's rows can name."""
+    return ("image",) if name in _IMAGES_ONLY else IN_FILES
+
+
+def unread_keys(name: str, given: Mapping[str, object]) -> list[str]:
+    """Returns the keys of a source that are given and that its reader would pass over.
+
+    Args:
+        name: The reader.
+        given: Keys of the source to their values; empty ones are not given.
+    """
+    read = _OFFICIAL.get(name, ("path",))
+    read += ("columns",) if name in _WITH_COLUMNS else ()
+    read += ("name", "subset") if name == "hf" else ()
+    return [
+        key
+        for key in ("path", "questions", "annotations", "columns", "name", "subset")
+        if given.get(key) and key not in read
+    ]
 
 
 def find_reader(name: str) -> Reader:

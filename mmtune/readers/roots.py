@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mmtune.errors import DataError
-from mmtune.readers import find_reader, modalities_of
+from mmtune.errors import DataError, RecipeError
+from mmtune.readers import find_reader, modalities_of, unread_keys
 from mmtune.readers.source import SourceFiles
 from mmtune.records import Modality
 
@@ -28,7 +28,7 @@ def files_of(sources: Sequence[Mapping[str, Any]], seed: int, keep_fields: Seque
         keep_fields: Per source, whether records keep the columns of their row; empty for none.
 
     Raises:
-        RecipeError: There is no such reader.
+        RecipeError: There is no such reader, or a key of the source says nothing to it.
         DataError: A media folder is not there.
     """
     keep = keep_fields or [False] * len(sources)
@@ -47,6 +47,12 @@ def _is_folder(source: Mapping[str, Any]) -> bool:
 
 def _given(source: Mapping[str, Any], seed: int, keep_fields: bool) -> SourceFiles:
     find_reader(source["reader"])
+    if unread := unread_keys(source["reader"], source):
+        raise RecipeError(
+            f"source {source['id']!r}: the reader {source['reader']} reads no `{unread[0]}`",
+            "leave it out, or choose another reader: mmtune keys sources",
+            "unread_key",
+        )
     paths: dict[str, Any] = {key: Path(source[key]) for key in PATHS if source[key] is not None}
     for key in ("images", "audios", "videos"):
         folder = paths.get(key)

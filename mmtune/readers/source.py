@@ -72,7 +72,7 @@ class SourceFiles:
 
     def root(self, modality: Modality) -> Path:
         """Returns the folder that this modality's paths are relative to."""
-        named = {"image": self.images, "audio": self.audios, "video": self.videos}.get(modality)
+        named = {"image": self.images, "audio": self.audios, "video": self.videos}[modality]
         if named is not None:
             return named
         for path in (self.path, self.annotations, self.questions):

@@ -40,7 +40,7 @@ from mmtune.readers.fields import answer_text, as_list, kind, media_of, record_i
 from mmtune.readers.histories import history_items
 from mmtune.readers.source import Refused, Row, SourceFiles, read_rows
 from mmtune.readers.table_rows import SLOT, as_sequence, table_rows
-from mmtune.records import MODALITIES, Medium, Record, Reject, history
+from mmtune.records import IN_FILES, MODALITIES, Medium, Record, Reject, history
 
 _TAUGHT = ("answer", "output", "target", "references")
 _KNOWN = {*_TAUGHT} | {"question", "text", "instruction", "context", "options", "id", "metadata", "rows", "delimiter"}
@@ -227,7 +227,7 @@ def _history(columns: Mapping[str, Any], row: Any) -> tuple[str, ...] | None:
 def _media(source: SourceFiles, row: Any) -> tuple[Medium, ...]:
     strip = str(source.columns.get("strip", ""))
     found: list[Medium] = []
-    for modality in MODALITIES[:-1]:
+    for modality in IN_FILES:
         for name in (modality, f"{modality}s"):
             if name in source.columns:
                 for spec in as_sequence(source.columns[name]):

@@ -65,8 +65,8 @@ class Parts(Section):
     encoders: dict[Modality, str | dict[str, Any]] = Field(min_length=1)
     """image, audio and behaviour to a folder or hub id of an encoder, or to a config; without model_type it is that of
     a small encoder: patches for images, log-mel convolutions for sounds, and for histories an embedding of each item
-    (those of the training rows' histories) and of its recency; the newest `window` of a history are read, 20 unless
-    it is set."""
+    (those of the training rows' histories) and of its recency; of a history the newest `window` (20) are read, and
+    while items are learned `unknown_rate` (0.05) of them are told as unknown."""
     projectors: dict[Modality, Projector] = {}
     """image, audio and behaviour to their projectors; left out: mlp."""
     fusion: Fusion = Fusion()

@@ -29,7 +29,7 @@ def assemble_stage(
     """
     if recipe.pretrain is None:
         raise RecipeError("the recipe has no `pretrain` section", "add one: mmtune keys pretrain")
-    parts, items = recipe.pretrain.build, items_of(recipe)
+    parts, items = recipe.pretrain.build, training_items(recipe)
     config = {"build": parts.model_dump(mode="json"), "seed": recipe.seed, "weights": _digests(parts, offline)}
     config |= {} if items is None else {"items": stage_hash({"items": items})}
     target = recipe.run_dir / "start"
@@ -79,7 +79,7 @@ def _digest(name: str, path: str, offline: bool) -> str:
         raise type(error)(f"{key}: {error.message}", hint, error.code) from error
 
 
-def items_of(recipe: Recipe) -> list[str] | None:
+def training_items(recipe: Recipe) -> list[str] | None:
     """Returns what the histories of instructions/train are made of, sorted; None where no encoder of them is built.
 
     Raises:

@@ -20,7 +20,8 @@ def solved(question: str, answer: str, *media: Medium) -> list[Message]:
 
 def row(at: int = 0, *turns: Message) -> Example:
     own = (turn("user", "own?"), turn("assistant", "yes"))
-    return Example(f"s/{at}", "s", "vqa", "train", (*turns, *own), ("yes",), "accuracy", exemplar_ids=("s/7",))
+    made = Example(f"s/{at}", "s", "vqa", "train", (*turns, *own), ("yes",), "accuracy", exemplar_ids=("s/7",))
+    return replace(made, template_id="t")
 
 
 TWO = (turn("system", "Be brief."), *solved("one?", "1"), *solved("two?", "2"), turn("user", "own?"))
@@ -85,7 +86,9 @@ def test_the_draw_is_by_seed_and_id_and_every_form_comes():
     assert all(late == early for early, late in zip(drawn, more, strict=True) if early is not None)
 
 
-def test_rows_without_exemplars_and_rows_with_soft_tokens_stay_turns():
+def test_rows_without_exemplars_conversations_and_rows_with_soft_tokens_stay_turns():
+    talk = replace(row(0, *solved("one?", "1"), turn("user", "hello"), turn("assistant", "hi")), template_id="")
+    assert delimited(talk, 1.0, 0) == talk
     assert delimited(replace(row(), exemplar_ids=()), 1.0, 0).metadata == {}
     soft = row(0, turn("user", SoftPart(4), "one?"), turn("assistant", "1", train=False))
     assert delimited(soft, 1.0, 0) == soft

@@ -5,13 +5,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmtune.prompts.schema import example_to_row, instructions_schema, row_to_example
-from mmtune.records import MODALITIES, ROLES, Example, Medium, Message, TextPart, ToolCall, history
+from mmtune.records import IN_FILES, ROLES, Example, Medium, Message, TextPart, ToolCall, history
 
 text = st.text(st.characters(blacklist_categories=("Cs",)), max_size=8)
 small = st.integers(0, 2**31 - 1)
 single = st.floats(0, 1e6, width=32)
 files = st.builds(
-    Medium, st.sampled_from(MODALITIES[:-1]), text, st.none() | st.binary(max_size=6), st.integers(0, 2**50), text,
+    Medium, st.sampled_from(IN_FILES), text, st.none() | st.binary(max_size=6), st.integers(0, 2**50), text,
     small, small, small, single, small, single,
 )  # fmt: skip
 items = text.filter(lambda item: item and "\n" not in item)

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
+from mmtune.media.known import media_places
 from mmtune.readers.limit import part
 from mmtune.readers.messages import read_messages
+from mmtune.readers.roots import media_roots
 from mmtune.readers.sharegpt import read_sharegpt
 from mmtune.readers.source import SourceFiles
 from mmtune.readers.table import read_table
-from mmtune.records import Reject, history, items_of
+from mmtune.records import IN_FILES, Reject, history, items_of
 
 
 def read(reader: Any, folder: Path, row: dict[str, Any], **more: Any) -> Any:
@@ -89,6 +91,13 @@ def test_placeholders_stand_for_histories(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "<behaviour>\nWill they?"}, {"from": "gpt", "value": "yes"}]
     record = read(read_sharegpt, tmp_path, {"conversations": turns, "histories": [["3", "4"]]})
     assert record.messages[0].media == (history(("3", "4")),) and record.messages[0].text == "Will they?"
+
+
+def test_histories_widen_no_media_root(tmp_path: Path) -> None:
+    """A row's table may stand anywhere: only folders of files are opened, and the folder above them all."""
+    folders = {f"{kind}s": tmp_path / "media" / kind for kind in IN_FILES}
+    source = SourceFiles("s", "train", path=tmp_path / "tables" / "rows.jsonl", **folders)
+    assert media_places([media_roots("table", source, tmp_path)])[0] == str(tmp_path / "media")
 
 
 def test_rows_of_one_history_stay_in_one_part(tmp_path: Path) -> None:

@@ -266,12 +266,13 @@ def test_texts_are_kept_once_and_found_by_their_words(tmp_path, tiny_vlm):
     np.testing.assert_allclose(table.pooled()[row], states.mean(0), atol=1e-6)
 
 
-def test_histories_are_told_by_order_and_unknown_and_empty_ones_have_features(tmp_path):
+@pytest.mark.parametrize("name", ["history", "behaviour"])
+def test_histories_are_told_by_order_and_unknown_and_empty_ones_have_features(name, tmp_path):
     rows = [["1", "2", "3"], ["2", "1", "3"], ["1", "2", "3"], [], ["9"]]
     for split, own in (("train", rows[:4]), ("test", rows[4:])):
         lines = [json.dumps({"past": past, "next": "4"}) for past in own]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
-    columns = {"history": "past", "answer": "next"}
+    columns = {name: "past", "answer": "next"}
     sources = [
         {"id": "b", "reader": "table", "split": split, "path": str(tmp_path / f"{split}.jsonl"), "columns": columns}
         for split in ("train", "test")

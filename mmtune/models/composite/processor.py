@@ -96,7 +96,7 @@ class CompositeProcessor(ProcessorMixin):
         read = {}
         if histories is not None:
             ids, texts = self.process_histories(histories)
-            kwargs["text"] = self._with_histories(kwargs["text"], texts)
+            kwargs["text"] = self._with_histories(kwargs.get("text") or "", texts)
             read = {"history_ids": torch.from_numpy(ids) if kwargs.get("return_tensors") == "pt" else ids}
         made = super().__call__(*args, **kwargs)
         made.update(read)

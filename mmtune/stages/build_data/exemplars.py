@@ -116,7 +116,8 @@ class _Contents:
         return {self._contents.name(self._root(record, medium), medium) for medium in record.media}
 
     def _root(self, record: Record, medium: Medium) -> str:
-        return self._places[record.source].roots[medium.modality]
+        # A history has no root.
+        return self._places[record.source].roots.get(medium.modality, "")
 
 
 @dataclass(frozen=True)

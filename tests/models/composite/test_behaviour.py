@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BertConfig
 
 from mmtune.encoding.processor import load_processor, processor_fingerprint
 from mmtune.errors import CapabilityError, RecipeError
@@ -126,6 +127,18 @@ def test_places_and_histories_must_be_as_many(language: Path) -> None:
     batch = processor(text=["<behaviour>a", "b<behaviour>"], histories=[["film 1"], ["film 2", "film 3"]], padding=True)
     rows = [[one == processor.behaviour_token_id for one in row] for row in batch["input_ids"]]
     assert [sum(row) for row in rows] == [1, 2] and batch["history_ids"].shape == (2, 2)
+
+
+def test_any_encoder_of_ids_reads_histories(language: Path) -> None:
+    """BERT's, whose positions end the history that it can read."""
+    bert = BertConfig(**SMALL, vocab_size=FIRST_ITEM + len(ITEMS_KNOWN), max_position_embeddings=7)
+    model, processor = joined(language, bert, projectors={"behaviour": {"kind": "linear"}})
+    assert processor.history_items == 7
+    ids, texts = processor.process_histories([ITEMS_KNOWN, ITEMS_KNOWN[:3]])
+    made = model.get_behaviour_features(torch.from_numpy(ids)).pooler_output
+    assert [len(own) for own in made] == [text.count(processor.behaviour_token) for text in texts] == [7, 3]
+    alone = model.model.behaviour_tower(torch.from_numpy(ids[1:, :3])).last_hidden_state
+    torch.testing.assert_close(made[1], model.model.behaviour_projector(alone)[0])
 
 
 def test_an_encoder_that_extract_wrote_is_taken_with_its_items(language: Path, tmp_path: Path) -> None:
