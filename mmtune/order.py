@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from mmtune.errors import RecipeError
-from mmtune.storage import is_finished
+from mmtune.storage import is_finished, read_manifest
 from mmtune.talk import Talk
 
 if TYPE_CHECKING:
@@ -88,7 +88,8 @@ def _prompt(offline: bool) -> Stage:
 def run_stages(recipe: Recipe, stages: Iterator[Stage], *, force: bool, dry_run: bool, console: Talk) -> dict[str, Any]:
     """Runs stages one after the other; returns their result documents by name.
 
-    A dry run says of a stage that reads what is not there yet only that it would run then.
+    A dry run says of a stage that reads what is not there yet only that it would run then. Rows for eval must be left
+    before anything is trained.
 
     Args:
         recipe: The recipe.
@@ -104,6 +105,16 @@ def run_stages(recipe: Recipe, stages: Iterator[Stage], *, force: bool, dry_run:
             console.say(f"{name}: would run once {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} there")
             continue
         results[name] = stage(recipe, **options, force=force, dry_run=dry_run, console=console)
+        if (
+            name == "build-data"
+            and not dry_run
+            and recipe.eval is not None
+            and is_finished(recipe.run_dir / "instructions")
+        ):
+            from mmtune.stages.evaluate.plan import check_rows
+
+            # Where every row of it was refused, training would come first and this error last.
+            check_rows(read_manifest(recipe.run_dir / "instructions"), recipe.eval.split)
     return results
 
 

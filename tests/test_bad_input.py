@@ -356,3 +356,13 @@ def test_a_key_that_the_reader_would_pass_over_is_a_usage_error(folder: Path, mm
     said = f"the reader {more.get('reader', 'messages')} reads no `{key}`"
     fails(mmtune("build-data", recipe(folder, {**CHAT, **more}), "--json"), 2, "unread_key", said)
     assert left_in(folder) == []
+
+
+def test_a_split_of_which_nothing_is_left_ends_a_run_before_its_training(folder: Path, mmtune):
+    (folder / "chat.jsonl").write_text(lines_of(turns("a")))
+    (folder / "val.jsonl").write_text(lines_of(turns("a", "")))
+    sources = (CHAT, {**CHAT, "split": "val", "path": "val.jsonl"})
+    path = recipe(folder, *sources, model={"path": "./gone"}, finetune={}, eval={"split": "val"})
+    code, out, err = mmtune("run", path, "--json")
+    assert code == 3 and json.loads(out)["error"]["code"] == "split_missing", err
+    assert left_in(folder) == ["instructions"]

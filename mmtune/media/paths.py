@@ -23,7 +23,9 @@ class MediaRefused(DataError):
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(
-            detail, "mend the file; build-data with `build.verify: decode` refuses such rows and lists them", reason
+            detail,
+            "put the file back or mend it; build-data with `build.verify: decode` refuses such rows and lists them",
+            reason,
         )
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:

@@ -114,6 +114,7 @@ def load_model(
         IntegrityError: Weights are missing, damaged or of another shape.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers.utils import logging
 
     from mmtune.models.left_out import built_without, finish
@@ -154,6 +155,12 @@ def _with_weights(cls: Any, path: str, given: dict[str, Any]) -> PreTrainedModel
         )
     except OSError as error:
         raise _not_at_hand(path, error) from error
+    except SafetensorError as error:
+        raise IntegrityError(
+            f"the weights of {path} are cut or damaged: {str(error).splitlines()[0]}",
+            "fetch the model again",
+            "damaged_weights",
+        ) from error
     except (RuntimeError, ValueError) as error:
         raise IntegrityError(
             f"the weights of {path} do not fit its config: {str(error).splitlines()[0]}", "fetch the model again"

@@ -66,6 +66,17 @@ def check_eval(recipe: Recipe) -> None:
         )
 
 
+def check_rows(instructions: Manifest, split: str) -> None:
+    """Raises DataError unless instructions/ has rows in the split that is asked."""
+    if not instructions.rows.get(split):
+        have = ", ".join(f"{name} ({count:,})" for name, count in instructions.rows.items() if count)
+        raise DataError(
+            f"instructions/ has no rows in the split {split!r}; it has {have or 'none'}",
+            f"set eval.split, or add a source with `split: {split}` and run: mmtune build-data",
+            "split_missing",
+        )
+
+
 def plan_of(recipe: Recipe, limit: int | None, offline: bool) -> Plan:
     """Checks everything that can be checked before a model is loaded.
 
@@ -77,13 +88,7 @@ def plan_of(recipe: Recipe, limit: int | None, offline: bool) -> Plan:
     settings = recipe.eval or Eval()
     check_scores(settings)
     instructions = read_manifest(recipe.run_dir / "instructions", made_by="build-data")
-    if not instructions.rows.get(settings.split):
-        have = ", ".join(f"{split} ({count:,})" for split, count in instructions.rows.items() if count)
-        raise DataError(
-            f"instructions/ has no rows in the split {settings.split!r}; it has {have or 'none'}",
-            f"set eval.split, or add a source with `split: {settings.split}` and run: mmtune build-data",
-            "split_missing",
-        )
+    check_rows(instructions, settings.split)
     adapter = None
     if any(name.startswith("tuned") for name in settings.compare):
         adapter = read_manifest(recipe.run_dir / "adapter", made_by="finetune")
