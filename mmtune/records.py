@@ -1,7 +1,8 @@
 """The values that flow through the pipeline: Record, Example, Prediction.
 
 A reader yields Records (what a file said); prompts turn each into an Example (what is
-taught); a model answers with Predictions, which metrics judge. All are frozen and do no I/O. This module imports nothing of mmtune and no torch.
+taught); a model answers with Predictions, which metrics judge. All are frozen and do no I/O.
+This module imports nothing of mmtune and no torch.
 """
 
 from __future__ import annotations
