@@ -225,3 +225,24 @@ def test_wrong_settings_are_named_before_a_model_is_loaded(run, model_folder, tm
         evaluate(load_recipe(folder / "recipe.yaml", ["eval.split=test"]), console=QUIET)
     with pytest.raises(IntegrityError, match="was tuned from"):
         evaluate(load_recipe(folder / "recipe.yaml", [f"model.path={tmp_path}"]), console=QUIET)
+
+
+def test_a_model_that_gives_no_numbers_is_an_integrity_error(tmp_path: Path, model_folder: Path):
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    model = tmp_path / "model"
+    shutil.copytree(model_folder, model)
+    tensors = load_file(model / "model.safetensors")
+    name = next(name for name in tensors if "mlp" in name)
+    tensors[name] = torch.full_like(tensors[name], torch.nan)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    write_vqa(tmp_path, "train", 3)
+    write_vqa(tmp_path, "val", 3)
+    recipe = recipe_for(tmp_path, model, "eval.compare=[base]")
+    build_data(recipe, console=QUIET)
+    with pytest.raises(IntegrityError, match="base gives probabilities that are no numbers for 6 of 6 rows"):
+        evaluate(recipe, console=QUIET)
+    assert not (recipe.run_dir / "report").exists()

@@ -8,7 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmtune.errors import Interrupted, RecipeError
+import numpy as np
+
+from mmtune.errors import IntegrityError, Interrupted, RecipeError
 from mmtune.evaluation.ablation import idle_kinds, row_facts
 from mmtune.evaluation.asking import Asking, Losses, answerer, ask_each
 from mmtune.evaluation.generation import Stopped
@@ -103,9 +105,22 @@ def _answers(plan: Plan, processor: Any, questions: Questions, asking: Asking) -
         texts |= {name: prompted.answers(answers) for name, answers in said.items()}
         # Label words are other texts than the references: their losses say nothing beside those.
         losses |= {} if prompted.unaskable or prompted.prompt.words else more
+    _check_numbers(losses)
     votes = {answerer(VOTE, way): said for way, said in questions.asked.votes.items()}
     ordered = {**votes, **in_order(texts, settings.compare)}
     return Answers(ordered, in_order(losses, settings.compare), looking, filling)
+
+
+def _check_numbers(losses: Mapping[str, Losses]) -> None:
+    """Raises IntegrityError for a model whose probabilities are no numbers: what it answered means nothing."""
+    for name, (nll, _) in losses.items():
+        if bad := int(np.isnan(nll).sum()):
+            raise IntegrityError(
+                f"{name} gives probabilities that are no numbers for {bad:,} of {nll.size:,} rows: "
+                "its weights are damaged, or its training diverged",
+                "fetch the model again, or tune it again: mmtune finetune --force",
+                "not_finite",
+            )
 
 
 def _load(plan: Plan, name: str) -> Any:
