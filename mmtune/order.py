@@ -125,6 +125,8 @@ def _needs(name: str, recipe: Recipe) -> tuple[str, ...]:
         needs += NEEDS_OF_BASE.get(name, ())
     if name == "build-data" and exemplars is not None and exemplars.method == "retrieval":
         needs += ("features",)
+    if name == "assemble" and recipe.pretrain is not None and recipe.pretrain.build.reads_items:
+        needs += ("instructions",)
     if name == "prompt" and recipe.prompt is not None and recipe.prompt.on == "tuned":
         needs += ("adapter",)
     if name == "eval" and recipe.eval is not None:

@@ -8,12 +8,15 @@ do no I/O. This module imports nothing of mmtune and no torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Modality = Literal["image", "audio", "video"]
-MODALITIES: tuple[Modality, ...] = ("image", "audio", "video")
+Modality = Literal["image", "audio", "video", "behaviour"]
+IN_FILES: tuple[Modality, ...] = ("image", "audio", "video")
+MODALITIES: tuple[Modality, ...] = (*IN_FILES, "behaviour")
+READ_BY: dict[str, str] = {"image": "image", "video": "image", "audio": "audio", "behaviour": "behaviour"}
+"""Modality to that of the encoder that reads it: a video is its frames."""
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
 
@@ -27,17 +30,17 @@ class TextPart:
 
 @dataclass(frozen=True, slots=True)
 class Medium:
-    """A pointer to one media file, and what its header told.
+    """A pointer to one media file, and what its header told; or a user's history, which no file holds.
 
     Attributes:
-        modality: ``image``, ``audio`` or ``video``.
-        path: Relative to the media root, with ``/`` between its parts.
-        data: The file's bytes when media are embedded, else None.
+        modality: ``image``, ``audio``, ``video`` or ``behaviour``, see ``history``.
+        path: Relative to the media root, with ``/`` between its parts; empty for a history.
+        data: The file's bytes when media are embedded, else None; of a history its items.
         size_bytes: Size of the file; 0 until probed.
         sha256: Hex digest, when asked for; else empty.
         width: Pixels, after EXIF rotation; 0 for audio.
         height: Pixels, after EXIF rotation; 0 for audio.
-        frames: Frames of a video, 1 for an image, sample frames of an audio file.
+        frames: Frames of a video, 1 for an image, sample frames of an audio file, items of a history.
         fps: Frames per second of a video, else 0.
         sample_rate_hz: Of an audio file, else 0.
         seconds: Duration of audio and video, else 0.
@@ -54,6 +57,21 @@ class Medium:
     fps: float = 0.0
     sample_rate_hz: int = 0
     seconds: float = 0.0
+
+
+def history(items: Sequence[str]) -> Medium:
+    """Returns a user's history as a medium: its items are its bytes, so that equal histories are one medium.
+
+    Args:
+        items: Ids of what the user chose, oldest first; none of them is empty or holds a line break.
+    """
+    return Medium("behaviour", "", data="\n".join(items).encode("utf-8", "surrogatepass"), frames=len(items))
+
+
+def items_of(medium: Medium) -> tuple[str, ...]:
+    """Returns the items of a ``history``, oldest first."""
+    data = medium.data or b""
+    return tuple(data.decode("utf-8", "surrogatepass").split("\n")) if data else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +104,17 @@ def parts_of(prompt: str) -> tuple[TextPart | SoftPart, ...]:
     """Returns the texts and the soft tokens of a ``marked`` prompt."""
     pieces = enumerate(_SOFT.split(prompt))
     return tuple(SoftPart(int(piece)) if at % 2 else TextPart(piece) for at, piece in pieces if piece)
+
+
+def merged(parts: Iterable[Part]) -> tuple[Part, ...]:
+    """Returns parts with neighbouring texts joined and empty ones left out."""
+    out: list[Part] = []
+    for part in parts:
+        if isinstance(part, TextPart) and out and isinstance(out[-1], TextPart):
+            out[-1] = TextPart(out[-1].text + part.text)
+        elif not isinstance(part, TextPart) or part.text:
+            out.append(part)
+    return tuple(out)
 
 
 @dataclass(frozen=True, slots=True)

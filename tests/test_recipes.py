@@ -7,15 +7,18 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
 from mmtune.cli import app
 from mmtune.order import run_stages, stages_of
 from mmtune.recipe.text import load_recipe
 from mmtune.stages.init import copy_recipe, list_recipes
+from mmtune.stages.keys import list_keys
 from mmtune.talk import Talk
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,6 +99,27 @@ def test_commands_of_the_readme_parse(line: str):
 def test_commands_named_in_the_readme_exist():
     named = set(re.findall(r"`mmtune ([a-z-]+)", README))
     assert named and named <= set(COMMANDS.commands)  # type: ignore[attr-defined]
+
+
+def given_keys(value: object, path: str = "") -> Iterator[str]:
+    """Every key of a recipe as it stands in the reference, without the brackets of lists."""
+    for item in value if isinstance(value, list) else [value]:
+        for name, below in item.items() if isinstance(item, dict) else ():
+            yield f"{path}{name}"
+            yield from given_keys(below, f"{path}{name}.")
+
+
+def test_every_key_is_shown_somewhere_and_set_by_a_test():
+    shown = [*(path.read_text("utf-8") for path in RECIPES), *blocks("yaml")]
+    given = {key for text in shown for key in given_keys(yaml.load(text, yaml.BaseLoader))}
+    said = " ".join(re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL)))
+    mine = Path(__file__).parent
+    tests = "\n".join(path.read_text("utf-8") for path in mine.rglob("test_*.py") if path != Path(__file__))
+    names = {key.path.replace("[]", ""): key.path.rpartition(".")[2] for key in list_keys()}
+    hidden = [path for path, name in names.items() if path not in given and not re.search(rf"\b{name}\b", said)]
+    assert not hidden, f"in no recipe and not in the README: {hidden}"
+    untested = [path for path, name in names.items() if not re.search(rf"\b{name}[\"']?\s*[:=]", tests)]
+    assert not untested, f"set by no test: {untested}"
 
 
 @pytest.fixture(scope="module")

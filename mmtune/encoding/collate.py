@@ -17,6 +17,7 @@ from mmtune.encoding.render import IGNORED, EncodedRow, MediaSpan
 from mmtune.errors import IntegrityError
 from mmtune.features.shards import Features, Item, joined_features
 from mmtune.media.video import frame_places
+from mmtune.records import READ_BY, items_of
 
 # Families whose image tensors are simply joined along the first dimension, one image after the
 # other; a processed image can then be kept and used again.
@@ -145,7 +146,7 @@ class Collator:
         return made
 
     def token_id(self, kind: str) -> int | None:
-        """Returns the id that stands for a piece of an ``image`` or ``audio``; None where the family takes none."""
+        """Returns the id that stands for a piece of a medium of a kind; None where the family takes none."""
         found: int | None = getattr(self._processor, f"{kind}_token_id", None)
         return found
 
@@ -180,7 +181,7 @@ class Collator:
         Raises:
             IntegrityError: A medium now takes another number of tokens than at tokenize time.
         """
-        return {**self._images(rows, step if self._augment else None), **self._audios(rows)}
+        return {**self._images(rows, step if self._augment else None), **self._audios(rows), **self._histories(rows)}
 
     def _token_types(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if not self._types:
@@ -189,7 +190,7 @@ class Collator:
         return {"token_type_ids" if self._gemma else "mm_token_type_ids": types * batch["attention_mask"]}
 
     def _images(self, rows: Sequence[EncodedRow], step: int | None) -> dict[str, torch.Tensor]:
-        per_row = [[span for span in row.media if span.medium.modality != "audio"] for row in rows]
+        per_row = [[span for span in row.media if READ_BY[span.medium.modality] == "image"] for row in rows]
         if not any(per_row):
             return {}
         spans = [(row, span) for row, own in zip(rows, per_row, strict=True) for span in own]
@@ -309,6 +310,14 @@ class Collator:
         self._check(spans, texts)
         return self._kept(made)
 
+    def _histories(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
+        spans = [(row, span) for row in rows for span in row.media if span.medium.modality == "behaviour"]
+        if not spans:
+            return {}
+        made, texts = self._processor.process_histories([items_of(span.medium) for _, span in spans])
+        self._check(spans, texts)
+        return {"history_ids": torch.from_numpy(made)}
+
     def _sound(self, span: MediaSpan) -> np.ndarray:
         from mmtune.media.load import load_audio
 
@@ -324,21 +333,21 @@ class Collator:
         return {name: torch.as_tensor(value) for name, value in made.items() if name not in unused}
 
     def _expected(self, row: EncodedRow, span: MediaSpan) -> int:
-        token = "audio_token_id" if span.medium.modality == "audio" else "image_token_id"
+        token = f"{READ_BY[span.medium.modality]}_token_id"
         inside = row.input_ids[span.start : span.start + span.length]
         return int((inside == getattr(self._processor, token)).sum())
 
     def _check(self, spans: Sequence[tuple[EncodedRow, MediaSpan]], texts: Sequence[str]) -> None:
         """Compares the media tokens of the real expansion with those recorded in the row."""
         for (row, span), text in zip(spans, texts, strict=True):
-            modality = "audio" if span.medium.modality == "audio" else "image"
-            self._compare(row, span, text.count(getattr(self._processor, f"{modality}_token")))
+            token = getattr(self._processor, f"{READ_BY[span.medium.modality]}_token")
+            self._compare(row, span, text.count(token))
 
     def _compare(self, row: EncodedRow, span: MediaSpan, found: int) -> None:
         expected = self._expected(row, span)
         if found != expected:
             raise IntegrityError(
-                f"{span.medium.path} takes {found} tokens now, tokens/ holds {expected}",
+                f"{span.medium.path or span.medium.modality} takes {found} tokens now, tokens/ holds {expected}",
                 "the file changed since build-data; run: mmtune build-data --force, then mmtune tokenize",
                 "media_changed",
             )

@@ -19,8 +19,9 @@ import numpy as np
 from mmtune.encoding.processor import chat_template_of, tokenizer_of
 from mmtune.encoding.refused import Refused
 from mmtune.errors import CapabilityError
+from mmtune.records import MODALITIES
 
-_MEDIA_ATTRIBUTES = re.compile(r"(^|_)(image|video|audio|boi|eoi|boa|eoa|vision)\w*_token$|_tag$")
+_MEDIA_ATTRIBUTES = re.compile(r"(^|_)(image|video|audio|behaviour|boi|eoi|boa|eoa|vision)\w*_token$|_tag$")
 _CACHED_RUNS = 1 << 14
 _CACHED_CHARACTERS = 200
 _SHAPED = re.compile(r"^<\|.*\|>$", re.DOTALL)
@@ -68,7 +69,7 @@ class ControlTokens:
             structural = token.special or text in media or text in template or _SHAPED.match(text)
             if structural and not blank:
                 self.by_text[text] = ControlToken(text, identifier, token.lstrip, token.rstrip)
-        media_tokens = (getattr(processor, f"{modality}_token", None) for modality in ("image", "video", "audio"))
+        media_tokens = (getattr(processor, f"{modality}_token", None) for modality in MODALITIES)
         self._placeholders = [text for text in media_tokens if isinstance(text, str)]
         known = sorted({*self.by_text, *self._placeholders}, key=len, reverse=True)
         self._pattern = re.compile("|".join(re.escape(text) for text in known) or r"(?!)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -28,9 +28,8 @@ class EncodedGroups:
         tokens: Tokens of the trees.
         apart: Tokens of the same rows without sharing.
         notes: What a person should know, each said once.
-        exemplars_dropped: Exemplars that did not fit.
-        rows_with_fewer: Rows that they were left out of.
-        contexts_shortened: Rows whose context lost its end.
+        counts: What was left out of the rows: ``exemplars_dropped`` that did not fit, of ``rows_with_fewer``;
+            ``contexts_shortened``, that lost their end; and those of ``histories.history_counts``.
     """
 
     batch: pa.RecordBatch | None
@@ -39,9 +38,7 @@ class EncodedGroups:
     tokens: int
     apart: int
     notes: tuple[str, ...]
-    exemplars_dropped: int = 0
-    rows_with_fewer: int = 0
-    contexts_shortened: int = 0
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 def group_order(groups: Iterable[str], count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -27,6 +27,7 @@ def check_counts(
         media: Candidates; the first few images and sounds of different sizes are taken.
         files: How many files of each modality to look at.
     """
+    # A history has no header to be wrong.
     seen: dict[str, set[tuple[int, int, int]]] = {"image": set(), "audio": set()}
     compared = 0
     for medium in media:

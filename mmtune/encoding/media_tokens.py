@@ -162,6 +162,14 @@ _LONGEST: dict[str, Callable[[Any], int]] = {
 }
 
 
+# The parts of a processor of which one takes media of a kind.
+_PARTS = {
+    "image": ("image_processor",),
+    "audio": ("feature_extractor", "audio_processor"),
+    "behaviour": ("items",),
+}
+
+
 def family(processor: Any, table: dict[str, Any]) -> Any:
     """Returns the entry of the nearest class of a processor, or None."""
     for cls in type(processor).__mro__:
@@ -199,14 +207,14 @@ class MediaCounter:
         Raises:
             Refused: The model takes no such medium.
         """
-        parts = ("image_processor",) if modality == "image" else ("feature_extractor", "audio_processor")
+        parts = _PARTS[modality]
         token = getattr(self._processor, f"{modality}_token", None)
-        if token is None or not any(getattr(self._processor, part, None) for part in parts):
+        if token is None or all(getattr(self._processor, part, None) is None for part in parts):
             raise Refused("modality_unsupported", f"{type(self._processor).__name__} takes no {modality}")
         return str(token)
 
     def expansion(self, medium: Medium, images: int) -> str:
-        """Returns the text that stands for one image, video frame or sound.
+        """Returns the text that stands for one image, video frame, sound or history.
 
         Args:
             medium: With the facts of its header.
@@ -216,6 +224,8 @@ class MediaCounter:
         Raises:
             Refused: The header is missing, the processor refuses such a medium, or would cut the end of a sound off.
         """
+        if medium.modality == "behaviour":
+            return str(self._processor.history_text(medium.frames))
         if medium.modality == "audio":
             rate = self._processor._audio_processor.sampling_rate
             key: tuple[Any, ...] = (audio_samples(medium, rate),)

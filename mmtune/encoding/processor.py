@@ -109,6 +109,25 @@ def _set_pixel_budget(processor: Any, low: int | None, high: int | None) -> None
     images.size = kept if isinstance(images.size, dict) else type(images.size)(**kept)
 
 
+def same_processor(path: str, fingerprint: str | None, **options: Any) -> Any:
+    """Returns the processor of a model, refusing another one than tokens/ was made with.
+
+    Args:
+        path: Model folder or hub id.
+        fingerprint: Of the processor that made tokens/.
+        options: As ``load_processor`` takes them.
+
+    Raises:
+        IntegrityError: It is another one.
+    """
+    processor = load_processor(path, **options)
+    if processor_fingerprint(processor) != fingerprint:
+        raise IntegrityError(
+            "the processor is not the one that tokens/ was made with", "run: mmtune tokenize", "other_processor"
+        )
+    return processor
+
+
 def tokenizer_of(processor: Any) -> Any:
     """Returns the tokenizer inside a processor, or the tokenizer itself."""
     return getattr(processor, "tokenizer", processor)
@@ -148,6 +167,8 @@ def processor_fingerprint(processor: Any) -> str:
         part = getattr(processor, name, None)
         if part is not None and hasattr(part, "to_dict"):
             parts[name] = part.to_dict()
+    if getattr(processor, "items", None) is not None:
+        parts["items"] = list(processor.items)
     if tokenizer is not processor:
         own = {name: value for name, value in vars(processor).items() if isinstance(value, int | float | str | bool)}
         parts["own"] = {name: value for name, value in own.items() if name != "chat_template"}

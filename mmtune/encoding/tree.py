@@ -63,6 +63,13 @@ class Tree:
     example_ids: tuple[str, ...]
     weights: tuple[float, ...]
 
+    def paths(self) -> Iterator[tuple[np.ndarray, int]]:
+        """Yields where each branch's path stands, in order, and how many tokens it shares with the one before."""
+        bounds = np.searchsorted(self.branch, np.arange(len(self.example_ids) + 2))
+        prefix = np.arange(bounds[1])
+        for number, (start, end) in enumerate(pairwise(bounds[1:])):
+            yield np.concatenate([prefix, np.arange(start, end)]), prefix.size if number else 0
+
 
 def shared_length(rows: Sequence[EncodedRow]) -> int:
     """Returns how many leading tokens all rows share: no loss in them, and no medium cut.

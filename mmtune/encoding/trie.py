@@ -50,12 +50,12 @@ class Trie:
     targets: np.ndarray
     owners: np.ndarray
 
-    def paths(self) -> Iterator[np.ndarray]:
-        """Yields the positions of every row's tokens, in order."""
+    def paths(self) -> Iterator[tuple[np.ndarray, int]]:
+        """Yields where each row's tokens stand, in order, and how many of them it shares with the row before it."""
         path = np.empty(0, dtype=np.int64)
         for at, shared in enumerate(self.shared):
             path = np.concatenate([path[:shared], np.arange(self.starts[at], self.starts[at + 1])])
-            yield path
+            yield path, int(shared)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from mmtune.encoding.collate import Collator
 from mmtune.encoding.processor import pad_token_id, tokenizer_of
 from mmtune.evaluation.generation import generate_texts, stop_ids
 from mmtune.evaluation.options import by_media, score_words
+from mmtune.evaluation.prototypes import SolvedRows, nearest_option, prompt_states, prototypes
 from mmtune.evaluation.ranking import Question, Words, rank
 from mmtune.evaluation.rows import EvalRows
 from mmtune.evaluation.scoring import RowScorer
@@ -48,6 +49,7 @@ class Asking:
         loss: Also measure the loss on the reference answers.
         rank: Answer rows with options by their likeliest option.
         words: Label words by source, for ranking.
+        solved: Answer rows with options by the nearest prototype of these rows; None answers them otherwise.
         should_stop: Asked between batches; true ends it with ``generation.Stopped``.
         progress: Total and label to a context with an ``advance``; by default nothing is shown.
         note: Told what a person should know.
@@ -64,6 +66,7 @@ class Asking:
     progress: Callable[[int, str], AbstractContextManager[Any]] = lambda total, label: nullcontext(_Unseen())
     note: Callable[[str], None] = lambda text: None
     missing: tuple[str, ...] = ()
+    solved: SolvedRows | None = None
 
     def collator(self, processor: Any, *, left: bool = False) -> Collator:
         """Returns what makes batches of rows."""
@@ -114,10 +117,10 @@ class Answering:
             Stopped: ``should_stop`` said so.
         """
         words = self._asking.words if words is None else words
-        ranked = self._ranked(rows, name, words) if self._asking.rank else {}
-        free = [row for row in range(len(rows.kept)) if row not in ranked]
+        chosen = self._ranked(rows, name, words) if self._asking.rank else self._nearest(rows, name)
+        free = [row for row in range(len(rows.kept)) if row not in chosen]
         said = dict(zip(free, self._generated(rows, name, free), strict=True))
-        return [ranked[row] if row in ranked else said[row] for row in range(len(rows.kept))]
+        return [chosen[row] if row in chosen else said[row] for row in range(len(rows.kept))]
 
     def losses(self, rows: EvalRows, name: str = "") -> Losses:
         """Returns the losses on the reference answers of the kept rows; arguments as in ``answers``."""
@@ -135,6 +138,33 @@ class Answering:
 
         examples = {row: example for row in range(len(rows.kept)) if (example := rows.example(row)).options}
         return rank(examples, words, score)
+
+    def _nearest(self, rows: EvalRows, name: str) -> dict[int, str]:
+        """Returns the option of the nearest prototype, of every row that has one."""
+        solved = self._asking.solved
+        if solved is None:
+            return {}
+        shown = solved.rows.for_model(self._model)
+        means = prototypes(self._states(shown, f"{name} prototypes", range(len(shown.kept))), solved.labels)
+        examples = {row: example for row in range(len(rows.kept)) if (example := rows.example(row)).options}
+        states = self._states(rows, f"{name} states", list(examples))
+        found = {
+            row: nearest_option(state, example.source, example.options, means)
+            for (row, example), state in zip(examples.items(), states, strict=True)
+        }
+        return {row: option for row, option in found.items() if option is not None}
+
+    def _states(self, rows: EvalRows, label: str, chosen: Sequence[int]) -> np.ndarray:
+        with self._asking.progress(len(chosen), f"eval {label}") as bar:
+            return prompt_states(
+                self._model,
+                lambda numbers: rows.prompts([chosen[at] for at in numbers]),
+                self._asking.collator(self._processor),
+                sizes=[rows.prompt_sizes[row] for row in chosen],
+                batch_rows=self._asking.batch_rows,
+                should_stop=self._asking.should_stop,
+                advance=bar.advance,
+            )
 
     def _generated(self, rows: EvalRows, name: str, chosen: Sequence[int]) -> list[str]:
         if not chosen:

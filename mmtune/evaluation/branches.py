@@ -18,6 +18,7 @@ from mmtune.evaluation.intervals import bootstrap
 from mmtune.evaluation.rows import EvalRows
 from mmtune.models.composite.scores import branch_scores, branches_of
 from mmtune.models.encoder_outputs import base_of
+from mmtune.records import READ_BY
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def measure_branches(name: str, model: Any, processor: Any, rows: EvalRows, aski
             tokens[chosen] = (batch["labels"][:, 1:] != -100).sum(1).cpu().numpy()
             entropy[chosen] = found.entropy.double().cpu().numpy()
             for row, own in zip(chosen, encoded, strict=True):
-                kinds = {"audio" if span.medium.modality == "audio" else "image" for span in own.media}
+                kinds = {READ_BY[span.medium.modality] for span in own.media}
                 there[row] = [branch == "joint" or branch in kinds for branch in names]
             bar.advance(len(chosen))
     return Branches(names, nll, tokens, gate, entropy, there)

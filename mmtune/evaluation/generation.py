@@ -147,7 +147,7 @@ def answer_losses(
         Stopped: ``should_stop`` returned True.
     """
     nll, tokens = np.zeros(len(sizes)), np.zeros(len(sizes))
-    keeps = _takes_positions(model)
+    keeps = takes_positions(model)
     for chosen in batches(sizes, batch_rows):
         if should_stop():
             raise Stopped
@@ -159,7 +159,7 @@ def answer_losses(
     return nll, tokens
 
 
-def _takes_positions(model: Any) -> bool:
+def takes_positions(model: Any) -> bool:
     """Says whether the model can be asked for the logits of some positions only."""
     if virtual_tokens(model) and not is_prefix(model):
         # Places would count from the first virtual token, whose logits are cut off.

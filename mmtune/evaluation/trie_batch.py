@@ -5,15 +5,15 @@ Shapes: B tries, T tokens, V virtual tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from mmtune.encoding.collate import Collator
-from mmtune.encoding.render import IGNORED, EncodedRow, MediaSpan
+from mmtune.encoding.paths import along_paths, image_runs, rope_positions, sharing_conversations
+from mmtune.encoding.render import IGNORED, EncodedRow
 from mmtune.encoding.trie import Trie
 from mmtune.models.mask_rules import MaskRules, in_form
 from mmtune.models.rope_index import RopeIndex
@@ -41,24 +41,24 @@ def trie_batch(tries: Sequence[Trie], collate: Collator, rope: RopeIndex | None)
     hidden = batch.pop("attention_mask") == 0
     del batch["labels"]
     length = batch["input_ids"].shape[1]
-    shown = packed if collate.media_by_row else [own for trie in tries for own in _conversations(trie)]
+    shown = packed if collate.media_by_row else [own for trie in tries for own in sharing_conversations(trie)]
     batch |= collate.media(shown)
-    types = batch.pop("token_type_ids", None)
+    types, token_types = batch.pop("token_type_ids", None), batch.pop("mm_token_type_ids", None)
     alone = np.broadcast_to(np.arange(length), (len(tries), length))
     places = _filled([trie.places for trie in tries], np.zeros_like(alone))
     batch |= {
         "ends": _filled([trie.ends for trie in tries], alone + 1),
         "places": places,
-        "images": torch.full_like(places, -1) if types is None else _runs(types, tries),
+        "images": torch.full_like(places, -1) if types is None else torch.from_numpy(image_runs(types.numpy())),
         "hidden": hidden,
         "asks": _filled([_asking(trie) for trie in tries], np.zeros_like(alone)).bool(),
     }
     if "prompt_mask" in batch:
         batch["prompt_mask"] = _filled([trie.prompt for trie in tries], np.zeros_like(alone))
-    if collate.user_turns is not None:
-        turns = [_along_paths(trie, collate.user_turns) for trie in tries]
-        batch["user_turns"] = _filled(turns, np.zeros_like(alone))
-    batch["position_ids"] = _positions(tries, places, rope, batch)
+    rows, turns_of = [[trie] for trie in tries], collate.user_turns
+    if turns_of is not None:
+        batch["user_turns"] = along_paths(rows, length, lambda trie, path: turns_of(trie.input_ids[path]))
+    batch["position_ids"] = rope_positions(rows, places, rope, token_types, batch)
     return batch
 
 
@@ -110,113 +110,3 @@ def _asking(trie: Trie) -> np.ndarray:
     asks = np.zeros(trie.input_ids.size, dtype=np.int64)
     asks[trie.asks] = 1
     return asks
-
-
-def _along_paths(trie: Trie, turns_of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Returns ``(T,)`` what ``turns_of`` says of every token along the paths of its rows."""
-    turns = np.zeros(trie.input_ids.size, dtype=np.int64)
-    for path in trie.paths():
-        turns[path] = turns_of(trie.input_ids[path])
-    return turns
-
-
-def _runs(types_BT: torch.Tensor, tries: Sequence[Trie]) -> torch.Tensor:
-    """Returns ``(B, T)`` a number for each run of image tokens, -1 elsewhere."""
-    image = types_BT.numpy() == 1
-    for row, trie in enumerate(tries):
-        image[row, trie.input_ids.size :] = False
-    starts = image & ~np.pad(image, ((0, 0), (1, 0)))[:, :-1]
-    return torch.from_numpy(np.where(image, np.cumsum(starts, axis=1) - 1, -1))
-
-
-def _conversations(trie: Trie) -> Iterator[EncodedRow]:
-    """Yields the media of conversations that share any, every medium once.
-
-    Some families cut an image that is alone in its conversation into tiles, so the media of rows
-    that share none are kept apart.
-    """
-    labels = np.full_like(trie.input_ids, IGNORED)
-    group: list[MediaSpan] = []
-    spans = sorted(trie.media, key=lambda span: span.start)
-    for at, (path, (start, end)) in enumerate(zip(trie.paths(), pairwise(trie.starts), strict=True)):
-        before = path[: trie.shared[at]]
-        if group and not np.isin([span.start for span in group], before).any():
-            yield EncodedRow(trie.input_ids, labels, tuple(group))
-            group = []
-        group += [span for span in spans if start <= span.start < end]
-    if group:
-        yield EncodedRow(trie.input_ids, labels, tuple(group))
-
-
-def _positions(
-    tries: Sequence[Trie], places_BT: torch.Tensor, rope: RopeIndex | None, batch: dict[str, torch.Tensor]
-) -> torch.Tensor:
-    types_BT = batch.pop("mm_token_type_ids", None)
-    grids = batch.get("image_grid_thw")
-    if rope is None or grids is None:
-        return places_BT.clone()
-    masks = batch.get("feature_attention_mask")
-    sounds = None if masks is None else masks.sum(-1)
-    positions = places_BT.repeat(3, 1, 1)
-    images = heard = 0
-    for row, trie in enumerate(tries):
-        audio = np.array([span.medium.modality == "audio" for span in trie.media], dtype=bool)
-        number = np.where(audio, heard + np.cumsum(audio) - 1, images + np.cumsum(~audio) - 1)
-        images, heard = images + int((~audio).sum()), heard + int(audio.sum())
-        facts = _Facts(rope, None if types_BT is None else types_BT[row], grids, sounds, audio, number)
-        positions[:, row, : trie.input_ids.size] = facts.positions(trie)
-    return positions
-
-
-class _Facts:
-    """What the family's positions of one trie depend on.
-
-    Args:
-        rope: The family's positions.
-        types: ``(T,)`` token types, where the family has them.
-        grids: ``(N, 3)`` of all images of the batch.
-        sounds: ``(M,)`` lengths of all sounds of the batch.
-        audio: Per medium of the trie: whether it is a sound.
-        number: Per medium of the trie: its number among the batch's images or sounds.
-    """
-
-    def __init__(
-        self,
-        rope: RopeIndex,
-        types: torch.Tensor | None,
-        grids: torch.Tensor,
-        sounds: torch.Tensor | None,
-        audio: np.ndarray,
-        number: np.ndarray,
-    ) -> None:
-        self._rope, self._types, self._grids, self._sounds = rope, types, grids, sounds
-        self._audio, self._number = audio, number
-
-    def positions(self, trie: Trie) -> torch.Tensor:
-        """Returns the ``(3, T)`` positions of a trie: on every path those of its row.
-
-        The family is asked for rows that add a medium; any other text counts on from the highest position before it.
-        """
-        ids = torch.from_numpy(trie.input_ids.astype(np.int64))
-        found = torch.zeros(3, ids.numel(), dtype=torch.int64)
-        homes = np.array([span.start for span in trie.media], dtype=np.int64)
-        for at, path in enumerate(trie.paths()):
-            before, own = path[: trie.shared[at]], path[trie.shared[at] :]
-            if not np.isin(homes, own).any():
-                start = int(found[:, before].max()) + 1 if before.size else 0
-                found[:, own] = start + torch.arange(own.size)
-                continue
-            made = self._ask(ids, path, np.isin(homes, path))
-            found[:, own] = made[:, before.size :]
-        return found
-
-    def _ask(self, ids: torch.Tensor, path: np.ndarray, on_path: np.ndarray) -> torch.Tensor:
-        pictures, sounds = on_path & ~self._audio, on_path & self._audio
-        facts: dict[str, torch.Tensor] = {}
-        if self._types is not None:
-            facts["mm_token_type_ids"] = self._types[None, path]
-        if pictures.any():
-            facts["image_grid_thw"] = self._grids[self._number[pictures]]
-        if self._sounds is not None:
-            facts["audio_seqlens"] = self._sounds[self._number[sounds]]
-        return self._rope(ids[path], facts)

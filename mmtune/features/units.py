@@ -12,7 +12,7 @@ from typing import Literal
 
 from mmtune.media.known import MediaPlace
 from mmtune.media.paths import MediaRefused, check_relative, resolve
-from mmtune.records import Medium, Record, Reject, TextPart
+from mmtune.records import Medium, Record, Reject, TextPart, items_of
 
 FeatureKind = Literal["image", "audio", "video", "text", "behaviour"]
 KINDS: tuple[FeatureKind, ...] = ("image", "audio", "video", "text", "behaviour")
@@ -174,14 +174,20 @@ def units_of(record: Record, place: MediaPlace) -> Iterator[Unit]:
     """
     media = record.media or tuple(medium for message in record.messages for medium in message.media)
     for medium in media:
+        if medium.modality == "behaviour":
+            yield _history_unit(items_of(medium), record.where)
+            continue
         path = place.prefixes.get(medium.modality, "") + medium.path if medium.path else ""
         name = path or text_id(medium.data or b"")
         yield Unit(medium.modality, name, record.where, medium=replace(medium, path=path))
     for text in _texts(record, bool(media)):
         yield Unit("text", text_id(text), record.where, text=text, size=len(text))
     if record.history is not None:
-        name = text_id("\n".join(record.history))
-        yield Unit("behaviour", name, record.where, items=record.history, size=len(record.history))
+        yield _history_unit(record.history, record.where)
+
+
+def _history_unit(items: tuple[str, ...], where: str) -> Unit:
+    return Unit("behaviour", text_id("\n".join(items)), where, items=items, size=len(items))
 
 
 def known_as(record: Record, place: MediaPlace) -> tuple[str, ...]:

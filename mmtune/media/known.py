@@ -84,7 +84,12 @@ class Prober:
         self.fresh: dict[MediumKey, Probe] = {}
 
     def probe(self, medium: Medium) -> Probe:
-        """Returns the medium with header facts and its path below the common root, or its refusal."""
+        """Returns the medium with header facts and its path below the common root, or its refusal.
+
+        A history, which no file holds, comes back as it is.
+        """
+        if medium.modality == "behaviour":
+            return medium
         # Embedded bytes are not remembered: they would be carried between processes again and again.
         keep = medium.data is None and not self._limits.embed
         key = self._place.key(medium)

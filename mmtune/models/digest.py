@@ -35,13 +35,22 @@ def weights_digest(path: str, *, revision: str | None = None, offline: bool = Fa
     """
     folder = Path(path)
     if not folder.is_dir():
-        from mmtune.models.load import load_config
-
-        return str(getattr(load_config(path, revision=revision, offline=offline), "_commit_hash", None) or "")
+        return _commit(path, revision, offline)
     total = hashlib.sha256()
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]):
         total.update(f"{file.name} {file.stat().st_size} {_file_digest(file)}\n".encode())
     return total.hexdigest()
+
+
+def _commit(path: str, revision: str | None, offline: bool) -> str:
+    from transformers.utils import cached_file
+
+    from mmtune.models.load import load_config
+
+    load_config(path, revision=revision, offline=offline)
+    # The file that was just read stands in a folder of the hub's cache that has the commit's name.
+    found = cached_file(path, "config.json", revision=revision, local_files_only=True)
+    return Path(found or "").parent.name
 
 
 def _file_digest(file: Path) -> str:

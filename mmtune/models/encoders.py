@@ -23,7 +23,8 @@ from transformers import (
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from mmtune.models.log_mel import LogMelFeatureExtractor, frame_count
+from mmtune.models.inputs import FIRST_ITEM, UNKNOWN_ITEM
+from mmtune.models.log_mel import LogMelFeatureExtractor
 
 
 class PatchesConfig(PreTrainedConfig):
@@ -71,10 +72,6 @@ class LogMelConfig(PreTrainedConfig):
     mel_std: float = 1.0
     """They are divided by it."""
 
-    def token_count(self, samples: int) -> int:
-        """Returns the tokens of a sound of so many samples at the config's sampling rate."""
-        return token_length(frame_count(samples, self.n_fft, self.hop_length))
-
 
 class HistoryConfig(PreTrainedConfig):
     """Config of ``HistoryModel``."""
@@ -90,6 +87,8 @@ class HistoryConfig(PreTrainedConfig):
     vocab_size: int = 1000
     window: int = 20
     """Items that are told apart by their recency; older ones share the last position."""
+    unknown_rate: float = 0.05
+    """Chance of each item to be told as unknown while items are learned, so that what to make of one is learned too."""
     pad_token_id: int = 0
 
 
@@ -234,7 +233,10 @@ class LogMelModel(_Encoder):
 
 
 class HistoryModel(_Encoder):
-    """What a user did, as items with recency positions: 0 is the newest item, wherever the padding stands."""
+    """What a user did, as items with recency positions: 0 is the newest item, wherever the padding stands.
+
+    An item that it does not know says nothing at first but that it was there.
+    """
 
     config_class = HistoryConfig
     main_input_name = "input_ids"
@@ -244,6 +246,12 @@ class HistoryModel(_Encoder):
         self.item_embedding = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.recency_embedding = nn.Embedding(config.window, config.hidden_size)
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self.item_embedding:
+            init.zeros_(module.weight[UNKNOWN_ITEM])
 
     def forward(
         self,
@@ -255,6 +263,10 @@ class HistoryModel(_Encoder):
         """Returns the features ``(B, T, D)`` of item ids ``(B, T)``, oldest first."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         recency = mask.flip(-1).cumsum(-1).flip(-1) - 1
+        if self.training and self.config.unknown_rate and self.item_embedding.weight.requires_grad:
+            # Drawn on the CPU, so that every device draws the same.
+            gone = torch.rand(input_ids.shape).to(input_ids.device) < self.config.unknown_rate
+            input_ids = input_ids.masked_fill(gone & (input_ids >= FIRST_ITEM), UNKNOWN_ITEM)
         hidden = self.item_embedding(input_ids) + self.recency_embedding(recency.clamp(0, self.config.window - 1))
         return self._encode(hidden, mask, output_hidden_states)
 

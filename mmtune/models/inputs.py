@@ -21,8 +21,8 @@ Kind = Literal["image", "audio", "text", "behaviour"]
 Inputs = dict[str, np.ndarray]
 ITEMS = "items.json"
 """File of a history encoder's folder: the known items as a JSON list; the id of the first is 3."""
-_PAD, _UNKNOWN, _NONE = 0, 1, 2
-FIRST_ITEM = 3
+PADDING, UNKNOWN_ITEM, NO_ITEM, FIRST_ITEM = 0, 1, 2, 3
+"""Ids of a history: what fills a batch up, an item that is not known, a history without any, the first known item."""
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 # What a processor reads besides weights and config.
 _PROCESSOR_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
@@ -183,7 +183,7 @@ def item_ids(items: Sequence[str]) -> dict[str, int]:
 
 def history_inputs(ids: Mapping[str, int], items: Sequence[str]) -> Inputs:
     """Returns the inputs of a history, oldest first: an item that is not known is 1, an empty history the one id 2."""
-    found = [ids.get(item, _UNKNOWN) for item in items] or [_NONE]
+    found = [ids.get(item, UNKNOWN_ITEM) for item in items] or [NO_ITEM]
     return _ids(found)
 
 

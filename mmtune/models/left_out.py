@@ -16,9 +16,9 @@ from mmtune.models.towers import tower_of
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_TOWER = {"image": "vision", "audio": "audio"}
+_TOWER = {"image": "vision", "audio": "audio", "behaviour": "behaviour"}
 # What a projector's name says of the media that go through it.
-_WORDS = {"image": ("vis", "image"), "audio": ("audio", "speech")}
+_WORDS = {"image": ("vis", "image"), "audio": ("audio", "speech"), "behaviour": ("behaviour",)}
 
 Released = list[tuple[nn.Module, str, nn.Parameter]]
 

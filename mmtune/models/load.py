@@ -129,23 +129,29 @@ def load_model(
     if random_weights:
         return cls(config).to(dtype or torch.float32).eval()
     _check_weights(Path(path))
-    more: dict[str, Any] = {}
+    given = {"config": config, "revision": revision, "dtype": dtype or torch.float32, "local_files_only": offline}
     if nf4:
-        from mmtune.models.quantize import nf4_config
+        from mmtune.models.quantize import keep_layout, nf4_config
 
-        more["quantization_config"] = nf4_config(cls, config, dtype or torch.float32)
-    built = built_without(cls, leave_out) if leave_out else cls
+        given["quantization_config"] = nf4_config(cls, config, dtype or torch.float32)
+    model = _with_weights(built_without(cls, leave_out) if leave_out else cls, path, given)
+    if leave_out:
+        finish(model, cls)
+    if nf4:
+        keep_layout(model)
+    return model.eval()
+
+
+def _with_weights(cls: Any, path: str, given: dict[str, Any]) -> PreTrainedModel:
+    """Returns a model of a class with all its weights; ``given`` goes to ``from_pretrained``.
+
+    Raises:
+        CapabilityError: They are not at hand.
+        IntegrityError: Some are missing, damaged or of another shape.
+    """
     try:
-        model, info = built.from_pretrained(
-            path,
-            config=config,
-            revision=revision,
-            dtype=dtype or torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=offline,
-            output_loading_info=True,
-            **more,
+        model, info = cls.from_pretrained(
+            path, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **given
         )
     except OSError as error:
         raise _not_at_hand(path, error) from error
@@ -164,13 +170,7 @@ def load_model(
         raise IntegrityError(
             f"{path} lacks {len(missing)} weights, such as {missing[0]}", "fetch the model again", "missing_weights"
         )
-    if leave_out:
-        finish(model, cls)
-    if nf4:
-        from mmtune.models.quantize import keep_layout
-
-        keep_layout(model)
-    return model.eval()
+    return model
 
 
 def _check_weights(folder: Path) -> None:

@@ -32,7 +32,7 @@ def with_method(
         lora: Arguments of ``add_lora``.
         virtual_tokens: Length of a soft prompt.
         base_path: Recorded in the adapter.
-        soft_prompt: ``init`` and ``text_ids`` of ``add_soft_prompt``; with ``lora`` a soft prompt trains beside it.
+        soft_prompt: What ``add_soft_prompt`` starts from; with ``lora`` a soft prompt trains beside it.
         soft_tokens: How many learned vectors the templates have in their text; they take the place of virtual tokens.
 
     Raises:
@@ -61,7 +61,8 @@ def _with_soft_tokens(model: Any, method: str, count: int, start: Mapping[str, A
             "set finetune.method to prompt or lora, or take templates without {soft: n}",
             "soft_tokens_untrained",
         )
-    vectors = first_vectors(model, count, **start)
+    known = ("init", "text_ids", "label_ids")
+    vectors = first_vectors(model, count, **{name: start[name] for name in known if name in start})
     if method == "lora":
         adapted = add_lora(model, **lora)
         fuse_lora(adapted)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mmtune.errors import CapabilityError
+from mmtune.models.soft_tokens import labels_first
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,8 @@ def add_soft_prompt(
     virtual_tokens: int,
     init: str = "random",
     text_ids: Sequence[int] = (),
+    label_ids: Sequence[Sequence[int]] = (),
+    encoder: str = "mlp",
     base_path: str = "",
 ) -> Any:
     """Returns the model wrapped by PEFT, with fresh virtual tokens and everything else frozen.
@@ -37,9 +40,11 @@ def add_soft_prompt(
         model: The base model.
         method: One of ``METHODS``.
         virtual_tokens: How many vectors are learned; those of a text are as many as its tokens.
-        init: ``random``; ``vocabulary`` starts ``prompt`` with the embeddings of tokens drawn; ``text`` starts
-            ``prompt`` and ``prefix`` as if the text stood typed before every row.
+        init: ``random``; ``vocabulary`` starts ``prompt`` with the embeddings of tokens drawn, ``labels`` with those of
+            labels before them; ``text`` starts ``prompt`` and ``prefix`` as if the text stood typed before every row.
         text_ids: Tokens of that text.
+        label_ids: Tokens of every label.
+        encoder: Of ``p_tuning``: ``mlp`` or ``lstm``.
         base_path: Recorded in the adapter.
 
     Raises:
@@ -60,8 +65,9 @@ def add_soft_prompt(
         "prefix": peft.PrefixTuningConfig,
     }
     count = len(text_ids) if init == "text" else virtual_tokens
-    config = kinds[method](task_type="CAUSAL_LM", num_virtual_tokens=count)
-    start = None if init == "random" else _start(model, method, count, text_ids)
+    more = {"encoder_reparameterization_type": encoder.upper()} if method == "p_tuning" else {}
+    config = kinds[method](task_type="CAUSAL_LM", num_virtual_tokens=count, **more)
+    start = None if init == "random" else _start(model, method, count, text_ids, label_ids)
     wrapped = peft.get_peft_model(model, config)
     if start is not None:
         weight = wrapped.prompt_encoder["default"].embedding.weight
@@ -70,7 +76,9 @@ def add_soft_prompt(
     return logits_of_own_tokens(wrapped)
 
 
-def _start(model: Any, method: str, count: int, text_ids: Sequence[int]) -> torch.Tensor:
+def _start(
+    model: Any, method: str, count: int, text_ids: Sequence[int], label_ids: Sequence[Sequence[int]]
+) -> torch.Tensor:
     """Returns what virtual tokens start as: embeddings ``(V, H)``, or keys and values ``(V, layers, 2, heads, width)``.
 
     Args:
@@ -78,6 +86,7 @@ def _start(model: Any, method: str, count: int, text_ids: Sequence[int]) -> torc
         method: ``prompt`` or ``prefix``.
         count: V.
         text_ids: ``(V,)`` tokens to start from; drawn from the vocabulary where there are none.
+        label_ids: Tokens of labels, whose mean stands first in place of tokens drawn.
     """
     import torch
 
@@ -86,7 +95,7 @@ def _start(model: Any, method: str, count: int, text_ids: Sequence[int]) -> torc
     ids = torch.tensor(list(text_ids)) if text_ids else drawn
     with torch.no_grad():
         if method == "prompt":
-            return embed(ids).float()
+            return labels_first(embed, embed(ids), label_ids).float()
         training = model.training
         made = model.eval()(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], use_cache=True)
         model.train(training)

@@ -7,7 +7,7 @@ them, and every family can have them. The base's own weights are untouched.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,15 +81,37 @@ def soft_tokens(model: Any) -> SoftTokens | None:
     return getattr(model.get_input_embeddings(), "soft_tokens", None)
 
 
-def first_vectors(model: Any, count: int, init: str = "random", text_ids: Sequence[int] = ()) -> torch.Tensor:
+def labels_first(
+    embed: Callable[[torch.Tensor], torch.Tensor], vectors_VH: torch.Tensor, label_ids: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """Returns ``(V, H)`` vectors whose first are labels: the mean of the embeddings of a label's tokens.
+
+    Args:
+        embed: Tokens ``(N,)`` to their embeddings ``(N, H)``.
+        vectors_VH: What stands behind the labels; of more than V labels the last are left out.
+        label_ids: Tokens of every label.
+    """
+    device = vectors_VH.device
+    labels = [embed(torch.tensor(list(own), device=device)).mean(0) for own in label_ids[: len(vectors_VH)]]
+    return torch.stack([*labels, *vectors_VH[len(labels) :]])
+
+
+def first_vectors(
+    model: Any,
+    count: int,
+    init: str = "random",
+    text_ids: Sequence[int] = (),
+    label_ids: Sequence[Sequence[int]] = (),
+) -> torch.Tensor:
     """Returns the ``(count, H)`` vectors that soft tokens start as.
 
     Args:
         model: The base model.
         count: How many.
         init: ``random`` draws from a normal distribution as PEFT does, ``vocabulary`` takes embeddings of drawn
-            tokens, ``text`` those of a text, cut or repeated to fit.
+            tokens, ``labels`` those of labels before them, ``text`` those of a text, cut or repeated to fit.
         text_ids: Tokens of the text.
+        label_ids: Tokens of every label.
     """
     embeddings = model.get_input_embeddings()
     if init == "random":
@@ -97,7 +119,7 @@ def first_vectors(model: Any, count: int, init: str = "random", text_ids: Sequen
     known = torch.tensor(list(text_ids)) if text_ids else torch.randint(0, embeddings.num_embeddings, (count,))
     ids = known.repeat(-(-count // len(known)))[:count]
     with torch.no_grad():
-        return embeddings(ids.to(embeddings.weight.device)).float()
+        return labels_first(embeddings, embeddings(ids.to(embeddings.weight.device)), label_ids).float()
 
 
 def save_soft_tokens(soft: SoftTokens, folder: Path) -> None:

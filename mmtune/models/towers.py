@@ -1,4 +1,4 @@
-"""Which parameters belong to which tower: vision, audio, projector, fusion, llm.
+"""Which parameters belong to which tower: vision, audio, behaviour, projector, fusion, llm.
 
 transformers names the parts of its multimodal models alike within a few words; the first
 pattern that matches a parameter's dotted name decides, and the rest is the language model.
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-TOWERS = ("llm", "projector", "vision", "audio", "fusion")
+TOWERS = ("llm", "projector", "vision", "audio", "behaviour", "fusion")
 
 # Order matters: a projector may sit inside a tower's module (Qwen's `visual.merger`).
 _PATTERNS: tuple[tuple[str, str], ...] = (
@@ -26,10 +26,11 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
     ("fusion", r"model\.(gate|segments|media_attention)"),
     (
         "projector",
-        r"multi_?modal_projector|connector|aligner|mlp1|embed_vision|embed_audio|audio_projector"
+        r"multi_?modal_projector|connector|aligner|mlp1|embed_vision|embed_audio|audio_projector|behaviour_projector"
         r"|img_projection|image_newline|up_proj_for_(speech|vision_speech)|down_proj_for_(speech|vision_speech)"
         r"|\w*merger(_list)?|qformer|resampler|perceiver",
     ),
+    ("behaviour", r"behaviour_tower"),
     ("audio", r"audio_tower|audio_model|audio_encoder|audio_embed|speech_encoder|encoder_audio"),
     ("vision", r"vision_tower|vision_model|visual|vision_encoder|image_encoder|image_embed|vision_embed_tokens"),
 )

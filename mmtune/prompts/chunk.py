@@ -13,6 +13,7 @@ import pyarrow as pa
 from mmtune.media.content import own_name
 from mmtune.media.known import MediaPlace, MediumKey, Probe, Prober
 from mmtune.media.probe import ProbeLimits
+from mmtune.prompts.delimiters import DELIMITERS, TURNS, delimited
 from mmtune.prompts.exemplars import Choose, Order
 from mmtune.prompts.forms import MEDIA
 from mmtune.prompts.jinja_process import JinjaProcess
@@ -67,7 +68,8 @@ class Built:
         keys: ``(rows, 2)`` what ``SplitOverlap`` compares.
         probes: Media that were probed here.
         odd: Rows with invisible or direction-changing characters.
-        asked: Rows by how they are asked: ``shots_2``, ``rationale``, ``options``, ``no_options``, ``inverted``.
+        asked: Rows by how they are asked: ``shots_2``, ``rationale``, ``options``, ``no_options``, ``inverted``, and
+            those with exemplars by what parts these: ``parted_turns``, or the name of delimiters.
     """
 
     source: int
@@ -143,6 +145,8 @@ class ChunkBuilder:
             assert isinstance(item, Record)
             keys.append(example_keys(example, item))
             tasks[example.task] += 1
+            if example.exemplar_ids:
+                asked[f"parted_{example.metadata.get(DELIMITERS, TURNS)}"] += 1
             odd += any(_ODD.search(message.text) is not None for message in example.messages)
         return Built(
             source=chunk.source,
@@ -185,7 +189,11 @@ class ChunkBuilder:
             made = self._with_content_free(made, probed, how)
         if self.keep_slots and not probed.messages:
             made = replace(made, metadata={**made.metadata, SLOTS: slots_text(probed)})
-        return made if self.prompt is None or style.inverted else asked_with(self.prompt, made, self.name)
+        if self.prompt is not None and not style.inverted:
+            made = asked_with(self.prompt, made, self.name)
+        if isinstance(made, Reject) or self.shares is None or chunk.split != "train":
+            return made
+        return delimited(made, self.shares.delimiters, self.seed)
 
     def _exemplars(self, record: Record, number: int, chunk: Chunk) -> Sequence[Record]:
         if not number:

@@ -36,12 +36,14 @@ class Shares:
         rationale: Share with its reasoning before the answer.
         options: Share of the rows with options whose options are listed; None leaves it to the templates.
         inverted: Share that is asked the other way round.
+        delimiters: Share of the rows with exemplars that show them as text.
     """
 
     shots: Mapping[int, float] = field(default_factory=dict)
     rationale: float = 0.0
     options: float | None = None
     inverted: float = 0.0
+    delimiters: float = 0.0
 
     def draw(self, row: str, seed: int) -> tuple[Style, int]:
         """Returns the style of a row and its number of exemplars, drawn from seed and id alone."""

@@ -95,6 +95,17 @@ _RECOMMENDATION = {
     "recommend_one": "Name a single item to recommend after {text}.",
 }
 _RECOMMENDATION_INVERTED = {"recommend_why": ("A user was recommended {answer}. What did they like before?", "{text}")}
+_RECOMMENDATION_SHOWN = {
+    "recommend_shown_next": "What should be recommended next?",
+    "recommend_shown_user": "What will this user choose next?",
+    "recommend_shown_predict": "Predict the next item of this history.",
+    "recommend_shown_item": "Next item:",
+    "recommend_shown_suggest": "Suggest one item to the user with this history.",
+    "recommend_shown_enjoy": "{media}\nThe same user may also enjoy",
+    "recommend_shown_options": "Which of these fits this user best: {options}?",
+    "recommend_shown_pick": "Pick the item among {options} that this user would take.",
+    "recommend_shown_flan": "What will this user choose now?\n\n{options_}",
+}
 _INSTRUCTION = {
     "instruction_plain": "{question}",
     "instruction_task": "Task: {question}",
@@ -115,7 +126,11 @@ TEXT_POOLS: dict[str, tuple[Template, ...]] = {
     "question_answering": wordings("question_answering", "text", _ANSWERS, _ANSWERS_INVERTED),
     "dialogue": wordings("dialogue", "text", _DIALOGUE, _DIALOGUE_INVERTED),
     "recommendation": wordings("recommendation", "label", _RECOMMENDATION, _RECOMMENDATION_INVERTED),
+    "recommendation_shown": wordings(
+        "recommendation", "label", _RECOMMENDATION_SHOWN, of=dict.fromkeys(_RECOMMENDATION_SHOWN, "behaviour")
+    ),
     "instruction": wordings("instruction", "text", _INSTRUCTION, _INSTRUCTION_INVERTED),
     "text": wordings("text", "text", {"text_plain": ""}),
 }
-"""Task to its wordings; the ``text`` of a corpus has nothing before it."""
+"""Task to its wordings; the ``text`` of a corpus has nothing before it. ``recommendation_shown`` is for rows that show
+a history and ask nothing of their own."""

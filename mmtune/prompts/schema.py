@@ -6,13 +6,25 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mmtune.records import MODALITIES, Example, Medium, Message, Modality, Part, SoftPart, TextPart, ToolCall
+from mmtune.records import (
+    MODALITIES,
+    Example,
+    Medium,
+    Message,
+    Modality,
+    Part,
+    SoftPart,
+    TextPart,
+    ToolCall,
+    history,
+    items_of,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-COLUMN: dict[Modality, str] = {"image": "images", "audio": "audios", "video": "videos"}
-"""Modality to the column that holds its media, in reading order."""
+COLUMN: dict[Modality, str] = {"image": "images", "audio": "audios", "video": "videos", "behaviour": "histories"}
+"""Modality to the column that holds its media, in reading order; a history is the list of its items."""
 
 
 def instructions_schema() -> pa.Schema:
@@ -50,7 +62,7 @@ def instructions_schema() -> pa.Schema:
         [
             *((name, text) for name in names),
             ("messages", pa.list_(message)),
-            *((COLUMN[modality], pa.list_(medium)) for modality in MODALITIES),
+            *((COLUMN[modality], pa.list_(texts if modality == "behaviour" else medium)) for modality in MODALITIES),
             ("references", texts),
             ("options", texts),
             ("exemplar_ids", texts),
@@ -61,7 +73,7 @@ def instructions_schema() -> pa.Schema:
 
 def example_to_row(example: Example) -> dict[str, Any]:
     """Returns the row of an Example; ``fps`` and ``seconds`` keep 32 bits."""
-    media: dict[Modality, list[dict[str, Any]]] = {modality: [] for modality in MODALITIES}
+    media: dict[Modality, list[Any]] = {modality: [] for modality in MODALITIES}
     for medium in example.media:
         media[medium.modality].append(_medium_to_row(medium))
     return {
@@ -106,12 +118,15 @@ def row_to_example(row: Mapping[str, Any]) -> Example:
 def row_to_messages(row: Mapping[str, Any]) -> tuple[Message, ...]:
     """Returns the messages of a row; only its columns ``messages`` and those of media are read."""
     media = {
-        modality: iter([_row_to_medium(modality, item) for item in row[column]]) for modality, column in COLUMN.items()
+        modality: iter([_row_to_medium(modality, item) for item in row.get(column) or ()])
+        for modality, column in COLUMN.items()
     }
     return tuple([_row_to_message(message, media) for message in row["messages"]])
 
 
-def _medium_to_row(medium: Medium) -> dict[str, Any]:
+def _medium_to_row(medium: Medium) -> dict[str, Any] | list[str]:
+    if medium.modality == "behaviour":
+        return list(items_of(medium))
     return {
         "path": medium.path,
         "bytes": medium.data,
@@ -126,7 +141,9 @@ def _medium_to_row(medium: Medium) -> dict[str, Any]:
     }
 
 
-def _row_to_medium(modality: Modality, row: Mapping[str, Any]) -> Medium:
+def _row_to_medium(modality: Modality, row: Any) -> Medium:
+    if modality == "behaviour":
+        return history(row)
     return Medium(
         modality,
         row["path"],

@@ -10,7 +10,7 @@ import base64
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from mmtune.errors import DataError
 from mmtune.media.content import own_name
 from mmtune.prompts.forms import options_list, slot_values
 from mmtune.prompts.schema import COLUMN, example_to_row, row_to_example
-from mmtune.records import MODALITIES, Example, Medium, Message, Part, Record, Reject, TextPart
+from mmtune.records import IN_FILES, Example, Medium, Message, Part, Record, Reject, TextPart, merged
 
 SCHEMA = "mmtune.prompt/1"
 SOFT = "soft"
 """Folder within prompt/ that holds the soft tokens of a searched prompt, a PEFT adapter of method prompt."""
+_WITH_BYTES = tuple(COLUMN[modality] for modality in IN_FILES)
 SLOTS = "slots"
 """Metadata key with a row's slots as JSON: what a searched instruction may name beside ``{prompt}``."""
 _PIECE = re.compile(r"\{\{|\}\}|\{([A-Za-z_][A-Za-z0-9_]*)\}")
@@ -169,18 +170,7 @@ def _parts(
         else:
             return name
     out.append(TextPart(instruction[end:]))
-    return _merged(out)
-
-
-def _merged(parts: Iterable[Part]) -> tuple[Part, ...]:
-    """Returns parts with neighbouring texts joined and empty ones left out."""
-    out: list[Part] = []
-    for part in parts:
-        if isinstance(part, TextPart) and out and isinstance(out[-1], TextPart):
-            out[-1] = TextPart(out[-1].text + part.text)
-        elif not isinstance(part, TextPart) or part.text:
-            out.append(part)
-    return tuple(out)
+    return merged(out)
 
 
 def _slots(example: Example, words: Mapping[str, str]) -> dict[str, str]:
@@ -282,7 +272,7 @@ def prompt_facts(prompt: SearchedPrompt) -> dict[str, Any]:
     """Returns a searched prompt as JSON."""
     rows = [example_to_row(one) for one in prompt.exemplars]
     for row in rows:
-        for column in COLUMN.values():
+        for column in _WITH_BYTES:
             row[column] = [{**item, "bytes": _packed(item["bytes"])} for item in row[column]]
     soft = {"soft": list(prompt.soft)} if prompt.soft else {}
     return {"instruction": prompt.instruction, "words": dict(prompt.words), "exemplars": rows, **soft}
@@ -318,8 +308,7 @@ def _packed(data: bytes | None) -> str | None:
 
 def _unpacked(row: Mapping[str, Any]) -> dict[str, Any]:
     out = dict(row)
-    for modality in MODALITIES:
-        column = COLUMN[modality]
+    for column in _WITH_BYTES:
         out[column] = [
             {**item, "bytes": None if item["bytes"] is None else base64.b64decode(item["bytes"])}
             for item in row[column]

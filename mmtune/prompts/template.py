@@ -33,7 +33,7 @@ from mmtune.records import Example, Medium, Message, Modality, Part, Record, Rej
 POOLS: dict[str, tuple[Template, ...]] = {**MEDIA_POOLS, **TEXT_POOLS}
 """Pool to its wordings; the first is the one of ``templates: first``."""
 
-TASKS = (*(name for name in POOLS if name not in ("label_options", "choice")), "conversation")
+TASKS = (*(name for name in POOLS if name not in ("label_options", "choice", "recommendation_shown")), "conversation")
 """Every task that a source may name."""
 
 METRICS = {
@@ -235,6 +235,9 @@ def _pool_name(record: Record, style: Style) -> str:
     if record.task == "label" and not record.text:
         return "label_options" if few and style.options is not False else "label"
     own = record.task if record.task in POOLS and record.task != "label" else "instruction"
+    if own == "recommendation" and "behaviour" in _kinds(record):
+        # What the user chose is shown, and not told in the text, which is a question then.
+        own = "instruction" if record.text else "recommendation_shown"
     # These have wordings of their own with options and without; an inverted wording lists none.
     listed = own not in ("count", "presence", "sentiment_analysis", "recommendation", "dialogue", "text")
     return "choice" if few and record.text and listed and style.options is not False and not style.inverted else own
@@ -256,8 +259,18 @@ def _ask(
         says = filled.prompt.strip() or record.media or template.id == "text_plain"
         if says and (filled.taught or record.split != "train"):
             return template, filled
-    names = ", ".join(template.id for template in templates[:3]) or "there is none for its fields and media"
+    names = ", ".join(template.id for template in templates[:3]) or _why_none_fits(record, wordings.file)
     return Reject(record.where, record.id, "template_empty", f"no template says anything of this row: {names}")
+
+
+def _why_none_fits(record: Record, file: Sequence[Template]) -> str:
+    """Says which names of a file's first templates a row has no value for, where that is the reason."""
+    values = _values(record, raw=True)
+    missing = {one.id: ", ".join(missing_slots(one, values)) for one in file}
+    named = [f"{name!r} names {slots}" for name, slots in missing.items() if slots][:3]
+    if not named:
+        return "there is none for its fields and media"
+    return f"{'; '.join(named)}; the row has {', '.join(sorted(values))}"
 
 
 def _fill(template: Template, record: Record, seed: int, render: Render | None) -> Filled | Reject:

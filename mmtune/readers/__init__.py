@@ -8,7 +8,7 @@ from importlib import import_module
 
 from mmtune.errors import RecipeError
 from mmtune.readers.source import SourceFiles
-from mmtune.records import MODALITIES, Modality, Record, Reject
+from mmtune.records import IN_FILES, Modality, Record, Reject
 
 Reader = Callable[[SourceFiles], Iterator[Record | Reject]]
 
@@ -44,8 +44,8 @@ _IMAGES_ONLY = ("chartqa", "coco_captions", "coco_instances", "flickr30k", "vqa_
 
 
 def modalities_of(name: str) -> tuple[Modality, ...]:
-    """Returns the kinds of media that a reader's files can name."""
-    return ("image",) if name in _IMAGES_ONLY else MODALITIES
+    """Returns the kinds of files that a reader's rows can name."""
+    return ("image",) if name in _IMAGES_ONLY else IN_FILES
 
 
 def unread_keys(name: str, given: Mapping[str, object]) -> list[str]:

@@ -9,21 +9,22 @@ A JSON array (or JSONL)::
       "output": "The skateboard in the image is in an upside-down position, ...", "type": "conv"}]
 
 ``history`` is a list of ``[question, answer]`` pairs that came before. Media (``image``,
-``images``, ``audios``, ``videos``) stand where ``<image>`` and its like stand, else first.
+``images``, ``audios``, ``videos``, ``histories``) stand where ``<image>`` and its like stand, else first.
 ``columns`` gives other names: ``instruction``, ``input``, ``output``, ``history``, ``system``.
 The published files repeat their ``id``, so it is used only with ``columns: {id: id}``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mmtune.readers.conversation import PLACEHOLDER, Placeholders, check_turns, media_columns, row_metadata
 from mmtune.readers.fields import answer_text, as_list, as_object, as_text, record_id, text_field
 from mmtune.readers.source import Refused, Row, SourceFiles, read_rows
 from mmtune.readers.strict_json import iter_items
-from mmtune.records import MODALITIES, Message, Record, Reject, TextPart
+from mmtune.records import MODALITIES, Medium, Message, Modality, Record, Reject, TextPart
 
 
 def read_alpaca(source: SourceFiles) -> Iterator[Record | Reject]:
@@ -31,61 +32,89 @@ def read_alpaca(source: SourceFiles) -> Iterator[Record | Reject]:
     yield from read_rows(iter_items(source.file("path")), lambda row: [_record(source, row)], source=source)
 
 
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What is asked and answered.
+
+    Attributes:
+        instruction: What to do.
+        context: What to do it with, or empty.
+        answer: The answer to learn.
+        system: System turn, or empty.
+        history: What was said before, as it stands in the file.
+        media: By modality.
+    """
+
+    instruction: str
+    context: str
+    answer: str
+    system: str
+    history: Any
+    media: Mapping[Modality, Sequence[Medium]]
+
+    @property
+    def listed(self) -> tuple[Medium, ...]:
+        """All media, in the order of modalities."""
+        return tuple(medium for modality in MODALITIES for medium in self.media[modality])
+
+    @property
+    def marked(self) -> bool:
+        """Whether the text says where media stand."""
+        return PLACEHOLDER.search(self.instruction + self.context) is not None
+
+
 def _record(source: SourceFiles, row: Row) -> Record:
     value = as_object(row.value)
     if value.get("label") is False or value.get("kto_tag") is False:
         raise Refused("not_preferred", "/label: false; this answer is not one to learn")
-    instruction = text_field(value, _name(source, "instruction"))
-    context = _optional(value, _name(source, "input"))
-    output_key = _name(source, "output") if _name(source, "output") in value else "chosen"
-    answer = answer_text(text_field(value, output_key if output_key in value else "output"), f"/{output_key}")
-    system = _optional(value, _name(source, "system"))
-    history = value.get(_name(source, "history")) or []
-    media = media_columns(source, value)
-    listed = [medium for modality in MODALITIES for medium in media[modality]]
+    task = _task(source, value)
     own = value.get(str(source.columns["id"])) if "id" in source.columns else None
-    metadata = row_metadata(value, ("type", "category"))
-    marked = PLACEHOLDER.search(instruction + context) is not None
-    if not (history or system or marked):
-        if not instruction.strip() and not context.strip() and not listed:
-            raise Refused("empty_question", "/instruction: there is no instruction")
-        return Record(
-            id=record_id(source, own, row),
-            source=source.id,
-            task="instruction",
-            split=source.split,
-            text=instruction,
-            context=context,
-            media=tuple(listed),
-            references=(answer,),
-            metadata=metadata,
-            where=row.where,
-        )
-    placeholders = Placeholders(media)
-    turns = [Message("system", (TextPart(system),))] if system else []
-    for at, pair in enumerate(as_list(history, "/history")):
+    told: dict[str, Any] = {
+        "id": record_id(source, own, row),
+        "source": source.id,
+        "split": source.split,
+        "metadata": row_metadata(value, ("type", "category")),
+        "where": row.where,
+    }
+    if task.history or task.system or task.marked:
+        return Record(task="conversation", messages=_turns(task), **told)
+    if not task.instruction.strip() and not task.context.strip() and not task.listed:
+        raise Refused("empty_question", "/instruction: there is no instruction")
+    shown: dict[str, Any] = {"text": task.instruction, "context": task.context, "media": task.listed}
+    return Record(task="instruction", references=(task.answer,), **shown, **told)
+
+
+def _task(source: SourceFiles, value: Mapping[str, Any]) -> _Task:
+    output_key = _name(source, "output") if _name(source, "output") in value else "chosen"
+    return _Task(
+        instruction=text_field(value, _name(source, "instruction")),
+        context=_optional(value, _name(source, "input")),
+        answer=answer_text(text_field(value, output_key if output_key in value else "output"), f"/{output_key}"),
+        system=_optional(value, _name(source, "system")),
+        history=value.get(_name(source, "history")) or [],
+        media=media_columns(source, value),
+    )
+
+
+def _turns(task: _Task) -> tuple[Message, ...]:
+    """Returns a conversation: the system turn, what was said before, and the task."""
+    placeholders = Placeholders(task.media)
+    turns = [Message("system", (TextPart(task.system),))] if task.system else []
+    for at, pair in enumerate(as_list(task.history, "/history")):
         said = as_list(pair, f"/history/{at}")
         if len(said) != 2:
             raise Refused("bad_field", f"/history/{at}: expected a question and an answer, found {len(said)} item(s)")
         turns.append(Message("user", placeholders.parts(as_text(said[0], f"/history/{at}/0"))))
         turns.append(Message("assistant", (TextPart(as_text(said[1], f"/history/{at}/1")),)))
-    question = f"{instruction}\n\n{context}" if context else instruction
+    question = f"{task.instruction}\n\n{task.context}" if task.context else task.instruction
     parts = placeholders.parts(question)
-    if marked:
+    if task.marked:
         placeholders.check()
     else:
-        parts = (*listed, *parts)
-    turns += [Message("user", parts), Message("assistant", (TextPart(answer),))]
+        parts = (*task.listed, *parts)
+    turns += [Message("user", parts), Message("assistant", (TextPart(task.answer),))]
     check_turns(turns, "/history")
-    return Record(
-        id=record_id(source, own, row),
-        source=source.id,
-        task="conversation",
-        split=source.split,
-        messages=tuple(turns),
-        metadata=metadata,
-        where=row.where,
-    )
+    return tuple(turns)
 
 
 def _name(source: SourceFiles, key: str) -> str:

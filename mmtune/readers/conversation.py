@@ -7,9 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmtune.readers.fields import as_object, kind, media_of, record_id, scalar_text
+from mmtune.readers.fields import as_list, as_object, kind, media_of, record_id, scalar_text
+from mmtune.readers.histories import history_items
 from mmtune.readers.source import Refused, Row, SourceFiles
-from mmtune.records import MODALITIES, Medium, Message, Modality, Part, Record, Role, TextPart, ToolCall
+from mmtune.records import MODALITIES, Medium, Message, Modality, Part, Record, Role, TextPart, ToolCall, history
 
 ROLE_NAMES: dict[str, Role] = {
     "system": "system",
@@ -27,11 +28,12 @@ ROLE_NAMES: dict[str, Role] = {
 }
 """Role names of the formats to ours."""
 
-PLACEHOLDER = re.compile(r"<(image|audio|video)>")
+PLACEHOLDER = re.compile(rf"<({'|'.join(MODALITIES)})>")
 _MEDIA_KEYS: dict[Modality, tuple[str, ...]] = {
     "image": ("images", "image"),
     "audio": ("audios", "audio"),
     "video": ("videos", "video"),
+    "behaviour": ("histories",),
 }
 
 
@@ -48,16 +50,23 @@ def media_columns(source: SourceFiles, row: Mapping[str, Any]) -> dict[Modality,
     strip = str(source.columns.get("strip", ""))
     found: dict[Modality, list[Medium]] = {}
     for modality in MODALITIES:
-        named = source.columns.get(f"{modality}s", source.columns.get(modality))
+        named = source.columns.get(_MEDIA_KEYS[modality][0], source.columns.get(modality))
         keys = (str(named),) if named is not None else _MEDIA_KEYS[modality]
         found[modality] = [
-            medium for key in keys if key in row for medium in media_of(row[key], modality, f"/{key}", strip)
+            medium for key in keys if key in row for medium in _listed(row[key], modality, f"/{key}", strip)
         ]
     return found
 
 
+def _listed(value: Any, modality: Modality, pointer: str, strip: str) -> tuple[Medium, ...]:
+    if modality != "behaviour":
+        return media_of(value, modality, pointer, strip)
+    histories = as_list([] if value is None else value, pointer)
+    return tuple(history(history_items(items, f"{pointer}/{at}")) for at, items in enumerate(histories))
+
+
 class Placeholders:
-    """Puts a row's media where its ``<image>``, ``<audio>`` and ``<video>`` stand.
+    """Puts a row's media where its ``<image>``, ``<audio>``, ``<video>`` and ``<behaviour>`` stand.
 
     A placeholder in the user's and the tools' turns is one medium; the same characters in a
     system or assistant turn are text. The line break that formats put beside a placeholder
@@ -143,6 +152,26 @@ def check_turns(messages: Sequence[Message], pointer: str) -> None:
             raise Refused("empty_answer", f"{pointer}/{at}: the assistant's turn is empty")
     if not any(message.role == "assistant" and message.train for message in messages):
         raise Refused("no_target", f"{pointer}: no assistant turn to learn from")
+
+
+def taught_turns(source: SourceFiles, row: Mapping[str, Any], spellings: Sequence[str]) -> tuple[str, list[Any]]:
+    """Returns the key of a row's turns, and the turns as they stand there.
+
+    Args:
+        source: Its column map may name the key.
+        row: The row.
+        spellings: Other keys that are looked for, the format's own first.
+
+    Raises:
+        Refused: The row is marked as not to be learned, or has no turns.
+    """
+    if row.get("label") is False:
+        raise Refused("not_preferred", "/label: false; this answer is not one to learn")
+    named = source.columns.get("messages")
+    key = str(named) if named is not None else next((name for name in spellings if name in row), spellings[0])
+    if key not in row:
+        raise Refused("bad_field", f"/{key}: missing; the row has {', '.join(map(str, row)) or 'nothing'}")
+    return key, list(as_list(row[key], f"/{key}"))
 
 
 def conversation(

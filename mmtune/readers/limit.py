@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Callable, Iterable, Iterator
 
 from mmtune.choice import id_hash
-from mmtune.records import Record, Reject
+from mmtune.records import Medium, Record, Reject, items_of
 
 
 def item_hash(item: Record | Reject) -> int:
@@ -52,8 +52,13 @@ def _unit(item: Record | Reject) -> float:
     if isinstance(item, Reject):
         return (id_hash(item.where) >> 11) / 2**53
     shown = item.media or tuple(medium for message in item.messages for medium in message.media)
-    paths = "\0".join(medium.path for medium in shown)
-    return (id_hash(paths or item.context or item.where) >> 11) / 2**53
+    names = "\0".join(medium.path or "\1".join(items_of(medium)) for medium in shown if _named(medium))
+    return (id_hash(names or item.context or item.where) >> 11) / 2**53
+
+
+def _named(medium: Medium) -> bool:
+    """Says whether a medium is known without its bytes being read: by its path, or as a history."""
+    return bool(medium.path) or medium.modality == "behaviour"
 
 
 def cut(items: Iterable[Record | Reject], size: int) -> Iterator[list[Record | Reject]]:

@@ -11,8 +11,9 @@ One JSON object per line (or a JSON array of them)::
 
 A part is text (``text`` or ``value``), an image (``{"type": "image", "image"|"path"|"url": ...}``
 or ``{"type": "image_url", "image_url": {"url": ...}}``), ``input_audio``, ``audio``, ``video``,
-``reasoning`` or ``tool_call``. A part that names no file takes the next of the row's ``images``,
-``audios`` or ``videos``. Content may be a plain string, whose ``<image>`` is just text.
+``behaviour`` (a user's history, ``{"type": "behaviour", "behaviour": ["318", "50"]}``), ``reasoning`` or
+``tool_call``. A part that names no file takes the next of the row's ``images``, ``audios``, ``videos`` or
+``histories``. Content may be a plain string, whose ``<image>`` is just text.
 A pair of ``chosen_messages`` and ``rejected_messages`` is read as its chosen conversation; a row
 with ``label: false`` (KTO) is refused as ``not_preferred``.
 """
@@ -29,13 +30,15 @@ from mmtune.readers.conversation import (
     media_columns,
     role_of,
     row_metadata,
+    taught_turns,
     tool_calls_of,
     tools_text,
 )
-from mmtune.readers.fields import as_list, as_object, as_text, kind, media_of, wrong
+from mmtune.readers.fields import as_object, as_text, kind, media_of, wrong
+from mmtune.readers.histories import history_items
 from mmtune.readers.source import Refused, Row, SourceFiles, read_rows
 from mmtune.readers.strict_json import iter_items
-from mmtune.records import MODALITIES, Medium, Message, Modality, Part, Record, Reject, TextPart, ToolCall
+from mmtune.records import MODALITIES, Medium, Message, Modality, Part, Record, Reject, TextPart, ToolCall, history
 
 _PART_MODALITY: dict[str, Modality] = {
     "image": "image",
@@ -46,6 +49,7 @@ _PART_MODALITY: dict[str, Modality] = {
     "input_audio": "audio",
     "video": "video",
     "video_url": "video",
+    "behaviour": "behaviour",
 }
 _TEXT_TYPES = ("text", "input_text", "output_text")
 
@@ -60,16 +64,8 @@ def read_messages(source: SourceFiles) -> Iterator[Record | Reject]:
 def message_record(source: SourceFiles, row: Row) -> Record:
     """Returns the conversation of one row."""
     value = as_object(row.value)
-    if value.get("label") is False:
-        raise Refused("not_preferred", "/label: false; this answer is not one to learn")
-    named = source.columns.get("messages")
-    key = str(named) if named is not None else "messages"
-    if named is None and "messages" not in value:
-        key = next((name for name in ("chosen_messages", "conversation") if name in value), key)
-    if key not in value:
-        raise Refused("bad_field", f"/{key}: missing; the row has {', '.join(map(str, value)) or 'nothing'}")
-    turns = list(as_list(value[key], f"/{key}"))
-    if named is None and isinstance(value.get("chosen"), Mapping):
+    key, turns = taught_turns(source, value, ("messages", "chosen_messages", "conversation"))
+    if "messages" not in source.columns and isinstance(value.get("chosen"), Mapping):
         turns.append(value["chosen"])
     queue = MediaQueue(media_columns(source, value), str(source.columns.get("strip", "")))
     messages = [read_turn(turn, f"/{key}/{at}", queue) for at, turn in enumerate(turns)]
@@ -169,6 +165,9 @@ def _part(part: Mapping[str, Any], pointer: str, queue: MediaQueue) -> Part:
         said = repr(name) if isinstance(name, str) else kind(name)
         raise Refused("bad_field", f"{pointer}/type: unknown part {said}")
     modality = _PART_MODALITY[name]
+    if modality == "behaviour":
+        items = _payload(part, "behaviour", "items")
+        return queue.next(modality, pointer) if items is None else history(history_items(items, f"{pointer}/{name}"))
     payload = _payload(part, name, modality, f"{modality}_url", "path", "url", "bytes")
     if isinstance(payload, Mapping):
         if "data" in payload:

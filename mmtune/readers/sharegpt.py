@@ -31,11 +31,12 @@ from mmtune.readers.conversation import (
     media_columns,
     role_of,
     row_metadata,
+    taught_turns,
     tool_calls_of,
     tools_text,
 )
-from mmtune.readers.fields import as_list, as_object, text_field
-from mmtune.readers.source import Refused, Row, SourceFiles, read_rows
+from mmtune.readers.fields import as_object, text_field
+from mmtune.readers.source import Row, SourceFiles, read_rows
 from mmtune.readers.strict_json import iter_items
 from mmtune.records import Message, Record, Reject, TextPart
 
@@ -50,17 +51,7 @@ def read_sharegpt(source: SourceFiles) -> Iterator[Record | Reject]:
 def sharegpt_record(source: SourceFiles, row: Row) -> Record:
     """Returns the conversation of one row."""
     value = as_object(row.value)
-    if value.get("label") is False:
-        raise Refused("not_preferred", "/label: false; this answer is not one to learn")
-    named = source.columns.get("messages")
-    key = (
-        str(named)
-        if named is not None
-        else next((name for name in ("conversations", "messages", "conversation") if name in value), "conversations")
-    )
-    if key not in value:
-        raise Refused("bad_field", f"/{key}: missing; the row has {', '.join(map(str, value)) or 'nothing'}")
-    turns = as_list(value[key], f"/{key}")
+    key, turns = taught_turns(source, value, ("conversations", "messages", "conversation"))
     if "chosen" in value:
         turns = [*turns, *(value["chosen"] if isinstance(value["chosen"], list) else [value["chosen"]])]
     own = value.get(str(source.columns.get("id", "id")))

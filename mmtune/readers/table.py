@@ -16,15 +16,16 @@
 * ``rationale``: how the answer is reached, for ``build.mixture.chain_of_thought``;
 * ``image``, ``audio``, ``video``: one column or a list of them;
 * ``references``, ``options``: a column that holds a list, or a list of columns;
-* ``history``: ids of items, oldest first, as a list (of JSON too, in a CSV file), a list of columns, or a text with
-  spaces, commas or bars between them;
+* ``behaviour``: one column or a list of them, each a user's history that the model is shown: ids of items, oldest
+  first, as a list (of JSON too, in a CSV file) or a text with spaces, commas or bars between them; empty for none;
+* ``history``: the same, or a list of columns of one item each, that ``extract`` knows and the model is not shown;
 * ``id``; ``metadata``: columns for grouping scores;
 * ``rows``: the name of the array in a JSON object; without it an object is a table whose keys are
   the column ``key``; ``delimiter`` of a CSV file; ``strip``: removed from the front of media paths.
 
 A value is a column's name or index, a template with names or indexes in braces, or a fixed text
-after ``=``. ``tasks: [caption]`` names the task; else a row with a question is ``vqa`` (with media) or
-``instruction``. Where no column holds questions, a row with media is ``label``, and one with an
+after ``=``. ``tasks: [caption]`` names the task; else a row with a question is ``vqa`` (with media to see or
+hear) or ``instruction``. Where no column holds questions, a row with media is ``label``, and one with an
 answer only is ``text``; where one does, a row without is refused.
 """
 
@@ -36,14 +37,14 @@ from typing import Any
 
 from mmtune.errors import RecipeError
 from mmtune.readers.fields import answer_text, as_list, kind, media_of, record_id, scalar_text
+from mmtune.readers.histories import history_items
 from mmtune.readers.source import Refused, Row, SourceFiles, read_rows
-from mmtune.readers.strict_json import parse
 from mmtune.readers.table_rows import SLOT, as_sequence, table_rows
-from mmtune.records import MODALITIES, Medium, Record, Reject
+from mmtune.records import IN_FILES, MODALITIES, Medium, Record, Reject, history
 
 _TAUGHT = ("answer", "output", "target", "references")
 _KNOWN = {*_TAUGHT} | {"question", "text", "instruction", "context", "options", "id", "metadata", "rows", "delimiter"}
-_KNOWN |= {"strip", "rationale", "history", "image", "audio", "video", "images", "audios", "videos"}
+_KNOWN |= {"strip", "rationale", "history", "behaviour", "image", "audio", "video", "images", "audios", "videos"}
 _BETWEEN = re.compile(r"[\s,;|]+")
 _MISSING = ("nan", "NaN", "null", "NULL", "None", "<NA>")
 _LISTED = frozenset({"references", "options", "history", "metadata", *MODALITIES, *(f"{name}s" for name in MODALITIES)})
@@ -158,7 +159,7 @@ def _task(source: SourceFiles, question: str, media: Sequence[Medium]) -> str:
     if len(source.tasks) == 1:
         return source.tasks[0]
     if question:
-        return "vqa" if media else "instruction"
+        return "vqa" if any(medium.modality != "behaviour" for medium in media) else "instruction"
     return "label" if media else "text"
 
 
@@ -213,45 +214,20 @@ def _texts(columns: Mapping[str, Any], name: str, row: Any) -> tuple[str, ...]:
 
 
 def _history(columns: Mapping[str, Any], row: Any) -> tuple[str, ...] | None:
-    """Returns the items of a list as they are, those of a text between spaces, commas and bars; None without a column.
+    """Returns the items of the column ``history``; of a list of columns every one that is filled holds one item.
 
-    Of a list of columns every one that is filled holds one item.
+    None without such a column.
     """
     spec = columns.get("history")
-    if spec is None:
-        return None
     if isinstance(spec, list | tuple):
         return tuple(item for item in _texts(columns, "history", row) if item)
-    found, pointer = _cell(spec, row, "history"), f"/{spec}"
-    if isinstance(found, str) and not found.lstrip().startswith("["):
-        items = tuple(item for item in _BETWEEN.split(found) if item)
-        missing = next((item for item in items if item in _MISSING), None)
-        if missing is not None:
-            raise Refused("bad_field", f"{pointer}: {missing!r} is no item; leave the cell empty where there is none")
-        return items
-    if isinstance(found, str):
-        found = _list_of(found, pointer)
-    listed = () if found is None else found if isinstance(found, list | tuple) else (found,)
-    return tuple(_item(item, f"{pointer}/{at}") for at, item in enumerate(listed))
-
-
-def _list_of(text: str, pointer: str) -> Any:
-    try:
-        return parse(text)
-    except Refused as refused:
-        raise Refused("bad_field", f"{pointer}: begins like a list, and {refused.detail}") from refused
-
-
-def _item(value: Any, pointer: str) -> str:
-    if value is None or value == "" or value != value:
-        raise Refused("bad_field", f"{pointer}: expected an item, found {'nothing' if value == '' else kind(value)}")
-    return scalar_text(value, pointer)
+    return None if spec is None else history_items(_cell(spec, row, "history"), f"/{spec}")
 
 
 def _media(source: SourceFiles, row: Any) -> tuple[Medium, ...]:
     strip = str(source.columns.get("strip", ""))
     found: list[Medium] = []
-    for modality in MODALITIES:
+    for modality in IN_FILES:
         for name in (modality, f"{modality}s"):
             if name in source.columns:
                 for spec in as_sequence(source.columns[name]):
@@ -261,4 +237,6 @@ def _media(source: SourceFiles, row: Any) -> tuple[Medium, ...]:
                             f"no_{modality}", f"/{spec} (for {name}): empty; `{name}s` takes rows without one"
                         )
                     found += media
+    for spec in as_sequence(source.columns.get("behaviour", ())):
+        found.append(history(history_items(_cell(spec, row, "behaviour"), f"/{spec}")))
     return tuple(found)

@@ -56,6 +56,10 @@ class Build(Section):
     def _one_number_of_exemplars(self) -> Build:
         if self.mixture and self.mixture.shots and self.exemplars and "k" in self.exemplars.model_fields_set:
             raise ValueError("mixture.shots says how many exemplars a row shows: leave exemplars.k out")
+        if self.mixture and self.mixture.delimiters and not (self.shots or self.prompt):
+            raise ValueError(
+                "mixture.delimiters part exemplars, and no row shows any: give mixture.shots, or leave it out"
+            )
         return self
 
     @property

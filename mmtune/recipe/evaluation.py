@@ -34,8 +34,12 @@ class Eval(Section):
     """Rows generated at once."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """At most this many rows."""
-    answer: Literal["generate", "rank"] = "generate"
-    """rank: a row with options is answered by the option that the model finds likeliest, not in its own words."""
+    answer: Literal["generate", "rank", "prototype"] = "generate"
+    """rank: a row with options is answered by the option that the model finds likeliest, not in its own words;
+    prototype: by the one whose training rows leave the model in the nearest state before the answer, in the mean
+    (a verbalizer without label words; not with shots, ablate, a searched prompt or a model of several passes)."""
+    per_label: Annotated[int, Field(ge=1)] = 16
+    """Training rows of every label that answer prototype looks at."""
     shots: Annotated[tuple[Shots, ...], BeforeValidator(_listed, json_schema_input_type=Shots | tuple[Shots, ...])] = (
         0,
     )
@@ -74,6 +78,18 @@ class Eval(Section):
         if not isinstance(value, str) and any(one in value[:at] for at, one in enumerate(value)):
             raise ValueError("one is named twice")
         return value
+
+    @model_validator(mode="after")
+    def _prototypes_of_rows_as_they_stand(self) -> Eval:
+        if self.answer != "prototype":
+            if "per_label" in self.model_fields_set:
+                raise ValueError("per_label is for answer prototype: set it, or leave per_label out")
+            return self
+        idle = [name for name in ("shots", "ablate") if any(getattr(self, name))]
+        idle += [f"compare {name}" for name in self.compare if name.endswith("best_prompt")]
+        if idle:
+            raise ValueError(f"answer prototype compares rows as they stand: leave out {idle[0]}")
+        return self
 
     @model_validator(mode="after")
     def _exemplars_are_shown(self) -> Eval:

@@ -21,7 +21,7 @@ class Encoder(Section):
 
     path: str | None = None
     """Folder or hub id of any model that transformers' AutoModel knows, with its processor; base: the base model's own
-    towers and last hidden states, which know no behaviour."""
+    towers and last hidden states; not for behaviour."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     config: dict[str, int | float] | None = None
@@ -119,6 +119,10 @@ class Extract(Section):
     """Shorter vectors beside the pooled ones."""
     index: SearchIndex = SearchIndex()
     """The search index."""
+    twins: dict[FeatureKind, Annotated[float, Field(gt=0, le=1)]] = {}
+    """Kind to a least cosine, such as {image: 0.99}. What val or test show and train does not, but for something so
+    near that it may be the same in another file, is counted, warned of and listed in twins.jsonl. Pooled vectors are
+    compared; how near is near depends on the encoder, so the median of the nearest is told too."""
     workers: Workers = "auto"
     """Processes that decode; the output does not depend on their number."""
 
@@ -126,9 +130,10 @@ class Extract(Section):
     def _joint_of_what_is_there(self) -> Extract:
         if self.joint and len(set(self.joint)) < 2:
             raise ValueError("joint joins two kinds or more, such as [image, text]")
-        lacking = [kind for kind in self.joint if self.modalities and kind not in self.modalities]
-        if lacking:
-            raise ValueError(f"joint asks for {lacking[0]}, which modalities leaves out")
+        for name, kinds in (("joint", self.joint), ("twins", self.twins)):
+            lacking = [kind for kind in kinds if self.modalities and kind not in self.modalities]
+            if lacking:
+                raise ValueError(f"{name} asks for {lacking[0]}, which modalities leaves out")
         if self.reduce is not None and "joint" in self.reduce.of and not self.joint:
             raise ValueError("reduce.of asks for joint: say what is joined, such as `joint: [image, text]`")
         return self

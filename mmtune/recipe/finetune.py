@@ -34,11 +34,16 @@ class Lora(Section):
 class SoftPrompt(Section):
     """finetune.soft_prompt: what virtual tokens start from; beside method lora, virtual tokens that train with it."""
 
-    init: Literal["random", "vocabulary", "text"] = "random"
-    """random; vocabulary: embeddings of random tokens (method prompt, or beside lora); text: as if the text stood typed
-    before every row, with as many virtual tokens as it has tokens (not p_tuning)."""
+    init: Literal["random", "vocabulary", "labels", "text"] = "random"
+    """random; vocabulary: embeddings of random tokens (method prompt, or beside lora); labels: of the training rows'
+    options, or where they have none of their answers, the most frequent first, a label of several tokens as their mean,
+    and of random tokens beyond them (as vocabulary; arXiv:2104.08691); text: as if the text stood typed before every
+    row, with as many virtual tokens as it has tokens (not p_tuning)."""
     text: str = ""
     """The text of init text."""
+    encoder: Literal["mlp", "lstm"] = "mlp"
+    """What makes the virtual tokens of p_tuning out of learned ones: an MLP, or the paper's LSTM both ways
+    (arXiv:2103.10385). Only what it makes is saved."""
     learning_rate: Annotated[float, Field(gt=0, le=10)] | None = None
     """Peak learning rate of the virtual tokens beside method lora, which want a higher one than adapters; else
     finetune.learning_rate."""
@@ -93,8 +98,8 @@ class Finetune(Section):
     lora: Lora = Lora()
     """Settings of the adapters."""
     train: tuple[Tower, ...] = ("llm",)
-    """Towers that train: llm, projector, vision, audio, and of a composite model fusion (its gate, segments, attention
-    to media), which lora trains whole and saves in adapter/ too."""
+    """Towers that train: llm, projector, vision, audio, behaviour, and of a composite model fusion (its gate, segments,
+    attention to media), which lora trains whole and saves in adapter/ too."""
     unfreeze: dict[Tower, Annotated[float, Field(gt=0)]] = {}
     """With method full: epochs for which a tower that trains stays frozen first, such as {vision: 3, llm: 5} (MMBT)."""
     augment: Augment | None = None
@@ -216,6 +221,8 @@ class Finetune(Section):
         if known is not None and prompt.init not in known:
             names = " or ".join(known)
             raise ValueError(f"soft_prompt.init of method {self.method} is {names}, not {prompt.init}")
+        if prompt.encoder != "mlp" and self.method != "p_tuning":
+            raise ValueError(f"soft_prompt.encoder is for method p_tuning, not {self.method}")
         if prompt.learning_rate is not None and self.method != "lora":
             raise ValueError("soft_prompt.learning_rate is for virtual tokens beside lora: set finetune.learning_rate")
         if self.method == "lora" and (self.lora.init == "pissa" or self.shard != "none" or self.offload):

@@ -30,6 +30,9 @@ class Mixture(Section):
     """Source of an old task to its share of all training rows; the other sources share what is left."""
     shots: dict[Annotated[int, Field(ge=1, le=32)], Share] = {}
     """Number of exemplars to the share of training rows that show so many, such as {2: 0.2, 4: 0.1}; the rest none."""
+    delimiters: Share = 0.0
+    """Share of the rows with exemplars that show them as text of one turn, between delimiters drawn per row (blank
+    lines, rules, `Q:` and `A:`, ...), in place of turns of a conversation."""
     chain_of_thought: Share = 0.0
     """Share of training rows whose rationale is taught before the answer, of those that have one."""
     options: Share | None = None

@@ -9,8 +9,8 @@ from pydantic import Field, field_validator, model_validator
 
 from mmtune.recipe.section import Section, Tower, Weight
 
-Modality = Literal["image", "audio"]
-Part = Literal["text", "image", "audio"]
+Modality = Literal["image", "audio", "behaviour"]
+Part = Literal["text", "image", "audio", "behaviour"]
 Objective = Literal["caption", "reconstruction", "adversarial", "contrastive", "masked", "match"]
 
 Rate = Annotated[float, Field(gt=0, le=10)]
@@ -18,9 +18,8 @@ Rate = Annotated[float, Field(gt=0, le=10)]
 _ELSEWHERE = {
     "video": "a video is its sampled frames, which the encoder of image reads with their times",
     "text": "text is read by the language model that build.text names",
-    "behaviour": "histories are read as words, from `columns: {text: ...}` of a table; extract encodes them apart",
 }
-TOWER_OF: dict[str, Tower] = {"text": "llm", "image": "vision", "audio": "audio"}
+TOWER_OF: dict[str, Tower] = {"text": "llm", "image": "vision", "audio": "audio", "behaviour": "behaviour"}
 """The tower that a part becomes."""
 
 
@@ -64,16 +63,18 @@ class Parts(Section):
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer, where text is a config; its size is the vocabulary."""
     encoders: dict[Modality, str | dict[str, Any]] = Field(min_length=1)
-    """image and audio to a folder or hub id of an encoder, or to a config; without model_type it is that of a small
-    encoder: patches for images, log-mel convolutions for sounds."""
+    """image, audio and behaviour to a folder or hub id of an encoder, or to a config; without model_type it is that of
+    a small encoder: patches for images, log-mel convolutions for sounds, and for histories an embedding of each item
+    (those of the training rows' histories) and of its recency; of a history the newest `window` (20) are read, and
+    while items are learned `unknown_rate` (0.05) of them are told as unknown."""
     projectors: dict[Modality, Projector] = {}
-    """image and audio to their projectors; left out: mlp."""
+    """image, audio and behaviour to their projectors; left out: mlp."""
     fusion: Fusion = Fusion()
     """How modalities meet."""
 
     @field_validator("encoders", mode="before")
     @classmethod
-    def _of_images_and_sounds(cls, value: Any) -> Any:
+    def _of_what_has_one(cls, value: Any) -> Any:
         named = sorted(_ELSEWHERE.keys() & value.keys()) if isinstance(value, dict) else []
         if named:
             raise ValueError(f"there is no encoder of {named[0]}: {_ELSEWHERE[named[0]]}")
@@ -89,6 +90,11 @@ class Parts(Section):
         if idle:
             raise ValueError(f"projectors names {idle[0]}, which has no encoder")
         return self
+
+    @property
+    def reads_items(self) -> bool:
+        """Whether an encoder of histories is built, whose items are those of the training rows."""
+        return isinstance(self.encoders.get("behaviour"), dict)
 
 
 class Codes(Section):
@@ -121,8 +127,8 @@ class Pretrain(Section):
     codes: Codes = Codes()
     """One vector per part of a row, for the objectives that need them."""
     train: Literal["all"] | tuple[Tower, ...] = "all"
-    """Towers that train: all, or some of llm, projector, vision, audio; what joins the parts (gate, segments, attention
-    to media) trains with the projector."""
+    """Towers that train: all, or some of llm, projector, vision, audio, behaviour; what joins the parts (gate,
+    segments, attention to media) trains with the projector."""
     unfreeze: dict[Part, Annotated[float, Field(gt=0)]] = {}
     """Epochs for which a part stays frozen first, such as {image: 3, text: 5} (MMBT)."""
     epochs: Annotated[float, Field(gt=0)] = 1.0

@@ -97,6 +97,8 @@ class Recipe(Section):
         split = (self.eval or Eval()).split if self.prompt and self.prompt.test_split is None else None
         if split == "train":
             raise ValueError("eval.split is train, where the dev rows of prompt come from: set prompt.test_split")
+        if self.prompt and self.eval and self.eval.answer == "prototype":
+            raise ValueError("a prompt search is scored by eval.answer generate or rank: set one, or leave prompt out")
         return self
 
     @model_validator(mode="after")

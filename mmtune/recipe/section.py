@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 SplitName = Literal["train", "val", "test"]
-Tower = Literal["llm", "projector", "vision", "audio", "fusion"]
+Tower = Literal["llm", "projector", "vision", "audio", "behaviour", "fusion"]
 Weight = Annotated[float, Field(ge=0)]
 Workers = Literal["auto"] | Annotated[int, Field(ge=1, le=256)]
 

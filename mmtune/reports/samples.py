@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mmtune.errors import DataError
 from mmtune.media.load import load_image
-from mmtune.records import Medium
+from mmtune.records import Medium, items_of
 
 KINDS = {
     "won": "Better after tuning",
@@ -22,6 +22,7 @@ KINDS = {
     "wrong": "Wrong",
 }
 _SIDE_PX = 240
+_ITEMS = 10
 _SMALL_PX = 128
 
 
@@ -40,7 +41,7 @@ class Sample:
 
     Attributes:
         pictures: Data URIs.
-        other_media: File names of what cannot be shown.
+        other_media: File names of what cannot be shown, and the newest items of histories.
         references: Each distinct reference with how often it was given.
     """
 
@@ -111,12 +112,20 @@ def make_sample(
         metric=row.metric,
         question=question,
         pictures=tuple(uri for medium in images if (uri := picture(root, medium))),
-        other_media=tuple(Path(medium.path).name for medium in media if medium.modality != "image"),
+        other_media=tuple(_in_words(medium) for medium in media if medium.modality != "image"),
         references=counted(row.references),
         answers=tuple(
             Answer(model, text, score or 0.0) for (model, text), score in zip(answers.items(), row.scores, strict=True)
         ),
     )
+
+
+def _in_words(medium: Medium) -> str:
+    if medium.modality != "behaviour":
+        return Path(medium.path).name
+    items = items_of(medium)
+    older = ["..."] if len(items) > _ITEMS else []
+    return f"history: {', '.join([*older, *items[-_ITEMS:]]) or 'nothing yet'}"
 
 
 def _kind(values: Sequence[float | None], higher_is_better: bool) -> str:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mmtune.errors import MmtuneError, RecipeError
+from mmtune.errors import DataError, MmtuneError, RecipeError
 from mmtune.models.digest import weights_digest
+from mmtune.models.inputs import FIRST_ITEM
 from mmtune.recipe import Recipe
 from mmtune.recipe.pretrain import Parts
-from mmtune.storage import foresee, open_stage, read_manifest
+from mmtune.storage import foresee, open_split, open_stage, read_manifest, stage_hash
 from mmtune.talk import Talk
 
 # What a small encoder of a modality is called by transformers' AutoConfig.
-_SMALL = {"image": "mmtune_patches", "audio": "mmtune_log_mel"}
+_SMALL = {"image": "mmtune_patches", "audio": "mmtune_log_mel", "behaviour": "mmtune_history"}
 
 
 def assemble_stage(
@@ -24,11 +25,13 @@ def assemble_stage(
     Raises:
         RecipeError: The recipe has no ``pretrain``, or its parts do not fit each other.
         CapabilityError: A part is not at hand.
+        DataError: An encoder of histories shall be built, and instructions/ holds none.
     """
     if recipe.pretrain is None:
         raise RecipeError("the recipe has no `pretrain` section", "add one: mmtune keys pretrain")
-    parts = recipe.pretrain.build
+    parts, items = recipe.pretrain.build, training_items(recipe)
     config = {"build": parts.model_dump(mode="json"), "seed": recipe.seed, "weights": _digests(parts, offline)}
+    config |= {} if items is None else {"items": stage_hash({"items": items})}
     target = recipe.run_dir / "start"
     if dry_run:
         console.say(foresee(target, stage="assemble", config=config, force=force))
@@ -39,13 +42,14 @@ def assemble_stage(
     from mmtune.models.save import save_model
 
     with staging:
-        model, processor = join(parts, recipe.seed, offline)
+        model, processor = join(parts, recipe.seed, offline, items)
         save_model(model, staging.path)
         processor.save_pretrained(str(staging.path))
         facts = {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "modalities": list(model.config.modalities),
             "branches": list(model.config.branches),
+            **({} if processor.items is None else {"items": len(processor.items)}),
         }
         staging.publish(facts=facts)
     fusion = parts.fusion
@@ -75,8 +79,36 @@ def _digest(name: str, path: str, offline: bool) -> str:
         raise type(error)(f"{key}: {error.message}", hint, error.code) from error
 
 
-def join(parts: Parts, seed: int, offline: bool) -> tuple[Any, Any]:
+def training_items(recipe: Recipe) -> list[str] | None:
+    """Returns what the histories of instructions/train are made of, sorted; None where no encoder of them is built.
+
+    Raises:
+        DataError: There are no instructions, or no training row has a history with items.
+    """
+    if recipe.pretrain is None or not recipe.pretrain.build.reads_items:
+        return None
+    import pyarrow.compute as pc
+
+    read_manifest(recipe.run_dir / "instructions", made_by="build-data")
+    table = open_split(recipe.run_dir / "instructions" / "train")
+    found = pc.list_flatten(pc.list_flatten(table.column("histories"))) if "histories" in table.column_names else []
+    if not len(found):
+        raise DataError(
+            "pretrain.build.encoders.behaviour: no training row has a history with items",
+            "name their column in a source: columns: {behaviour: ...}",
+            "no_items",
+        )
+    return sorted(pc.unique(found).to_pylist())
+
+
+def join(parts: Parts, seed: int, offline: bool, items: list[str] | None = None) -> tuple[Any, Any]:
     """Returns the composite model and its processor; fresh weights are drawn from the seed.
+
+    Args:
+        parts: Of the model.
+        seed: Of the fresh weights.
+        offline: Never reach for the network.
+        items: That a fresh encoder of histories knows.
 
     Raises:
         RecipeError: Parts do not fit each other, or a config is none.
@@ -91,7 +123,7 @@ def join(parts: Parts, seed: int, offline: bool) -> tuple[Any, Any]:
     tokenizer = None if parts.tokenizer is None else _tokenizer(parts.tokenizer, offline)
     text = parts.text if isinstance(parts.text, str) else _language_config(parts.text, tokenizer)
     encoders: dict[str, Any] = {
-        name: given if isinstance(given, str) else _config(f"encoders.{name}", {"model_type": _SMALL[name], **given})
+        name: given if isinstance(given, str) else _encoder_config(name, given, items)
         for name, given in parts.encoders.items()
     }
     settings: dict[str, Any] = {}
@@ -111,6 +143,7 @@ def join(parts: Parts, seed: int, offline: bool) -> tuple[Any, Any]:
             projectors=projectors,
             fusion=fusion,
             tokenizer=tokenizer,
+            preprocessors=None if items is None else {"behaviour": items},
             offline=offline,
             **settings,
         )
@@ -131,6 +164,18 @@ def _tokenizer(path: str, offline: bool) -> Any:
             f"pretrain.build.tokenizer: {path} has no tokenizer.json", "save a tokenizer there", "no_tokenizer"
         )
     return tokenizer_of(load_processor(path, offline=offline))
+
+
+def _encoder_config(name: str, given: dict[str, Any], items: list[str] | None) -> Any:
+    if name == "behaviour" and items is not None:
+        if "vocab_size" in given:
+            raise RecipeError(
+                "pretrain.build.encoders.behaviour.vocab_size follows from the training rows",
+                "leave it out",
+                "bad_setting",
+            )
+        given = {**given, "vocab_size": FIRST_ITEM + len(items)}
+    return _config(f"encoders.{name}", {"model_type": _SMALL[name], **given})
 
 
 def _language_config(values: dict[str, Any], tokenizer: Any) -> Any:
@@ -171,10 +216,13 @@ def _config(key: str, values: dict[str, Any]) -> Any:
 def _check_small(key: str, plain: Any, settings: dict[str, Any]) -> None:
     """Refuses values that a small encoder cannot be made of; its config takes them all."""
     for name, value in settings.items():
-        wanted = "above 0" if name.endswith("_std") else "of 1 or more"
+        wanted = (
+            "above 0" if name.endswith("_std") else "from 0 to below 1" if name == "unknown_rate" else "of 1 or more"
+        )
         whole = type(getattr(plain, name)) is int and (type(value) is not int or value < 1)
         deviation = name.endswith("_std") and not (type(value) in (int, float) and value > 0)
-        if whole or deviation:
+        chance = name == "unknown_rate" and not (type(value) in (int, float) and 0 <= value < 1)
+        if whole or deviation or chance:
             raise RecipeError(
                 f"pretrain.build.{key}.{name}: {value!r} is no number {wanted}", "check the values", "bad_setting"
             )

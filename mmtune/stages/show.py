@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtune.errors import DataError
+from mmtune.prompts.delimiters import DELIMITERS
 from mmtune.records import SOFT_ID
 from mmtune.storage import is_finished, open_split, read_manifest, verify_files
 
@@ -107,7 +108,11 @@ def _tree(value: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
         span = next((span for span in spans if span[0] == at and span[1] > at), None)
         if span is not None:
             runs.append(
-                {"branch": branch[at], "loss": False, "text": f"[{span[2]['path']}: {span[2]['length']} tokens]"}
+                {
+                    "branch": branch[at],
+                    "loss": False,
+                    "text": f"[{span[2]['path'] or span[2]['modality']}: {span[2]['length']} tokens]",
+                }
             )
             at = span[1]
             continue
@@ -158,6 +163,9 @@ def render(result: dict[str, Any]) -> str:
         for message in row["messages"]:
             text = "".join(part["text"] or f"<{part['type']}>" for part in message["content"])
             lines.append(f"  {message['role']:9} {text!r}")
+        delimiters = json.loads(row["metadata"]).get(DELIMITERS)
+        if delimiters is not None:
+            lines.append(f"  delimiters {delimiters}: the exemplars are encoded as text of the last question")
         lines.append(f"  references {row['references']}")
     return "\n".join(lines)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,14 +18,16 @@ import pyarrow as pa
 from mmtune.choice import chosen
 from mmtune.encoding.fit import fit
 from mmtune.encoding.groups import EncodedGroups, encode_groups, group_order
+from mmtune.encoding.histories import history_counts
 from mmtune.encoding.media_check import check_counts
 from mmtune.encoding.processor import load_processor, pad_token_id, processor_fingerprint
 from mmtune.encoding.refused import Refused
 from mmtune.encoding.render import IGNORED, EncodedRow, Renderer
 from mmtune.encoding.tree import TREE_SCHEMA
 from mmtune.errors import DataError, RecipeError
+from mmtune.prompts.delimiters import DELIMITERS, joined
 from mmtune.prompts.exemplars import Order, shown_ranks
-from mmtune.prompts.schema import row_to_messages
+from mmtune.prompts.schema import COLUMN, row_to_messages
 from mmtune.prompts.searched import context_of
 from mmtune.recipe import Recipe, Tokenize
 from mmtune.records import Medium
@@ -48,8 +51,9 @@ _UNIT = 512
 _INLINE_UNITS = 12
 # What loading a processor imports for seconds.
 _SLOW_IMPORTS = ("transformers.processing_utils", "transformers.models.auto.processing_auto")
+_LEFT_OUT = ("exemplars_dropped", "rows_with_fewer", "contexts_shortened")
 # Encoding reads these columns; the others (answers to score against, lineage) stay on disk.
-_READ = ["id", "messages", "images", "audios", "videos", "tools", "exemplar_ids", "references", "metadata"]
+_READ = ("id", "messages", *COLUMN.values(), "tools", "exemplar_ids", "references", "metadata")
 
 
 @dataclass(frozen=True)
@@ -124,9 +128,7 @@ class _Encoded:
         examples: Split to its rows in them.
         tokens: Of all trees.
         tokens_apart: Of all rows, were nothing shared.
-        exemplars_dropped: Exemplars that did not fit.
-        rows_with_fewer: Rows that lost some.
-        contexts_shortened: Rows whose context was cut.
+        counts: What was left out of them, see ``EncodedGroups``.
         notes: What there is to say of the counts of media tokens, once each.
     """
 
@@ -134,9 +136,7 @@ class _Encoded:
     examples: dict[str, int] = field(default_factory=dict)
     tokens: int = 0
     tokens_apart: int = 0
-    exemplars_dropped: int = 0
-    rows_with_fewer: int = 0
-    contexts_shortened: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
     notes: dict[str, None] = field(default_factory=dict)
 
     def add(self, split: str, done: EncodedGroups) -> None:
@@ -144,15 +144,14 @@ class _Encoded:
         self.examples[split] += done.rows
         self.tokens += done.tokens
         self.tokens_apart += done.apart
-        self.exemplars_dropped += done.exemplars_dropped
-        self.rows_with_fewer += done.rows_with_fewer
-        self.contexts_shortened += done.contexts_shortened
+        self.counts.update(done.counts)
         self.notes.update(dict.fromkeys(done.notes))
 
     def facts(self) -> dict[str, Any]:
         """Returns what the manifest says of it."""
-        totals = ("tokens", "tokens_apart", "exemplars_dropped", "rows_with_fewer", "contexts_shortened")
-        return {"examples": self.examples, "notes": list(self.notes), **{name: getattr(self, name) for name in totals}}
+        totals = {"tokens": self.tokens, "tokens_apart": self.tokens_apart}
+        left_out = {name: self.counts[name] for name in (*_LEFT_OUT, *self.counts)}
+        return {"examples": self.examples, "notes": list(self.notes), **totals, **left_out}
 
 
 def _write(
@@ -237,15 +236,29 @@ def _tell(made: _Encoded, refused: dict[str, int], seconds: float, target: Path,
         f"tokenize: {counted(encoded, 'row')} in {counted(sum(made.trees.values()), 'tree')}"
         f", {counted(made.tokens, 'token')} ({saved:.0%} saved by sharing), {count / max(seconds, 1e-9):,.0f} rows/s"
     )
-    if made.exemplars_dropped:
-        console.note(
-            f"{counted(made.exemplars_dropped, 'exemplar')} of {counted(made.rows_with_fewer, 'row')} did not fit"
-            " tokenize.max_length; the farthest were left out"
-        )
-    if made.contexts_shortened:
-        console.note(f"the contexts of {counted(made.contexts_shortened, 'row')} were cut to fit tokenize.max_length")
+    for note in _left_out(made.counts):
+        console.note(note)
     if refused:
         console.say(f"tokenize: refused {_drops(refused)}; see {target / 'rejects.jsonl'}")
+
+
+def _left_out(counts: Counter[str]) -> Iterator[str]:
+    """Yields what there is to say of what was left out of the rows."""
+    dropped, fewer, shortened = (counts[name] for name in _LEFT_OUT)
+    if dropped:
+        yield (
+            f"{counted(dropped, 'exemplar')} of {counted(fewer, 'row')} did not fit tokenize.max_length;"
+            " the farthest were left out"
+        )
+    if shortened:
+        yield f"the contexts of {counted(shortened, 'row')} were cut to fit tokenize.max_length"
+    if counts["histories_shortened"]:
+        yield f"histories of which the newest items alone are read: {counts['histories_shortened']:,}"
+    if counts["items_unknown"]:
+        yield (
+            f"{counts['items_unknown']:,} of {counted(counts['items_read'], 'item')} in histories are unknown to the"
+            " model, and told as such"
+        )
 
 
 def _next_step(refused: Iterable[str], recipe: Recipe) -> str:
@@ -323,13 +336,15 @@ class _Encoder:
     """Encodes units of groups with its own processor and its own view of the table."""
 
     def __init__(self, job: _Job) -> None:
-        self._job, self._fewer = job, [0, 0, 0]
+        self._job, self._counts = job, Counter[str]()
         self._max_length = job.settings.max_length
         self._drop_turns = job.settings.too_long == "drop_turns"
         self._shorten = job.settings.too_long == "shorten"
-        processor = _processor(job)
+        self._processor = processor = _processor(job)
         self._renderer = Renderer(processor, video_frames=job.settings.video_frames)
-        self._table = open_split(job.split).select(_READ)
+        table = open_split(job.split)
+        # Rows that were built before histories were media have no column of them.
+        self._table = table.select([name for name in _READ if name in table.column_names])
         # Every process looks at the same few files, so all come to the same rule.
         check_counts(self._renderer.counter, processor, job.media_root, _first_media(self._table))
 
@@ -337,15 +352,15 @@ class _Encoder:
         """Encodes the groups of one unit, in order."""
         numbers, starts = unit
         rows = _rows(self._table, numbers)
-        self._fewer = [0, 0, 0]
+        self._counts = Counter()
         done = encode_groups(rows, starts, self._encode, self._max_length, self._renderer.counter.notes)
-        dropped, fewer, shortened = self._fewer
-        return replace(done, exemplars_dropped=dropped, rows_with_fewer=fewer, contexts_shortened=shortened)
+        return replace(done, counts=self._counts)
 
     def _encode(self, row: Mapping[str, Any]) -> EncodedRow:
         messages = row_to_messages(row)
         ranks = shown_ranks(self._job.order, len(row["exemplar_ids"]), f"{self._job.seed}\0{row['id']}")
-        context = context_of(json.loads(row["metadata"])) if self._shorten else ""
+        metadata = json.loads(row["metadata"])
+        context = context_of(metadata) if self._shorten else ""
         fitted = fit(
             self._renderer,
             messages,
@@ -354,14 +369,15 @@ class _Encoder:
             drop_turns=self._drop_turns,
             ranks=ranks,
             context=context,
+            shown=lambda turns: joined(turns, metadata.get(DELIMITERS)),
         )
         if fitted.context is not None and cut_away(row["references"], context, fitted.context):
             raise Refused("answer_cut", f"its answer stands in what tokenize.max_length ({self._max_length}) cuts off")
         if not (fitted.row.labels != IGNORED).any():
             raise Refused("no_target", "no token of this row bears loss")
-        self._fewer[0] += fitted.dropped
-        self._fewer[1] += fitted.dropped > 0
-        self._fewer[2] += fitted.context is not None
+        lost = (fitted.dropped, fitted.dropped > 0, fitted.context is not None)
+        self._counts.update(dict(zip(_LEFT_OUT, map(int, lost), strict=True)))
+        self._counts.update(history_counts(self._processor, fitted.row.media))
         return fitted.row
 
 

@@ -81,6 +81,36 @@ class Batches(Protocol):
 
 
 @dataclass(frozen=True)
+class WithColumns:
+    """Batches with columns beside those that the model reads.
+
+    Attributes:
+        batches: Units to batches.
+        columns: ``(units, step)``, as ``batch`` takes them, to the columns; picklable for loader processes.
+    """
+
+    batches: Batches
+    columns: Callable[[Any, int | None], dict[str, torch.Tensor]]
+
+    def batch(self, units: Any, step: int | None = None) -> dict[str, Any]:
+        """Returns the batch of some units, as it is at a training step."""
+        return {**self.batches.batch(units, step), **self.columns(units, step)}
+
+    def ids(self, units: Any) -> list[str]:
+        """Returns the example ids of some units."""
+        return self.batches.ids(units)
+
+    def modalities(self, units: Any) -> set[str]:
+        """Returns the kinds of media in some units."""
+        return self.batches.modalities(units)
+
+
+def step_column(units: Any, step: int | None) -> dict[str, torch.Tensor]:
+    """Returns ``step``, the training step that a batch is made for; -1 outside training."""
+    return {"step": torch.tensor(-1 if step is None else step)}
+
+
+@dataclass(frozen=True)
 class Batching:
     """One way to make batches of a split and to take their loss.
 

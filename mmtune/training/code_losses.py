@@ -1,6 +1,7 @@
 """Losses over one code per part of a row: reconstruction, contrast, and the games over codes.
 
-Shapes: B rows, K parts of a row (image, audio, text), H model width, C width of a code, D numbers of a summary.
+Shapes: B rows, K parts of a row (image, audio, behaviour, text), H model width, C width of a code, D numbers of a
+summary.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def code_losses(
         pooled: ``(B, H)`` by part.
         present_BK: What each row has, a column per part of the heads.
         targets: ``(B, D)`` by part.
-        keys_BP: From ``PairedBatches``.
+        keys_BP: Of a ``PairCollator``.
         dropout: Chance of a part to be kept from the joint code.
         step: Of the training, -1 outside of it.
     """
@@ -179,7 +180,7 @@ def same_rows(keys_BP: torch.Tensor, one: str, other: str) -> torch.Tensor:
     """Returns bool ``(B, B)``: which rows share the one part or the other, and so fit each other as well.
 
     Args:
-        keys_BP: From ``PairedBatches``.
+        keys_BP: Of a ``PairCollator``.
         one: A part.
         other: Another one.
     """

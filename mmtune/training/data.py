@@ -15,7 +15,7 @@ from mmtune.choice import chosen
 from mmtune.encoding.render import EncodedRow
 from mmtune.encoding.tree import Tree, row_to_span, row_to_tree, some_branches, tree_rows, tree_to_row
 from mmtune.features.shards import Item
-from mmtune.records import SOFT_ID
+from mmtune.records import READ_BY, SOFT_ID
 from mmtune.training.packing import Packing
 from mmtune.training.plan import TreeSizes
 from mmtune.training.tree_batch import TreeCollator
@@ -86,7 +86,7 @@ def media_items(table: pa.Table, kind: str, token_id: int) -> Iterator[tuple[Ite
 
     Args:
         table: The split.
-        kind: ``image``, video frames among them, or ``audio``.
+        kind: ``image``, video frames among them, ``audio`` or ``behaviour``.
         token_id: What stands for a piece of it.
     """
     for batch in table.select(["input_ids", "branch", "media", "example_ids"]).to_batches(max_chunksize=4096):
@@ -96,7 +96,7 @@ def media_items(table: pa.Table, kind: str, token_id: int) -> Iterator[tuple[Ite
         before = np.concatenate([[0], np.cumsum(ids == token_id)])
         for number, spans in enumerate(batch.column(2).to_pylist()):
             for span in map(row_to_span, spans):
-                if (span.medium.modality == "audio") == (kind == "audio"):
+                if READ_BY[span.medium.modality] == kind:
                     first = bounds[number] + span.start
                     tokens = int(before[first + span.length] - before[first])
                     seen = 1 if branch[first] else int(rows[number])
@@ -147,7 +147,7 @@ class Trees:
         return ids
 
     def modalities(self, number: int) -> set[str]:
-        """Returns the kinds of media in a tree: ``image``, ``video``, ``audio``."""
+        """Returns the kinds of media in a tree, such as ``image`` and ``video``."""
         return {medium["modality"] for medium in self._cell(number, "media")}
 
 

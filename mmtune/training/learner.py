@@ -41,7 +41,7 @@ class CodeSettings:
     """How a row's parts become codes.
 
     Attributes:
-        parts: Of image, audio and text, those that have a code.
+        parts: Of image, audio, behaviour and text, those that have a code.
         width: C.
         dropout: Chance of a part to be kept from the joint code.
         alternating: The players of the games move in turns.
@@ -135,7 +135,7 @@ class Learner(nn.Module):
         """Returns every objective's loss by name, facts to log, and the number of label tokens.
 
         Args:
-            batch: As ``PairedBatches`` makes it.
+            batch: As a ``PairCollator`` makes it, with ``step``, and ``tasks`` where there are several.
         """
         weights, facts = self.settings.weights, dict[str, float]()
         inputs = {name: value for name, value in batch.items() if name not in _OURS}

@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING
 
 from mmtune.errors import IntegrityError
 from mmtune.models.towers import TOWERS, fingerprints, moved_towers, tower_of
+from mmtune.records import MODALITIES
 from mmtune.training.ranks import sum_tensor
 
 if TYPE_CHECKING:
     from torch import nn
 
 # Media that a tower's weights take part in; the language model takes part in every row.
-_MEDIA = {
+_MEDIA: dict[str, set[str]] = {
     "vision": {"image", "video"},
     "audio": {"audio"},
-    "projector": {"image", "video", "audio"},
-    "fusion": {"image", "video", "audio"},
+    "behaviour": {"behaviour"},
+    "projector": set(MODALITIES),
+    "fusion": set(MODALITIES),
 }
 _GATE = re.compile(r"(^|\.)model\.gate\.")
 

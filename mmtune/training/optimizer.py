@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -126,46 +126,65 @@ def make_optimizer(
     Raises:
         CapabilityError: ``adamw_8bit`` without bitsandbytes.
     """
-    scales: dict[torch.nn.Parameter, float] = {}
-    paces: dict[torch.nn.Parameter, Pace] = {}
+    kinds: dict[torch.nn.Parameter, _Kind] = {}
     for parameter_name, parameter in model.named_parameters():
         if parameter.requires_grad:
             own = (tower_rates or {}).get(tower(parameter_name), rate)
             if prompt_rate is not None and ("prompt_encoder." in parameter_name or "soft_tokens." in parameter_name):
                 own = prompt_rate
-            paces[parameter] = pace(parameter_name)
-            scale = own / rate * paces[parameter].scale
             is_b = ".lora_B." in parameter_name or ".lora_embedding_B." in parameter_name
-            scales[parameter] = scale * (plus_ratio if is_b else 1.0)
-
-    def groups(parameters: Iterable[torch.nn.Parameter]) -> list[dict[str, Any]]:
-        found: dict[tuple[float, float, Pace, bool], list[torch.nn.Parameter]] = {}
-        for parameter in parameters:
+            steps = pace(parameter_name)
+            scale = own / rate * steps.scale * (plus_ratio if is_b else 1.0)
             decay = weight_decay if parameter.ndim >= 2 else 0.0
-            # One kernel does not take sharded parameters together with whole ones.
-            kind = (scales[parameter], decay, paces[parameter], isinstance(parameter, DTensor))
-            found.setdefault(kind, []).append(parameter)
-        return [
-            {"params": members, "weight_decay": decay, "scale": scale, "lr": rate * scale, "steady": own.steady}
-            | ({} if own == USUAL else {"betas": (own.beta1, beta2)})
-            for (scale, decay, own, _), members in found.items()
-        ]
-
+            kinds[parameter] = _Kind(scale, decay, steps, isinstance(parameter, DTensor))
     large = _hidden_matrices(model) if name == "muon" else set()
-    hidden = {parameter for parameter in scales if parameter in large and paces[parameter] == USUAL}
-    rest = [parameter for parameter in scales if parameter not in hidden]
+    hidden = {parameter: kind for parameter, kind in kinds.items() if parameter in large and kind.pace == USUAL}
+    rest = {parameter: kind for parameter, kind in kinds.items() if parameter not in hidden}
     parts: list[torch.optim.Optimizer] = []
     if hidden:
-        matrices = groups(parameter for parameter in scales if parameter in hidden)
-        parts.append(torch.optim.Muon(matrices, lr=rate, adjust_lr_fn="match_rms_adamw"))
+        parts.append(torch.optim.Muon(_groups(hidden, rate, beta2), lr=rate, adjust_lr_fn="match_rms_adamw"))
     if rest:
         betas = (0.9, beta2)
         if name == "adamw_8bit":
-            parts.append(_adamw_8bit()(groups(rest), lr=rate, betas=betas))
+            parts.append(_adamw_8bit()(_groups(rest, rate, beta2), lr=rate, betas=betas))
         else:
             # One kernel for all of a parameter's arithmetic: a fifth of the time on a CPU.
-            parts.append(torch.optim.AdamW(groups(rest), lr=rate, betas=betas, fused=True))
+            parts.append(torch.optim.AdamW(_groups(rest, rate, beta2), lr=rate, betas=betas, fused=True))
     return parts[0] if len(parts) == 1 else Joined(*parts)
+
+
+class _Kind(NamedTuple):
+    """What the parameters of a group have in common.
+
+    Attributes:
+        scale: Of the learning rate.
+        decay: Weight decay.
+        pace: How they step.
+        sharded: One kernel does not take sharded parameters together with whole ones.
+    """
+
+    scale: float
+    decay: float
+    pace: Pace
+    sharded: bool
+
+
+def _groups(kinds: Mapping[torch.nn.Parameter, _Kind], rate: float, beta2: float) -> list[dict[str, Any]]:
+    """Returns an optimizer's groups, one for each kind, in the order of their first parameters."""
+    found: dict[_Kind, list[torch.nn.Parameter]] = {}
+    for parameter, kind in kinds.items():
+        found.setdefault(kind, []).append(parameter)
+    return [
+        {
+            "params": members,
+            "weight_decay": kind.decay,
+            "scale": kind.scale,
+            "lr": rate * kind.scale,
+            "steady": kind.pace.steady,
+        }
+        | ({} if kind.pace == USUAL else {"betas": (kind.pace.beta1, beta2)})
+        for kind, members in found.items()
+    ]
 
 
 def _adamw_8bit() -> Any:

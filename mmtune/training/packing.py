@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-_KINDS = {"image": 1, "video": 2, "audio": 4}
+_KINDS = {"image": 1, "video": 2, "audio": 4, "behaviour": 8}
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ def match_loss_of(
         head: ``MatchHead``.
         inputs: A padded batch.
         media: Its encoded media.
-        keys_BP: From ``PairedBatches``.
+        keys_BP: Of a ``PairCollator``.
     """
     rows = len(keys_BP)
     if not media:

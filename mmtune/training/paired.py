@@ -1,11 +1,12 @@
-"""Batches of separate rows that say which rows share a medium or their text, and which step they belong to.
+"""Batches of separate rows that say which rows share a medium or their text.
 
-Shapes: B rows, K parts (image, audio, text).
+Shapes: B rows, K parts (image, audio, behaviour, text).
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,48 +14,33 @@ import numpy as np
 import torch
 
 from mmtune.encoding.render import EncodedRow
-from mmtune.training.data import Numbers, RowBatches
+from mmtune.records import READ_BY
 
-PARTS = ("image", "audio", "text")
+PARTS = ("image", "audio", "text", "behaviour")
 """The columns of ``keys``."""
 
 
 @dataclass(frozen=True)
-class PairedBatches:
-    """Row numbers to batches with ``keys`` ``(B, K)`` and ``step``.
+class PairCollator:
+    """Rows to batches with ``keys`` ``(B, K)``.
 
     Two rows have the same key of a part where they share its medium, or question and answer; a row that lacks it
     has a key of its own.
 
     Attributes:
-        rows: The rows.
-        tasks: ``(n,)`` the number of every row's task, for ``tasks`` ``(B,)``; None leaves it out.
+        collate: Rows and the training step, if there is one, to the batch.
     """
 
-    rows: RowBatches
-    tasks: np.ndarray | None = None
+    collate: Callable[[list[EncodedRow], int | None], dict[str, Any]]
 
-    def batch(self, units: Numbers, step: int | None = None) -> dict[str, Any]:
-        """Returns the padded batch of some rows, as it is at a training step; ``step`` is -1 outside training."""
-        encoded = self.rows.encoded(units)
-        made = self.rows.collate(encoded, step)
-        keys = [[part_key(row, part, number) for part in PARTS] for number, row in enumerate(encoded)]
-        ours = {"keys": torch.tensor(keys), "step": torch.tensor(-1 if step is None else step)}
-        if self.tasks is not None:
-            ours["tasks"] = torch.from_numpy(self.tasks[np.asarray(units)])
-        return {**made, **ours}
-
-    def ids(self, units: Numbers) -> list[str]:
-        """Returns the example ids of some rows."""
-        return self.rows.ids(units)
-
-    def modalities(self, units: Numbers) -> set[str]:
-        """Returns the kinds of media in some rows."""
-        return self.rows.modalities(units)
+    def __call__(self, rows: list[EncodedRow], step: int | None = None) -> dict[str, Any]:
+        """Returns the padded batch of some rows, as it is at a training step."""
+        keys = [[part_key(row, part, number) for part in PARTS] for number, row in enumerate(rows)]
+        return {**self.collate(rows, step), "keys": torch.tensor(keys)}
 
 
 def part_key(row: EncodedRow, part: str, number: int) -> int:
-    """Returns what two rows have in common where they show the same part, see ``PairedBatches``.
+    """Returns what two rows have in common where they show the same part, see ``PairCollator``.
 
     Args:
         row: A row.
@@ -67,7 +53,7 @@ def part_key(row: EncodedRow, part: str, number: int) -> int:
             words[span.start : span.start + span.length] = False
         content = row.input_ids[words].tobytes()
     else:
-        own = [span for span in row.media if (span.medium.modality == "audio") == (part == "audio")]
+        own = [span for span in row.media if READ_BY[span.medium.modality] == part]
         if not own:
             return -1 - number
         named = [(span.medium.path, span.frame, span.frames, span.medium.data) for span in own]

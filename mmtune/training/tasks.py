@@ -7,21 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from mmtune.errors import RecipeError
 from mmtune.models.mask_rules import MaskRules
 from mmtune.models.objectives.tasks import by_task
+from mmtune.training.batching import Batches, Batching, WithColumns
 from mmtune.training.ledger import Ledger
 from mmtune.training.loss import answer_losses
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-    from mmtune.training.batching import Batches, Batching
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,16 @@ class Tasks:
     weights: Mapping[str, float]
     of_example: Mapping[str, int]
 
-    def numbers(self, ids: Iterable[str]) -> np.ndarray | None:
-        """Returns ``(n,)`` the number of each example's task; None where there is one task."""
-        return np.array([self.of_example[one] for one in ids], dtype=np.int64) if self.weights else None
+    def told(self, batches: Batches) -> Batches:
+        """Returns the batches with ``tasks`` ``(C,)``, the number of every conversation's task in order.
+
+        They stay as they are where there is one task.
+        """
+        return WithColumns(batches, partial(_task_column, self, batches)) if self.weights else batches
+
+
+def _task_column(tasks: Tasks, batches: Batches, units: Any, step: int | None) -> dict[str, torch.Tensor]:
+    return {"tasks": torch.tensor([tasks.of_example[one] for one in batches.ids(units)])}
 
 
 def tasks_of(tables: Iterable[pa.Table], weights: Mapping[str, float], section: str) -> Tasks:
@@ -73,27 +79,6 @@ def tasks_of(tables: Iterable[pa.Table], weights: Mapping[str, float], section: 
 
 
 @dataclass(frozen=True)
-class TaskBatches:
-    """Batches of rows or packed trees with ``tasks`` ``(C,)``, the number of every conversation's task in order."""
-
-    batches: Batches
-    tasks: Tasks
-
-    def batch(self, units: Any, step: int | None = None) -> dict[str, Any]:
-        """Returns the batch of some units, as it is at a training step."""
-        numbers = self.tasks.numbers(self.batches.ids(units))
-        return {**self.batches.batch(units, step), "tasks": torch.from_numpy(numbers)}
-
-    def ids(self, units: Any) -> list[str]:
-        """Returns the example ids of some units."""
-        return self.batches.ids(units)
-
-    def modalities(self, units: Any) -> set[str]:
-        """Returns the kinds of media in some units."""
-        return self.batches.modalities(units)
-
-
-@dataclass(frozen=True)
 class TaskLoss:
     """The answers' loss as ``sum_i w_i L_i`` over the tasks of a batch, each ``L_i`` noted by its task's name.
 
@@ -119,4 +104,4 @@ def weigh_tasks(made: Batching, tasks: Tasks, ledger: Ledger) -> Batching:
     """Returns the batching with the loss as a sum over tasks; as it is where there is one task."""
     if not tasks.weights:
         return made
-    return replace(made, batches=TaskBatches(made.batches, tasks), loss=TaskLoss(tasks, made.rules, ledger))
+    return replace(made, batches=tasks.told(made.batches), loss=TaskLoss(tasks, made.rules, ledger))

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from mmtune.models.towers import tower_of
+from mmtune.training.batching import Batching, WithColumns, step_column
 
 if TYPE_CHECKING:
-    from mmtune.training.batching import Batches, Batching
     from mmtune.training.plan import Plan
 
 
@@ -56,25 +56,6 @@ def said_of_stages(steps: Mapping[str, int], total: int) -> Iterator[str]:
         yield f"the {tower} tower {when}"
 
 
-@dataclass(frozen=True)
-class StepBatches:
-    """Batches with ``step``, the training step that they are made for; -1 outside training."""
-
-    batches: Batches
-
-    def batch(self, units: Any, step: int | None = None) -> dict[str, Any]:
-        """Returns the batch of some units, as it is at a training step."""
-        return {**self.batches.batch(units, step), "step": torch.tensor(-1 if step is None else step)}
-
-    def ids(self, units: Any) -> list[str]:
-        """Returns the example ids of some units."""
-        return self.batches.ids(units)
-
-    def modalities(self, units: Any) -> set[str]:
-        """Returns the kinds of media in some units."""
-        return self.batches.modalities(units)
-
-
 def in_stages(made: Batching, unfreezing: Unfreezing) -> Batching:
     """Returns the batching of training rows whose loss freezes and thaws towers by the step."""
 
@@ -82,4 +63,4 @@ def in_stages(made: Batching, unfreezing: Unfreezing) -> Batching:
         unfreezing.at(int(batch["step"]))
         return made.loss(model, {name: value for name, value in batch.items() if name != "step"})
 
-    return replace(made, batches=StepBatches(made.batches), loss=loss)
+    return replace(made, batches=WithColumns(made.batches, step_column), loss=loss)

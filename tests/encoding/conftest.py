@@ -333,7 +333,7 @@ def _text(template: str) -> Any:
 
 
 def _composite(sound: str, queries: int | None = None) -> Any:
-    """The project's own model out of parts: one of the sound encoders, the small one beside a CLIP tower."""
+    """The project's own model out of parts: one of the sound encoders, the small one beside a CLIP tower and items."""
 
     def build() -> Any:
         import transformers
@@ -342,7 +342,7 @@ def _composite(sound: str, queries: int | None = None) -> Any:
         from mmtune.models.log_mel import LogMelFeatureExtractor
 
         tokenizer = byte_level(
-            ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<audio>"],
+            ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<audio>", "<behaviour>"],
             eos_token="<|im_end|>",
             pad_token="<|endoftext|>",
         )
@@ -352,6 +352,8 @@ def _composite(sound: str, queries: int | None = None) -> Any:
             "wav2vec2": (transformers.Wav2Vec2FeatureExtractor(), [[400, 320, 0], [3, 2, 0]]),
         }[sound]
         parts = {"image_processor": _clip() if sound == "log_mel" else None, "feature_extractor": extractor}
+        if sound == "log_mel":
+            parts |= {"items": [str(item) for item in range(9)], "history_items": 5, "behaviour_tokens": queries}
         facts = {"audio_tokens": queries, "audio_convolutions": convolutions, "reads_prompt": True, "frame_times": True}
         made = CompositeProcessor(tokenizer, **parts, image_tokens=queries or 16, **facts)
         return made, made.chat_template
@@ -375,8 +377,8 @@ _FAMILIES = {
     "smolvlm": (_smolvlm, {"image"}),
     "internvl": (_internvl, {"image"}),
     "gemma3": (_gemma3, {"image"}),
-    "composite": (_composite("log_mel"), {"image", "audio"}),
-    "composite_queries": (_composite("log_mel", 4), {"image", "audio"}),
+    "composite": (_composite("log_mel"), {"image", "audio", "behaviour"}),
+    "composite_queries": (_composite("log_mel", 4), {"image", "audio", "behaviour"}),
     "composite_whisper": (_composite("whisper"), {"audio"}),
     "composite_wav2vec2": (_composite("wav2vec2"), {"audio"}),
     "text_qwen3": (_text("qwen3"), set()),
@@ -443,6 +445,16 @@ class _Media:
         sound = np.random.default_rng(samples).standard_normal(samples).astype(np.float32) * 0.1
         medium = Medium("audio", f"{samples}.wav", frames=samples, sample_rate_hz=rate_hz, seconds=samples / rate_hz)
         return medium, {"type": "audio", "audio": sound}
+
+    def of(self, kind: str, number: int = 0) -> tuple[Any, Any]:
+        """A medium of a kind; each number has another size."""
+        from mmtune.records import history
+
+        if kind == "behaviour":
+            # The item 12 is not known, and five are read.
+            items = ["3", "12", "8", "0", "5", "4", "1"][: 2 * number + 1]
+            return history(items), {"type": "behaviour", "behaviour": items}
+        return self.audio(9_000 + 1_600 * number) if kind == "audio" else self.image(60 + 40 * number, 44)
 
 
 @pytest.fixture(scope="session")

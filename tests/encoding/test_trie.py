@@ -39,7 +39,7 @@ def test_paths_are_the_rows(found: list[tuple[list[int], int]], whole: bool, lim
     told: dict[int, list[tuple[int, int]]] = {}
     for trie in tries:
         assert trie.rows.size == 1 or trie.input_ids.size <= limit
-        for number, path in zip(trie.rows, trie.paths(), strict=True):
+        for number, (path, _) in zip(trie.rows, trie.paths(), strict=True):
             length = path.size
             assert trie.input_ids[path].tolist() == rows[number].input_ids[:length].tolist()
             assert trie.places[path].tolist() == list(range(length))

@@ -29,7 +29,7 @@ def questions_of(family: Any, media: Any, served: dict[str, Any]) -> list[Questi
     def shown(number: int) -> list[Any]:
         parts = []
         for kind in sorted(family.takes):
-            made, real = media.audio(9_000 + 1_600 * number) if kind == "audio" else media.image(60 + 40 * number, 44)
+            made, real = media.of(kind, number)
             served[made.path] = real[kind]
             parts.append(made)
         return parts

@@ -17,6 +17,7 @@ from mmtune.recipe import Recipe
 from mmtune.stages.extract import extract
 from mmtune.talk import Talk
 
+OMNI = Path(__file__).parents[2] / "data" / "omni"
 SPEECH = {"hidden_size": 64, "sampling_rate": 8000, "n_fft": 200, "hop_length": 80, "num_mel_bins": 40}
 PIXELS = {"hidden_size": 64, "image_size": 8, "patch_size": 2, "num_hidden_layers": 1}
 
@@ -48,11 +49,19 @@ def log_mel_statistics(folder: Path, names: list[str]) -> np.ndarray:
 @pytest.mark.slow
 def test_speech_features_tell_the_spoken_digit(tmp_path, shared_datasets):
     folder = shared_datasets / "fsdd" / "recordings"
-    table = features(tmp_path, folder, "audio", {"config": SPEECH, "pool": "stats"})
+    table = features(tmp_path / "untrained", folder, "audio", {"config": SPEECH, "pool": "stats"})
+    synthetic = features(tmp_path / "synthetic", folder, "audio", {"path": str(OMNI), "pool": "stats"})
+    assert synthetic.ids == table.ids
     parts = [Path(name).stem.split("_") for name in table.ids]
     labels, speakers, takes = (np.array([part[at] for part in parts]) for at in range(3))
+    held = {
+        "encoder": table.pooled(),
+        "log-mel": log_mel_statistics(folder, table.ids),
+        "omni": synthetic.pooled(),
+        "others' features": np.random.default_rng(0).permutation(table.pooled()),
+    }
     found = {}
-    for name, vectors in (("encoder", table.pooled()), ("log-mel", log_mel_statistics(folder, table.ids))):
+    for name, vectors in held.items():
         unseen = [probe(vectors, labels, speakers == one) for one in np.unique(speakers)]
         found[name] = probe(vectors, labels, takes.astype(int) < 5), np.mean(unseen)
         each = np.round(unseen, 2).tolist()
@@ -61,6 +70,9 @@ def test_speech_features_tell_the_spoken_digit(tmp_path, shared_datasets):
     assert found["encoder"][1] > 0.2, "unseen speakers are told better than by chance"
     # Random weights add time and mixtures of bands to what the bands' statistics say, and nothing that was learned.
     assert found["encoder"][0] > found["log-mel"][0], found
+    # A tower that learned synthetic words tells real ones too, though no better than one that learned nothing.
+    assert found["omni"][0] >= 0.8, found
+    assert max(found["others' features"]) < 0.2, found
 
 
 def test_image_features_tell_the_written_digit(tmp_path):

@@ -2,9 +2,9 @@
 
 import pytest
 
-from mmtune.features.units import KINDS, Unit, by_length, gather, text_id, todo, units_of
+from mmtune.features.units import KINDS, Unit, by_length, gather, known_as, text_id, todo, units_of
 from mmtune.media.known import MediaPlace
-from mmtune.records import Medium, Message, Record, Reject, TextPart
+from mmtune.records import Medium, Message, Record, Reject, TextPart, history
 
 PLACE = MediaPlace({"image": "/m/a"}, {"image": "a/"})
 
@@ -33,6 +33,13 @@ def test_the_texts_of_a_record_are_never_its_answers(fields, texts):
 def test_media_are_named_below_the_common_root_and_bytes_by_their_sha256():
     units = list(units_of(record(media=(Medium("image", "x.png"), Medium("image", "", data=b"ab"))), PLACE))
     assert [unit.id for unit in units] == ["a/x.png", text_id(b"ab")]
+
+
+def test_a_history_that_is_shown_is_the_one_that_is_told():
+    (shown,) = (unit for unit in units_of(record(media=(history(("1", "2")),)), PLACE) if unit.kind == "behaviour")
+    (told,) = (unit for unit in units_of(record(history=("1", "2")), PLACE) if unit.kind == "behaviour")
+    assert shown == told and shown.items == ("1", "2") and shown.medium is None
+    assert known_as(record(media=(history(("1", "2")),), text="who?"), PLACE)[0] == f"behaviour/{shown.id}"
 
 
 def test_what_is_shown_twice_is_gathered_once_with_all_its_splits(tmp_path):

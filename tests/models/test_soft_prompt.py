@@ -73,6 +73,29 @@ def test_a_prompt_started_from_the_vocabulary_holds_embeddings(base):
     assert own.shape[0] == 3 and all(any(torch.equal(one, other) for other in table) for one in own)
 
 
+@pytest.mark.parametrize("method", ["prompt", "lora"])
+def test_a_prompt_started_from_labels_holds_the_means_of_their_tokens(base, method):
+    table = load_model(base).get_input_embeddings().weight
+    own = made(base, method, init="labels", label_ids=[[7], [11, 5]]).prompt_encoder["default"].embedding.weight
+    assert torch.allclose(own[0], table[7]) and torch.allclose(own[1], (table[11] + table[5]) / 2)
+    assert len(own) == 3 and any(torch.equal(own[2], other) for other in table)
+    own = made(base, method, init="labels", label_ids=[[7], [9], [5], [4]]).prompt_encoder["default"].embedding.weight
+    assert torch.equal(own, table[[7, 9, 5]])
+
+
+def test_p_tuning_by_an_lstm_trains_and_comes_back_as_what_it_made(base, tmp_path):
+    model = made(base, "p_tuning", init="random", encoder="lstm")
+    lstm = [name for name, parameter in model.named_parameters() if "lstm_head" in name and parameter.requires_grad]
+    assert lstm and not any("lstm" in name for name, _ in made(base, "p_tuning", init="random").named_parameters())
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    result = run(model, Rows(), steps=12, rate=0.02, batch_rows=12)
+    assert result.losses[-1] < result.losses[0]
+    assert all(not torch.equal(model.get_parameter(name), start[name]) for name in lstm)
+    end = logits(model)
+    save_tuned(model, tmp_path / "adapter")
+    assert torch.allclose(logits(load_tuned(base, tmp_path / "adapter")), end, atol=1e-5)
+
+
 @pytest.mark.parametrize("method", ["prompt", "prefix", "p_tuning", "lora"])
 def test_the_base_is_the_same_to_the_byte_after_training(base, method, tmp_path):
     start = {"init": "text", "text_ids": TYPED} if method != "p_tuning" else {"init": "random", "text_ids": []}
@@ -124,7 +147,11 @@ def test_virtual_tokens_have_a_rate_of_their_own(base):
         ("{method: prompt, soft_prompt: {text: hello}}", "set init: text"),
         ("{method: full, soft_prompt: {init: vocabulary}}", "has no virtual tokens"),
         ("{method: prefix, soft_prompt: {init: vocabulary}}", "random or text, not vocabulary"),
+        ("{method: prefix, soft_prompt: {init: labels}}", "random or text, not labels"),
         ("{method: p_tuning, soft_prompt: {init: text, text: a}}", "random, not text"),
+        ("{method: p_tuning, soft_prompt: {init: labels}}", "random, not labels"),
+        ("{method: prompt, soft_prompt: {encoder: lstm}}", "encoder is for method p_tuning, not prompt"),
+        ("{method: p_tuning, soft_prompt: {encoder: gru}}", "mlp"),
         ("{method: prompt, soft_prompt: {learning_rate: 0.1}}", "beside lora"),
         ("{lora: {init: pissa}, soft_prompt: {init: vocabulary}}", "does not go with lora.init pissa"),
     ],

@@ -36,7 +36,7 @@ def talk(*parts: Any, answer: str = "it is red") -> list[Message]:
 def shown(family: Any, media: Any, served: dict[str, Any]) -> list[Any]:
     parts = []
     for kind in sorted(family.takes):
-        made, real = media.audio(9_000) if kind == "audio" else media.image(60, 44)
+        made, real = media.of(kind)
         served[made.path] = real[kind]
         parts.append(made)
     return parts
@@ -143,3 +143,15 @@ def test_what_was_never_trained_is_refused(tiny_family: Any) -> None:
         with_method(
             deepcopy(family.model), "prefix", towers=["llm"], lora={}, virtual_tokens=9, base_path="", soft_tokens=4
         )
+
+
+def test_soft_tokens_of_a_template_start_from_labels_too():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=40, **sizes))
+    table = model.get_input_embeddings().weight.detach()
+    found = first_vectors(model, 3, "labels", (), [[7], [11, 5]])
+    assert torch.allclose(found[:2], torch.stack((table[7], (table[11] + table[5]) / 2)))
+    assert any(torch.equal(found[2], other) for other in table)
+    assert torch.equal(first_vectors(model, 1, "labels", (), [[7], [9]]), table[[7]])

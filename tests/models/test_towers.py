@@ -79,7 +79,9 @@ def test_only_the_chosen_towers_move(train):
         frozen.add_(1.0)
     assert moved_towers(before, model)[2]
     states = {row.tower: row.state for row in tower_table(model)}
-    assert states == {t: "absent" if t in ("audio", "fusion") else "full" if t in train else "frozen" for t in states}
+    assert states == {
+        t: "absent" if t in ("audio", "behaviour", "fusion") else "full" if t in train else "frozen" for t in states
+    }
 
 
 def test_lora_counts():

@@ -17,7 +17,7 @@ from mmtune.prompts.searched import (
     read_prompt,
     slot_names,
 )
-from mmtune.records import Example, Medium, Message, Part, Reject, TextPart
+from mmtune.records import Example, Medium, Message, Part, Reject, TextPart, history
 
 PICTURE = Medium("image", "a.png", width=4, height=4)
 OTHER = Medium("image", "b.png", width=4, height=4)
@@ -116,7 +116,8 @@ def test_the_content_free_question_is_worded_too():
 
 def test_a_prompt_survives_its_file(tmp_path: Path):
     packed = Medium("image", "", data=b"\x00\xff", width=1, height=1)
-    prompt = SearchedPrompt("Ü {prompt}", (replace(ROW, id="e"), example(packed, id="f")), {"yes": "ja"})
+    shown = (replace(ROW, id="e"), example(packed, id="f"), example(history(("318", "50")), id="g"))
+    prompt = SearchedPrompt("Ü {prompt}", shown, {"yes": "ja"})
     path = tmp_path / "prompt.json"
     path.write_text(json.dumps({"schema": SCHEMA, "prompt": prompt_facts(prompt), "media_root": "/m"}))
     assert read_prompt(path) == (prompt, "/m")

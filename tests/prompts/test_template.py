@@ -17,7 +17,7 @@ from mmtune.prompts.template import (
     template_names,
 )
 from mmtune.prompts.verbalizer import check_verbalizer, verbalized
-from mmtune.records import Example, Medium, Message, Record, Reject, TextPart
+from mmtune.records import Example, Medium, Message, Record, Reject, TextPart, history
 
 VQA = Record(
     "s/1", "s", "vqa", "train", text="What {context} is {options}?", media=(Medium("image", "a.jpg"),),
@@ -59,7 +59,7 @@ def choose_template(record: Record, *, seed: int, templates="pool"):
     return choose_templates(record, seed=seed, wordings=Wordings(templates), style=Style())[0]
 
 
-@pytest.mark.parametrize("task", sorted(set(POOLS) - {"label_options", "choice"}))
+@pytest.mark.parametrize("task", sorted(set(POOLS) - {"label_options", "choice", "recommendation_shown"}))
 def test_every_template_is_drawn_and_the_draw_is_by_id_and_seed(task: str):
     whole = {"context": "c", "fields": {"types": "person"}, "options": ("log", "tree") if task in OWN_OPTIONS else ()}
     records = [
@@ -110,6 +110,22 @@ def test_rows_without_media_and_with_several_kinds():
     assert {"caption_sentence", "caption_sound_sentence"} <= named("caption", "image", "audio")
     nothing = make_example(Record("s/1", "s", "caption", "train", references=("a cat",)))
     assert isinstance(nothing, Reject) and nothing.reason == "template_empty"
+
+
+def test_a_history_that_is_shown_is_asked_about_and_not_told():
+    row = Record("s/1", "s", "recommendation", "train", media=(history(("1", "2")),), references=("Heat",))
+    shown = {one.id for one in choose_templates(row, seed=0, wordings=Wordings(), style=Style())}
+    listed = {"recommend_shown_options", "recommend_shown_pick", "recommend_shown_flan"}
+    assert shown == {one.id for one in POOLS["recommendation_shown"]} - listed
+    few = replace(row, options=("Heat", "Jumanji"))
+    ids = {one.id for one in choose_templates(few, seed=0, wordings=Wordings(), style=Style(options=True))}
+    assert ids == listed
+    made = example(row)
+    assert made.messages[0].media == row.media and made.messages[0].text and "2" not in made.messages[0].text
+    asked = replace(row, text="Will they like it?")
+    assert "Will they like it?" in example(asked).messages[0].text
+    told = example(replace(row, media=(), text="Alien, Aliens"))
+    assert "Alien, Aliens" in told.messages[0].text and told.template_id.startswith("recommend_")
 
 
 def test_captions_of_one_image_share_their_prompt():
@@ -325,6 +341,12 @@ def test_a_conditional_template_gives_way():
         assert from_file(replace(record, id=f"s/{at}"), one, two).template_id == "two"
     refused = from_file(record, one)
     assert refused.reason == "template_empty" and "one" in refused.detail
+
+
+def test_a_file_whose_templates_name_what_no_row_has_says_what():
+    refused = from_file(VQA, Template("t", "{nothing} {text}", raw=True), Template("u", "{none} {why}", raw=True))
+    assert refused.reason == "template_empty"
+    assert "'t' names nothing; 'u' names none, why; the row has " in refused.detail and "question" in refused.detail
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from mmtune.errors import Interrupted, RecipeError
+from mmtune.models import liger
 from mmtune.models.towers import tower_of
 from mmtune.recipe import Finetune, Model, Recipe, Source
 from mmtune.stages.build_data import build_data
@@ -95,6 +96,23 @@ def test_each_task_stands_by_its_name_and_ones_change_nothing(fresh):
     share = (ones[0]["loss"] - caption) / (vqa - caption)
     assert 0 < share < 1
     assert weighed[0]["loss"] == pytest.approx(0.25 * share * vqa + (1 - share) * caption, rel=1e-4)
+
+
+def test_validation_looks_at_so_many_rows_every_so_many_steps(fresh):
+    few, many = (run(fresh(eval_every=2, eval_rows=rows)) for rows in (1, 512))
+    assert [line["loss"] for line in few] == [line["loss"] for line in many]
+    judged = [at for at, line in enumerate(many, 1) if "val_loss" in line]
+    assert judged == [at for at, line in enumerate(few, 1) if "val_loss" in line] and set(judged) >= {2, 4}
+    assert all(few[at - 1]["val_loss"] != many[at - 1]["val_loss"] for at in judged)
+
+
+def test_kernels_of_liger_are_asked_for_unless_the_recipe_says_off(fresh, monkeypatch):
+    asked = []
+    monkeypatch.setattr(liger, "use_liger", lambda model: asked.append(model) or False)
+    run(fresh(liger="off", max_steps=1))
+    assert not asked
+    run(fresh(max_steps=1))
+    assert len(asked) == 1
 
 
 def test_stopped_and_resumed_it_says_the_same(fresh, monkeypatch):

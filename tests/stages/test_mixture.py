@@ -3,16 +3,22 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from mmtune.encoding.processor import load_processor
 from mmtune.errors import DataError, RecipeError
+from mmtune.prompts.delimiters import FORMS, joined
 from mmtune.prompts.schema import row_to_example
 from mmtune.prompts.template import template_names
 from mmtune.recipe import Recipe
 from mmtune.records import Example
 from mmtune.stages import build_data as stage
+from mmtune.stages.show import describe, render
+from mmtune.stages.tokenize import tokenize
 from mmtune.storage import open_split, read_manifest
 from mmtune.talk import Talk
 
@@ -50,6 +56,7 @@ MIXTURE = {
     "hold_out": ["far"],
     "cap": 200,
     "shots": {2: 0.3, 3: 0.2},
+    "delimiters": 0.5,
     "chain_of_thought": 0.4,
     "options": 0.5,
     "inverted": 0.2,
@@ -90,9 +97,12 @@ def test_a_held_out_cluster_is_nowhere_in_training_and_the_manifest_counts_what_
         "options": shown,
         "no_options": len(plain) - shown,
         "inverted": len(inverted),
+        "delimiters": Counter(row.metadata.get("delimiters", "turns") for row in train if row.exemplar_ids),
     }
     assert recount == {key: mixture[key] for key in recount}
     assert all(count > 30 for count in (*recount["shots"].values(), recount["inverted"], recount["rationale"]))
+    assert set(recount["delimiters"]) == {"turns", *FORMS} and recount["delimiters"]["turns"] > 60
+    assert not any("delimiters" in row.metadata for row in rows if not row.exemplar_ids)
     # Val and test are asked plainly; the content-free prompt has their template's words and not their text.
     asked = [row for row in rows if row.split != "train"]
     for row in asked:
@@ -109,6 +119,37 @@ def test_a_mixture_is_the_same_for_any_number_of_workers(tmp_path: Path, monkeyp
     first, _ = build(tmp_path, sources, "one", mixture=MIXTURE)
     second, _ = build(tmp_path, sources, "two", mixture=MIXTURE, workers=2)
     assert first == second
+
+
+@pytest.mark.parametrize("max_length", [1024, 140])
+def test_what_is_encoded_is_the_chat_templates_own_text_of_exemplars_between_delimiters(
+    tmp_path: Path, tiny_vlm: Path, max_length: int
+):
+    mixture = {"shots": {3: 1.0}, "delimiters": 0.8}
+    rows, facts = build(tmp_path, [table(tmp_path, "a", 60)], mixture=mixture)
+    recipe = Recipe(run_dir=tmp_path / "run", model={"path": str(tiny_vlm)}, tokenize={"max_length": max_length})
+    assert tokenize(recipe, console=Talk(quiet=True))["drops"] == {}
+    examples = {row.id: row for row in rows}
+    processor = load_processor(str(tiny_vlm))
+    dropped = 0
+    for encoded in open_split(tmp_path / "run" / "tokens" / "train").to_pylist():
+        own = examples[encoded["example_ids"][0]]
+        ids = np.array(encoded["input_ids"])
+        # Exemplars of a random draw leave from the last drawn on: three, two, one or none are left.
+        fits = []
+        for left in range(4):
+            turns = (*own.messages[: 2 * left], *own.messages[-2:])
+            said = [{"role": turn.role, "content": turn.text} for turn in joined(turns, own.metadata.get("delimiters"))]
+            fits.append(processor.tokenizer.apply_chat_template(said, tokenize=True, return_dict=False))
+        shown = max(left for left in range(4) if len(fits[left]) <= max_length)
+        dropped += 3 - shown
+        assert ids.tolist() == fits[shown]
+        assert processor.tokenizer.decode(ids[np.array(encoded["labels"]) >= 0]).startswith(own.messages[-1].text)
+    assert facts["mixture"]["delimiters"]["turns"] < 30
+    for at, row in enumerate(rows):
+        shown = render(describe(tmp_path / "run" / "instructions", row=at))
+        assert ("delimiters" in row.metadata) == (f"  delimiters {row.metadata.get('delimiters')}: " in shown)
+    assert (dropped > 0) == (max_length == 140)
 
 
 @pytest.mark.parametrize(
@@ -131,10 +172,17 @@ def test_mixtures_that_cannot_be(tmp_path: Path, mixture: dict, error: type, cod
 
 
 @pytest.mark.parametrize(
-    "mixture", [{"cap": 0}, {"shots": {2: 0.7, 3: 0.7}}, {"replay": {"a": 0.6, "b": 0.6}}, {"temperature": 3}]
+    "mixture",
+    [
+        {"cap": 0},
+        {"shots": {2: 0.7, 3: 0.7}},
+        {"replay": {"a": 0.6, "b": 0.6}},
+        {"temperature": 3},
+        {"delimiters": 0.5},
+    ],
 )
 def test_settings_that_contradict_are_refused(mixture: dict):
-    with pytest.raises(ValueError, match=r"cap|shots|replay|temperature"):
+    with pytest.raises(ValueError, match=r"cap|shots|replay|temperature|delimiters"):
         Recipe(run_dir="x", build={"mixture": mixture})
 
 

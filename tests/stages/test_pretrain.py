@@ -84,6 +84,22 @@ def test_weight_zero_is_bit_for_bit_no_objective(recipe_at):
     assert made(recipe_at(weights="{caption: 1, contrastive: 0, adversarial: 0}"), force=True) == without
 
 
+def test_validation_looks_at_so_many_rows_every_so_many_steps(recipe_at, repository):
+    notes = repository / "data" / "scenes" / "annotations"
+    asked = f"questions: {notes}/compare_val_questions.json, annotations: {notes}/compare_val_annotations.json"
+    val = f"  - {{id: v, reader: vqa_v2, split: val, {asked}, images: {repository}/data/scenes/val, limit: 6}}"
+
+    def course(rows):
+        given = ("pretrain.eval_every=1", f"pretrain.eval_rows={rows}", "pretrain.max_steps=2")
+        recipe = recipe_at(*given, weights="{caption: 1}", more=val)
+        made(recipe, force=True)
+        return [(line["loss"], line["val_loss"]) for line in lines(recipe)]
+
+    few, many = course(1), course(512)
+    assert [loss for loss, _ in few] == [loss for loss, _ in many] and len(few) == 2
+    assert all(one != other for (_, one), (_, other) in zip(few, many, strict=True))
+
+
 def test_an_interrupted_run_ends_with_the_same_bytes(recipe_at, monkeypatch):
     import mmtune.training.loop as loop
 
@@ -106,7 +122,6 @@ def test_bad_recipes_are_named(recipe_at):
     for overrides, said in (
         (["pretrain.objectives={caption: 0}"], "sum to 0"),
         (["pretrain.build.encoders={smell: {}}"], "smell"),
-        (["pretrain.build.encoders={behaviour: {}}"], "no encoder of behaviour: histories are read as words"),
         (["pretrain.build.encoders={image: {}, video: {}}"], "no encoder of video: a video is its sampled frames"),
         (["model.path=elsewhere"], "leave out model.path"),
         (["pretrain.train=[llm]", "pretrain.unfreeze={image: 1}"], "image, which does not train"),

@@ -128,6 +128,8 @@ def test_from_sources_to_scores(ran):
         assert ("masked_image" in lines[0]) == (way != "cross")
     report = json.loads((recipe.run_dir / "report" / "metrics.json").read_text())
     assert report["rejected"] == {} and report["n"] == 16
+    made_from = [made["folder"] for made in report["manifests"]]
+    assert made_from == ["instructions", "start", "tokens", "base", "adapter"]
     for metric in report["metrics"].values():
         assert set(metric["models"]) == {"base", "tuned"}
     adapter = read_manifest(recipe.run_dir / "adapter")

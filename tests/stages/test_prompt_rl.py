@@ -274,7 +274,8 @@ def test_a_search_leaves_the_weights_as_they_are(recipe, frozen, method):
 
 
 @pytest.mark.slow
-def test_a_language_model_writes_the_prompts(recipe, tmp_path, tiny_vlm, frozen):
+def test_a_language_model_writes_the_prompts(recipe, tmp_path, tiny_vlm, frozen, monkeypatch):
+    import peft
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -288,10 +289,19 @@ def test_a_language_model_writes_the_prompts(recipe, tmp_path, tiny_vlm, frozen)
     kept = json.loads((tmp_path / "writer" / "tokenizer_config.json").read_text())
     kept.pop("processor_class")
     (tmp_path / "writer" / "tokenizer_config.json").write_text(json.dumps(kept))
-    writer = {"model": str(tmp_path / "writer"), "max_tokens": 5, "learning_rate": 1e-3}
+    ranks, requests, lora, read = [], [], peft.LoraConfig, tokenizer.__class__.apply_chat_template
+    monkeypatch.setattr(peft, "LoraConfig", lambda **own: ranks.append(own["r"]) or lora(**own))
+    monkeypatch.setattr(
+        tokenizer.__class__,
+        "apply_chat_template",
+        lambda self, *given, **own: requests.append(str((given, own))) or read(self, *given, **own),
+    )
+    own = {"max_tokens": 5, "learning_rate": 1e-3, "lora_r": 2, "request": "Say one thing."}
+    writer = {"model": str(tmp_path / "writer"), **own}
     given = recipe(prompt={"rl": {"policy": "lm", "writer": writer}})
     build_data(given, console=QUIET)
     search_prompt(given, console=QUIET)
+    assert ranks == [2] and any("Say one thing." in said for said in requests)
     tried = [line["candidate"]["instruction"] for line in trace(given)[1:]]
     assert len(set(tried)) > 3 and all(text.endswith("{prompt}") for text in tried)
     assert document(given)["calls"]["search"] <= 90

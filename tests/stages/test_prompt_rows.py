@@ -75,3 +75,12 @@ def test_a_row_of_a_copied_picture_is_not_shown_its_solution(tmp_path: Path):
         rows = rows_of(worded, split)
         assert len(rows) == 8
         assert [bool(row.exemplar_ids) for row in rows] == [number(row) != number(solved) for row in rows]
+    # The mixture parts what a searched prompt shows, in training rows alone.
+    mixture = {**worded.build.model_dump(), "mixture": {"delimiters": 1.0}}
+    parted = Recipe.model_validate({**worded.model_dump(), "run_dir": tmp_path / "parted", "build": mixture})
+    build_data(parted, console=QUIET)
+    for split in ("train", "val"):
+        own = [bool(row.exemplar_ids) and split == "train" for row in rows_of(parted, split)]
+        assert ["delimiters" in row.metadata for row in rows_of(parted, split)] == own
+    counts = read_manifest(parted.run_dir / "instructions").facts["mixture"]["delimiters"]
+    assert sum(counts.values()) == 6 and "turns" not in counts

@@ -257,7 +257,7 @@ def _composite(projector: str = "mlp", **fusion: Any) -> Any:
 
         from mmtune.models.composite.config import CompositeConfig
         from mmtune.models.composite.model import CompositeForConditionalGeneration
-        from mmtune.models.encoders import LogMelConfig
+        from mmtune.models.encoders import HistoryConfig, LogMelConfig
 
         layers = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
         whisper = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2}
@@ -277,10 +277,14 @@ def _composite(projector: str = "mlp", **fusion: Any) -> Any:
             vision_config=t.CLIPVisionConfig(**VISION) if processor.image_processor else None,
             audio_config=sounds[type(processor.feature_extractor).__name__],
             text_config=t.Qwen2Config(**_text(tokenizer)),
+            behaviour_config=HistoryConfig(**layers, intermediate_size=24, vocab_size=12, window=5)
+            if processor.items
+            else None,
             image_token_id=processor.image_token_id,
             audio_token_id=processor.audio_token_id,
+            behaviour_token_id=processor.behaviour_token_id,
             audio_convolutions=processor.audio_convolutions,
-            projectors={"image": settings, "audio": settings},
+            projectors=dict.fromkeys(("image", "audio", "behaviour"), settings),
             fusion=fusion,
             frame_times=True,
         )

@@ -20,6 +20,7 @@ from mmtune.models.left_out import put_back, release
 from mmtune.models.mask_rules import mask_rules
 from mmtune.models.rope_index import rope_index
 from mmtune.models.towers import tower_of
+from mmtune.records import READ_BY
 from mmtune.training import frozen_features
 from mmtune.training.frozen_features import DistinctMedia, Maker, distinct_media
 from mmtune.training.loss import answer_loss
@@ -71,7 +72,7 @@ def frozen(family: Any, towers: tuple[str, ...] = ("llm",)) -> Any:
 
 
 def kind_of(family: Any) -> str:
-    return sorted(family.takes)[-1]
+    return sorted(family.takes - {"behaviour"})[-1]
 
 
 def media_of(family: Any, trees: list[Tree], kind: str) -> DistinctMedia:
@@ -79,7 +80,7 @@ def media_of(family: Any, trees: list[Tree], kind: str) -> DistinctMedia:
     found = []
     for tree in trees:
         for span in tree.media:
-            if (span.medium.modality == "audio") == (kind == "audio"):
+            if READ_BY[span.medium.modality] == kind:
                 inside = tree.input_ids[span.start : span.start + span.length]
                 found.append((Item(span.medium, span.frame, span.frames), int((inside == token).sum()), 1))
     return distinct_media(found)

@@ -22,7 +22,7 @@ def batch_of(family: Any, media: Any, served: dict[str, Any]) -> dict[str, torch
     for number, answer in enumerate(("three of them, hello world!", "yes")):
         shown = []
         for kind in sorted(family.takes):
-            made, real = media.audio(9_000) if kind == "audio" else media.image(60, 44)
+            made, real = media.of(kind)
             served[made.path] = real[kind]
             shown.append(made)
         asked = Message("user", (*shown, TextPart("How many?" * (1 + number))))
@@ -75,7 +75,7 @@ def test_as_transformers_computes_it(family_name: str, tiny_family: Any, media: 
     for hook in hooks:
         hook.remove()
     fusion = getattr(family.model.config, "fusion", {"mode": "early"})
-    passes = {"early": 1, "late": 2, "hybrid": 3}[fusion["mode"]]
+    passes = len(getattr(family.model.config, "branches", ("joint",)))
     # What passes share runs before them, and bears no label here: one token stands for none.
     before = [(1, 1)] * len(parts) if passes > 1 and fusion["attention"] == "none" else []
     assert seen == before + [(1, count * passes)] * len(parts), "the last block runs for label tokens alone"

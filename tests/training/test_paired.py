@@ -1,7 +1,5 @@
 """Which rows share what, and whose media a row may be shown with."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,7 @@ from mmtune.encoding.render import EncodedRow, MediaSpan
 from mmtune.models.composite.encoded import word_summary
 from mmtune.models.objectives.masked import match_pairs
 from mmtune.records import Medium
-from mmtune.training.paired import PARTS, PairedBatches
+from mmtune.training.paired import PARTS, PairCollator
 from mmtune.training.tally import Tally
 
 
@@ -25,8 +23,7 @@ def row(text, image=None, sound=None):
 
 
 def keys_of(*rows):
-    batches = SimpleNamespace(encoded=lambda units: [rows[unit] for unit in units], collate=lambda made, step: {})
-    return PairedBatches(batches).batch(range(len(rows)), 3)["keys"]
+    return PairCollator(lambda made, step: {})(rows)["keys"]
 
 
 def test_rows_share_a_medium_or_question_and_answer():

@@ -36,7 +36,7 @@ def trees_of(
     def medium(number: int) -> list[Any]:
         parts = []
         for kind in shown:
-            made, real = media.audio(9_000 + 1_600 * number) if kind == "audio" else media.image(60 + 40 * number, 44)
+            made, real = media.of(kind, number)
             served[made.path] = real[kind]
             parts.append(made)
         return parts

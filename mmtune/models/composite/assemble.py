@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from copy import deepcopy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mmtune.errors import CapabilityError, RecipeError
+from mmtune.models.composite.config import TOWERS
 from mmtune.models.composite.parts import alone, is_multimodal, tower_of_model
-from mmtune.models.inputs import lacks_tokenizer
+from mmtune.models.inputs import FIRST_ITEM, known_items, lacks_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -19,13 +21,13 @@ if TYPE_CHECKING:
     from mmtune.models.composite.model import CompositeForConditionalGeneration
     from mmtune.models.composite.processor import CompositeProcessor
 
-TOKENS = {"image": "<image>", "audio": "<audio>"}
-_TOWERS = {"image": "vision", "audio": "audio"}
+TOKENS = {name: f"<{name}>" for name in TOWERS}
 _LAYERS = {
     "image": ("vision_feature_layer", "vision_feature_select_strategy"),
     "audio": ("audio_feature_layer",),
+    "behaviour": (),
 }
-_INPUTS = {"image": {"pixel_values"}, "audio": {"input_features", "input_values"}}
+_INPUTS = {"image": {"pixel_values"}, "audio": {"input_features", "input_values"}, "behaviour": {"input_ids"}}
 _NORMAL = ("image_mean", "image_std")
 
 
@@ -48,13 +50,13 @@ def assemble(
     Args:
         text: Folder or hub id of a causal language model, or its config; of a multimodal model its language model is
             taken.
-        encoders: ``image`` and ``audio`` to a folder or hub id of an encoder, or its config; of a multimodal model its
-            tower is taken.
+        encoders: ``image``, ``audio`` and ``behaviour`` to a folder or hub id of an encoder, or its config; of a
+            multimodal model its tower is taken.
         projectors: As in ``CompositeConfig``.
         fusion: As in ``CompositeConfig``.
         tokenizer: Of the language model, where ``text`` is a config.
-        preprocessors: ``image`` and ``audio`` to what makes them ready; else that of the encoder's folder, or the
-            plain one for its config.
+        preprocessors: ``image`` and ``audio`` to what makes them ready, ``behaviour`` to the items in the order of
+            their ids; else that of the encoder's folder, or the plain one for its config.
         offline: Never reach for the network.
         settings: Others of ``CompositeConfig``.
 
@@ -72,21 +74,21 @@ def assemble(
     if unknown or not encoders:
         raise RecipeError(
             f"there is no encoder of {', '.join(unknown) or 'nothing'}",
-            f"name some of {', '.join(TOKENS)}; a video is images, and a history words",
+            f"name some of {', '.join(TOKENS)}; a video is images",
             "no_such_encoder",
         )
     language = _language_model(text, offline)
     tokenizer = deepcopy(tokenizer) if tokenizer is not None else _tokenizer(text, offline)
     parts = {modality: _encoder(modality, source, offline) for modality, source in encoders.items()}
-    given = {**{modality: _preprocessor(modality, encoders[modality], offline) for modality in encoders}}
-    given |= preprocessors or {}
+    given = dict(preprocessors or {})
+    given |= {name: _preprocessor(name, encoders[name], offline) for name in encoders if name not in given}
     added = {"additional_special_tokens": [TOKENS[name] for name in parts]}
     tokenizer.add_special_tokens(added, replace_extra_special_tokens=False)
     _make_room(language, len(tokenizer))
     audio = parts.get("audio")
     config = CompositeConfig(
         text_config=language.config.get_text_config(),
-        **{f"{_TOWERS[modality]}_config": part.config for modality, part in parts.items()},
+        **{f"{TOWERS[modality]}_config": part.config for modality, part in parts.items()},
         **{f"{modality}_token_id": tokenizer.convert_tokens_to_ids(TOKENS[modality]) for modality in parts},
         audio_convolutions=None if audio is None else convolutions_of(audio.config),
         projectors={name: dict(own) for name, own in (projectors or {}).items()},
@@ -146,9 +148,9 @@ def _encoder(modality: str, source: str | PretrainedConfig, offline: bool) -> An
         return _of_modality(build_encoder(deepcopy(source)), modality, source.model_type)
     config: Any = load_config(source, offline=offline)
     if is_multimodal(config):
-        return tower_of_model(source, f"{_TOWERS[modality]}_tower", offline)
+        return tower_of_model(source, f"{TOWERS[modality]}_tower", offline)
     # Of CLIP and its like, the tower of the modality alone.
-    config = getattr(config, f"{_TOWERS[modality]}_config", None) or config
+    config = getattr(config, f"{TOWERS[modality]}_config", None) or config
     try:
         model = AutoModel.from_pretrained(
             source, config=config, dtype=torch.float32, use_safetensors=True, local_files_only=offline
@@ -181,6 +183,8 @@ def _preprocessor(modality: str, source: str | PretrainedConfig, offline: bool) 
 
     from mmtune.models.log_mel import LogMelFeatureExtractor
 
+    if modality == "behaviour":
+        return _items(source, offline) if isinstance(source, str) else None
     if isinstance(source, str):
         auto: Any = transformers.AutoImageProcessor if modality == "image" else transformers.AutoFeatureExtractor
         try:
@@ -210,6 +214,16 @@ def _preprocessor(modality: str, source: str | PretrainedConfig, offline: bool) 
     return None
 
 
+def _items(source: str, offline: bool) -> list[str]:
+    """Returns the items that an encoder of histories knows, in the order of their ids."""
+    from mmtune.models.composite.processor import CompositeProcessor
+    from mmtune.models.load import load_config
+
+    if is_multimodal(load_config(source, offline=offline)):
+        return CompositeProcessor.from_pretrained(source, local_files_only=offline).items or []
+    return list(known_items(Path(source)))
+
+
 def _make_room(language: Any, tokens: int) -> None:
     """Gives the language model rows for new tokens, each the mean of the old ones."""
     old = language.get_input_embeddings().weight.shape[0]
@@ -233,7 +247,7 @@ def _fill(model: Any, language: Any, parts: Mapping[str, Any]) -> None:
     model.model.language_model.load_state_dict(language.base_model.state_dict())
     model.lm_head.load_state_dict(head.state_dict())
     for modality, part in parts.items():
-        getattr(model.model, f"{_TOWERS[modality]}_tower").load_state_dict(part.state_dict())
+        getattr(model.model, f"{TOWERS[modality]}_tower").load_state_dict(part.state_dict())
 
 
 def _processor(model: Any, tokenizer: Any, given: Mapping[str, Any]) -> Any:
@@ -246,6 +260,13 @@ def _processor(model: Any, tokenizer: Any, given: Mapping[str, Any]) -> Any:
             raise RecipeError(
                 f"nothing makes {modality} ready for its encoder", f"give preprocessors.{modality}", "no_preprocessor"
             )
+    if "behaviour" in given and FIRST_ITEM + len(given["behaviour"]) > config.behaviour_config.vocab_size:
+        raise RecipeError(
+            f"the behaviour encoder has {config.behaviour_config.vocab_size:,} ids, too few for"
+            f" {len(given['behaviour']):,} items",
+            "name the items that it was made for",
+            "parts_do_not_fit",
+        )
     fixed = config.projectors.get("audio", {}).get("queries")
     if fixed is None and "audio" in config.modalities and config.audio_convolutions is None:
         fixed = _sound_tokens(model, given["audio"])
@@ -257,9 +278,18 @@ def _processor(model: Any, tokenizer: Any, given: Mapping[str, Any]) -> Any:
         image_tokens=_image_tokens(model, given["image"]) if "image" in config.modalities else 0,
         audio_tokens=fixed,
         audio_convolutions=config.audio_convolutions,
+        items=given.get("behaviour"),
+        history_items=_longest_history(config.behaviour_config),
+        behaviour_tokens=config.projectors.get("behaviour", {}).get("queries"),
         frame_times=config.frame_times,
         reads_prompt=config.reads_prompt,
     )
+
+
+def _longest_history(config: Any) -> int | None:
+    """Returns the items that an encoder of histories tells apart; None where nothing limits them, or without one."""
+    names = ("window", "max_position_embeddings")
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
 
 def _image_tokens(model: Any, images: Any) -> int:

@@ -9,7 +9,9 @@ from transformers.configuration_utils import SubConfigSpec
 
 MODES = ("early", "late", "hybrid")
 ATTENTIONS = ("none", "self", "cross", "co")
-MODALITIES = ("image", "audio")
+TOWERS = {"image": "vision", "audio": "audio", "behaviour": "behaviour"}
+"""Modality to what its tower is called."""
+MODALITIES = tuple(TOWERS)
 """In the order of their passes; a video is a run of images."""
 
 _FUSION: dict[str, Any] = {
@@ -32,7 +34,9 @@ class CompositeConfig(PreTrainedConfig):
         vision_config: Any image encoder known to AutoModel, or None.
         audio_config: Any sound encoder known to AutoModel, or None.
         image_token_id: The id that stands for one image token.
+        behaviour_config: Any encoder of item ids known to AutoModel, or None.
         audio_token_id: The id that stands for one sound token.
+        behaviour_token_id: The id that stands for one token of a history.
         vision_feature_layer: Which hidden states of the image encoder are used; None takes its last, normed ones.
         vision_feature_select_strategy: ``default`` drops the tokens that stand before the patches, ``full`` keeps them.
         audio_feature_layer: As ``vision_feature_layer``.
@@ -50,13 +54,16 @@ class CompositeConfig(PreTrainedConfig):
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model", optional=True),
         "audio_config": SubConfigSpec(config_class=AutoConfig, model_type="whisper", optional=True),
+        "behaviour_config": SubConfigSpec(config_class=AutoConfig, model_type="mmtune_history", optional=True),
     }
 
     text_config: Any = None
     vision_config: Any = None
     audio_config: Any = None
+    behaviour_config: Any = None
     image_token_id: int | None = None
     audio_token_id: int | None = None
+    behaviour_token_id: int | None = None
     vision_feature_layer: int | None = -2
     vision_feature_select_strategy: str = "default"
     audio_feature_layer: int | None = None
@@ -77,8 +84,12 @@ class CompositeConfig(PreTrainedConfig):
     @property
     def modalities(self) -> tuple[str, ...]:
         """The modalities that it has an encoder for, in the order of ``MODALITIES``."""
-        found = {"image": self.vision_config, "audio": self.audio_config}
-        return tuple(name for name in MODALITIES if found[name] is not None)
+        return tuple(name for name in MODALITIES if getattr(self, f"{TOWERS[name]}_config") is not None)
+
+    @property
+    def kinds(self) -> int:
+        """Kinds of tokens that it tells apart: text, image and audio, and behaviour where it reads that."""
+        return 4 if "behaviour" in self.modalities else 3
 
     @property
     def reads_prompt(self) -> bool:

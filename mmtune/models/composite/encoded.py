@@ -15,8 +15,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmtune.models.composite.features import Media
 from mmtune.models.composite.fuse import Row, kinds_at
+from mmtune.models.inputs import PADDING
 
-MEDIA_INPUTS = ("pixel_values", "frame_milliseconds", "input_features", "feature_attention_mask")
+MEDIA_INPUTS = ("pixel_values", "frame_milliseconds", "input_features", "feature_attention_mask", "history_ids")
 """What ``EncodedMedia.outputs`` stands in for."""
 _SIDE = 8
 """A picture is summed up by so many by so many means, a sound by so many spans of time."""
@@ -63,8 +64,8 @@ def encode_media(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, Enc
     where = {name: model.placeholders(name, ids, words) for name in model.config.modalities}
     nothing = torch.zeros_like(ids)
     row = Row(words, kinds_at(where, words), batch["attention_mask"], nothing.bool(), nothing, None)
-    pixels, milliseconds, sounds, sound_mask = (batch.get(name) for name in MEDIA_INPUTS)
-    media = Media(pixels, milliseconds, sounds, sound_mask, None)
+    pixels, milliseconds, sounds, sound_mask, histories = (batch.get(name) for name in MEDIA_INPUTS)
+    media = Media(pixels, milliseconds, sounds, sound_mask, histories, None)
     found = {}
     for name, own in model.encode(media, where, row).items():
         row_of_token = where[name].nonzero()[:, 0]
@@ -84,11 +85,11 @@ def summaries(
     """Returns ``(B, D)`` what each row's media are in short, by modality, as their encoders are given them.
 
     A picture is its means over 8 x 8 fields, a sound its bands' means over 8 spans of time (of samples: the mean
-    loudness of 64 spans).
+    loudness of 64 spans), a history how many of its items fall into each of 64 bins.
 
     Args:
         config: Of the composite model.
-        batch: Pixels and sounds.
+        batch: Pixels, sounds and histories.
         media: Of the same batch.
         rows: B.
     """
@@ -106,11 +107,14 @@ def summaries(
             media["audio"].row_of_medium,
             rows,
         )
+    if "behaviour" in media:
+        ids = batch["history_ids"]
+        found["behaviour"] = _mean_by_row(word_summary(ids, ids != PADDING), media["behaviour"].row_of_medium, rows)
     return found
 
 
 def word_summary(ids_BT: torch.Tensor, words_BT: torch.Tensor) -> torch.Tensor:
-    """Returns ``(B, D)`` what each row's words are in short: how many fall into each of 64 bins, by their ids.
+    """Returns ``(B, D)`` what each row's words, or items, are in short: how many fall into each of 64 bins.
 
     Feature hashing (Weinberger et al. 2009), so that a vocabulary of any size has one width.
 
@@ -125,13 +129,13 @@ def word_summary(ids_BT: torch.Tensor, words_BT: torch.Tensor) -> torch.Tensor:
 
 def summary_widths(config: Any) -> dict[str, int]:
     """Returns D by part, text among them, of a composite model's config."""
-    found = {"text": _SIDE**2}
+    found = dict.fromkeys(("text", *config.modalities), _SIDE**2)
     for name in config.modalities:
         if name == "image":
-            found[name] = _SIDE**2 * int(getattr(config.vision_config, "num_channels", 3))
-        else:
+            found[name] *= int(getattr(config.vision_config, "num_channels", 3))
+        elif name == "audio":
             bands = _bands(config)
-            found[name] = _SIDE * bands if bands else _SIDE**2
+            found[name] = _SIDE * bands if bands else found[name]
     return found
 
 

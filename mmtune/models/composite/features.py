@@ -12,8 +12,10 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from mmtune.models.composite.config import TOWERS
 from mmtune.models.composite.encoders import convolved, encoder_width, hears_samples, hidden_states, leading_tokens
 from mmtune.models.fusion.projector import build_projector, projected_tokens
+from mmtune.models.inputs import PADDING
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,13 @@ class Media:
     frame_milliseconds: torch.Tensor | None
     input_features: torch.Tensor | None
     feature_attention_mask: torch.Tensor | None
+    history_ids: torch.Tensor | None
     encoded: dict[str, BaseModelOutputWithPooling] | None
 
 
 def projector_of(config: Any, modality: str) -> nn.Module:
     """Returns a fresh projector from an encoder's features to the language model's width."""
-    encoder = {"image": config.vision_config, "audio": config.audio_config}[modality]
+    encoder = getattr(config, f"{TOWERS[modality]}_config")
     settings = {name: value for name, value in config.projectors[modality].items() if name != "instruction"}
     return build_projector(source_width=encoder_width(encoder), width=config.text_config.hidden_size, **settings)
 
@@ -72,21 +75,32 @@ def sound_features(
     return found, counts
 
 
-def projected_sounds(
+def history_features(tower: nn.Module, history_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns ``(N, F, D)`` features of histories, and ``(N,)`` how many of each are its own and not padding.
+
+    Args:
+        tower: The encoder of item ids.
+        history_ids: ``(N, F)`` oldest first, 0 behind the last.
+    """
+    mask_NF = (history_ids != PADDING).long()
+    return hidden_states(tower, None, history_ids, attention_mask=mask_NF), mask_NF.sum(-1)
+
+
+def projected_apart(
     projector: nn.Module,
     features_NFD: torch.Tensor,
     counts_N: torch.Tensor,
     fixed: bool,
     instruction_NH: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
-    """Returns one ``(M, H)`` per sound.
+    """Returns one ``(M, H)`` per sound or history, what is padding left out.
 
     Args:
         projector: Of the modality.
         features_NFD: Features, padded.
-        counts_N: How many of them are a sound's own.
-        fixed: The projector gives the same number of tokens for every sound.
-        instruction_NH: What each sound is asked about, for a resampler that reads it.
+        counts_N: How many of them are a medium's own.
+        fixed: The projector gives the same number of tokens for every medium.
+        instruction_NH: What each of them is asked about, for a resampler that reads it.
     """
     seen_NF = torch.arange(features_NFD.shape[1], device=counts_N.device) < counts_N[:, None]
     made = projector(features_NFD, seen_NF, instruction_NH)

@@ -136,7 +136,7 @@ def turns_at(user_turns: torch.Tensor | None, prompt_BT: torch.Tensor) -> torch.
 
 def without_dropped(config: CompositeConfig, row: Row, positions_BT: torch.Tensor | None) -> Row:
     """Returns the row as training sees it, with some modalities gone."""
-    gone_BT = dropped(row.kinds, positions_BT, config.fusion["modality_dropout"])
+    gone_BT = dropped(row.kinds, positions_BT, config.fusion["modality_dropout"], config.kinds)
     return replace(row, mask=hide(row.mask, gone_BT, row.kinds.shape[1]))
 
 

@@ -7,23 +7,24 @@ Shapes: B rows, T tokens, N media, H model width, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers import AutoModel, GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
 
 import mmtune.models.encoders  # noqa: F401  (its encoders become known to AutoModel)
 from mmtune.errors import CapabilityError
-from mmtune.models.composite.config import MODALITIES, CompositeConfig
+from mmtune.models.composite.base import CompositeOutput, CompositePreTrainedModel
+from mmtune.models.composite.config import CompositeConfig
 from mmtune.models.composite.encoders import build_encoder
 from mmtune.models.composite.features import (
     Media,
+    history_features,
     patch_features,
-    projected_sounds,
+    projected_apart,
     projector_of,
     resamples,
     sound_features,
@@ -33,55 +34,9 @@ from mmtune.models.composite.head import MixingHead, join
 from mmtune.models.composite.passes import FusionState
 from mmtune.models.composite.shared_start import run_in_two, shared_start
 from mmtune.models.composite.stream import ARGUMENT, add_blocks
-from mmtune.models.fusion.co_attention import CoAttention
 from mmtune.models.fusion.gate import DecisionGate
-from mmtune.models.fusion.gated_cross import GatedCrossAttention
-from mmtune.models.fusion.resampler import Perceiver, QFormer
 from mmtune.models.fusion.single_stream import SegmentEmbedding
 from mmtune.models.fusion.time_positions import TimePositions
-
-# Modules with weights of their own beside those of linear layers and norms.
-_OWN_START = (CoAttention, DecisionGate, GatedCrossAttention, Perceiver, QFormer, SegmentEmbedding)
-
-
-@dataclass
-class CompositeOutput(ModelOutput):
-    """What a forward pass gives; see transformers' ``CausalLMOutputWithPast``."""
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    last_hidden_state: torch.Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: Any = None
-    attentions: Any = None
-    log_gate: torch.Tensor | None = None
-    """``(B, T, K)`` log weights of the branches, where the gate mixes any."""
-    passes: Any = None
-    """Which branches share a run of the language model."""
-    fusion_state: Any = None
-    """What the next call needs beside ``past_key_values``."""
-    media_states: torch.Tensor | None = None
-    """``(B, T, H)`` the media stream behind co-attention at its tokens, of early fusion in a call without a past."""
-
-
-class CompositePreTrainedModel(PreTrainedModel):
-    """What both composite classes share."""
-
-    config: CompositeConfig
-    config_class = CompositeConfig
-    base_model_prefix = "model"
-    input_modalities: Any = ("image", "audio", "text")
-    supports_gradient_checkpointing = True
-    _skip_keys_device_placement: Any = ("past_key_values",)
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, _OWN_START):
-            module.reset_parameters()
 
 
 class CompositeModel(CompositePreTrainedModel):
@@ -97,13 +52,16 @@ class CompositeModel(CompositePreTrainedModel):
         if config.audio_config is not None:
             self.audio_tower = build_encoder(config.audio_config)
             self.audio_projector = projector_of(config, "audio")
+        if config.behaviour_config is not None:
+            self.behaviour_tower = build_encoder(config.behaviour_config)
+            self.behaviour_projector = projector_of(config, "behaviour")
         self.language_model = AutoModel.from_config(config.text_config)
         fusion, width = config.fusion, config.text_config.hidden_size
         if fusion["mode"] != "early" and config.modalities:
             lead = 0 if fusion["mode"] == "hybrid" else None
             self.gate = DecisionGate(len(config.branches), width if fusion["instruction"] else None, lead=lead)
         if fusion["attention"] == "self":
-            self.segments = SegmentEmbedding(1 + len(MODALITIES), width)
+            self.segments = SegmentEmbedding(config.kinds, width)
         if fusion["layers"]:
             self.media_attention = add_blocks(self.language_model, config)
         self.post_init()
@@ -148,7 +106,22 @@ class CompositeModel(CompositePreTrainedModel):
         """
         found, counts = sound_features(self.config, self.audio_tower, input_features, feature_attention_mask)
         fixed = resamples(self.config.projectors["audio"]["kind"])
-        made: Any = projected_sounds(self.audio_projector, found, counts, fixed, instruction)
+        made: Any = projected_apart(self.audio_projector, found, counts, fixed, instruction)
+        return BaseModelOutputWithPooling(pooler_output=made)
+
+    def get_behaviour_features(
+        self, history_ids: torch.Tensor, instruction: torch.Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Returns ``pooler_output``: one ``(tokens, H)`` per history.
+
+        Args:
+            history_ids: ``(N, items)`` ids of what each user chose, oldest first, 0 behind the last.
+            instruction: ``(N, H)`` what each history is asked about, for a resampler that reads it.
+            kwargs: Of transformers' own calls; unused.
+        """
+        found, counts = history_features(self.behaviour_tower, history_ids)
+        fixed = resamples(self.config.projectors["behaviour"]["kind"])
+        made: Any = projected_apart(self.behaviour_projector, found, counts, fixed, instruction)
         return BaseModelOutputWithPooling(pooler_output=made)
 
     def media_features(self, media: Media, where: dict[str, torch.Tensor], row: Row | None) -> dict[str, torch.Tensor]:
@@ -181,6 +154,9 @@ class CompositeModel(CompositePreTrainedModel):
         if media.input_features is not None:
             asked = self.asked(row, where["audio"], "audio")
             found["audio"] = self.get_audio_features(media.input_features, media.feature_attention_mask, asked)
+        if media.history_ids is not None:
+            asked = self.asked(row, where["behaviour"], "behaviour")
+            found["behaviour"] = self.get_behaviour_features(media.history_ids, asked)
         return {name: list(made.pooler_output) for name, made in found.items()}  # type: ignore[arg-type]
 
     def asked(self, row: Row | None, places_BT: torch.Tensor, modality: str) -> torch.Tensor | None:
@@ -204,6 +180,7 @@ class CompositeModel(CompositePreTrainedModel):
         frame_milliseconds: torch.Tensor | None = None,
         input_features: torch.Tensor | None = None,
         feature_attention_mask: torch.Tensor | None = None,
+        history_ids: torch.Tensor | None = None,
         attention_mask: Any = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
@@ -224,6 +201,7 @@ class CompositeModel(CompositePreTrainedModel):
             frame_milliseconds: See ``get_image_features``.
             input_features: All sounds, in the order of their placeholders.
             feature_attention_mask: See ``get_audio_features``.
+            history_ids: All histories, in the order of their placeholders; see ``get_behaviour_features``.
             attention_mask: ``(B, T)`` padding, or a prepared ``(B, 1, T, T)``.
             position_ids: ``(B, T)``.
             past_key_values: Keys and values of earlier tokens.
@@ -246,7 +224,9 @@ class CompositeModel(CompositePreTrainedModel):
         row = Row(words, kinds_at(where, words), attention_mask, prompt, turns, fusion_state)
         if self.training and self.config.fusion["modality_dropout"]:
             row = without_dropped(self.config, row, position_ids)
-        media = Media(pixel_values, frame_milliseconds, input_features, feature_attention_mask, mm_encoder_outputs)
+        media = Media(
+            pixel_values, frame_milliseconds, input_features, feature_attention_mask, history_ids, mm_encoder_outputs
+        )
         features = self.media_features(media, where, row if fusion_state is None else None)
         run = fuse(self.config, row, features, where, self._learned())
         made = self._run(run, position_ids, past_key_values, kwargs)
@@ -321,6 +301,10 @@ class CompositeForConditionalGeneration(CompositePreTrainedModel, GenerationMixi
         """Returns what ``CompositeModel.get_audio_features`` does."""
         return self.model.get_audio_features(input_features, feature_attention_mask, **kwargs)
 
+    def get_behaviour_features(self, history_ids: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Returns what ``CompositeModel.get_behaviour_features`` does."""
+        return self.model.get_behaviour_features(history_ids, **kwargs)
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -328,6 +312,7 @@ class CompositeForConditionalGeneration(CompositePreTrainedModel, GenerationMixi
         frame_milliseconds: torch.Tensor | None = None,
         input_features: torch.Tensor | None = None,
         feature_attention_mask: torch.Tensor | None = None,
+        history_ids: torch.Tensor | None = None,
         attention_mask: Any = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
@@ -358,6 +343,7 @@ class CompositeForConditionalGeneration(CompositePreTrainedModel, GenerationMixi
             frame_milliseconds=frame_milliseconds,
             input_features=input_features,
             feature_attention_mask=feature_attention_mask,
+            history_ids=history_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -382,9 +368,25 @@ class CompositeForConditionalGeneration(CompositePreTrainedModel, GenerationMixi
     def _update_model_kwargs_for_generation(  # type: ignore[override]
         self, outputs: Any, model_kwargs: dict[str, Any], **more: Any
     ) -> dict[str, Any]:
-        """Carries the fusion's state on to the next token."""
+        """Carries the fusion's state on to the next token, to which the keys and values tell of the histories."""
         kept = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **more)
+        if outputs.fusion_state is not None:
+            kept.pop("history_ids", None)
         return {**kept, "fusion_state": outputs.fusion_state}
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **kwargs: Any
+    ) -> Any:
+        """Repeats rows for beams, and their sounds and histories with them where each row has one."""
+        for name, media in (("audio", kwargs.get("input_features")), ("behaviour", kwargs.get("history_ids"))):
+            if expand_size > 1 and media is not None:
+                shown = self.model.placeholders(name, input_ids, kwargs.get("inputs_embeds"))
+                if int(shown.any(-1).sum()) != len(media):
+                    raise CapabilityError(
+                        f"beams go with rows of one {name} medium at most", "use num_beams=1", "beams_of_media"
+                    )
+        repeat: Any = super()._expand_inputs_for_generation  # type: ignore[misc]
+        return repeat(expand_size, is_encoder_decoder, input_ids, **kwargs)
 
     def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
         if self.config.fusion["mode"] != "early":

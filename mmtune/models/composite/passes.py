@@ -108,7 +108,7 @@ def pass_masks(mask: Any, kinds_BK: torch.Tensor, passes: Passes, queries: int) 
     return torch.stack(parts, dim=1).flatten(0, 1)
 
 
-def dropped(kinds_BT: torch.Tensor, positions_BT: torch.Tensor | None, rate: float) -> torch.Tensor:
+def dropped(kinds_BT: torch.Tensor, positions_BT: torch.Tensor | None, rate: float, kinds: int) -> torch.Tensor:
     """Returns ``(B, T)`` the media tokens that modality dropout hides, drawn from torch's own seed.
 
     A conversation loses whole modalities and never the last one it has; those packed into one row draw apart.
@@ -117,11 +117,12 @@ def dropped(kinds_BT: torch.Tensor, positions_BT: torch.Tensor | None, rate: flo
         kinds_BT: Kinds of the tokens.
         positions_BT: Positions, which start again at every conversation; None for one a row.
         rate: Chance of each modality to go.
+        kinds: How many there are, see ``CompositeConfig.kinds``.
     """
     talk_BT = torch.zeros_like(kinds_BT, dtype=torch.long)
     if positions_BT is not None:
         talk_BT = ((positions_BT == 0) & (torch.arange(kinds_BT.shape[1], device=kinds_BT.device) > 0)).long().cumsum(1)
-    talks, kinds = int(talk_BT.max()) + 1, len(MODALITIES) + 1
+    talks = int(talk_BT.max()) + 1
     slot_BT = talk_BT * kinds + kinds_BT.long()
     present = torch.zeros(len(kinds_BT), talks * kinds, dtype=torch.bool, device=kinds_BT.device)
     present = present.scatter(1, slot_BT, True).view(-1, kinds)

@@ -1,11 +1,15 @@
-"""The processor of a composite model: a tokenizer, and what makes pixels and sounds ready for its towers.
+"""The processor of a composite model: a tokenizer, and what makes pixels, sounds and histories ready for its towers.
 
 How many tokens a medium takes follows from its header: an image always takes ``image_tokens``, a sound what the
-encoder's convolutions leave of its samples.
+encoder's convolutions leave of its samples, a history one for each of its newest ``history_items``.
+
+Shapes: N histories, F items.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +18,17 @@ import torch
 from transformers import ProcessorMixin
 
 import mmtune.models.log_mel  # noqa: F401  (its feature extractor becomes known to AutoFeatureExtractor)
+from mmtune.models.composite.config import MODALITIES
 from mmtune.models.composite.encoders import convolved
 from mmtune.models.composite.template import PLAIN
 from mmtune.models.composite.turns import UserTurns, user_turns_of
+from mmtune.models.inputs import PADDING, history_inputs, item_ids
 
 _PARTS = ("image_processor", "feature_extractor")
 
 
 class CompositeProcessor(ProcessorMixin):
-    """Text, images and sounds to a composite model's inputs.
+    """Text, images, sounds and histories to a composite model's inputs.
 
     Args:
         tokenizer: Knows ``image_token`` and ``audio_token`` as special tokens, where there are such towers.
@@ -32,10 +38,14 @@ class CompositeProcessor(ProcessorMixin):
         image_tokens: Tokens that every image takes.
         audio_tokens: Tokens that every sound takes, or None where that follows from its length.
         audio_convolutions: As in ``CompositeConfig``.
+        items: What histories are made of, in the order of their ids; None without a behaviour tower.
+        history_items: Items of a history that are read, the newest; None reads all.
+        behaviour_tokens: Tokens that every history takes, or None where that follows from its length.
         frame_times: As in ``CompositeConfig``; batches then hold ``frame_milliseconds``.
         reads_prompt: As in ``CompositeConfig``; batches then hold ``prompt_mask`` and ``user_turns``.
         image_token: What stands for an image.
         audio_token: What stands for a sound.
+        behaviour_token: What stands for a history.
     """
 
     def __init__(
@@ -51,27 +61,45 @@ class CompositeProcessor(ProcessorMixin):
         reads_prompt: bool = False,
         image_token: str = "<image>",
         audio_token: str = "<audio>",
+        items: Sequence[str] | None = None,
+        history_items: int | None = None,
+        behaviour_tokens: int | None = None,
+        behaviour_token: str = "<behaviour>",
     ) -> None:
         self.image_tokens, self.audio_tokens = image_tokens, audio_tokens
         self.audio_convolutions = audio_convolutions
         self.frame_times, self.reads_prompt = frame_times, reads_prompt
         self.image_token = image_token if image_processor is not None else None
         self.audio_token = audio_token if feature_extractor is not None else None
-        for name in ("image", "audio"):
+        self.items = None if items is None else list(items)
+        self.history_items, self.behaviour_tokens = history_items, behaviour_tokens
+        self.behaviour_token = behaviour_token if items is not None else None
+        self._item_ids = item_ids(items or ())
+        for name in MODALITIES:
             token = getattr(self, f"{name}_token")
             setattr(self, f"{name}_token_id", token and tokenizer.convert_tokens_to_ids(token))
         self._turns: tuple[str, UserTurns | None] | None = None
         template = chat_template or getattr(tokenizer, "chat_template", None) or PLAIN
         super().__init__(tokenizer, image_processor, feature_extractor, chat_template=template)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, histories: Sequence[Sequence[str]] | None = None, **kwargs: Any) -> Any:
         """Returns what the model takes; for one that reads the prompt with ``user_turns``, where there are any.
 
         Args:
             args: Of any processor.
-            kwargs: The same.
+            histories: The items of every ``behaviour_token`` in ``text``, in order, oldest first.
+            kwargs: Of any processor.
+
+        Raises:
+            ValueError: There are more histories than places for them, or fewer.
         """
+        read = {}
+        if histories is not None:
+            ids, texts = self.process_histories(histories)
+            kwargs["text"] = self._with_histories(kwargs.get("text") or "", texts)
+            read = {"history_ids": torch.from_numpy(ids) if kwargs.get("return_tensors") == "pt" else ids}
         made = super().__call__(*args, **kwargs)
+        made.update(read)
         if self.user_turns is None or "input_ids" not in made:
             return made
         rows = made["input_ids"]
@@ -116,6 +144,40 @@ class CompositeProcessor(ProcessorMixin):
         """Returns how many tokens a sound of so many samples takes, at the extractor's rate."""
         return self._tokens_of(frame_count(self.feature_extractor, samples))
 
+    def newest(self, items: Sequence[str]) -> Sequence[str]:
+        """Returns the items of a history that are read."""
+        return items[-self.history_items :] if self.history_items else items
+
+    def knows(self, item: str) -> bool:
+        """Says whether an item has an id of its own."""
+        return item in self._item_ids
+
+    def history_text(self, items: int) -> str:
+        """Returns the text that stands for a history of so many items."""
+        if self.behaviour_tokens is not None:
+            return str(self.behaviour_token) * self.behaviour_tokens
+        # One without any item is told as such.
+        return str(self.behaviour_token) * max(min(items, self.history_items or items), 1)
+
+    def process_histories(self, histories: Sequence[Sequence[str]]) -> tuple[np.ndarray, list[str]]:
+        """Returns ``history_ids`` ``(N, F)``, 0 behind the last item, and the text that stands for every history."""
+        newest = [self.newest(own) for own in histories]
+        found = [history_inputs(self._item_ids, own)["input_ids"][0] for own in newest]
+        ids = np.full((len(found), max(map(len, found))), PADDING, dtype=np.int64)
+        for row, own in zip(ids, found, strict=True):
+            row[: len(own)] = own
+        return ids, [self.history_text(len(own)) for own in newest]
+
+    def _with_histories(self, text: Any, shown: Sequence[str]) -> Any:
+        """Returns the texts in which every place of a history is as long as it is."""
+        rows = [text] if isinstance(text, str) else list(text)
+        places = sum(row.count(str(self.behaviour_token)) for row in rows)
+        if places != len(shown):
+            raise ValueError(f"the text has {places} places for {len(shown)} histories")
+        left = iter(shown)
+        rows = [re.sub(re.escape(str(self.behaviour_token)), lambda _: next(left), row) for row in rows]
+        return rows[0] if isinstance(text, str) else rows
+
     def _tokens_of(self, frames: int) -> int:
         if self.audio_tokens is not None:
             return self.audio_tokens
@@ -145,7 +207,8 @@ class CompositeProcessor(ProcessorMixin):
         """Names that the model takes."""
         images = list(self.image_processor.model_input_names) if self.image_processor is not None else []
         sounds = ["input_features", "feature_attention_mask"] if self.feature_extractor is not None else []
-        return [*self.tokenizer.model_input_names, *images, *sounds]
+        histories = ["history_ids"] if self.items is not None else []
+        return [*self.tokenizer.model_input_names, *images, *sounds, *histories]
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Writes the tokenizer, the chat template and ``processor_config.json``; returns the path of the last."""

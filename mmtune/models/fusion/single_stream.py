@@ -11,7 +11,7 @@ from torch import nn
 
 
 class SegmentEmbedding(nn.Module):
-    """What is added to a token for its segment: text, image, audio, video; zero at the start.
+    """What is added to a token for its segment: text, image, audio, behaviour; zero at the start.
 
     A trained language model that gets segments is so at first the same model.
     """

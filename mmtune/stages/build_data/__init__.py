@@ -7,31 +7,27 @@ the output does not depend on the number of workers.
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmtune.errors import DataError, RecipeError
+from mmtune.errors import RecipeError
 from mmtune.features.units import known_as
 from mmtune.files import disk_errors, file_digest
 from mmtune.media.content import names_beside
 from mmtune.media.known import KnownMedia, MediaPlace, MediumKey, Probe, media_places
 from mmtune.media.paths import listing
 from mmtune.media.probe import ProbeLimits
-from mmtune.prompts.chunk import Asked, Chunk, ChunkBuilder
-from mmtune.prompts.overlap import SplitOverlap
-from mmtune.prompts.schema import instructions_schema
+from mmtune.prompts.chunk import Asked, Built, Chunk, ChunkBuilder
 from mmtune.prompts.searched import SearchedPrompt
 from mmtune.readers import find_reader
 from mmtune.readers.limit import cut, part, take
 from mmtune.readers.repeated import SeenIds, drop_repeated
 from mmtune.readers.roots import PATHS, files_of, media_roots
 from mmtune.readers.source import SourceFiles
-from mmtune.recipe import Build, Recipe, Source
+from mmtune.recipe import Build, Recipe
 from mmtune.records import Record, Reject
 from mmtune.stages.build_data.asking import asked_of, named, template_file
 from mmtune.stages.build_data.exemplars import (
@@ -44,12 +40,12 @@ from mmtune.stages.build_data.exemplars import (
 from mmtune.stages.build_data.mixing import Mixed, plan_mixture
 from mmtune.stages.build_data.saying import say_result
 from mmtune.stages.build_data.searched import check_prompt, given_prompt, keeps_slots, placed, prompt_roots
+from mmtune.stages.build_data.splits import Splits
+from mmtune.stages.build_data.tally import Tally, check_drops, train_asked, train_rows
 from mmtune.storage import (
     Manifest,
     RejectLog,
-    SplitWriter,
     Staging,
-    finish_split,
     foresee,
     open_stage,
     read_manifest,
@@ -58,22 +54,10 @@ from mmtune.storage import (
 from mmtune.talk import Talk
 from mmtune.workers import in_order, process_count
 
-SPLITS = ("train", "val", "test")
 CHUNK_ROWS = 256
-_LOOKED_FOR = "check `images`, `audios` and `videos` of the sources: media paths are relative to them"
 _INLINE_CHUNKS = 4
 _MOST_PROCESSES = 8
 """One process reads for all; more than this would wait for it."""
-
-
-@dataclass(slots=True)
-class Tally:
-    """Counts of one source."""
-
-    read: int = 0
-    rows: int = 0
-    tasks: Counter[str] = field(default_factory=Counter)
-    asked: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,69 +182,69 @@ def _fill(
     staging: Staging, recipe: Recipe, sources: _Sources, console: Talk
 ) -> tuple[dict[str, int], dict[str, int], dict[str, Any]]:
     """Writes every split and the rejects; returns rows, drops and facts."""
-    build, schema = recipe.build, instructions_schema()
-    tallies = [Tally() for _ in sources.files]
+    tallies, splits, known = [Tally(source) for source in recipe.sources], Splits(staging.path), KnownMedia()
     mixed = _mix(recipe, sources, console)
     if mixed is not None:
         check_prompt(sources.prompt, mixed.held_out)
-    shown = _exemplars(recipe, sources, mixed)
-    writers: dict[str, SplitWriter] = {}
-    overlap, known, odd = SplitOverlap(), KnownMedia(), 0
+    shown, log = _exemplars(recipe, sources, mixed), staging.path / "rejects.jsonl"
+    work = _work(shown.attach(_chunks(sources, mixed, tallies)), known)
+    with RejectLog(log) as rejects, console.progress(None, "build-data") as bar:
+        for built in _built(recipe, sources, shown, work):
+            known.add(built.probes)
+            for reject in built.rejects:
+                rejects.write(reject)
+            splits.add(built)
+            tallies[built.source].add(built)
+            bar.advance(built.batch.num_rows + len(built.rejects))
+        drops = dict(sorted(rejects.counts.items()))
+    rows = splits.close()
+    check_drops(tallies, drops, recipe.build.max_drop_fraction, log)
+    splits.finish()
+    return rows, drops, {**_counted(tallies), **splits.facts(), **_drawn(tallies, mixed, shown)}
+
+
+def _built(
+    recipe: Recipe, sources: _Sources, shown: Shown, work: Iterator[tuple[Chunk, Mapping[MediumKey, Probe]]]
+) -> Iterator[Built]:
+    """Yields what becomes of each chunk, in the order they were cut."""
+    build, prompt = recipe.build, sources.prompt
+    builder = partial(
+        ChunkBuilder,
+        recipe.seed,
+        sources.asked,
+        build.system,
+        _limits(build),
+        shown.shares,
+        shown.choose,
+        shown.order,
+        known_as,
+        prompt,
+        sources.slots,
+        names_beside(sources.media_root, () if prompt is None else prompt.media),
+    )
     processes = process_count(build.workers)
-    done = in_order(
-        partial(
-            ChunkBuilder,
-            recipe.seed,
-            sources.asked,
-            build.system,
-            _limits(build),
-            shown.shares,
-            shown.choose,
-            shown.order,
-            known_as,
-            sources.prompt,
-            sources.slots,
-            names_beside(sources.media_root, () if sources.prompt is None else sources.prompt.media),
-        ),
-        _work(shown.attach(_chunks(sources, mixed, tallies)), known),
+    return in_order(
+        builder,
+        work,
         processes=min(processes, _MOST_PROCESSES) if build.workers == "auto" else processes,
         inline=_INLINE_CHUNKS,
         setting="build.workers",
     )
-    with RejectLog(staging.path / "rejects.jsonl") as rejects, console.progress(None, "build-data") as bar:
-        for built in done:
-            known.add(built.probes)
-            for reject in built.rejects:
-                rejects.write(reject)
-            if built.batch.num_rows:
-                if built.split not in writers:
-                    path = staging.path / built.split / "shard-00000.arrow"
-                    writers[built.split] = SplitWriter(path, schema)
-                writers[built.split].write_batch(built.batch)
-                overlap.add(built.split, built.keys)
-            tally = tallies[built.source]
-            tally.rows += built.batch.num_rows
-            tally.tasks.update(built.tasks)
-            tally.asked.update(built.asked)
-            odd += built.odd
-            bar.advance(built.batch.num_rows + len(built.rejects))
-        drops = dict(sorted(rejects.counts.items()))
-    rows = {split: writers[split].close() for split in SPLITS if split in writers}
-    _check_drops(tallies, drops, build.max_drop_fraction, staging.path / "rejects.jsonl")
-    for split in rows:
-        finish_split(staging.path / split, schema)
-    facts = {
-        "sources": [_source_facts(source, tally) for source, tally in zip(recipe.sources, tallies, strict=True)],
-        "read": sum(tally.read for tally in tallies),
-        "distinct_media": overlap.distinct_media(),
-        "leakage": overlap.counts(),
-        "odd_characters": odd,
-    }
+
+
+def _counted(tallies: list[Tally]) -> dict[str, Any]:
+    return {"sources": [tally.facts() for tally in tallies], "read": sum(tally.read for tally in tallies)}
+
+
+def _drawn(tallies: list[Tally], mixed: Mixed | None, shown: Shown) -> dict[str, Any]:
+    """Returns the facts of the mixture and of the exemplars, where the recipe has them."""
+    facts, asked = dict[str, Any](), train_asked(tallies)
     if mixed is not None:
-        facts["mixture"] = _mixture_facts(recipe, mixed, tallies)
+        rows = {name: count for name, count in train_rows(tallies).items() if name in mixed.quotas}
+        facts["mixture"] = mixed.facts(rows, asked)
     if shown.shares is not None and shown.shares.shots:
-        facts["exemplars"] = shown.facts(_train_asked(recipe, tallies))
-    return rows, drops, facts
+        facts["exemplars"] = shown.facts(asked)
+    return facts
 
 
 def _mix(recipe: Recipe, sources: _Sources, console: Talk) -> Mixed | None:
@@ -278,22 +262,6 @@ def _exemplars(recipe: Recipe, sources: _Sources, mixed: Mixed | None) -> Shown:
     return plan_exemplars(recipe, pools, places, sources.media_root, sources.features)
 
 
-def _mixture_facts(recipe: Recipe, mixed: Mixed, tallies: list[Tally]) -> dict[str, Any]:
-    train = [
-        (source.id, tally) for source, tally in zip(recipe.sources, tallies, strict=True) if source.split == "train"
-    ]
-    rows = {name: tally.rows for name, tally in train if name in mixed.quotas}
-    return mixed.facts(rows, _train_asked(recipe, tallies))
-
-
-def _train_asked(recipe: Recipe, tallies: list[Tally]) -> Counter[str]:
-    asked: Counter[str] = Counter()
-    for source, tally in zip(recipe.sources, tallies, strict=True):
-        if source.split == "train":
-            asked.update(tally.asked)
-    return asked
-
-
 def _limits(build: Build) -> ProbeLimits:
     return ProbeLimits(
         max_image_pixels=build.max_image_pixels,
@@ -303,46 +271,6 @@ def _limits(build: Build) -> ProbeLimits:
         hash_bytes=build.hash_media,
         embed=build.media == "embed",
     )
-
-
-def _source_facts(source: Source, tally: Tally) -> dict[str, Any]:
-    return {
-        "id": source.id,
-        "split": source.split,
-        "reader": source.reader,
-        "read": tally.read,
-        "rows": tally.rows,
-        "tasks": dict(tally.tasks),
-    }
-
-
-def _check_drops(tallies: list[Tally], drops: dict[str, int], most: float, log: Path) -> None:
-    read, rows = sum(tally.read for tally in tallies), sum(tally.rows for tally in tallies)
-    first = _first_reject(log)
-    listed = ", ".join(f"{reason} {count:,}" for reason, count in drops.items())
-    if not rows:
-        raise DataError(
-            f"no row is left of {read:,}: {listed or 'the sources gave none'}{first}",
-            f"{_LOOKED_FOR if 'media_missing' in drops else 'mend the data or the paths'}; nothing was written",
-            "no_rows",
-        )
-    if sum(drops.values()) > most * read:
-        raise DataError(
-            f"{sum(drops.values()):,} of {read:,} rows were refused, more than build.max_drop_fraction "
-            f"({most:g}) allows: {listed}{first}",
-            f"{_LOOKED_FOR if 'media_missing' in drops else 'mend the data'}, or raise build.max_drop_fraction; "
-            "nothing was written",
-            "too_many_drops",
-        )
-
-
-def _first_reject(log: Path) -> str:
-    with open(log, encoding="utf-8") as handle:
-        line = handle.readline()
-    if not line:
-        return ""
-    first = json.loads(line)
-    return f"; the first at {first['where'] or first['id']}: {first['detail'][:300]}"
 
 
 def _chunks(sources: _Sources, mixed: Mixed | None, tallies: list[Tally]) -> Iterator[Chunk]:

@@ -39,7 +39,8 @@ def shares_of(build: Build) -> Shares | None:
     mixture = build.mixture
     if mixture is None:
         return Shares(build.shots) if build.shots else None
-    return Shares(build.shots, mixture.chain_of_thought, mixture.options, mixture.inverted)
+    shares = (mixture.chain_of_thought, mixture.options, mixture.inverted, mixture.delimiters)
+    return Shares(build.shots, *shares)
 
 
 def features_of(recipe: Recipe) -> Manifest | None:
@@ -115,7 +116,8 @@ class _Contents:
         return {self._contents.name(self._root(record, medium), medium) for medium in record.media}
 
     def _root(self, record: Record, medium: Medium) -> str:
-        return self._places[record.source].roots[medium.modality]
+        # A history has no root.
+        return self._places[record.source].roots.get(medium.modality, "")
 
 
 @dataclass(frozen=True)

@@ -59,11 +59,13 @@ class Mixed:
             for source, quota in self.quotas.items()
         ]
         shots = {name.removeprefix("shots_"): count for name, count in asked.items() if name.startswith("shots_")}
+        parted = {name.removeprefix("parted_"): count for name, count in asked.items() if name.startswith("parted_")}
         return {
             "sources": built,
             "held_out": {cluster: list(sources) for cluster, sources in self.held_out.items()},
             "rows": total,
             "shots": dict(sorted(shots.items(), key=lambda item: int(item[0]))),
+            "delimiters": dict(sorted(parted.items())),
             **{name: asked[name] for name in ("rationale", "options", "no_options", "inverted")},
         }
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mmtune.prompts.delimiters import TURNS
 from mmtune.talk import Talk, counted
 
 
@@ -59,6 +60,10 @@ def _say_mixture(mixture: dict[str, Any], console: Talk) -> None:
     shots = ", ".join(f"{count} exemplars {rows:,}" for count, rows in mixture["shots"].items())
     counts = ", ".join(f"{name} {mixture[name]:,}" for name in ("rationale", "options", "no_options", "inverted"))
     console.say(f"mixture: {counted(mixture['rows'], 'row')}; {shots}; {counts}")
+    parted = mixture["delimiters"]
+    if set(parted) - {TURNS}:
+        listed = ", ".join(f"{name} {rows:,}" for name, rows in parted.items())
+        console.say(f"mixture: exemplars parted by {listed}")
     for cluster, sources in mixture["held_out"].items():
         console.say(f"mixture: {cluster} is held out ({', '.join(sources)}): no training row, no exemplar")
 

@@ -59,6 +59,7 @@ def answers_of(plan: Plan, processor: Any, questions: Questions, console: Talk) 
             max_new_tokens=plan.settings.max_new_tokens,
             loss=plan.settings.loss,
             rank=plan.settings.answer == "rank",
+            solved=questions.solved,
             words=label_words(plan.instructions.config["sources"]),
             should_stop=lambda: bool(stop),
             progress=console.progress,

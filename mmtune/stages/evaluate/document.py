@@ -19,7 +19,9 @@ from mmtune.stages.evaluate.answerers import answerers_of
 from mmtune.stages.evaluate.answers import Answers
 from mmtune.stages.evaluate.plan import SCHEMA, Plan
 from mmtune.stages.evaluate.questions import Questions
-from mmtune.storage import Staging, is_finished, read_manifest
+from mmtune.storage import Manifest, Staging, is_finished, read_manifest
+
+_CHAIN = ("features", "instructions", "prompt", "start", "tokens", "base", "adapter")
 
 
 def write_stage(plan: Plan, questions: Questions, answers: Answers, staging: Staging) -> dict[str, Any]:
@@ -57,7 +59,7 @@ def _document(
         **seen,
         "filling": answers.filling,
         "training": _training_facts(plan),
-        "manifests": _chain(plan.recipe.run_dir),
+        "manifests": _chain(plan),
         "notes": questions.notes(),
     }
 
@@ -88,16 +90,32 @@ def _training_facts(plan: Plan) -> dict[str, Any] | None:
     return training_facts(settings, made.facts, made.rows.get("train", 0), made.timings.get("total_seconds"))
 
 
-def _chain(run_dir: Path) -> list[dict[str, Any]]:
-    """Returns what every finished stage before this one says of itself."""
-    found = []
-    for name in ("instructions", "prompt", "tokens", "adapter"):
-        if is_finished(run_dir / name):
-            made = read_manifest(run_dir / name)
-            seconds = made.timings.get("total_seconds", 0.0)
-            kept = {"stage": made.stage, "folder": name, "hash": made.hash, "rows": made.rows, "drops": made.drops}
-            found.append({**kept, "seconds": seconds, "parents": made.parents, "mmtune": made.mmtune_version})
-    return found
+def _chain(plan: Plan) -> list[dict[str, Any]]:
+    """Returns what every stage that the report was made from says of itself, in the order of a run."""
+    run_dir = plan.recipe.run_dir
+    made = {name: read_manifest(run_dir / name) for name in _CHAIN if is_finished(run_dir / name)}
+    read = [one for one in (plan.instructions, plan.features, plan.prompt, plan.adapter) if one is not None]
+    if Path(plan.model) == run_dir / "base" and "base" in made:
+        read.append(made["base"])
+    hashes: set[str] = set()
+    while read:
+        one = read.pop()
+        hashes.add(one.hash)
+        read += [other for other in made.values() if other.hash in one.parents.values()]
+    return [_said_of_itself(name, one) for name, one in made.items() if one.hash in hashes]
+
+
+def _said_of_itself(name: str, made: Manifest) -> dict[str, Any]:
+    return {
+        "stage": made.stage,
+        "folder": name,
+        "hash": made.hash,
+        "rows": made.rows,
+        "drops": made.drops,
+        "seconds": made.timings.get("total_seconds", 0.0),
+        "parents": made.parents,
+        "mmtune": made.mmtune_version,
+    }
 
 
 def _write_predictions(folder: Path, answered: Sequence[AnsweredRow], questions: Questions) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from mmtune.encoding.render import Renderer
 from mmtune.errors import DataError
 from mmtune.evaluation.comparison import ScoredRow
+from mmtune.evaluation.prototypes import SolvedRows
 from mmtune.evaluation.rows import ChosenExamples, EvalRows, no_context, scored_row
 from mmtune.evaluation.vqa import few_references
 from mmtune.prompts.schema import row_to_example
@@ -19,6 +20,7 @@ from mmtune.stages.evaluate.plan import Plan
 from mmtune.stages.evaluate.prompted import Prompted, prompted_rows
 from mmtune.stages.evaluate.saying import notes_of, said_of_fewer
 from mmtune.stages.evaluate.shots import Asked, asked_rows
+from mmtune.stages.evaluate.solved import solved_rows
 from mmtune.storage import RejectLog, open_split
 from mmtune.talk import Talk
 
@@ -34,6 +36,7 @@ class Questions:
         prompted: They as the searched prompt asks them, or None.
         read: How many rows were looked at.
         rejected: Reason to the number of those that do not fit.
+        solved: Training rows that prototypes are made of, or None.
     """
 
     rows: EvalRows
@@ -42,6 +45,7 @@ class Questions:
     prompted: Prompted | None
     read: int
     rejected: Mapping[str, int]
+    solved: SolvedRows | None = None
 
     def notes(self) -> list[str]:
         """Returns what a reader of the report must know of them."""
@@ -86,7 +90,8 @@ def questions_of(plan: Plan, processor: Any, rejects: Path, console: Talk) -> Qu
     for line in said_of_fewer(asked.facts, len(scored)):
         console.note(line)
     prompted = prompted_rows(recipe, rows, make, plan.instructions) if plan.prompt is not None else None
-    return Questions(rows, scored, asked, prompted, len(examples), log.counts)
+    solved = solved_rows(plan, rows, make, console) if settings.answer == "prototype" else None
+    return Questions(rows, scored, asked, prompted, len(examples), log.counts, solved)
 
 
 def _scored(rows: EvalRows, chosen: Sequence[str] | None, total: int, console: Talk) -> list[ScoredRow]:

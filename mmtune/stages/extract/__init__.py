@@ -20,6 +20,7 @@ from mmtune.stages.extract.encoders import Chosen, choose, write_small
 from mmtune.stages.extract.filling import Filled, Filler
 from mmtune.stages.extract.joining import join
 from mmtune.stages.extract.reducing import Reducer
+from mmtune.stages.extract.twins import find_twins
 from mmtune.stages.extract.units import gather_units
 from mmtune.storage import Manifest, RejectLog, Staging, foresee, is_finished, open_stage, read_manifest, stage_hash
 from mmtune.talk import Talk, counted
@@ -62,6 +63,7 @@ def extract(
         "index": settings.index.model_dump(),
         "joint": list(settings.joint),
         "reduce": settings.reduce.model_dump() if settings.reduce else None,
+        "twins": settings.twins,
         "seed": recipe.seed,
         "media_root": media_root,
     }
@@ -135,11 +137,14 @@ class _Run:
             reduced |= {JOINT: joint.reduced} if joint.reduced else {}
         sources = {name: stage_hash({own: reduced[name]}) if name in reduced else own for name, own in made_by.items()}
         indexes = {name: self._index(name, source, staging.path) for name, source in sources.items()}
+        bounds = self._settings.twins
+        twins = find_twins(bounds, staging.path, staging.target, self._console) if bounds else {}
         manifest = staging.publish(
             rows=rows,
             drops=drops,
             facts={
                 **self._facts(filled),
+                "twins": twins,
                 "reduced": reduced,
                 "index": {name: facts for name, facts in indexes.items() if facts},
             },
@@ -260,4 +265,5 @@ def _result(target: Path, manifest: Manifest, *, cached: bool) -> dict[str, Any]
         "drops": manifest.drops,
         "reduced": facts["reduced"],
         "index": facts["index"],
+        "twins": facts["twins"],
     }

@@ -99,7 +99,7 @@ def _choose(recipe: Recipe, settings: Extract, kind: FeatureKind, items: Sequenc
         of_base = named is not None and encodes == "behaviour"
         raise RecipeError(
             f"the sources hold {kind}, and "
-            + ("the base model reads none" if of_base else "no encoder of it is named")
+            + ("the base model gives no features of it" if of_base else "no encoder of it is named")
             + ("" if encodes == "behaviour" else "; the recipe has no base model either"),
             f"add `extract: {{encoders: {{{encodes}: FOLDER_OR_HUB_ID}}}}`"
             + ("" if encodes == "text" else f", or a small one: `encoders: {small}`")

@@ -43,14 +43,16 @@ def gather_units(recipe: Recipe, settings: Extract, limit: int | None) -> tuple[
 
     kinds = settings.modalities or KINDS
     gathered = gather(items(), media_root, kinds, settings.joint)
-    named = dict.fromkeys((*settings.modalities, *settings.joint))
+    named = dict.fromkeys((*settings.modalities, *settings.joint, *settings.twins))
     missing = [kind for kind in named if kind not in gathered.units]
     if missing or not gathered.units:
         what = " and ".join(missing) or "anything that could have features"
         # A note beside the pictures of a folder is no reason why something else is not there.
         refused = next((one for one in gathered.rejects if one.reason != "not_media"), None)
         first = f"; the first refused at {refused.where}: {refused.detail}" if refused else ""
-        raise DataError(f"the sources hold no {what}{first}", "check sources, extract.modalities and joint", "no_units")
+        raise DataError(
+            f"the sources hold no {what}{first}", "check sources, extract.modalities, joint and twins", "no_units"
+        )
     return gathered, media_root
 
 

@@ -49,32 +49,13 @@ def finetune(
     settings = recipe.finetune or Finetune()
     tokens = read_manifest(recipe.run_dir / "tokens", made_by="tokenize")
     path = model_path(recipe, tokens)
-    config = {
-        "finetune": settings.model_dump(mode="json", exclude=set(_FREE)),
-        "model": path,
-        "revision": recipe.model.revision if recipe.model else None,
-        "attn": recipe.model.attn if recipe.model else "auto",
-        "seed": recipe.seed,
-        "limit": limit,
-        "weights": weights_digest(path, revision=recipe.model.revision if recipe.model else None, offline=offline),
-    }
+    config, parents = _config(recipe, settings, path, limit, offline), {"tokens": tokens.hash}
     target = recipe.run_dir / "adapter"
-    parents = {"tokens": tokens.hash}
+    made_of: Any = {"stage": "finetune", "config": config, "parents": parents, "force": force, "on_change": "refuse"}
     if dry_run:
-        console.say(
-            foresee(
-                target,
-                stage="finetune",
-                config=config,
-                parents=parents,
-                force=force,
-                on_change="refuse",
-            )
-        )
+        console.say(foresee(target, **made_of))
         return {"stage": "finetune", "dry_run": True, "target": str(target), "config": config, "rows": tokens.rows}
-    staging: Staging | None = None
-    if is_main():
-        staging = open_stage(target, stage="finetune", config=config, parents=parents, force=force, on_change="refuse")
+    staging: Staging | None = open_stage(target, **made_of) if is_main() else None
     if staging is None and (is_main() or (not force and is_made(target, config, parents))):
         console.say(f"finetune: {target} is up to date (same settings, same tokens); nothing to do")
         return {"stage": "finetune", "cached": True, "target": str(target), **read_manifest(target).facts}
@@ -95,6 +76,20 @@ def finetune(
         if staging is None:
             return {"stage": "finetune", "rank": run.accelerator.process_index}
         return _publish(run, outcome, state, console, staging)
+
+
+def _config(recipe: Recipe, settings: Finetune, path: str, limit: int | None, offline: bool) -> dict[str, Any]:
+    """Returns what adapter/ depends on besides tokens/."""
+    revision = recipe.model.revision if recipe.model else None
+    return {
+        "finetune": settings.model_dump(mode="json", exclude=set(_FREE)),
+        "model": path,
+        "revision": revision,
+        "attn": recipe.model.attn if recipe.model else "auto",
+        "seed": recipe.seed,
+        "limit": limit,
+        "weights": weights_digest(path, revision=revision, offline=offline),
+    }
 
 
 def model_path(recipe: Recipe, tokens: Manifest) -> str:

@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any
 
 from mmtune.errors import RecipeError
-from mmtune.recipe import Finetune, Recipe, SoftPrompt
+from mmtune.recipe import Finetune, Recipe
+from mmtune.stages.finetune.virtual import start_of
 from mmtune.talk import Talk
 
 
@@ -63,9 +64,7 @@ def model_to_train(
     """
     import torch
 
-    from mmtune.models.adapter import add_noise_to_embeddings
     from mmtune.models.left_out import set_aside, tower_weights
-    from mmtune.models.liger import use_liger
     from mmtune.models.method import with_method
     from mmtune.models.unused_layers import skip_unused_layers
 
@@ -78,6 +77,26 @@ def model_to_train(
     behind = "projector" not in settings.train
     model: Any = load(partial(tower_weights, kinds=absent, with_projector=behind) if absent else None)
     skip_unused_layers(model)
+    _set_course(model, settings, row_tokens, console)
+    prompt = None if settings.soft_prompt is None else start_of(settings.soft_prompt, tokenizer, recipe.run_dir)
+    with set_aside(model):
+        return with_method(
+            model,
+            settings.method,
+            towers=settings.train,
+            lora=_lora(settings),
+            virtual_tokens=settings.virtual_tokens,
+            base_path=path,
+            soft_prompt=prompt,
+            soft_tokens=soft,
+        )
+
+
+def _set_course(model: Any, settings: Finetune, row_tokens: float, console: Talk) -> None:
+    """Gives a model what holds while it trains alone: kernels, noise on its embeddings, and forgotten activations."""
+    from mmtune.models.adapter import add_noise_to_embeddings
+    from mmtune.models.liger import use_liger
+
     if settings.liger == "auto" and use_liger(model):
         console.say("finetune: Liger's kernels are in use")
     if settings.neftune_alpha:
@@ -85,28 +104,13 @@ def model_to_train(
     if settings.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    lora = settings.lora.model_dump(exclude={"init", "plus_ratio"})
-    lora |= {
-        "targets": None if lora["targets"] == "all-linear" else lora["targets"],
-        "pissa": settings.lora.init == "pissa",
-    }
-    with set_aside(model):
-        return with_method(
-            model,
-            settings.method,
-            towers=settings.train,
-            lora=lora,
-            virtual_tokens=settings.virtual_tokens,
-            base_path=path,
-            soft_prompt=None if settings.soft_prompt is None else _start(settings.soft_prompt, tokenizer),
-            soft_tokens=soft,
-        )
 
 
-def _start(prompt: SoftPrompt, tokenizer: Any) -> dict[str, Any]:
-    """Returns what virtual tokens start from."""
-    ids = tokenizer(prompt.text, add_special_tokens=False)["input_ids"] if prompt.init == "text" else []
-    return {"init": prompt.init, "text_ids": ids}
+def _lora(settings: Finetune) -> dict[str, Any]:
+    """Returns LoRA's settings as ``models.method`` names them."""
+    own = settings.lora.model_dump(exclude={"init", "plus_ratio"})
+    targets = None if own["targets"] == "all-linear" else own["targets"]
+    return {**own, "targets": targets, "pissa": settings.lora.init == "pissa"}
 
 
 def place(model: Any, settings: Finetune, accelerator: Any, console: Talk) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtune import __version__
-from mmtune.errors import CapabilityError, DataError, IntegrityError, RecipeError
+from mmtune.errors import CapabilityError, DataError, RecipeError
 from mmtune.recipe import Augment, Finetune, Recipe
 from mmtune.stages.finetune.base import load_base, model_to_train, place, show_towers, weights_dtype
 from mmtune.stages.finetune.batches import Ground, batched
@@ -177,20 +177,11 @@ def _tasks(recipe: Recipe, settings: Finetune, splits: Sequence[str]) -> Any:
 
 def _processor(recipe: Recipe, tokens: Manifest, path: str, offline: bool) -> Any:
     """Returns the model's processor, if it is the one that tokens/ was made with."""
-    from mmtune.encoding.processor import load_processor, processor_fingerprint
+    from mmtune.encoding.processor import same_processor
 
-    processor = load_processor(
-        path,
-        revision=recipe.model.revision if recipe.model else None,
-        offline=offline,
-        min_image_pixels=recipe.tokenize.min_image_pixels,
-        max_image_pixels=recipe.tokenize.max_image_pixels,
-    )
-    if processor_fingerprint(processor) != tokens.facts.get("processor"):
-        raise IntegrityError(
-            "the processor is not the one that tokens/ was made with", "run: mmtune tokenize", "other_processor"
-        )
-    return processor
+    revision = recipe.model.revision if recipe.model else None
+    budget = recipe.tokenize.model_dump(include={"min_image_pixels", "max_image_pixels"})
+    return same_processor(path, tokens.facts.get("processor"), revision=revision, offline=offline, **budget)
 
 
 def _identity(identity: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:

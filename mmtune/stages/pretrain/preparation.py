@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from mmtune import __version__
-from mmtune.errors import DataError, IntegrityError, RecipeError
+from mmtune.errors import DataError, RecipeError
 from mmtune.recipe import Recipe
 from mmtune.recipe.pretrain import TOWER_OF, Pretrain
 from mmtune.storage import Manifest, library_versions, open_split
 from mmtune.talk import Talk
 
 # Media that a part's code is made of, by the number that ``tree_modalities`` gives them.
-_KINDS = {"image": 1 | 2, "audio": 4}
+_KINDS = {"image": 1 | 2, "audio": 4, "behaviour": 8}
 # Rows that tell what is usual, for codes.
 _MEASURED = 256
 
@@ -62,33 +62,26 @@ def prepare(
     """
     from accelerate import Accelerator
 
-    from mmtune.encoding.processor import load_processor, processor_fingerprint
+    from mmtune.encoding.processor import same_processor
     from mmtune.training.checkpoints import CheckpointFolder
     from mmtune.training.engine import precision_of
     from mmtune.training.learner import Learner
     from mmtune.training.ranks import share_weights
     from mmtune.training.step_size import StepSize
     from mmtune.training.surroundings import surroundings
-    from mmtune.training.tasks import tasks_of
 
     settings, start = recipe.pretrain, str(recipe.run_dir / "start")
     assert settings is not None
     precision = precision_of(settings.precision)
     accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
-    image_budget = {name: getattr(recipe.tokenize, name) for name in ("min_image_pixels", "max_image_pixels")}
-    processor = load_processor(start, offline=offline, **image_budget)
-    if processor_fingerprint(processor) != tokens.facts.get("processor"):
-        raise IntegrityError(
-            "the processor is not the one that tokens/ was made with", "run: mmtune tokenize", "other_processor"
-        )
+    budget = recipe.tokenize.model_dump(include={"min_image_pixels", "max_image_pixels"})
+    processor = same_processor(start, tokens.facts.get("processor"), offline=offline, **budget)
     model = _model(recipe, start, offline, console)
     size = StepSize(accelerator.num_processes * settings.accumulate, settings.batch_tokens, settings.batch_rows)
-    splits = [split for split in ("train", "val") if tokens.rows.get(split)]
-    tables = [open_split(recipe.run_dir / "instructions" / split) for split in splits]
-    tasks = tasks_of(tables, settings.task_weights, "pretrain")
+    tasks = _tasks(recipe, settings, tokens)
     train = _batching(recipe, tokens, processor, "train", size, limit, tasks)
     val = None
-    if "val" in splits:
+    if tokens.rows.get("val"):
         val = _batching(recipe, tokens, processor, "val", size, settings.eval_rows, tasks)
     asked = _learner_settings(recipe, settings, processor, train.plan, console)
     learner = Learner(model, replace(asked, tasks=tasks.weights))
@@ -115,6 +108,14 @@ def prepare(
         surroundings(model, accelerator, {"mmtune": __version__, **library_versions()}),
         processor,
     )
+
+
+def _tasks(recipe: Recipe, settings: Pretrain, tokens: Manifest) -> Any:
+    from mmtune.training.tasks import tasks_of
+
+    splits = [split for split in ("train", "val") if tokens.rows.get(split)]
+    tables = [open_split(recipe.run_dir / "instructions" / split) for split in splits]
+    return tasks_of(tables, settings.task_weights, "pretrain")
 
 
 def _model(recipe: Recipe, start: str, offline: bool, console: Talk) -> Any:
@@ -183,9 +184,9 @@ def _batching(
     recipe: Recipe, tokens: Manifest, processor: Any, split: str, size: Any, limit: int | None, tasks: Any
 ) -> Any:
     from mmtune.encoding.collate import Collator
-    from mmtune.training.batching import Split, rows_apart
+    from mmtune.training.batching import Split, WithColumns, rows_apart, step_column
     from mmtune.training.data import soft_token_count, some_rows
-    from mmtune.training.paired import PairedBatches
+    from mmtune.training.paired import PairCollator
 
     settings = recipe.pretrain
     assert settings is not None
@@ -207,8 +208,8 @@ def _batching(
         course |= {"seed": 0, "epochs": 1.0, "micro_batches": 1}
     collate = Collator(processor, media_root=Path(tokens.facts["media_root"]))
     made: Any = rows_apart(Split(table, collate), course)
-    rows = made.batches
-    return replace(made, batches=PairedBatches(rows, tasks.numbers(rows.ids(range(len(rows.at))))))
+    rows = replace(made.batches, collate=PairCollator(made.batches.collate))
+    return replace(made, batches=tasks.told(WithColumns(rows, step_column)))
 
 
 def _learner_settings(recipe: Recipe, settings: Pretrain, processor: Any, plan: Any, console: Talk) -> Any:

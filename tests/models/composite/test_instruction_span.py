@@ -141,7 +141,7 @@ def test_branches_of_trees_and_tries_have_their_own(family: Any, read: Any, medi
         close(read["gate"][0][0][own], mean_of(family, text))
     tries = build_tries(tree_rows(tree), lambda total, size, common: True)
     turns = trie_batch(tries, collate, None)["user_turns"][0].numpy()
-    for number, path in zip(tries[0].rows, tries[0].paths(), strict=True):
+    for number, (path, _) in zip(tries[0].rows, tries[0].paths(), strict=True):
         assert np.array_equal(turns[path], collate.user_turns(rows[number].input_ids)[: path.size])
 
 

@@ -1,0 +1,88 @@
+"""eval.answer: prototype at work: which training rows stand for a label."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from mmtune.choice import id_hash
+from mmtune.errors import DataError, RecipeError
+from mmtune.evaluation.prototypes import Label, SolvedRows
+from mmtune.evaluation.rows import ChosenExamples, EvalRows, answer_of
+from mmtune.models.composite.scores import branches_of_config
+from mmtune.models.load import load_config
+from mmtune.prompts.schema import row_to_example
+from mmtune.prompts.shots import exchange
+from mmtune.records import Example
+from mmtune.stages.evaluate.plan import Plan
+from mmtune.storage import open_split
+from mmtune.talk import Talk
+
+
+def check_one_state(plan: Plan) -> None:
+    """Raises RecipeError where a model reads a row in several passes: it has no one state to compare."""
+    passes = branches_of_config(load_config(plan.model, revision=plan.revision, offline=plan.offline))
+    if len(passes) > 1:
+        raise RecipeError(
+            f"eval.answer prototype compares one state per row; this model reads rows in passes: {', '.join(passes)}",
+            "set eval.answer to rank or generate",
+            "several_states",
+        )
+
+
+def solved_rows(plan: Plan, asked: EvalRows, make: Callable[..., EvalRows], console: Talk) -> SolvedRows:
+    """Returns the training rows that prototypes are made of: of every label those whose ids hash lowest.
+
+    They are shown as they are asked, without exemplars.
+
+    Args:
+        plan: What is evaluated.
+        asked: The rows that are answered, examined.
+        make: ``(count, example)`` to rows that are not examined yet.
+        console: Told how many rows stand for a label.
+
+    Raises:
+        DataError: A source that is asked has no solved row with any of its options.
+        RecipeError: See ``check_one_state``.
+    """
+    check_one_state(plan)
+    examples = [asked.example(row) for row in range(len(asked.kept))]
+    wanted = dict.fromkeys((one.source, option) for one in examples for option in one.options)
+    most = plan.settings.per_label
+    found = _found(plan.recipe.run_dir / "instructions" / "train", wanted, most)
+    rows = make(len(found), found.__getitem__)
+    kept = [example for example in rows.examine() if example is not None]
+    labels = tuple((example.source, answer_of(example)) for example in kept)
+    counts = Counter(labels)
+    for source in dict.fromkeys(source for source, _ in wanted):
+        own = {option: counts[source, option] for name, option in wanted if name == source}
+        if not any(own.values()):
+            raise DataError(
+                f"eval.answer prototype: no training row of {source!r} answers with one of its options",
+                "add a source with `split: train` of the same id; or set eval.answer: rank",
+                "no_prototypes",
+            )
+        console.say(f"eval: prototypes of {source}: {', '.join(f'{option} {count}' for option, count in own.items())}")
+    return SolvedRows(rows, labels)
+
+
+def _found(folder: Path, wanted: dict[Label, None], most: int) -> list[Example]:
+    if not folder.is_dir():
+        return []
+    table, left = open_split(folder), Counter(dict.fromkeys(wanted, most))
+    read = ChosenExamples(table.to_batches(), row_to_example, None)
+    ids = [str(name) for name in table.column("id").to_pylist()]
+    sources = table.column("source").to_pylist()
+    known, out = {source for source, _ in wanted}, []
+    for at in sorted((at for at in range(len(ids)) if sources[at] in known), key=lambda at: (id_hash(ids[at]), at)):
+        if not any(left.values()):
+            break
+        example = read(at)
+        turns, label = exchange(example), (example.source, answer_of(example))
+        if turns and left[label] > 0:
+            left[label] -= 1
+            head = tuple(message for message in example.messages[:1] if message.role == "system")
+            out.append(replace(example, messages=(*head, *turns), exemplar_ids=()))
+    return out

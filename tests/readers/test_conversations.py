@@ -1,0 +1,178 @@
+"""Readers of conversations and instructions on tiny files, and what they refuse."""
+
+import json
+from pathlib import Path
+
+from mmtune.records import Medium, Record, TextPart, ToolCall
+from tests.readers.reading import read, reasons, write
+
+
+def talk(*turns: tuple[str, str]) -> list[dict]:
+    return [{"from": who, "value": said} for who, said in turns]
+
+
+def test_llava_places_images_where_they_are_marked(tmp_path: Path):
+    rows = [
+        {
+            "system_prompt": "Be brief.",
+            "image": ["a.jpg", "b.jpg"],
+            "conversations": talk(("human", "<image>\nand <image> differ how?"), ("gpt", "In <image> colour.")),
+        },
+        {"conversations": talk(("human", "Hi"), ("gpt", "Hello")), "id": 7},
+        {"image": "a.jpg", "conversations": talk(("human", "No mark"), ("gpt", "x"))},
+        {"conversations": talk(("human", "<image>?"), ("gpt", "x"))},
+        {"conversations": talk(("human", "Hi"), ("gpt", " "))},
+        {"conversations": talk(("human", "Hi"))},
+        {"conversations": talk(("alien", "Hi"))},
+        {"conversations": "no list"},
+    ]
+    items = read("llava", path=write(tmp_path / "l.json", rows))
+    first, text = items[:2]
+    assert [m.role for m in first.messages] == ["system", "user", "assistant"]
+    assert first.messages[1].parts == (
+        Medium("image", "a.jpg"),
+        TextPart("and "),
+        Medium("image", "b.jpg"),
+        TextPart(" differ how?"),
+    )
+    assert first.messages[2].text == "In <image> colour."
+    assert text.metadata == {"row_id": "7"} and text.id == "s/train-1"
+    assert reasons(items) == [
+        "media_mismatch", "media_mismatch", "empty_answer", "no_target", "bad_field", "bad_field",
+    ]  # fmt: skip
+    assert "0 <image> placeholders but 1" in items[2].detail and "1 <image> placeholders but 0" in items[3].detail
+    assert "/conversations/0/from" in items[6].detail
+
+
+def test_sharegpt_tools_and_preferences(tmp_path: Path):
+    call = '{"name": "search", "arguments": {"q": "cat"}}'
+    tools = [{"name": "search"}]
+    rows = [
+        {
+            "conversations": talk(
+                ("human", "<video><audio>?"), ("function_call", call), ("observation", "[]"), ("gpt", "None.")
+            ),
+            "tools": json.dumps(tools),
+            "videos": ["v.mp4"],
+            "audios": ["a.wav"],
+        },
+        {
+            "conversations": talk(("human", "q")),
+            "chosen": {"from": "gpt", "value": "good"},
+            "rejected": {"from": "gpt", "value": "bad"},
+        },
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "label": False},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "label": True},
+        {"conversations": talk(("human", "q"), ("function_call", "{broken"), ("gpt", "x"))},
+        {"conversations": talk(("system", "a"), ("system", "b"), ("gpt", "x"))},
+    ]
+    items = read("sharegpt", path=write(tmp_path / "s.json", rows))
+    first = items[0]
+    assert [m.role for m in first.messages] == ["user", "assistant", "tool", "assistant"]
+    assert first.messages[0].parts == (Medium("video", "v.mp4"), Medium("audio", "a.wav"), TextPart("?"))
+    assert first.messages[1].tool_calls == (ToolCall("search", '{"q": "cat"}'),)
+    assert json.loads(first.tools) == tools
+    assert items[1].messages[-1].text == "good"
+    assert isinstance(items[3], Record)
+    assert reasons(items) == ["not_preferred", "bad_field", "bad_field"]
+    assert "second system turn" in items[5].detail
+
+
+def user(*content) -> dict:
+    return {"role": "user", "content": list(content)}
+
+
+def test_a_part_whose_type_is_no_text_is_refused(tmp_path: Path):
+    rows = [{"messages": [user({"type": kind}), {"role": "assistant", "content": "ok"}]} for kind in ([], {}, 3, None)]
+    items = read("messages", path=write(tmp_path / "m.jsonl", rows))
+    assert [item.detail for item in items] == [
+        f"/messages/0/content/0/type: unknown part {said}" for said in ("a list", "an object", "a number", "null")
+    ]
+
+
+def test_messages_in_every_spelling(tmp_path: Path):
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "ok"}]}
+    shown = [
+        {"type": "image", "image": "a.jpg"},
+        {"type": "image", "path": "a.jpg"},
+        {"type": "image", "url": "a.jpg"},
+        {"type": "image_url", "image_url": {"url": "a.jpg"}},
+        {"type": "image_url", "image_url": "a.jpg"},
+        {"type": "image_url", "value": "a.jpg"},
+        {"type": "input_image", "image_url": "a.jpg"},
+    ]
+    rows = [{"messages": [user(part, {"type": "text", "text": "<image>?"}), answer]} for part in shown]
+    items = read("messages", path=write(tmp_path / "m.jsonl", rows))
+    for item in items:
+        assert item.messages[0].parts == (Medium("image", "a.jpg"), TextPart("<image>?"))
+    others = [
+        {"images": ["a.jpg"], "messages": [user({"type": "image"}), answer]},
+        {"messages": [user({"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}}), answer]},
+        {"messages": [user({"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw=="}}), answer]},
+        {"messages": [{"role": "user", "content": "<image> is a word"}, {"role": "assistant", "content": "ok"}]},
+    ]
+    listed, sound, inline, plain = read("messages", path=write(tmp_path / "o.jsonl", others))
+    assert listed.messages[0].parts == (Medium("image", "a.jpg"),)
+    assert sound.messages[0].parts == (Medium("audio", "", data=b"RIFF"),)
+    assert inline.messages[0].parts == (Medium("image", "", data=b"\x89PNG"),)
+    assert plain.messages[0].parts == (TextPart("<image> is a word"),)
+
+
+def test_messages_reasoning_tools_and_weights(tmp_path: Path):
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    rows = [
+        {
+            "id": "own",
+            "tools": [{"type": "function"}],
+            "messages": [
+                {"role": "user", "content": "q", "loss_weight": 0.0},
+                {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "hm"},
+                {"role": "tool", "content": "1", "name": "f"},
+                {"role": "assistant", "content": "first", "loss_weight": 0.0},
+                {
+                    "role": "assistant",
+                    "content": [{"type": "reasoning", "value": "so"}, {"type": "text", "value": "ok"}],
+                },
+            ],
+        },
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "loss_weight": 0}]},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "loss_weight": 0.5}]},
+        {"messages": [{"role": "user", "content": [{"type": "hologram"}]}, {"role": "assistant", "content": "a"}]},
+        {"images": ["a", "b"], "messages": [user({"type": "image"}), {"role": "assistant", "content": "a"}]},
+        {"messages": [user({"type": "image"}), {"role": "assistant", "content": "a"}]},
+        {"other": 1},
+        [1],
+    ]
+    items = read("messages", path=write(tmp_path / "m.jsonl", rows))
+    first = items[0]
+    assert first.id == "s/own"
+    assert first.messages[1].tool_calls == (ToolCall("f", '{"x": 1}'),) and first.messages[1].reasoning == "hm"
+    assert first.messages[2].name == "f"
+    assert [m.train for m in first.messages if m.role == "assistant"] == [True, False, True]
+    assert first.messages[4].reasoning == "so" and first.messages[4].text == "ok"
+    assert reasons(items) == [
+        "no_target", "bad_field", "bad_field", "media_mismatch", "media_mismatch", "bad_field", "bad_field",
+    ]  # fmt: skip
+    assert "/messages/0/content/0/type" in items[3].detail
+
+
+def test_alpaca(tmp_path: Path):
+    rows = [
+        {"instruction": "Sum up.", "input": "Long text.", "output": "Short."},
+        {"instruction": "q3", "output": "a3", "history": [["q1", "a1"], ["q2", "a2"]], "system": "sys"},
+        {"instruction": "What?", "output": "A cat.", "image": "c.jpg", "id": "1"},
+        {"instruction": "Is <image> red?", "output": "Yes.", "images": ["c.jpg"]},
+        {"instruction": "Is <image> red?", "output": "Yes."},
+        {"instruction": "q", "output": ""},
+        {"instruction": "q", "output": "a", "history": [["q1"]]},
+        {"output": "a"},
+    ]
+    items = read("alpaca", path=write(tmp_path / "a.json", rows))
+    plain, long, shown, marked = items[:4]
+    assert (plain.task, plain.text, plain.context, plain.references) == (
+        "instruction", "Sum up.", "Long text.", ("Short.",),
+    )  # fmt: skip
+    assert [m.text for m in long.messages] == ["sys", "q1", "a1", "q2", "a2", "q3", "a3"]
+    assert shown.media == (Medium("image", "c.jpg"),) and shown.id == "s/train-2"
+    assert marked.messages[0].parts == (TextPart("Is "), Medium("image", "c.jpg"), TextPart(" red?"))
+    assert reasons(items) == ["media_mismatch", "empty_answer", "bad_field", "bad_field"]
