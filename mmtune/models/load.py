@@ -114,7 +114,6 @@ def load_model(
         IntegrityError: Weights are missing, damaged or of another shape.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers.utils import logging
 
     from mmtune.models.left_out import built_without, finish
@@ -149,6 +148,8 @@ def _with_weights(cls: Any, path: str, given: dict[str, Any]) -> PreTrainedModel
         CapabilityError: They are not at hand.
         IntegrityError: Some are missing, damaged or of another shape.
     """
+    from safetensors import SafetensorError
+
     try:
         model, info = cls.from_pretrained(
             path, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **given
