@@ -6,6 +6,7 @@ Rich is imported where it draws: ``--help`` and ``--json`` do without most of it
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -161,4 +162,14 @@ def counted(count: int, noun: str) -> str:
 def json_line(value: Any) -> str:
     """Returns the one JSON document of ``--json``, readable by people and programs, in letters that stdout takes."""
     ascii_only = not (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
-    return json.dumps(value, ensure_ascii=ascii_only, indent=1, default=str)
+    # JSON has no NaN and no infinity.
+    return json.dumps(_finite(value), ensure_ascii=ascii_only, indent=1, default=str, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """Returns a value in which null stands for numbers that are none."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    return [_finite(one) for one in value] if isinstance(value, list | tuple) else value

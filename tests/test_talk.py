@@ -1,6 +1,7 @@
 """Progress speaks of this run alone: what an earlier one did counts as done, and as nothing else."""
 
 import io
+import json
 
 import pytest
 from rich.console import Console
@@ -43,3 +44,10 @@ def test_a_bar_after_a_resume_begins_where_the_run_goes_on(now, monkeypatch):
 
 def test_one_thing_is_told_as_one():
     assert [talk.counted(count, "row") for count in (0, 1, 2000)] == ["0 rows", "1 row", "2,000 rows"]
+
+
+def test_a_document_is_strict_json_whatever_its_numbers():
+    nan, infinity = float("nan"), float("inf")
+    line = talk.json_line({"a": [1.5, nan, (infinity, -infinity)], "b": {"c": nan}, "d": True, "e": "NaN"})
+    found = json.loads(line, parse_constant=lambda name: pytest.fail(name))
+    assert found == {"a": [1.5, None, [None, None]], "b": {"c": None}, "d": True, "e": "NaN"}
