@@ -1,8 +1,8 @@
-"""The values that flow through the pipeline: Record, Example, Prediction, Score.
+"""The values that flow through the pipeline: Record, Example, Prediction.
 
 A reader yields Records (what a file said); prompts turn each into an Example (what is
-taught); a model answers with Predictions; metrics make Scores of them. All are frozen and
-do no I/O. This module imports nothing of mmtune and no torch.
+taught); a model answers with Predictions, which metrics judge. All are frozen and do no I/O.
+This module imports nothing of mmtune and no torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ MODALITIES: tuple[Modality, ...] = (*IN_FILES, "behaviour")
 READ_BY: dict[str, str] = {"image": "image", "video": "image", "audio": "audio", "behaviour": "behaviour"}
 """Modality to that of the encoder that reads it: a video is its frames."""
 Role = Literal["system", "user", "assistant", "tool"]
-ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,24 +268,3 @@ class Prediction:
     references: tuple[str, ...]
     options: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """One metric over a set of predictions, in percent unless the metric says otherwise.
-
-    Attributes:
-        name: Metric name, such as ``vqa_accuracy``.
-        value: Mean of ``per_example``.
-        low: Lower end of the 95 % bootstrap interval.
-        high: Upper end of the 95 % bootstrap interval.
-        n: Number of scored examples.
-        per_example: One value per example, in the order of the predictions.
-    """
-
-    name: str
-    value: float
-    low: float
-    high: float
-    n: int
-    per_example: tuple[float, ...] = ()

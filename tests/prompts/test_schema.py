@@ -1,11 +1,12 @@
 import json
+from typing import get_args
 
 import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmtune.prompts.schema import example_to_row, instructions_schema, row_to_example
-from mmtune.records import IN_FILES, ROLES, Example, Medium, Message, TextPart, ToolCall, history
+from mmtune.records import IN_FILES, Example, Medium, Message, Role, TextPart, ToolCall, history
 
 text = st.text(st.characters(blacklist_categories=("Cs",)), max_size=8)
 small = st.integers(0, 2**31 - 1)
@@ -18,7 +19,7 @@ items = text.filter(lambda item: item and "\n" not in item)
 media = files | st.builds(history, st.lists(items, max_size=3))
 messages = st.builds(
     Message,
-    st.sampled_from(ROLES),
+    st.sampled_from(get_args(Role)),
     st.lists(st.builds(TextPart, text) | media, max_size=4).map(tuple),
     text,
     st.lists(st.builds(ToolCall, text, text), max_size=2).map(tuple),

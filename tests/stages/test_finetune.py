@@ -1,15 +1,9 @@
-"""The finetune stage on bundled scenes: settings reach the run, and processes end with the code of the contract."""
+"""The finetune stage on bundled scenes: settings reach the run, and all ways to train end alike."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
-import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -24,54 +18,10 @@ from mmtune.stages.tokenize import tokenize
 from mmtune.storage import read_manifest
 from mmtune.talk import Talk
 from mmtune.training import tree_kernels
+from tests.stages.tuned import metrics_of, numbers_of, weights_of
 from tests.training import flex_kernel
 
-
-def recipe_at(folder, repository, model, **settings):
-    notes = repository / "data" / "scenes" / "annotations"
-    source = Source(
-        id="compare",
-        reader="vqa_v2",
-        questions=str(notes / "compare_train_questions.json"),
-        annotations=str(notes / "compare_train_annotations.json"),
-        images=str(repository / "data" / "scenes" / "train"),
-        limit=12,
-    )
-    common = {"batch_rows": 4, "max_steps": 3, "learning_rate": 0.01, "log_every": 1, "lora": {"r": 2}}
-    finetune_settings = Finetune.model_validate({**common, **settings})
-    return Recipe(run_dir=folder, model=Model(path=str(model)), sources=(source,), finetune=finetune_settings)
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory, repository, tiny_vlm):
-    folder = tmp_path_factory.mktemp("made")
-    recipe = recipe_at(folder, repository, tiny_vlm)
-    build_data(recipe, console=Talk(quiet=True))
-    tokenize(recipe, console=Talk(quiet=True))
-    return folder / "tokens"
-
-
-@pytest.fixture(autouse=True)
-def own_precision():
-    """Accelerate keeps the precision of the first run of a process."""
-    AcceleratorState._reset_state()
-    yield
-    AcceleratorState._reset_state()
-
-
-@pytest.fixture
-def fresh(tokens, tmp_path, repository, tiny_vlm):
-    """A function from settings to a recipe over the same tokens."""
-    shutil.copytree(tokens, tmp_path / "tokens")
-
-    def make(**settings):
-        return recipe_at(tmp_path, repository, tiny_vlm, **settings)
-
-    return make
-
-
-def metrics_of(recipe):
-    return [json.loads(line) for line in (recipe.run_dir / "adapter" / "metrics.jsonl").read_text().splitlines()]
+pytestmark = pytest.mark.usefixtures("own_precision")
 
 
 @pytest.mark.parametrize(
@@ -94,14 +44,6 @@ def test_every_method_goes_from_recipe_to_adapter(fresh, settings):
     assert facts["eos_token_ids"] and 0 <= facts["wait_share"] <= facts["overhead_share"] <= 1
     assert {tower for tower, row in facts["towers"].items() if row["trainable"]} == set(recipe.finetune.train)
     load_tuned(recipe.model.path, recipe.run_dir / "adapter")
-
-
-def weights_of(recipe):
-    return (recipe.run_dir / "adapter" / "adapter_model.safetensors").read_bytes()
-
-
-def numbers_of(recipe):
-    return [[row[name] for name in ("step", "loss", "grad_norm")] for row in metrics_of(recipe)]
 
 
 def test_features_train_as_pixels_do_and_are_made_once(fresh):
@@ -400,102 +342,3 @@ def test_a_run_that_diverges_leaves_its_checkpoint_and_nothing_else(fresh):
 
 
 # On two processes, through the command line.
-
-
-@pytest.fixture
-def two(fresh, tmp_path):
-    """A function from settings to a started run on two processes."""
-    children = []
-
-    def start(**settings):
-        path = tmp_path / "recipe.yaml"
-        path.write_text(fresh(**settings).model_dump_json())
-        command = [sys.executable, "-m", "mmtune", "finetune", str(path), "--cpu-processes", "2"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-        children.append(child)
-        return child
-
-    yield start
-    for child in children:
-        if child.poll() is None:
-            for process in [*psutil.Process(child.pid).children(recursive=True), child]:
-                process.kill()
-
-
-def wait_for(path, child):
-    limit = time.monotonic() + 200
-    while not path.exists() and child.poll() is None and time.monotonic() < limit:
-        time.sleep(0.02)
-    assert path.exists(), child.communicate()[1][-3000:]
-
-
-def rank_process(child, rank):
-    """The process of a rank below a launcher."""
-    for process in psutil.Process(child.pid).children(recursive=True):
-        if process.environ().get("RANK") == str(rank):
-            return process.pid
-    raise AssertionError(f"no process of rank {rank}")
-
-
-@pytest.mark.slow
-def test_a_diverged_run_ends_with_6_and_a_finished_one_is_not_redone(two):
-    bad = two(method="full", learning_rate=10, max_steps=60, warmup=0, clip=None, beta2=0.01)
-    _, talk = bad.communicate(timeout=300)
-    assert bad.returncode == 6, talk[-3000:]
-    assert "is not finite" in talk
-    done = two(max_steps=2)
-    _, talk = done.communicate(timeout=300)
-    assert done.returncode == 0, talk[-3000:]
-    again = two(max_steps=2)
-    _, talk = again.communicate(timeout=300)
-    assert again.returncode == 0 and "up to date" in talk
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shard", ["zero2", "zero3"])
-def test_deepspeed_goes_from_recipe_to_adapter_and_its_checkpoint_goes_on_without(two, fresh, shard):
-    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (pip install 'mmtune[deepspeed]')")
-    spread = {"shard": shard, "engine": "deepspeed"}
-    bad = two(**spread, method="full", learning_rate=10, max_steps=60, warmup=0, clip=None, beta2=0.01)
-    _, talk = bad.communicate(timeout=300)
-    assert bad.returncode == 6, talk[-3000:]
-    shutil.rmtree(fresh().run_dir / "checkpoints", ignore_errors=True)
-    child = two(**spread, max_steps=200, save_every=2, batch_rows=2)
-    wait_for(fresh().run_dir / "checkpoints" / "finetune" / "step-00000002" / "state.json", child)
-    child.send_signal(signal.SIGTERM)
-    _, talk = child.communicate(timeout=300)
-    assert child.returncode == 75, talk[-3000:]
-    done = two(max_steps=200, batch_rows=2)
-    _, talk = done.communicate(timeout=300)
-    assert done.returncode == 0 and "resuming after step" in talk, talk[-3000:]
-    assert "scaling efficiency" in talk
-    recipe = fresh()
-    assert 0 < read_manifest(recipe.run_dir / "adapter").facts["scaling_efficiency"] <= 1
-    load_tuned(recipe.model.path, recipe.run_dir / "adapter")
-
-
-def test_deepspeed_that_is_missing_is_named(fresh, monkeypatch):
-    from mmtune.training import zero
-
-    monkeypatch.setattr(zero.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(CapabilityError, match="DeepSpeed") as said:
-        finetune(fresh(engine="deepspeed", shard="zero2"), console=Talk(quiet=True))
-    assert "mmtune[deepspeed]" in said.value.hint
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("shard", "sent"), [("none", signal.SIGKILL), ("zero3", signal.SIGKILL), ("zero3", signal.SIGSTOP)]
-)
-def test_a_lost_process_ends_the_run_and_the_checkpoint_stays(two, fresh, shard, sent):
-    child = two(max_steps=100_000, save_every=2, rank_timeout_seconds=5, shard=shard)
-    folder = fresh().run_dir / "checkpoints" / "finetune"
-    wait_for(folder / "step-00000002" / "state.json", child)
-    os.kill(rank_process(child, 1), sent)
-    began = time.monotonic()
-    _, talk = child.communicate(timeout=120)
-    assert time.monotonic() - began < 60
-    assert child.returncode == 5, talk[-3000:]
-    assert "died" in talk and not (fresh().run_dir / "adapter").exists()
-    assert any((step / "state.json").is_file() for step in folder.glob("step-*"))

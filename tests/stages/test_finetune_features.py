@@ -23,10 +23,10 @@ from mmtune.stages.finetune import finetune
 from mmtune.stages.tokenize import tokenize
 from mmtune.storage import read_manifest
 from mmtune.talk import Talk
-from tests.stages.test_finetune import fresh, metrics_of, numbers_of, own_precision, tokens, two
+from tests.stages.tuned import metrics_of, numbers_of
 from tests.training.conftest import tiny
 
-__all__ = ["fresh", "own_precision", "tokens", "two"]
+pytestmark = pytest.mark.usefixtures("own_precision")
 
 
 def said(recipe: Recipe, **more: Any) -> str:
