@@ -76,6 +76,23 @@ def sees(mask: Any, index_BM: torch.Tensor, queries: int, past: int) -> torch.Te
     return as_bool(columns) & real_B1M
 
 
+def seen_so_far(mask: Any, marked_BK: torch.Tensor, queries: int) -> torch.Tensor:
+    """Returns ``(B, Q)`` how many of the marked tokens each query sees.
+
+    Args:
+        mask: Any form.
+        marked_BK: True at the tokens to count, which are no virtual ones.
+        queries: Q.
+    """
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    keys = marked_BK.shape[1]
+    if is_padding(mask):
+        there_BK = marked_BK if mask is None else marked_BK & mask[:, -keys:].bool()
+        return there_BK.long().cumsum(1)[:, -queries:]
+    return (as_bool(mask[:, 0, :, -keys:]) & marked_BK[:, None]).sum(-1)
+
+
 def as_bool(mask: torch.Tensor) -> torch.Tensor:
     """Returns a prepared mask as bool, True where a key is seen."""
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2

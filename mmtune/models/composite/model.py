@@ -31,7 +31,7 @@ from mmtune.models.composite.features import (
 )
 from mmtune.models.composite.fuse import Row, Run, asked_of_media, fuse, kinds_at, prompt_at, turns_at, without_dropped
 from mmtune.models.composite.head import MixingHead, join
-from mmtune.models.composite.passes import FusionState
+from mmtune.models.composite.passes import FusionState, pass_positions
 from mmtune.models.composite.shared_start import run_in_two, shared_start
 from mmtune.models.composite.stream import ARGUMENT, add_blocks
 from mmtune.models.fusion.gate import DecisionGate
@@ -229,7 +229,9 @@ class CompositeModel(CompositePreTrainedModel):
         )
         features = self.media_features(media, where, row if fusion_state is None else None)
         run = fuse(self.config, row, features, where, self._learned())
-        made = self._run(run, position_ids, past_key_values, kwargs)
+        kinds, past = run.state.kinds, past_key_values
+        places = pass_positions(position_ids, attention_mask, kinds, run.passes, words.shape[1], past)
+        made = self._run(run, position_ids, places, past, kwargs)
         hidden, log_gate = made.last_hidden_state, run.log_gate_of_passes
         return CompositeOutput(
             last_hidden_state=hidden if log_gate is None else join(hidden, log_gate),
@@ -245,20 +247,18 @@ class CompositeModel(CompositePreTrainedModel):
     def _learned(self) -> dict[str, nn.Module]:
         return {name: module for name in ("gate", "segments") if (module := getattr(self, name, None)) is not None}
 
-    def _run(self, run: Run, position_ids: torch.Tensor | None, past: Any, kwargs: dict[str, Any]) -> Any:
-        """Returns what the language model makes of all passes."""
+    def _run(self, run: Run, of_rows: Any, of_passes: Any, past: Any, kwargs: dict[str, Any]) -> Any:
+        """Returns what the language model makes of all passes; positions are those of the rows and of all passes."""
         passes, start = run.passes.count, 0
         if run.state.kinds.shape[1] == run.embeds.shape[1]:
             # Keys and values of virtual tokens stand once per row.
             start = self._shared_start(run, past, kwargs)
             if passes > 1 and not start and past is not None and past.get_seq_length():
                 past.batch_repeat_interleave(passes)
-        if position_ids is not None:
-            position_ids = position_ids.repeat_interleave(passes, 0)
         stream = {} if run.stream is None else {ARGUMENT: run.stream}
-        given = {"position_ids": position_ids, "past_key_values": past, **kwargs, **stream, "return_dict": True}
+        given = {"position_ids": of_passes, "past_key_values": past, **kwargs, **stream, "return_dict": True}
         if start:
-            return run_in_two(self.language_model, run, start, **given)
+            return run_in_two(self.language_model, run, start, of_rows, **given)
         return self.language_model(attention_mask=run.mask, inputs_embeds=run.embeds, **given)
 
     def _shared_start(self, run: Run, past: Any, kwargs: dict[str, Any]) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from mmtune.models.composite.config import MODALITIES
-from mmtune.models.composite.masks import hide, is_padding, sees
+from mmtune.models.composite.masks import hide, is_padding, seen_so_far, sees
 from mmtune.models.fusion.gate import modality_dropout
 
 TEXT = 0
@@ -106,6 +106,33 @@ def pass_masks(mask: Any, kinds_BK: torch.Tensor, passes: Passes, queries: int) 
         return {kind: pass_masks(own, kinds_BK, passes, queries) for kind, own in mask.items()}
     parts = [hide(mask, hidden_kinds(kinds_BK, own), queries) for own in passes.hidden]
     return torch.stack(parts, dim=1).flatten(0, 1)
+
+
+def pass_positions(
+    positions_BT: torch.Tensor | None, mask: Any, kinds_BK: torch.Tensor, passes: Passes, queries: int, past: Any
+) -> torch.Tensor | None:
+    """Returns ``(B * P, T)`` positions along what each pass sees; None where every pass sees all, and none were given.
+
+    A medium that is hidden from a pass takes no place in it: where the words behind it stand would tell its length.
+
+    Args:
+        positions_BT: Along all that the rows hold; None counts on from the cache.
+        mask: Any form, of B rows, nothing hidden from a pass.
+        kinds_BK: Of all tokens so far.
+        passes: Of the batch.
+        queries: T, the tokens that ask.
+        past: The cache of the call, or None.
+    """
+    if not any(passes.hidden):
+        return positions_BT
+    if positions_BT is None:
+        first = 0 if past is None else past.get_seq_length()
+        positions_BT = torch.arange(first, first + queries, device=kinds_BK.device)[None]
+    found = []
+    for own in passes.hidden:
+        missed = seen_so_far(mask, hidden_kinds(kinds_BK, own), queries) if own else 0
+        found.append(positions_BT.expand(len(kinds_BK), -1) - missed)
+    return torch.stack(found, dim=1).flatten(0, 1)
 
 
 def dropped(kinds_BT: torch.Tensor, positions_BT: torch.Tensor | None, rate: float, kinds: int) -> torch.Tensor:

@@ -57,13 +57,16 @@ def shared_start(
     return int(parts_T.int().argmax()) if bool(parts_T.any()) else 0
 
 
-def run_in_two(language_model: nn.Module, run: Run, shared: int, **given: Any) -> Any:
+def run_in_two(
+    language_model: nn.Module, run: Run, shared: int, positions_BT: torch.Tensor | None, **given: Any
+) -> Any:
     """Returns what the language model makes of all passes, their first tokens run once.
 
     Args:
         language_model: Without its head.
         run: What it runs on.
         shared: S, at least 1 and less than T.
+        positions_BT: Along all that the rows hold, as those see the first tokens who see them at all; or None.
         given: ``position_ids`` ``(B * P, T)`` or None, ``past_key_values`` of B rows or None, ``use_cache`` and others.
     """
     positions, past, use_cache = (given.pop(name, None) for name in ("position_ids", "past_key_values", "use_cache"))
@@ -73,7 +76,7 @@ def run_in_two(language_model: nn.Module, run: Run, shared: int, **given: Any) -
         first = language_model(
             inputs_embeds=run.embeds[rows, :shared],
             attention_mask=_of_first(run.row_mask, shared, run.embeds.shape[1]),
-            position_ids=None if positions is None else positions[rows, :shared],
+            position_ids=None if positions_BT is None else positions_BT[:, :shared],
             past_key_values=cache,
             use_cache=True,
             **given,
