@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mmtune.choice import chosen
+from mmtune.choice import in_shares
 from mmtune.errors import DataError, RecipeError
 from mmtune.evaluation.rows import ChosenExamples, EvalRows
 from mmtune.features.rows import Known, RowFeatures, RowSearch, open_row_features, search_rows
@@ -100,7 +100,7 @@ class TrainRows:
         self.units: list[list[Known]] = []
         kept = None
         if table.num_rows > MOST_ROWS:
-            kept = set(chosen((str(name) for name in table.column("id")), MOST_ROWS))
+            kept = set(in_shares(table.column("id").to_pylist(), table.column("source").to_pylist())[:MOST_ROWS])
         for at, row in enumerate(row for batch in table.to_batches() for row in batch.to_pylist()):
             if kept is None or at in kept:
                 self._see(at, row_to_example(row))
@@ -156,13 +156,15 @@ Found = list[tuple[int, ...]]
 
 
 def random_shots(train: TrainRows, rows: Sequence[Example], way: Way, seed: int) -> Found:
-    """Returns exemplars drawn by seed and row id, of at most ``POOL_ROWS`` rows of each pool."""
+    """Returns exemplars drawn by seed and row id, of at most ``POOL_ROWS`` rows of each pool, see ``in_shares``."""
     pools: dict[str, list[int]] = {}
     found = []
     for example in rows:
         if example.source not in pools:
             own = train.numbers(train.of(example.source, way.settings.pool))
-            pools[example.source] = [own[at] for at in chosen([train.cards[row].id for row in own], POOL_ROWS)]
+            cards = [train.cards[row] for row in own]
+            few = in_shares([card.id for card in cards], [card.source for card in cards])[:POOL_ROWS]
+            pools[example.source] = [own[at] for at in sorted(few)]
         pool, card = pools[example.source], train.card(example)
         order = [pool[at] for at in drawn(len(pool), seed, example.id)]
         fit = [row for row in order if not _same(train.cards[row], card)] if example.template_id else []
