@@ -10,6 +10,7 @@ from mmtune.reports.extras import extra_tables
 from mmtune.reports.tables import is_turned, turned_head, turned_lines
 from mmtune.reports.wording import (
     FACET_LABELS,
+    answers_said,
     headline,
     interval,
     interval_head,
@@ -17,6 +18,7 @@ from mmtune.reports.wording import (
     model_name,
     number,
     p_value,
+    rows_said,
     short_hash,
     signed,
     verdict,
@@ -74,8 +76,8 @@ def _facts(report: Mapping[str, Any]) -> str:
     rejected = ", ".join(f"{reason} {count:,}" for reason, count in report["rejected"].items()) or "none"
     lines = [
         f"- model: `{model_name(run['model'])}`",
-        f"- split: {run['split']}, {report['n']:,} of {report['read']:,} rows; refused: {rejected}",
-        f"- greedy answers of at most {run['max_new_tokens']} tokens",
+        f"- split: {run['split']}, {rows_said(report)}; refused: {rejected}",
+        f"- answers: {answers_said(report)}",
         f"- {run['bootstrap']:,} bootstrap samples, seed {run['seed']}",
     ]
     return "\n".join(lines)

@@ -41,6 +41,7 @@ def write_page(
         brief=wording.short_hash,
         model=wording.model_name,
     )
+    titles = wording.kind_titles(report["run"]["pair"])
     shown = {kind: [sample for sample in samples if sample.kind == kind] for kind in KINDS}
     return environment.from_string(PAGE).render(
         style=STYLE,
@@ -50,7 +51,9 @@ def write_page(
         outcome=wording.outcome(report),
         leading=next(iter(report["metrics"].values()), None),
         facets=_facets(report),
-        kinds={KINDS[kind]: rows for kind, rows in shown.items() if rows},
+        kinds={titles[kind]: rows for kind, rows in shown.items() if rows},
+        rows_said=wording.rows_said(report),
+        answers_said=wording.answers_said(report),
         extras=extra_tables(report),
         loss=loss_plot(loss_rows),
         validated=any("val_loss" in row for row in loss_rows),

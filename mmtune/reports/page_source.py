@@ -99,7 +99,7 @@ PAGE = """\
 <p class="kicker">mmtune report</p>
 <h1>{{ run.title }}</h1>
 <p class="meta"><span><code>{{ run.model | model }}</code></span> <span>{{ run.split }} split</span>
-<span>{{ "{:,}".format(report.n) }} rows</span> <span>greedy, at most {{ run.max_new_tokens }} new tokens</span>
+<span>{{ rows_said }}</span> <span>answers: {{ answers_said }}</span>
 <span>seed {{ run.seed }}</span></p>
 <div class="finding {{ outcome }}"><p>{{ headline }}</p></div>
 

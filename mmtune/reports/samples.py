@@ -14,13 +14,9 @@ from mmtune.errors import DataError
 from mmtune.media.load import load_image
 from mmtune.records import Medium, items_of
 
-KINDS = {
-    "won": "Better after tuning",
-    "lost": "Worse after tuning",
-    "missed": "Wrong before and after",
-    "right": "Right",
-    "wrong": "Wrong",
-}
+KINDS = ("won", "lost", "missed", "right", "wrong")
+"""What may be said of a shown row: of two answerers the second did better or worse, or both were wrong; of one that it
+was right or wrong."""
 _SIDE_PX = 240
 _ITEMS = 10
 _SMALL_PX = 128

@@ -93,6 +93,46 @@ def headline(report: Mapping[str, Any]) -> str:
     return f"{subject[0].upper()}{subject[1:]} {verb} {change}, {sure}."
 
 
+def rows_said(report: Mapping[str, Any]) -> str:
+    """Returns how many rows were scored, and of how many where that is not the whole split."""
+    whole, count = report["run"]["split_rows"], report["n"]
+    if count == whole:
+        return f"{count:,} {'row' if count == 1 else 'rows'}"
+    return f"{count:,} of {whole:,} rows" + (f", limited to {report['read']:,}" if report["read"] < whole else "")
+
+
+def answers_said(report: Mapping[str, Any]) -> str:
+    """Returns how answers came about: words of the model's own, or options of the row."""
+    run = report["run"]
+    own = f"greedy, at most {run['max_new_tokens']} new tokens"
+    if not run["with_options"]:
+        return own
+    way = {"rank": "the likeliest option", "prototype": "the option of the nearest state"}[run["answer"]]
+    left = report["n"] - run["with_options"]
+    return f"{way}; {left:,} rows without options {own}" if left else way
+
+
+def kind_titles(pair: Sequence[str] | None) -> dict[str, str]:
+    """Returns what stands over the shown rows of every kind, see ``samples.KINDS``.
+
+    Args:
+        pair: The two answerers that tell the kinds, or None for one alone.
+    """
+    titles = {"right": "Right", "wrong": "Wrong"}
+    if pair is None:
+        return titles
+    if _subject(*pair).startswith("tuning"):
+        return {
+            **titles,
+            "won": "Better after tuning",
+            "lost": "Worse after tuning",
+            "missed": "Wrong before and after",
+        }
+    first, second = pair
+    won, lost = f"{second} better than {first}", f"{second} worse than {first}"
+    return {**titles, "won": won, "lost": lost, "missed": f"{first} and {second} wrong"}
+
+
 def outcome(report: Mapping[str, Any]) -> str:
     """Returns the ``verdict`` of what the report opens with, by Holm's p where there are several pairs."""
     pair, entry = report["run"]["pair"], next(iter(report["metrics"].values()), None)

@@ -15,7 +15,7 @@ from mmtune.reports.page import write_page
 from mmtune.reports.plots import loss_plot, ticks
 from mmtune.reports.samples import Shown, choose_rows, make_sample, picture
 from mmtune.reports.tables import table_rows
-from mmtune.reports.wording import headline, p_value, verdict
+from mmtune.reports.wording import answers_said, headline, p_value, rows_said, verdict
 
 EVIL = "<img src=x onerror=alert(1)> \"' & | `x` {{ 7*7 }}"
 
@@ -40,6 +40,9 @@ def make_report(models=("base", "tuned"), count=40):
             "title": EVIL,
             "model": "some/model",
             "split": "test",
+            "split_rows": count + 2,
+            "answer": "generate",
+            "with_options": 0,
             "compare": list(models),
             "pair": list(models) if len(models) == 2 else None,
             "max_new_tokens": 8,
@@ -276,6 +279,32 @@ def test_the_headline_is_tuning_at_equal_exemplars():
 
 def test_rows_that_were_trained_on_are_not_called_held_out():
     assert "on 40 training rows." in headline(shown_with_exemplars("train"))
+
+
+def test_the_report_says_which_rows_and_how_they_were_answered():
+    report = make_report()
+    assert rows_said(report) == "40 of 42 rows" and answers_said(report) == "greedy, at most 8 new tokens"
+    assert rows_said({**report, "n": 42}) == "42 rows"
+    run = {**report["run"], "split_rows": 577, "answer": "rank", "with_options": 40}
+    ranked = {**report, "run": run}
+    for shown in (write_page(ranked), write_markdown(ranked)):
+        assert "40 of 577 rows, limited to 42" in shown and "answers: the likeliest option" in shown
+        assert "greedy" not in shown
+    some = {**report, "run": {**run, "answer": "prototype", "with_options": 30}}
+    said = "the option of the nearest state; 10 rows without options greedy, at most 8 new tokens"
+    assert answers_said(some) == said
+
+
+def test_rows_are_named_by_tuning_only_where_something_was_tuned(root):
+    assert "<h3>Better after tuning</h3>" in write_page(make_report(), [sample(root)])
+    report = make_report()
+    prompted = {**report, "run": {**report["run"], "pair": ["base", "best_prompt"]}}
+    prompted["metrics"] = {
+        name: {**entry, "models": dict(zip(("base", "best_prompt"), entry["models"].values(), strict=True))}
+        for name, entry in report["metrics"].items()
+    }
+    page = write_page(prompted, [sample(root)])
+    assert "<h3>best_prompt better than base</h3>" in page and "after tuning" not in page
 
 
 def test_many_answerers_stand_below_each_other_and_no_word_is_broken():

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mmtune.evaluation.comparison import AnsweredRow, Comparison, answered_rows, compare, perplexities
+from mmtune.evaluation.comparison import AnsweredRow, Comparison, ScoredRow, answered_rows, compare, perplexities
 from mmtune.evaluation.looking import looked_report
 from mmtune.evaluation.pairs import Answerer, leading_pair, pairs_of
 from mmtune.evaluation.rows import EvalRows, question_of
@@ -48,7 +48,7 @@ def _document(
     seen = looked_report(looked.found, scored, texts, losses, ablated=looked.judged, kinds=plan.settings.ablate, **sure)
     return {
         "schema": SCHEMA,
-        "run": {**_run_facts(plan), "compare": list(texts), "pair": leading_pair(answerers)},
+        "run": {**_run_facts(plan, scored), "compare": list(texts), "pair": leading_pair(answerers)},
         "exemplars": questions.asked.facts,
         "read": questions.read,
         "n": len(scored),
@@ -71,12 +71,16 @@ def _manifest_facts(plan: Plan, metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {"model": plan.model, "scores": scores}
 
 
-def _run_facts(plan: Plan) -> dict[str, Any]:
+def _run_facts(plan: Plan, scored: Sequence[ScoredRow]) -> dict[str, Any]:
     settings, recipe = plan.settings, plan.recipe
+    free = settings.answer == "generate"
     return {
         "title": recipe.description.strip().split("\n")[0].rstrip(".") or recipe.run_dir.name,
         "model": plan.model,
         "split": settings.split,
+        "split_rows": plan.instructions.rows[settings.split],
+        "answer": settings.answer,
+        "with_options": 0 if free else sum(bool(row.options) for row in scored),
         "max_new_tokens": settings.max_new_tokens,
         "bootstrap": settings.bootstrap,
         "seed": recipe.seed,
