@@ -10,7 +10,7 @@ from jinja2 import Environment, StrictUndefined
 from mmtune.reports import wording
 from mmtune.reports.extras import extra_tables
 from mmtune.reports.page_source import PAGE, STYLE
-from mmtune.reports.plots import interval_plot, loss_plot
+from mmtune.reports.plots import interval_plot, loss_plot, marks_of
 from mmtune.reports.samples import KINDS, Sample
 
 _MOST_VALUES = 16
@@ -41,6 +41,7 @@ def write_page(
         brief=wording.short_hash,
         model=wording.model_name,
     )
+    leading = next(iter(report["metrics"].values()), None)
     titles = wording.kind_titles(report["run"]["pair"])
     shown = {kind: [sample for sample in samples if sample.kind == kind] for kind in KINDS}
     return environment.from_string(PAGE).render(
@@ -49,7 +50,7 @@ def write_page(
         run=report["run"],
         headline=wording.headline(report),
         outcome=wording.outcome(report),
-        leading=next(iter(report["metrics"].values()), None),
+        leading=leading,
         facets=_facets(report),
         kinds={titles[kind]: rows for kind, rows in shown.items() if rows},
         rows_said=wording.rows_said(report),
@@ -58,6 +59,7 @@ def write_page(
         loss=loss_plot(loss_rows),
         validated=any("val_loss" in row for row in loss_rows),
         dots=_dots,
+        marks=marks_of(list(leading["models"])) if leading else {},
     )
 
 

@@ -88,9 +88,30 @@ def headline(report: Mapping[str, Any]) -> str:
     )
     change, subject = f"{label(name)} from {before} to {after}", _subject(*pair)
     if outcome(report) == "unclear":
-        return f"No clear effect: {subject} moved {change}, {sure}."
+        said = "Too few rows to tell" if _too_few(entry, found) else "No clear effect"
+        return f"{said}: {subject} moved {change}, {sure}.{_vote_said(entry)}"
     verb = "raised" if found["value"] > 0 else "lowered"
-    return f"{subject[0].upper()}{subject[1:]} {verb} {change}, {sure}."
+    return f"{subject[0].upper()}{subject[1:]} {verb} {change}, {sure}.{_vote_said(entry)}"
+
+
+def _too_few(entry: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
+    """Says whether no outcome could pass the test, or the interval excludes 0 where the test does not pass.
+
+    Of n units whose signs are flipped the least two-sided p is 2 / 2^n; Holm multiplies it by the number of pairs.
+    """
+    least = 2.0 ** (1 - entry["media_groups"]) * max(len(entry.get("steps", ())), 1)
+    return least >= _LEVEL or ((found["low"] > 0 or found["high"] < 0) and found["p"] >= _LEVEL)
+
+
+def _vote_said(entry: Mapping[str, Any]) -> str:
+    """Returns what exemplars alone would answer by majority, beside the best model; empty where none are shown."""
+    votes = {name: found["value"] for name, found in entry["models"].items() if name.startswith("vote, ")}
+    if not votes or not entry["higher_is_better"]:
+        return ""
+    name, value = max(votes.items(), key=lambda item: item[1])
+    best = max(found["value"] for model, found in entry["models"].items() if model not in votes)
+    place = "as much as" if value == best else "more than" if value > best else "less than"
+    return f" The exemplars' majority alone ({name!r}) scores {number(value)}, {place} the best model ({number(best)})."
 
 
 def rows_said(report: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from mmtune.reports.extras import extra_tables
 from mmtune.reports.facts import training_facts
 from mmtune.reports.markdown import escape, write_markdown
 from mmtune.reports.page import write_page
-from mmtune.reports.plots import loss_plot, ticks
+from mmtune.reports.plots import loss_plot, marks_of, ticks
 from mmtune.reports.samples import Shown, choose_rows, make_sample, picture
 from mmtune.reports.tables import table_rows
 from mmtune.reports.wording import answers_said, headline, p_value, rows_said, verdict
@@ -275,6 +275,40 @@ def test_the_headline_is_tuning_at_equal_exemplars():
     for shown in (write_page(report), write_markdown(report)):
         assert all(cell in shown for row in compared.rows for cell in row[:4]) and compared.title in shown
     assert '<div class="finding better">' in write_page(report)
+
+
+def test_the_headline_says_what_the_exemplars_alone_would_answer():
+    said = headline(shown_with_exemplars())
+    assert said.endswith(
+        " The exemplars' majority alone ('vote, 4 retrieval') scores 100.00, more than the best model (75.00)."
+    )
+
+
+def test_rows_too_few_for_any_outcome_are_no_missing_effect():
+    few, enough = make_report(count=3), make_report(count=8)
+    assert headline(few).startswith("Too few rows to tell: tuning moved Exact match from 0.00 to")
+    assert headline(enough).startswith("Tuning raised")
+    entry = few["metrics"]["exact_match"]
+    level = {**entry, "media_groups": 40, "difference": {**entry["difference"], "low": -5.0, "p": 0.4}}
+    assert headline({**few, "metrics": {"exact_match": level}}).startswith("No clear effect")
+    # Many rows of which four differ: the interval excludes 0, the test cannot pass.
+    level["difference"] = {**level["difference"], "low": 5.0, "p": 0.125}
+    assert headline({**few, "metrics": {"exact_match": level}}).startswith("Too few rows to tell")
+
+
+def test_every_answerer_has_a_mark_of_its_own():
+    names = ["vote, 4 retrieval", "base", "tuned", "base, 4 retrieval", "tuned, 4 retrieval", "best_prompt"]
+    marks = marks_of(names)
+    assert len(set(marks.values())) == len(names)
+    assert (
+        marks["base"] == "base" and marks["base, 4 retrieval"] == "base hollow" and marks["vote, 4 retrieval"] == "vote"
+    )
+    assert marks_of(["tuned"]) == {"tuned": "tuned"}
+    page = write_page(shown_with_exemplars())
+    for mark in marks_of(shown_with_exemplars()["run"]["compare"]).values():
+        assert f'<i class="{mark}"></i>' in page and f'<circle class="own {mark}"' in page
+    odd = marks_of(['"><script>'])
+    assert odd == {'"><script>': "base"}
 
 
 def test_rows_that_were_trained_on_are_not_called_held_out():
