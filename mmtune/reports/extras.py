@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmtune.reports.wording import interval, label, number, p_value, signed
+from mmtune.reports.wording import interval, label, number, p_value, perplexity, perplexity_interval, signed
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +57,11 @@ def _passes(found: Mapping[str, Any] | None) -> Iterator[Extra]:
     rows = []
     for model, own in found.items():
         for branch, alone in own["branches"].items():
-            weight, perplexity = alone["weight"], alone["perplexity"]
+            weight, losses = alone["weight"], alone["perplexity"]
             cells = [f"{weight['value']:.3f}", f"{weight['low']:.3f} to {weight['high']:.3f}"]
-            rows.append([model, branch, *cells, number(perplexity["value"]), interval(perplexity), f"{alone['n']:,}"])
+            rows.append(
+                [model, branch, *cells, perplexity(losses["value"]), perplexity_interval(losses), f"{alone['n']:,}"]
+            )
     entropies = ", ".join(f"{model} {own['gate_entropy']:.2f}" for model, own in found.items())
     yield Extra(
         "Passes of the fusion",
@@ -83,10 +85,10 @@ def _ablation(found: Mapping[str, Any] | None) -> Iterator[Extra]:
             values = [number(before["value"]), number(after["value"]), signed(change["value"])]
             tail = [interval(change, sign=True), p_value(change["p"]), f"{scored['n']:,}"]
             rows.append([entry["name"], label(metric), *values, *tail])
-        if perplexity := entry.get("perplexity"):
-            before, after = perplexity["models"].values()
-            values = [number(before["value"]), number(after["value"]), "", ""]
-            tail = [p_value(perplexity["loss_difference"]["p"]), f"{perplexity['n']:,}"]
+        if losses := entry.get("perplexity"):
+            before, after = losses["models"].values()
+            values = [perplexity(before["value"]), perplexity(after["value"]), "", ""]
+            tail = [p_value(losses["loss_difference"]["p"]), f"{losses['n']:,}"]
             rows.append([entry["name"], "Perplexity", *values, *tail])
     yield Extra(
         "What the answers rest on",

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mmtune.reports.extras import extra_tables
-from mmtune.reports.tables import is_turned, turned_head, turned_lines
+from mmtune.reports.tables import group_lines, is_turned, left_out, turned_head, turned_lines
 from mmtune.reports.wording import (
     FACET_LABELS,
     answers_said,
@@ -18,6 +18,8 @@ from mmtune.reports.wording import (
     model_name,
     number,
     p_value,
+    perplexity,
+    perplexity_interval,
     rows_said,
     short_hash,
     signed,
@@ -124,7 +126,7 @@ def _perplexity(report: Mapping[str, Any]) -> list[str]:
     found = report.get("perplexity")
     if not found:
         return []
-    rows = [(model, number(value["value"]), interval(value)) for model, value in found["models"].items()]
+    rows = [(model, perplexity(value["value"]), perplexity_interval(value)) for model, value in found["models"].items()]
     return [
         "## Perplexity of the reference answers",
         table(("model", "perplexity", "95 % interval"), rows, right=(1, 2)),
@@ -135,14 +137,14 @@ def _perplexity(report: Mapping[str, Any]) -> list[str]:
 def _groups(report: Mapping[str, Any]) -> list[str]:
     parts = []
     for facet, values in report["groups"].items():
-        rows = [(value, name, entry) for value, found in values.items() for name, entry in found.items()]
-        if len(values) < 2:
+        rows, few = group_lines(values)
+        if not rows:
             continue
         shown = [(f"{value} · {label(name)}", entry) for value, name, entry in rows[:_MOST_VALUES]]
         parts.append(f"## By {FACET_LABELS.get(facet, facet)}")
         parts.append(_table(FACET_LABELS.get(facet, facet), shown))
-        if len(rows) > _MOST_VALUES:
-            parts.append(f"{len(rows) - _MOST_VALUES} more in `metrics.json`.")
+        if left := left_out(len(rows) - _MOST_VALUES, few):
+            parts.append(f"{left} in `metrics.json`.")
     return parts
 
 

@@ -122,7 +122,7 @@ scores on a common axis from 0, from top to bottom, with 95 % intervals</p>
 <tbody>
 {% for row in facet.rows %}{{ line(row.value, row.entry, facet.entries, (row.metric | label) if facet.several else "") }}{% endfor %}
 </tbody></table></div>
-{% if facet.more %}<p class="note">{{ facet.more }} more in metrics.json.</p>{% endif %}
+{% if facet.more %}<p class="note">{{ facet.more }} in metrics.json.</p>{% endif %}
 {% if not loop.first %}</details>{% endif %}
 {% endfor %}
 
@@ -131,7 +131,7 @@ scores on a common axis from 0, from top to bottom, with 95 % intervals</p>
 <div class="scroll"><table class="narrow">
 <thead><tr><th>model</th><th>perplexity</th><th>95 % interval</th></tr></thead>
 <tbody>{% for model, found in report.perplexity.models.items() %}
-<tr><td>{{ model }}</td><td>{{ found.value | number }}</td><td>{{ found | span }}</td></tr>
+<tr><td>{{ model }}</td><td>{{ found.value | perplexity }}</td><td>{{ found | perplexity_span }}</td></tr>
 {% endfor %}</tbody></table></div>
 <p class="note">Over {{ "{:,}".format(report.perplexity.tokens) }} answer tokens; lower is better.</p>
 {% endif %}

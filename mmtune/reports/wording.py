@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
@@ -37,6 +38,19 @@ def label(metric: str) -> str:
 def number(value: float) -> str:
     """Returns a score with two decimals, large ones with thousands separators."""
     return f"{value:,.2f}"
+
+
+def perplexity(value: float) -> str:
+    """Returns a perplexity with three significant digits and thousands separators."""
+    if not 0 < value < math.inf:
+        return number(value)
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.{max(2 - math.floor(math.log10(rounded)), 0)}f}"
+
+
+def perplexity_interval(entry: Mapping[str, float]) -> str:
+    """Returns ``low to high`` of a perplexity."""
+    return f"{perplexity(entry['low'])} to {perplexity(entry['high'])}"
 
 
 def signed(value: float) -> str:
@@ -79,7 +93,8 @@ def headline(report: Mapping[str, Any]) -> str:
     pair = report["run"]["pair"]
     if pair is None:
         who, last = list(entry["models"].items())[-1]
-        return f"{label(name)} of {_who(who)} is {number(last['value'])} (95 % interval {interval(last)}) on {rows}."
+        alone = f"{label(name)} of {_who(who)} is {number(last['value'])} (95 % interval {interval(last)}) on {rows}."
+        return alone + _vote_said(entry)
     found = leading_test(entry, pair)
     before, after = (number(entry["models"][who]["value"]) for who in pair)
     sure = (

@@ -15,7 +15,7 @@ from mmtune.reports.page import write_page
 from mmtune.reports.plots import loss_plot, marks_of, ticks
 from mmtune.reports.samples import Shown, choose_rows, make_sample, picture
 from mmtune.reports.tables import table_rows
-from mmtune.reports.wording import answers_said, headline, p_value, rows_said, verdict
+from mmtune.reports.wording import answers_said, headline, p_value, perplexity, rows_said, verdict
 
 EVIL = "<img src=x onerror=alert(1)> \"' & | `x` {{ 7*7 }}"
 
@@ -294,6 +294,41 @@ def test_rows_too_few_for_any_outcome_are_no_missing_effect():
     # Many rows of which four differ: the interval excludes 0, the test cannot pass.
     level["difference"] = {**level["difference"], "low": 5.0, "p": 0.125}
     assert headline({**few, "metrics": {"exact_match": level}}).startswith("Too few rows to tell")
+
+
+def test_groups_of_few_rows_stay_in_the_document():
+    report = make_report(count=8)
+    report["groups"]["template"] = {
+        "one": report["groups"]["source"]["plain"],
+        "twice": report["groups"]["source"]["plain"],
+    }
+    assert report["groups"]["source"]["plain"]["exact_match"]["n"] == 4
+    for shown in (write_page(report), write_markdown(report)):
+        assert "By source" not in shown and "By template" not in shown
+    report["groups"]["template"]["three"] = {"exact_match": report["metrics"]["exact_match"]}
+    for shown in (write_page(report), write_markdown(report)):
+        assert (
+            "By template" in shown
+            and "2 of fewer than 5 rows in" in shown
+            and "three" in shown
+            and "twice" not in shown
+        )
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (1978767.05, "1,980,000"),
+        (999.6, "1,000"),
+        (123.4, "123"),
+        (12.345, "12.3"),
+        (9.999, "10.0"),
+        (1.0, "1.00"),
+        (1.2345, "1.23"),
+    ],
+)
+def test_a_perplexity_has_three_significant_digits(value, said):
+    assert perplexity(value) == said and perplexity(float("inf")) == "inf"
 
 
 def test_every_answerer_has_a_mark_of_its_own():
