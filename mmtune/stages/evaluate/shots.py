@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from mmtune.media.content import MediaContents
 from mmtune.prompts.exemplars import POOL_ROWS, drawn, in_turns, shown_ranks
 from mmtune.prompts.retrieval import Card, Cards, Numbers, Wanted, majority, pick
 from mmtune.prompts.schema import row_to_example
-from mmtune.prompts.shots import card_of, exchange, name_of, own_media, with_shots
+from mmtune.prompts.shots import card_of, name_of, own_media, unfit, with_shots
 from mmtune.recipe import Eval, Exemplars, Recipe
 from mmtune.records import Example
 from mmtune.storage import Manifest, open_split, read_manifest
@@ -98,6 +99,7 @@ class TrainRows:
         self.rows: list[int] = []
         self.cards: list[Card] = []
         self.units: list[list[Known]] = []
+        self._unfit = Counter[str]()
         kept = None
         if table.num_rows > MOST_ROWS:
             kept = set(in_shares(table.column("id").to_pylist(), table.column("source").to_pylist())[:MOST_ROWS])
@@ -105,10 +107,17 @@ class TrainRows:
             if kept is None or at in kept:
                 self._see(at, row_to_example(row))
         if not self.rows:
-            raise DataError("no training row can be an exemplar", "set eval.shots: 0", "no_exemplars")
+            why = "; ".join(f"{reason} ({count:,})" for reason, count in self._unfit.most_common())
+            raise DataError(
+                f"no training row can be an exemplar: {why or 'there is none'}",
+                "set eval.shots: 0, or add a source with `split: train` whose reader knows question and answer (table)",
+                "no_exemplars",
+            )
 
     def _see(self, at: int, example: Example) -> None:
-        if exchange(example):
+        if reason := unfit(example):
+            self._unfit[reason] += 1
+        else:
             self.rows.append(at)
             self.cards.append(card_of(example, partial(self._contents.learn, self._media_root)))
             self.units.append(units_of_example(example))
