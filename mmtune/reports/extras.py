@@ -8,6 +8,13 @@ from typing import Any
 
 from mmtune.reports.wording import interval, label, number, p_value, perplexity, perplexity_interval, signed
 
+_ABSENT = {
+    "modality": "no row has a medium",
+    "fusion": "the model reads a row in one pass",
+    "shots": "no row shows exemplars",
+    "instructions": "all rows ask the same",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Extra:
@@ -75,8 +82,8 @@ def _passes(found: Mapping[str, Any] | None) -> Iterator[Extra]:
 def _ablation(found: Mapping[str, Any] | None) -> Iterator[Extra]:
     if not found:
         return
-    absent = ", ".join(found["nothing"])
-    nothing = f" Nothing to take away by: {absent}." if absent else ""
+    absent = "; ".join(f"{kind} ({_ABSENT[kind]})" for kind in found["nothing"])
+    nothing = f" Of eval.ablate this had nothing to take away: {absent}." if absent else ""
     rows = []
     for entry in found["entries"]:
         for metric, scored in entry["metrics"].items():

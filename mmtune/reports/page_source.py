@@ -163,7 +163,8 @@ per answer token, over optimizer steps</p>{% endif %}
 <article class="row">
 {% if row.pictures %}<div class="pictures">{% for uri in row.pictures %}<img src="{{ uri }}" alt="" {% if uri.startswith("data:image/png") %}class="exact"{% endif %}>{% endfor %}</div>{% endif %}
 <p class="question">{{ row.question }}</p>
-{% if row.other_media %}<p class="note">{{ row.other_media | join(", ") }}</p>{% endif %}
+{% if row.searched %}<p class="note">the searched prompt asks: {{ row.searched }}</p>{% endif %}
+{% for one in row.other_media %}<p class="note">{{ one }}</p>{% endfor %}
 <dl class="answers">
 {% for answer in row.answers %}<dt>{{ answer.model }}</dt><dd>{{ answer.text or "(empty)" }}</dd><dd class="score">{{ "%.0f" | format(answer.score) }}</dd>{% endfor %}
 <dt>reference</dt><dd>{% for text, count in row.references %}{{ ", " if not loop.first }}{{ text }}{% if count > 1 %} ×{{ count }}{% endif %}{% endfor %}</dd><dd></dd>

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mmtune.evaluation.comparison import ScoredRow, compare
-from mmtune.records import Medium
+from mmtune.records import Medium, history
 from mmtune.reports.extras import extra_tables
 from mmtune.reports.facts import training_facts
 from mmtune.reports.markdown import escape, write_markdown
@@ -15,7 +15,7 @@ from mmtune.reports.page import write_page
 from mmtune.reports.plots import loss_plot, marks_of, ticks
 from mmtune.reports.samples import Shown, choose_rows, make_sample, picture
 from mmtune.reports.tables import table_rows
-from mmtune.reports.wording import answers_said, headline, p_value, perplexity, rows_said, verdict
+from mmtune.reports.wording import answers_said, headline, rows_said
 
 EVIL = "<img src=x onerror=alert(1)> \"' & | `x` {{ 7*7 }}"
 
@@ -61,10 +61,15 @@ def make_report(models=("base", "tuned"), count=40):
     }
 
 
-def sample(root, answer=EVIL):
+def sample(root, answer=EVIL, searched=EVIL):
     shown = Shown("r1", "g1", "exact_match", (0.0, 100.0), True, ("yes", "yes", EVIL))
     return make_sample(
-        shown, "won", EVIL, [Medium("image", "a.png"), Medium("audio", "b.wav")], {"base": answer, "tuned": "yes"}, root
+        shown,
+        "won",
+        (EVIL, searched),
+        [Medium("image", "a.png"), Medium("audio", "b.wav")],
+        {"base": answer, "tuned": "yes"},
+        root,
     )
 
 
@@ -139,19 +144,6 @@ def test_markdown_says_the_same_and_stays_one_table():
     assert {len(cells) for cells in rows} == {len(head)}
 
 
-def test_verdict_needs_interval_and_test():
-    def entry(value, low, high, p, higher=True):
-        return {"difference": {"value": value, "low": low, "high": high, "p": p}, "higher_is_better": higher}
-
-    assert verdict(entry(5, 1, 9, 0.01)) == "better"
-    assert verdict(entry(5, 1, 9, 0.2)) == "unclear"
-    assert verdict(entry(5, -1, 9, 0.01)) == "unclear"
-    assert verdict(entry(-5, -9, -1, 0.01)) == "worse"
-    assert verdict(entry(-5, -9, -1, 0.01, higher=False)) == "better"
-    assert verdict({"higher_is_better": True}) == ""
-    assert p_value(0.0004) == "< 0.001" and p_value(0.0123) == "0.012"
-
-
 def test_shown_rows_are_not_chosen_by_merit():
     rows = [Shown(f"r{n}", f"g{n // 3}", "m", (0.0, 100.0), True, ()) for n in range(30)]
     rows += [Shown(f"x{n}", f"x{n}", "m", (0.0, 10.0), True, ()) for n in range(30)]
@@ -170,6 +162,20 @@ def test_shown_rows_are_not_chosen_by_merit():
         ]
     )
     assert kinds == {"won": [4], "lost": [0], "missed": [1]}
+
+
+def test_a_row_names_the_searched_prompts_words_and_its_histories(root):
+    assert "the searched prompt asks" not in write_page(make_report(), [sample(root)])
+    assert "the searched prompt asks: Say &lt;it&gt;." in write_page(
+        make_report(), [sample(root, searched="Say <it>.")]
+    )
+    shown = Shown("r1", "g1", "exact_match", (0.0, 100.0), True, ("yes",))
+    past = [history([str(at) for at in range(12)]), history(["7"])]
+    told = make_sample(shown, "won", ("?", "?"), past, {"base": "a", "tuned": "b"}, root).other_media
+    assert told == ("history 1: ..., 2, 3, 4, 5, 6, 7, 8, 9, 10, 11", "history 2: 7")
+    assert make_sample(shown, "won", ("?", "?"), past[1:], {"base": "a", "tuned": "b"}, root).other_media == (
+        "history: 7",
+    )
 
 
 def test_pictures_are_small_and_a_missing_one_is_left_out(root):
@@ -222,7 +228,7 @@ def test_tables_of_what_answers_rest_on_are_the_same_everywhere(root):
     passes, rests = extra_tables(report)
     assert passes.rows == [["tuned", "joint", "0.900", "0.850 to 0.950", "2.50", "2.00 to 3.00", "40"]]
     assert rests.rows[0][:5] == [EVIL, "Exact match", "0.00", "75.00", "+75.00"] and rests.rows[1][1] == "Perplexity"
-    assert "Nothing to take away by: shots." in rests.note and "tuned 0.40" in passes.note
+    assert "had nothing to take away: shots (no row shows exemplars)." in rests.note and "tuned 0.40" in passes.note
     page, text = write_page(report, [sample(root)]), write_markdown(report)
     tags = Tags()
     tags.feed(page)
@@ -313,22 +319,6 @@ def test_groups_of_few_rows_stay_in_the_document():
             and "three" in shown
             and "twice" not in shown
         )
-
-
-@pytest.mark.parametrize(
-    ("value", "said"),
-    [
-        (1978767.05, "1,980,000"),
-        (999.6, "1,000"),
-        (123.4, "123"),
-        (12.345, "12.3"),
-        (9.999, "10.0"),
-        (1.0, "1.00"),
-        (1.2345, "1.23"),
-    ],
-)
-def test_a_perplexity_has_three_significant_digits(value, said):
-    assert perplexity(value) == said and perplexity(float("inf")) == "inf"
 
 
 def test_every_answerer_has_a_mark_of_its_own():
