@@ -64,7 +64,9 @@ def left_out(more: int, few: int) -> str:
         few: Lines of too few rows.
     """
     said = [f"{more:,} more"] if more > 0 else []
-    return " and ".join(said + ([f"{few:,} of fewer than {_FEWEST} rows"] if few else []))
+    return " and ".join(
+        said + ([f"{few:,} {'line' if few == 1 else 'lines'} of fewer than {_FEWEST} rows"] if few else [])
+    )
 
 
 def table_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

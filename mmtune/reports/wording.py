@@ -130,11 +130,10 @@ def _vote_said(entry: Mapping[str, Any]) -> str:
 
 
 def rows_said(report: Mapping[str, Any]) -> str:
-    """Returns how many rows were scored, and of how many where that is not the whole split."""
-    whole, count = report["run"]["split_rows"], report["n"]
-    if count == whole:
-        return f"{count:,} {'row' if count == 1 else 'rows'}"
-    return f"{count:,} of {whole:,} rows" + (f", limited to {report['read']:,}" if report["read"] < whole else "")
+    """Returns how many rows were scored, of how many where some were refused, and of what they are a sample."""
+    whole, read, count = report["run"]["split_rows"], report["read"], report["n"]
+    said = f"{count:,} {'row' if count == 1 else 'rows'}" if count == read else f"{count:,} of {read:,} rows"
+    return said + (f", a sample of {whole:,}" if read < whole else "")
 
 
 def answers_said(report: Mapping[str, Any]) -> str:

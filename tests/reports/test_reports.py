@@ -315,7 +315,7 @@ def test_groups_of_few_rows_stay_in_the_document():
     for shown in (write_page(report), write_markdown(report)):
         assert (
             "By template" in shown
-            and "2 of fewer than 5 rows in" in shown
+            and "2 lines of fewer than 5 rows in" in shown
             and "three" in shown
             and "twice" not in shown
         )
@@ -347,7 +347,7 @@ def test_the_report_says_which_rows_and_how_they_were_answered():
     run = {**report["run"], "split_rows": 577, "answer": "rank", "with_options": 40}
     ranked = {**report, "run": run}
     for shown in (write_page(ranked), write_markdown(ranked)):
-        assert "40 of 577 rows, limited to 42" in shown and "answers: the likeliest option" in shown
+        assert "40 of 42 rows, a sample of 577" in shown and "answers: the likeliest option" in shown
         assert "greedy" not in shown
     some = {**report, "run": {**run, "answer": "prototype", "with_options": 30}}
     said = "the option of the nearest state; 10 rows without options greedy, at most 8 new tokens"
