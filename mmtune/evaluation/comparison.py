@@ -58,11 +58,11 @@ class AnsweredRow:
         """The first metric of the row, or an empty string."""
         return self.row.metrics[0] if self.row.metrics else ""
 
-    def predictions(self, prompt: str) -> list[Prediction]:
+    def predictions(self, asked: Mapping[str, str]) -> list[Prediction]:
         """Returns one Prediction per model.
 
         Args:
-            prompt: The question as it was asked.
+            asked: Model to the question as it was asked.
         """
         row = self.row
         return [
@@ -71,7 +71,7 @@ class AnsweredRow:
                 model=model,
                 task=row.task,
                 metric=self.leading_metric or "none",
-                prompt=prompt,
+                prompt=asked[model],
                 prediction=text,
                 references=row.references,
                 options=row.options,

@@ -63,7 +63,7 @@ class ChosenExamples:
         places = [(at, row) for at, batch in enumerate(batches) for row in range(batch.num_rows)]
         if limit is not None and limit < len(places):
             ids = (value for batch in batches for value in batch.column("id").to_pylist())
-            places = [places[at] for at in chosen(ids, limit)]
+            places = [places[at] for at in chosen(ids, limit, "eval.limit")]
         self._places = places
 
     def __len__(self) -> int:

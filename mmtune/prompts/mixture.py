@@ -115,7 +115,7 @@ def survey(items: Iterable[Record | Reject], see: Any = None) -> Found:
     hashes, rationales = array("Q"), 0
     for item in items:
         if isinstance(item, Record):
-            hashes.append(id_hash(item.id))
+            hashes.append(id_hash(item.id, "source"))
             rationales += bool(item.rationale)
             if see is not None:
                 see(item)
@@ -190,7 +190,7 @@ def mixed(items: Iterable[Record | Reject], quota: Quota) -> Iterator[Record | R
             yield item
             continue
         times = whole
-        if extra and id_hash(item.id) <= quota.bound:
+        if extra and id_hash(item.id, "source") <= quota.bound:
             times, extra = whole + 1, extra - 1
         for at in range(times):
             yield item if at == 0 else replace(item, id=f"{item.id}~{at + 1}")

@@ -16,22 +16,29 @@ from mmtune.records import Example, Medium, Message
 def exchange(example: Example) -> tuple[Message, ...]:
     """Returns the question and answer that a row teaches, bearing no loss; not what stands before them.
 
-    Nothing where it is no exemplar: a conversation, a row asked the other way round, one without an answer, or one
-    that reasons before it answers.
+    Nothing where it is no exemplar, see ``unfit``.
     """
-    last = example.messages[-1] if example.messages else None
-    template = template_names().get(example.template_id)
-    plain = last is not None and last.role == "assistant" and (template is None or not template.inverted)
-    if last is None or not plain or not example.template_id or not last.text:
+    if unfit(example):
         return ()
-    if example.references and last.text not in example.references:
-        return ()
-    turns = [replace(last, train=False)]
+    turns = [replace(example.messages[-1], train=False)]
     for message in reversed(example.messages[:-1]):
         if message.role != "user":
             break
         turns.append(message)
     return tuple(reversed(turns))
+
+
+def unfit(example: Example) -> str:
+    """Returns why a row is no exemplar; empty where it is one."""
+    last = example.messages[-1] if example.messages else None
+    template = template_names().get(example.template_id)
+    if last is None or last.role != "assistant" or not last.text:
+        return "without an answer"
+    if not example.template_id:
+        return "a conversation as it was read, no question worded by a template"
+    if template is not None and template.inverted:
+        return "asked the other way round"
+    return "reasons before it answers" if example.references and last.text not in example.references else ""
 
 
 def card_of(example: Example, name: Callable[[Medium], str] = own_name) -> Card:

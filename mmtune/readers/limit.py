@@ -11,7 +11,7 @@ from mmtune.records import Medium, Record, Reject, items_of
 
 def item_hash(item: Record | Reject) -> int:
     """Returns a 64-bit hash of a record's id, or of where a reject stands."""
-    return id_hash(item.id if isinstance(item, Record) else f"{item.where}\0{item.reason}")
+    return id_hash(item.id if isinstance(item, Record) else f"{item.where}\0{item.reason}", "source")
 
 
 def take(read: Callable[[], Iterator[Record | Reject]], limit: int | None) -> Iterator[Record | Reject]:
@@ -50,10 +50,10 @@ def part(items: Iterable[Record | Reject], low: float, high: float) -> Iterator[
 
 def _unit(item: Record | Reject) -> float:
     if isinstance(item, Reject):
-        return (id_hash(item.where) >> 11) / 2**53
+        return (id_hash(item.where, "source") >> 11) / 2**53
     shown = item.media or tuple(medium for message in item.messages for medium in message.media)
     names = "\0".join(medium.path or "\1".join(items_of(medium)) for medium in shown if _named(medium))
-    return (id_hash(names or item.context or item.where) >> 11) / 2**53
+    return (id_hash(names or item.context or item.where, "source") >> 11) / 2**53
 
 
 def _named(medium: Medium) -> bool:

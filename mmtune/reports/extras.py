@@ -6,7 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmtune.reports.wording import interval, label, number, p_value, signed
+from mmtune.reports.wording import interval, label, number, p_value, perplexity, perplexity_interval, signed
+
+_ABSENT = {
+    "modality": "no row has a medium",
+    "fusion": "the model reads a row in one pass",
+    "shots": "no row shows exemplars",
+    "instructions": "all rows ask the same",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +64,11 @@ def _passes(found: Mapping[str, Any] | None) -> Iterator[Extra]:
     rows = []
     for model, own in found.items():
         for branch, alone in own["branches"].items():
-            weight, perplexity = alone["weight"], alone["perplexity"]
+            weight, losses = alone["weight"], alone["perplexity"]
             cells = [f"{weight['value']:.3f}", f"{weight['low']:.3f} to {weight['high']:.3f}"]
-            rows.append([model, branch, *cells, number(perplexity["value"]), interval(perplexity), f"{alone['n']:,}"])
+            rows.append(
+                [model, branch, *cells, perplexity(losses["value"]), perplexity_interval(losses), f"{alone['n']:,}"]
+            )
     entropies = ", ".join(f"{model} {own['gate_entropy']:.2f}" for model, own in found.items())
     yield Extra(
         "Passes of the fusion",
@@ -73,8 +82,8 @@ def _passes(found: Mapping[str, Any] | None) -> Iterator[Extra]:
 def _ablation(found: Mapping[str, Any] | None) -> Iterator[Extra]:
     if not found:
         return
-    absent = ", ".join(found["nothing"])
-    nothing = f" Nothing to take away by: {absent}." if absent else ""
+    absent = "; ".join(f"{kind} ({_ABSENT[kind]})" for kind in found["nothing"])
+    nothing = f" Of eval.ablate this had nothing to take away: {absent}." if absent else ""
     rows = []
     for entry in found["entries"]:
         for metric, scored in entry["metrics"].items():
@@ -83,10 +92,10 @@ def _ablation(found: Mapping[str, Any] | None) -> Iterator[Extra]:
             values = [number(before["value"]), number(after["value"]), signed(change["value"])]
             tail = [interval(change, sign=True), p_value(change["p"]), f"{scored['n']:,}"]
             rows.append([entry["name"], label(metric), *values, *tail])
-        if perplexity := entry.get("perplexity"):
-            before, after = perplexity["models"].values()
-            values = [number(before["value"]), number(after["value"]), "", ""]
-            tail = [p_value(perplexity["loss_difference"]["p"]), f"{perplexity['n']:,}"]
+        if losses := entry.get("perplexity"):
+            before, after = losses["models"].values()
+            values = [perplexity(before["value"]), perplexity(after["value"]), "", ""]
+            tail = [p_value(losses["loss_difference"]["p"]), f"{losses['n']:,}"]
             rows.append([entry["name"], "Perplexity", *values, *tail])
     yield Extra(
         "What the answers rest on",

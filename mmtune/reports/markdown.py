@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mmtune.reports.extras import extra_tables
-from mmtune.reports.tables import is_turned, turned_head, turned_lines
+from mmtune.reports.tables import group_lines, is_turned, left_out, turned_head, turned_lines
 from mmtune.reports.wording import (
     FACET_LABELS,
+    answers_said,
     headline,
     interval,
     interval_head,
@@ -17,6 +18,9 @@ from mmtune.reports.wording import (
     model_name,
     number,
     p_value,
+    perplexity,
+    perplexity_interval,
+    rows_said,
     short_hash,
     signed,
     verdict,
@@ -74,8 +78,8 @@ def _facts(report: Mapping[str, Any]) -> str:
     rejected = ", ".join(f"{reason} {count:,}" for reason, count in report["rejected"].items()) or "none"
     lines = [
         f"- model: `{model_name(run['model'])}`",
-        f"- split: {run['split']}, {report['n']:,} of {report['read']:,} rows; refused: {rejected}",
-        f"- greedy answers of at most {run['max_new_tokens']} tokens",
+        f"- split: {run['split']}, {rows_said(report)}; refused: {rejected}",
+        f"- answers: {answers_said(report)}",
         f"- {run['bootstrap']:,} bootstrap samples, seed {run['seed']}",
     ]
     return "\n".join(lines)
@@ -122,7 +126,7 @@ def _perplexity(report: Mapping[str, Any]) -> list[str]:
     found = report.get("perplexity")
     if not found:
         return []
-    rows = [(model, number(value["value"]), interval(value)) for model, value in found["models"].items()]
+    rows = [(model, perplexity(value["value"]), perplexity_interval(value)) for model, value in found["models"].items()]
     return [
         "## Perplexity of the reference answers",
         table(("model", "perplexity", "95 % interval"), rows, right=(1, 2)),
@@ -133,14 +137,14 @@ def _perplexity(report: Mapping[str, Any]) -> list[str]:
 def _groups(report: Mapping[str, Any]) -> list[str]:
     parts = []
     for facet, values in report["groups"].items():
-        rows = [(value, name, entry) for value, found in values.items() for name, entry in found.items()]
-        if len(values) < 2:
+        rows, few = group_lines(values)
+        if not rows:
             continue
         shown = [(f"{value} · {label(name)}", entry) for value, name, entry in rows[:_MOST_VALUES]]
         parts.append(f"## By {FACET_LABELS.get(facet, facet)}")
         parts.append(_table(FACET_LABELS.get(facet, facet), shown))
-        if len(rows) > _MOST_VALUES:
-            parts.append(f"{len(rows) - _MOST_VALUES} more in `metrics.json`.")
+        if left := left_out(len(rows) - _MOST_VALUES, few):
+            parts.append(f"{left} in `metrics.json`.")
     return parts
 
 

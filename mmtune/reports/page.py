@@ -10,8 +10,9 @@ from jinja2 import Environment, StrictUndefined
 from mmtune.reports import wording
 from mmtune.reports.extras import extra_tables
 from mmtune.reports.page_source import PAGE, STYLE
-from mmtune.reports.plots import interval_plot, loss_plot
+from mmtune.reports.plots import interval_plot, loss_plot, marks_of
 from mmtune.reports.samples import KINDS, Sample
+from mmtune.reports.tables import group_lines, left_out
 
 _MOST_VALUES = 16
 
@@ -35,12 +36,16 @@ def write_page(
         signed=wording.signed,
         p=wording.p_value,
         span=wording.interval,
+        perplexity=wording.perplexity,
+        perplexity_span=wording.perplexity_interval,
         interval_head=wording.interval_head,
         label=wording.label,
         verdict=wording.verdict,
         brief=wording.short_hash,
         model=wording.model_name,
     )
+    leading = next(iter(report["metrics"].values()), None)
+    titles = wording.kind_titles(report["run"]["pair"])
     shown = {kind: [sample for sample in samples if sample.kind == kind] for kind in KINDS}
     return environment.from_string(PAGE).render(
         style=STYLE,
@@ -48,13 +53,16 @@ def write_page(
         run=report["run"],
         headline=wording.headline(report),
         outcome=wording.outcome(report),
-        leading=next(iter(report["metrics"].values()), None),
+        leading=leading,
         facets=_facets(report),
-        kinds={KINDS[kind]: rows for kind, rows in shown.items() if rows},
+        kinds={titles[kind]: rows for kind, rows in shown.items() if rows},
+        rows_said=wording.rows_said(report),
+        answers_said=wording.answers_said(report),
         extras=extra_tables(report),
         loss=loss_plot(loss_rows),
         validated=any("val_loss" in row for row in loss_rows),
         dots=_dots,
+        marks=marks_of(list(leading["models"])) if leading else {},
     )
 
 
@@ -68,19 +76,16 @@ def _facets(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns the group tables that say more than the table of all rows."""
     out = []
     for facet, values in report["groups"].items():
-        rows = [
-            {"value": value, "metric": metric, "entry": entry}
-            for value, found in values.items()
-            for metric, entry in found.items()
-        ]
-        if len(values) < 2:
+        lines, few = group_lines(values)
+        if not lines:
             continue
+        rows = [{"value": value, "metric": metric, "entry": entry} for value, metric, entry in lines]
         out.append(
             {
                 "label": wording.FACET_LABELS.get(facet, facet),
                 "rows": rows[:_MOST_VALUES],
                 "entries": [row["entry"] for row in rows[:_MOST_VALUES]],
-                "more": max(len(rows) - _MOST_VALUES, 0),
+                "more": left_out(len(rows) - _MOST_VALUES, few),
                 "several": len({row["metric"] for row in rows}) > 1,
             }
         )

@@ -5,10 +5,10 @@
 STYLE = """
 :root { color-scheme: light dark;
   --paper: #fbfaf8; --card: #ffffff; --ink: #1d1c1a; --soft: #6a6761; --line: #e4e1da; --faint: #f1efea;
-  --base: #9a958b; --tuned: #2456a6; --better: #1f6f4a; --worse: #a8431f; }
+  --base: #9a958b; --tuned: #2456a6; --best-prompt: #c77f1a; --tuned-best-prompt: #b0509a; --better: #1f6f4a; --worse: #a8431f; }
 @media (prefers-color-scheme: dark) { :root {
   --paper: #161513; --card: #1e1d1a; --ink: #ebe8e1; --soft: #a09b91; --line: #34322d; --faint: #262420;
-  --base: #8a857b; --tuned: #8ab4f8; --better: #7cc7a0; --worse: #e8956f; } }
+  --base: #8a857b; --tuned: #8ab4f8; --best-prompt: #e0a458; --tuned-best-prompt: #d98cc5; --better: #7cc7a0; --worse: #e8956f; } }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--paper); color: var(--ink);
@@ -39,13 +39,14 @@ tr:last-child td { border-bottom: 0; }
 .better { color: var(--better); } .worse { color: var(--worse); } .finding.better, .finding.worse { color: var(--ink); }
 td.better, td.worse { font-weight: 600; }
 .key i { display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin: 0 6px 0 0; }
-.key span { margin-right: 18px; }
-i.base { background: var(--base); } i.tuned { background: var(--tuned); }
+.key span { margin-right: 18px; white-space: nowrap; }
+.base { --own: var(--base); } .tuned { --own: var(--tuned); } .best_prompt { --own: var(--best-prompt); }
+.tuned_best_prompt { --own: var(--tuned-best-prompt); } .vote { --own: var(--ink); }
+.key i { background: var(--own); border: 1.5px solid var(--own); } .key i.hollow { background: none; } .pale { opacity: .5; }
 svg { display: block; } svg.dots { margin-left: auto; }
 svg line, svg polyline { fill: none; stroke-width: 1.5; }
 svg .axis, svg .grid { stroke: var(--line); stroke-width: 1; }
-svg line.base { stroke: var(--base); } circle.base { fill: var(--base); }
-svg line.tuned { stroke: var(--tuned); } circle.tuned { fill: var(--tuned); }
+svg .own { stroke: var(--own); } circle.own { fill: var(--own); stroke-width: 1.5; } circle.own.hollow { fill: var(--paper); }
 svg.plot { width: 100%; height: auto; max-width: 720px; } svg text { font-size: 12px; fill: var(--soft); }
 svg .train { stroke: var(--base); } svg polyline.val { stroke: var(--tuned); } circle.val { fill: var(--tuned); }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(180px, 1fr)); gap: 14px 24px; margin: 0 0 20px; }
@@ -99,7 +100,7 @@ PAGE = """\
 <p class="kicker">mmtune report</p>
 <h1>{{ run.title }}</h1>
 <p class="meta"><span><code>{{ run.model | model }}</code></span> <span>{{ run.split }} split</span>
-<span>{{ "{:,}".format(report.n) }} rows</span> <span>greedy, at most {{ run.max_new_tokens }} new tokens</span>
+<span>{{ rows_said }}</span> <span>answers: {{ answers_said }}</span>
 <span>seed {{ run.seed }}</span></p>
 <div class="finding {{ outcome }}"><p>{{ headline }}</p></div>
 
@@ -110,8 +111,8 @@ PAGE = """\
 <tbody>
 {% for name, entry in report.metrics.items() %}{{ line(name | label, entry, report.metrics.values() | list, entry.normaliser) }}{% endfor %}
 </tbody></table></div>
-<p class="note key">{% for model in leading.models %}<span><i class="{{ "base" if loop.first else "tuned" }}"></i>{{ model }}</span>{% endfor %}
-scores on a common axis from 0, with 95 % intervals</p>
+<p class="note key">{% for model in leading.models %}<span><i class="{{ marks[model] }}"></i>{{ model }}</span> {% endfor %}
+scores on a common axis from 0, from top to bottom, with 95 % intervals</p>
 {% endif %}
 
 {% for facet in facets %}
@@ -121,7 +122,7 @@ scores on a common axis from 0, with 95 % intervals</p>
 <tbody>
 {% for row in facet.rows %}{{ line(row.value, row.entry, facet.entries, (row.metric | label) if facet.several else "") }}{% endfor %}
 </tbody></table></div>
-{% if facet.more %}<p class="note">{{ facet.more }} more in metrics.json.</p>{% endif %}
+{% if facet.more %}<p class="note">{{ facet.more }} in metrics.json.</p>{% endif %}
 {% if not loop.first %}</details>{% endif %}
 {% endfor %}
 
@@ -130,7 +131,7 @@ scores on a common axis from 0, with 95 % intervals</p>
 <div class="scroll"><table class="narrow">
 <thead><tr><th>model</th><th>perplexity</th><th>95 % interval</th></tr></thead>
 <tbody>{% for model, found in report.perplexity.models.items() %}
-<tr><td>{{ model }}</td><td>{{ found.value | number }}</td><td>{{ found | span }}</td></tr>
+<tr><td>{{ model }}</td><td>{{ found.value | perplexity }}</td><td>{{ found | perplexity_span }}</td></tr>
 {% endfor %}</tbody></table></div>
 <p class="note">Over {{ "{:,}".format(report.perplexity.tokens) }} answer tokens; lower is better.</p>
 {% endif %}
@@ -162,7 +163,8 @@ per answer token, over optimizer steps</p>{% endif %}
 <article class="row">
 {% if row.pictures %}<div class="pictures">{% for uri in row.pictures %}<img src="{{ uri }}" alt="" {% if uri.startswith("data:image/png") %}class="exact"{% endif %}>{% endfor %}</div>{% endif %}
 <p class="question">{{ row.question }}</p>
-{% if row.other_media %}<p class="note">{{ row.other_media | join(", ") }}</p>{% endif %}
+{% if row.searched %}<p class="note">the searched prompt asks: {{ row.searched }}</p>{% endif %}
+{% for one in row.other_media %}<p class="note">{{ one }}</p>{% endfor %}
 <dl class="answers">
 {% for answer in row.answers %}<dt>{{ answer.model }}</dt><dd>{{ answer.text or "(empty)" }}</dd><dd class="score">{{ "%.0f" | format(answer.score) }}</dd>{% endfor %}
 <dt>reference</dt><dd>{% for text, count in row.references %}{{ ", " if not loop.first }}{{ text }}{% if count > 1 %} ×{{ count }}{% endif %}{% endfor %}</dd><dd></dd>

@@ -10,6 +10,8 @@ from markupsafe import Markup
 
 _WIDTH, _HEIGHT = 720, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 14, 34
+_COLOURS = ("base", "tuned", "best_prompt", "tuned_best_prompt", "vote")
+_SHAPES = ("", " hollow", " pale")
 Points = Sequence[tuple[float, float]]
 
 
@@ -83,8 +85,23 @@ def _line(name: str, scale: _Scale, points: Points) -> str:
     return f'<polyline class="{name}" points="{path}"/>'
 
 
+def marks_of(names: Sequence[str]) -> dict[str, str]:
+    """Returns the style classes of every answerer: a colour by its model, a shape by its way of asking.
+
+    Args:
+        names: Models, each with its way of asking behind a comma. A third way and more have one shape.
+    """
+    ways = list(dict.fromkeys(way for name in names for model, _, way in [name.partition(", ")] if model != "vote"))
+    marks = {}
+    for name in names:
+        model, _, way = name.partition(", ")
+        shape = _SHAPES[min(ways.index(way), 2)] if way in ways and model != "vote" else ""
+        marks[name] = (model if model in _COLOURS else "base") + shape
+    return marks
+
+
 def interval_plot(models: Mapping[str, Mapping[str, float]], top: float) -> Markup:
-    """Returns one row of dots with their intervals on an axis from 0, one colour per model.
+    """Returns one row of dots with their intervals on an axis from 0, marked as ``marks_of`` says.
 
     Args:
         models: Model name to value, low and high.
@@ -93,12 +110,12 @@ def interval_plot(models: Mapping[str, Mapping[str, float]], top: float) -> Mark
     width, height = 150, 11 * len(models) + 5
     scale = (width - 10) / (top or 1.0)
     marks = [f'<line class="axis" x1="5" x2="{width - 5}" y1="{height - 1.5}" y2="{height - 1.5}"/>']
-    for place, found in enumerate(models.values()):
-        name = "tuned" if place else "base"
-        y = 6 + 11 * place
+    classes = marks_of(list(models))
+    for place, (answerer, found) in enumerate(models.items()):
+        y, mark = 6 + 11 * place, f"own {classes[answerer]}"
         low, high, x = (5 + scale * min(max(found[key], 0.0), top) for key in ("low", "high", "value"))
-        marks.append(f'<line class="{name}" x1="{low:.1f}" x2="{high:.1f}" y1="{y}" y2="{y}"/>')
-        marks.append(f'<circle class="{name}" cx="{x:.1f}" cy="{y}" r="3.5"/>')
+        marks.append(f'<line class="{mark}" x1="{low:.1f}" x2="{high:.1f}" y1="{y}" y2="{y}"/>')
+        marks.append(f'<circle class="{mark}" cx="{x:.1f}" cy="{y}" r="3.5"/>')
     return Markup(
         f'<svg class="dots" width="{width}" height="{height}" viewBox="0 0 {width} {height}" aria-hidden="true">'
         f"{''.join(marks)}</svg>"

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +14,9 @@ from mmtune.errors import DataError
 from mmtune.media.load import load_image
 from mmtune.records import Medium, items_of
 
-KINDS = {
-    "won": "Better after tuning",
-    "lost": "Worse after tuning",
-    "missed": "Wrong before and after",
-    "right": "Right",
-    "wrong": "Wrong",
-}
+KINDS = ("won", "lost", "missed", "right", "wrong")
+"""What may be said of a shown row: of two answerers the second did better or worse, or both were wrong; of one that it
+was right or wrong."""
 _SIDE_PX = 240
 _ITEMS = 10
 _SMALL_PX = 128
@@ -40,6 +36,8 @@ class Sample:
     """A row as the page shows it.
 
     Attributes:
+        question: In the row's own words.
+        searched: The question in the words of a searched prompt, empty where that says the same or asks nothing.
         pictures: Data URIs.
         other_media: File names of what cannot be shown, and the newest items of histories.
         references: Each distinct reference with how often it was given.
@@ -49,6 +47,7 @@ class Sample:
     kind: str
     metric: str
     question: str
+    searched: str
     pictures: tuple[str, ...]
     other_media: tuple[str, ...]
     references: tuple[tuple[str, int], ...]
@@ -102,17 +101,30 @@ def choose_rows(rows: Sequence[Shown], *, each: int = 12, seed: int = 0) -> dict
 
 
 def make_sample(
-    row: Shown, kind: str, question: str, media: Sequence[Medium], answers: Mapping[str, str], root: Path
+    row: Shown, kind: str, asked: tuple[str, str], media: Sequence[Medium], answers: Mapping[str, str], root: Path
 ) -> Sample:
-    """Returns a row as the page shows it, with at most four pictures."""
+    """Returns a row as the page shows it, with at most four pictures.
+
+    Args:
+        row: The row.
+        kind: One of ``KINDS``.
+        asked: Its question, and that in the words of a searched prompt.
+        media: What it shows.
+        answers: By model.
+        root: Of the media.
+    """
+    question, searched = asked
+    histories = sum(medium.modality == "behaviour" for medium in media)
+    names = iter([f"history {at + 1}" for at in range(histories)] if histories > 1 else ["history"])
     images = [medium for medium in media if medium.modality == "image"][:4]
     return Sample(
         id=row.id,
         kind=kind,
         metric=row.metric,
         question=question,
+        searched=searched if searched != question else "",
         pictures=tuple(uri for medium in images if (uri := picture(root, medium))),
-        other_media=tuple(_in_words(medium) for medium in media if medium.modality != "image"),
+        other_media=tuple(_in_words(medium, names) for medium in media if medium.modality != "image"),
         references=counted(row.references),
         answers=tuple(
             Answer(model, text, score or 0.0) for (model, text), score in zip(answers.items(), row.scores, strict=True)
@@ -120,12 +132,12 @@ def make_sample(
     )
 
 
-def _in_words(medium: Medium) -> str:
+def _in_words(medium: Medium, names: Iterator[str]) -> str:
     if medium.modality != "behaviour":
         return Path(medium.path).name
     items = items_of(medium)
     older = ["..."] if len(items) > _ITEMS else []
-    return f"history: {', '.join([*older, *items[-_ITEMS:]]) or 'nothing yet'}"
+    return f"{next(names)}: {', '.join([*older, *items[-_ITEMS:]]) or 'nothing yet'}"
 
 
 def _kind(values: Sequence[float | None], higher_is_better: bool) -> str:

@@ -5,8 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmtune.reports.wording import interval, interval_head, label, number, p_value, signed
+from mmtune.reports.wording import (
+    interval,
+    interval_head,
+    label,
+    number,
+    p_value,
+    perplexity,
+    perplexity_interval,
+    signed,
+)
 
+_FEWEST = 5
+"""Rows below which a group says nothing of its own."""
 _WIDEST = 72
 """Most characters of the columns of all answerers and their interval; more are broken on a terminal."""
 
@@ -29,6 +40,35 @@ def turned_lines(name: str, entry: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
+def group_lines(values: Mapping[str, Mapping[str, Any]]) -> tuple[list[tuple[str, str, Mapping[str, Any]]], int]:
+    """Returns the lines of a facet that say more than all rows together, and how many have too few rows for that.
+
+    Args:
+        values: Value of the facet to its metrics.
+
+    Returns:
+        Value, metric and entry of every line, none where there is one value alone; the number of those left out.
+    """
+    if len(values) < 2:
+        return [], 0
+    lines = [(value, metric, entry) for value, found in values.items() for metric, entry in found.items()]
+    shown = [line for line in lines if line[2]["n"] >= _FEWEST]
+    return shown, len(lines) - len(shown)
+
+
+def left_out(more: int, few: int) -> str:
+    """Returns what a table of groups does not show; empty for nothing.
+
+    Args:
+        more: Lines beyond those that it has room for, if above 0.
+        few: Lines of too few rows.
+    """
+    said = [f"{more:,} more"] if more > 0 else []
+    return " and ".join(
+        said + ([f"{few:,} {'line' if few == 1 else 'lines'} of fewer than {_FEWEST} rows"] if few else [])
+    )
+
+
 def table_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Returns head and rows of the score table for a terminal, with the sources below the totals."""
     entries = [(label(name), entry) for name, entry in report["metrics"].items()]
@@ -37,11 +77,10 @@ def table_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         entries += [
             (f"  {value} · {label(name)}", entry) for value, found in sources.items() for name, entry in found.items()
         ]
-    models, perplexity = report["run"]["compare"], report.get("perplexity")
+    models, losses = report["run"]["compare"], report.get("perplexity")
     if is_turned(models):
-        if perplexity:
-            entries.append(("perplexity", perplexity))
-        return turned_head("metric"), [line for name, entry in entries for line in turned_lines(name, entry)]
+        lines = [line for name, entry in entries for line in turned_lines(name, entry)]
+        return turned_head("metric"), lines + (_turned_perplexity(losses) if losses else [])
     compared = any("difference" in entry for _, entry in entries)
     head = ["metric", *models, *(["difference", "p"] if compared else [interval_head(models)]), "rows"]
     rows = []
@@ -52,8 +91,14 @@ def table_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         else:
             cells += [interval(list(entry["models"].values())[-1])]
         rows.append([*cells, f"{entry['n']:,}"])
-    if perplexity:
-        given = perplexity["models"]
-        cells = ["perplexity", *(number(given[model]["value"]) if model in given else "" for model in models)]
-        rows.append([*cells, *[""] * (len(head) - len(cells) - 1), f"{perplexity['n']:,}"])
+    if losses:
+        given = losses["models"]
+        cells = ["perplexity", *(perplexity(given[model]["value"]) if model in given else "" for model in models)]
+        rows.append([*cells, *[""] * (len(head) - len(cells) - 1), f"{losses['n']:,}"])
     return head, rows
+
+
+def _turned_perplexity(losses: Mapping[str, Any]) -> list[list[str]]:
+    found = losses["models"].items()
+    lines = [[model, perplexity(one["value"]), perplexity_interval(one), f"{losses['n']:,}"] for model, one in found]
+    return [["" if at else "perplexity", *line] for at, line in enumerate(lines)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
@@ -37,6 +38,19 @@ def label(metric: str) -> str:
 def number(value: float) -> str:
     """Returns a score with two decimals, large ones with thousands separators."""
     return f"{value:,.2f}"
+
+
+def perplexity(value: float) -> str:
+    """Returns a perplexity with three significant digits and thousands separators."""
+    if not 0 < value < math.inf:
+        return number(value)
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.{max(2 - math.floor(math.log10(rounded)), 0)}f}"
+
+
+def perplexity_interval(entry: Mapping[str, float]) -> str:
+    """Returns ``low to high`` of a perplexity."""
+    return f"{perplexity(entry['low'])} to {perplexity(entry['high'])}"
 
 
 def signed(value: float) -> str:
@@ -79,7 +93,8 @@ def headline(report: Mapping[str, Any]) -> str:
     pair = report["run"]["pair"]
     if pair is None:
         who, last = list(entry["models"].items())[-1]
-        return f"{label(name)} of {_who(who)} is {number(last['value'])} (95 % interval {interval(last)}) on {rows}."
+        alone = f"{label(name)} of {_who(who)} is {number(last['value'])} (95 % interval {interval(last)}) on {rows}."
+        return alone + _vote_said(entry)
     found = leading_test(entry, pair)
     before, after = (number(entry["models"][who]["value"]) for who in pair)
     sure = (
@@ -88,9 +103,69 @@ def headline(report: Mapping[str, Any]) -> str:
     )
     change, subject = f"{label(name)} from {before} to {after}", _subject(*pair)
     if outcome(report) == "unclear":
-        return f"No clear effect: {subject} moved {change}, {sure}."
+        said = "Too few rows to tell" if _too_few(entry, found) else "No clear effect"
+        return f"{said}: {subject} moved {change}, {sure}.{_vote_said(entry)}"
     verb = "raised" if found["value"] > 0 else "lowered"
-    return f"{subject[0].upper()}{subject[1:]} {verb} {change}, {sure}."
+    return f"{subject[0].upper()}{subject[1:]} {verb} {change}, {sure}.{_vote_said(entry)}"
+
+
+def _too_few(entry: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
+    """Says whether no outcome could pass the test, or the interval excludes 0 where the test does not pass.
+
+    Of n units whose signs are flipped the least two-sided p is 2 / 2^n; Holm multiplies it by the number of pairs.
+    """
+    least = 2.0 ** (1 - entry["media_groups"]) * max(len(entry.get("steps", ())), 1)
+    return least >= _LEVEL or ((found["low"] > 0 or found["high"] < 0) and found["p"] >= _LEVEL)
+
+
+def _vote_said(entry: Mapping[str, Any]) -> str:
+    """Returns what exemplars alone would answer by majority, beside the best model; empty where none are shown."""
+    votes = {name: found["value"] for name, found in entry["models"].items() if name.startswith("vote, ")}
+    if not votes or not entry["higher_is_better"]:
+        return ""
+    name, value = max(votes.items(), key=lambda item: item[1])
+    best = max(found["value"] for model, found in entry["models"].items() if model not in votes)
+    place = "as much as" if value == best else "more than" if value > best else "less than"
+    return f" The exemplars' majority alone ({name!r}) scores {number(value)}, {place} the best model ({number(best)})."
+
+
+def rows_said(report: Mapping[str, Any]) -> str:
+    """Returns how many rows were scored, of how many where some were refused, and of what they are a sample."""
+    whole, read, count = report["run"]["split_rows"], report["read"], report["n"]
+    said = f"{count:,} {'row' if count == 1 else 'rows'}" if count == read else f"{count:,} of {read:,} rows"
+    return said + (f", a sample of {whole:,}" if read < whole else "")
+
+
+def answers_said(report: Mapping[str, Any]) -> str:
+    """Returns how answers came about: words of the model's own, or options of the row."""
+    run = report["run"]
+    own = f"greedy, at most {run['max_new_tokens']} new tokens"
+    if not run["with_options"]:
+        return own
+    way = {"rank": "the likeliest option", "prototype": "the option of the nearest state"}[run["answer"]]
+    left = report["n"] - run["with_options"]
+    return f"{way}; {left:,} rows without options {own}" if left else way
+
+
+def kind_titles(pair: Sequence[str] | None) -> dict[str, str]:
+    """Returns what stands over the shown rows of every kind, see ``samples.KINDS``.
+
+    Args:
+        pair: The two answerers that tell the kinds, or None for one alone.
+    """
+    titles = {"right": "Right", "wrong": "Wrong"}
+    if pair is None:
+        return titles
+    if _subject(*pair).startswith("tuning"):
+        return {
+            **titles,
+            "won": "Better after tuning",
+            "lost": "Worse after tuning",
+            "missed": "Wrong before and after",
+        }
+    first, second = pair
+    won, lost = f"{second} better than {first}", f"{second} worse than {first}"
+    return {**titles, "won": won, "lost": lost, "missed": f"{first} and {second} wrong"}
 
 
 def outcome(report: Mapping[str, Any]) -> str:

@@ -291,7 +291,7 @@ def _encode_split(job: _Job, limit: int | None) -> Iterator[EncodedGroups]:
     table = open_split(job.split)
     numbers = np.arange(table.num_rows)
     if limit is not None and limit < numbers.size:
-        numbers = np.asarray(chosen(_values(table, "id"), limit))
+        numbers = np.asarray(chosen(_values(table, "id"), limit, "tokenize.limit"))
     if job.settings.layout == "rows":
         order, starts = numbers, np.arange(numbers.size + 1)
     else:

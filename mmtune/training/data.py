@@ -71,7 +71,7 @@ def some_rows(table: pa.Table, limit: int) -> pa.Table:
     bounds = np.concatenate([[0], np.cumsum(pc.list_value_length(column).to_numpy())])
     if bounds[-1] <= limit:
         return table
-    numbers = np.asarray(chosen(pc.list_flatten(column).to_pylist(), limit))
+    numbers = np.asarray(chosen(pc.list_flatten(column).to_pylist(), limit, "eval_rows"))
     owners = np.searchsorted(bounds, numbers, side="right") - 1
     found = Trees(table)
     kept = [

@@ -7,15 +7,15 @@ import pytest
 from PIL import Image
 
 from mmtune.evaluation.comparison import ScoredRow, compare
-from mmtune.records import Medium
+from mmtune.records import Medium, history
 from mmtune.reports.extras import extra_tables
 from mmtune.reports.facts import training_facts
 from mmtune.reports.markdown import escape, write_markdown
 from mmtune.reports.page import write_page
-from mmtune.reports.plots import loss_plot, ticks
+from mmtune.reports.plots import loss_plot, marks_of, ticks
 from mmtune.reports.samples import Shown, choose_rows, make_sample, picture
 from mmtune.reports.tables import table_rows
-from mmtune.reports.wording import headline, p_value, verdict
+from mmtune.reports.wording import answers_said, headline, rows_said
 
 EVIL = "<img src=x onerror=alert(1)> \"' & | `x` {{ 7*7 }}"
 
@@ -40,6 +40,9 @@ def make_report(models=("base", "tuned"), count=40):
             "title": EVIL,
             "model": "some/model",
             "split": "test",
+            "split_rows": count + 2,
+            "answer": "generate",
+            "with_options": 0,
             "compare": list(models),
             "pair": list(models) if len(models) == 2 else None,
             "max_new_tokens": 8,
@@ -58,10 +61,15 @@ def make_report(models=("base", "tuned"), count=40):
     }
 
 
-def sample(root, answer=EVIL):
+def sample(root, answer=EVIL, searched=EVIL):
     shown = Shown("r1", "g1", "exact_match", (0.0, 100.0), True, ("yes", "yes", EVIL))
     return make_sample(
-        shown, "won", EVIL, [Medium("image", "a.png"), Medium("audio", "b.wav")], {"base": answer, "tuned": "yes"}, root
+        shown,
+        "won",
+        (EVIL, searched),
+        [Medium("image", "a.png"), Medium("audio", "b.wav")],
+        {"base": answer, "tuned": "yes"},
+        root,
     )
 
 
@@ -136,19 +144,6 @@ def test_markdown_says_the_same_and_stays_one_table():
     assert {len(cells) for cells in rows} == {len(head)}
 
 
-def test_verdict_needs_interval_and_test():
-    def entry(value, low, high, p, higher=True):
-        return {"difference": {"value": value, "low": low, "high": high, "p": p}, "higher_is_better": higher}
-
-    assert verdict(entry(5, 1, 9, 0.01)) == "better"
-    assert verdict(entry(5, 1, 9, 0.2)) == "unclear"
-    assert verdict(entry(5, -1, 9, 0.01)) == "unclear"
-    assert verdict(entry(-5, -9, -1, 0.01)) == "worse"
-    assert verdict(entry(-5, -9, -1, 0.01, higher=False)) == "better"
-    assert verdict({"higher_is_better": True}) == ""
-    assert p_value(0.0004) == "< 0.001" and p_value(0.0123) == "0.012"
-
-
 def test_shown_rows_are_not_chosen_by_merit():
     rows = [Shown(f"r{n}", f"g{n // 3}", "m", (0.0, 100.0), True, ()) for n in range(30)]
     rows += [Shown(f"x{n}", f"x{n}", "m", (0.0, 10.0), True, ()) for n in range(30)]
@@ -167,6 +162,20 @@ def test_shown_rows_are_not_chosen_by_merit():
         ]
     )
     assert kinds == {"won": [4], "lost": [0], "missed": [1]}
+
+
+def test_a_row_names_the_searched_prompts_words_and_its_histories(root):
+    assert "the searched prompt asks" not in write_page(make_report(), [sample(root)])
+    assert "the searched prompt asks: Say &lt;it&gt;." in write_page(
+        make_report(), [sample(root, searched="Say <it>.")]
+    )
+    shown = Shown("r1", "g1", "exact_match", (0.0, 100.0), True, ("yes",))
+    past = [history([str(at) for at in range(12)]), history(["7"])]
+    told = make_sample(shown, "won", ("?", "?"), past, {"base": "a", "tuned": "b"}, root).other_media
+    assert told == ("history 1: ..., 2, 3, 4, 5, 6, 7, 8, 9, 10, 11", "history 2: 7")
+    assert make_sample(shown, "won", ("?", "?"), past[1:], {"base": "a", "tuned": "b"}, root).other_media == (
+        "history: 7",
+    )
 
 
 def test_pictures_are_small_and_a_missing_one_is_left_out(root):
@@ -219,7 +228,7 @@ def test_tables_of_what_answers_rest_on_are_the_same_everywhere(root):
     passes, rests = extra_tables(report)
     assert passes.rows == [["tuned", "joint", "0.900", "0.850 to 0.950", "2.50", "2.00 to 3.00", "40"]]
     assert rests.rows[0][:5] == [EVIL, "Exact match", "0.00", "75.00", "+75.00"] and rests.rows[1][1] == "Perplexity"
-    assert "Nothing to take away by: shots." in rests.note and "tuned 0.40" in passes.note
+    assert "had nothing to take away: shots (no row shows exemplars)." in rests.note and "tuned 0.40" in passes.note
     page, text = write_page(report, [sample(root)]), write_markdown(report)
     tags = Tags()
     tags.feed(page)
@@ -274,8 +283,87 @@ def test_the_headline_is_tuning_at_equal_exemplars():
     assert '<div class="finding better">' in write_page(report)
 
 
+def test_the_headline_says_what_the_exemplars_alone_would_answer():
+    said = headline(shown_with_exemplars())
+    assert said.endswith(
+        " The exemplars' majority alone ('vote, 4 retrieval') scores 100.00, more than the best model (75.00)."
+    )
+
+
+def test_rows_too_few_for_any_outcome_are_no_missing_effect():
+    few, enough = make_report(count=3), make_report(count=8)
+    assert headline(few).startswith("Too few rows to tell: tuning moved Exact match from 0.00 to")
+    assert headline(enough).startswith("Tuning raised")
+    entry = few["metrics"]["exact_match"]
+    level = {**entry, "media_groups": 40, "difference": {**entry["difference"], "low": -5.0, "p": 0.4}}
+    assert headline({**few, "metrics": {"exact_match": level}}).startswith("No clear effect")
+    # Many rows of which four differ: the interval excludes 0, the test cannot pass.
+    level["difference"] = {**level["difference"], "low": 5.0, "p": 0.125}
+    assert headline({**few, "metrics": {"exact_match": level}}).startswith("Too few rows to tell")
+
+
+def test_groups_of_few_rows_stay_in_the_document():
+    report = make_report(count=8)
+    report["groups"]["template"] = {
+        "one": report["groups"]["source"]["plain"],
+        "twice": report["groups"]["source"]["plain"],
+    }
+    assert report["groups"]["source"]["plain"]["exact_match"]["n"] == 4
+    for shown in (write_page(report), write_markdown(report)):
+        assert "By source" not in shown and "By template" not in shown
+    report["groups"]["template"]["three"] = {"exact_match": report["metrics"]["exact_match"]}
+    for shown in (write_page(report), write_markdown(report)):
+        assert (
+            "By template" in shown
+            and "2 lines of fewer than 5 rows in" in shown
+            and "three" in shown
+            and "twice" not in shown
+        )
+
+
+def test_every_answerer_has_a_mark_of_its_own():
+    names = ["vote, 4 retrieval", "base", "tuned", "base, 4 retrieval", "tuned, 4 retrieval", "best_prompt"]
+    marks = marks_of(names)
+    assert len(set(marks.values())) == len(names)
+    assert (
+        marks["base"] == "base" and marks["base, 4 retrieval"] == "base hollow" and marks["vote, 4 retrieval"] == "vote"
+    )
+    assert marks_of(["tuned"]) == {"tuned": "tuned"}
+    page = write_page(shown_with_exemplars())
+    for mark in marks_of(shown_with_exemplars()["run"]["compare"]).values():
+        assert f'<i class="{mark}"></i>' in page and f'<circle class="own {mark}"' in page
+    odd = marks_of(['"><script>'])
+    assert odd == {'"><script>': "base"}
+
+
 def test_rows_that_were_trained_on_are_not_called_held_out():
     assert "on 40 training rows." in headline(shown_with_exemplars("train"))
+
+
+def test_the_report_says_which_rows_and_how_they_were_answered():
+    report = make_report()
+    assert rows_said(report) == "40 of 42 rows" and answers_said(report) == "greedy, at most 8 new tokens"
+    assert rows_said({**report, "n": 42}) == "42 rows"
+    run = {**report["run"], "split_rows": 577, "answer": "rank", "with_options": 40}
+    ranked = {**report, "run": run}
+    for shown in (write_page(ranked), write_markdown(ranked)):
+        assert "40 of 42 rows, a sample of 577" in shown and "answers: the likeliest option" in shown
+        assert "greedy" not in shown
+    some = {**report, "run": {**run, "answer": "prototype", "with_options": 30}}
+    said = "the option of the nearest state; 10 rows without options greedy, at most 8 new tokens"
+    assert answers_said(some) == said
+
+
+def test_rows_are_named_by_tuning_only_where_something_was_tuned(root):
+    assert "<h3>Better after tuning</h3>" in write_page(make_report(), [sample(root)])
+    report = make_report()
+    prompted = {**report, "run": {**report["run"], "pair": ["base", "best_prompt"]}}
+    prompted["metrics"] = {
+        name: {**entry, "models": dict(zip(("base", "best_prompt"), entry["models"].values(), strict=True))}
+        for name, entry in report["metrics"].items()
+    }
+    page = write_page(prompted, [sample(root)])
+    assert "<h3>best_prompt better than base</h3>" in page and "after tuning" not in page
 
 
 def test_many_answerers_stand_below_each_other_and_no_word_is_broken():

@@ -171,3 +171,15 @@ def test_a_pool_without_rows_is_no_zero_shot_by_another_name(tmp_path: Path, tin
     closed = recipe("all", {"exemplars": {"pool": ["a"], "k": 1}}, [{"pool": "own"}])
     with pytest.raises(RecipeError, match="pool is own"):
         evaluate(closed, console=QUIET)
+
+
+def test_shots_of_conversations_alone_say_why_none_can_be_shown(tmp_path: Path, tiny_vlm: Path):
+    turns = [{"role": "user", "content": "Which color?"}, {"role": "assistant", "content": "red"}]
+    path = tmp_path / "talk.jsonl"
+    path.write_text("".join(json.dumps({"id": str(at), "messages": turns}) + "\n" for at in range(6)))
+    entry = {"reader": "messages", "path": str(path)}
+    sources = [{**entry, "id": split, "split": split} for split in ("train", "val")]
+    recipe = make(tmp_path, sources, model={"path": str(tiny_vlm)}, eval={"compare": ["base"], "shots": [0, 2]})
+    build_stage.build_data(recipe, console=QUIET)
+    with pytest.raises(DataError, match=r"no training row can be an exemplar: a conversation as it was read, .*\(6\)"):
+        evaluate(recipe, console=QUIET)

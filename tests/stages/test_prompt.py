@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mmtune.errors import CapabilityError, DataError, IntegrityError, Interrupted, RecipeError
+from mmtune.evaluation.rows import question_of
 from mmtune.files import file_digest
 from mmtune.prompts.schema import row_to_example
 from mmtune.prompts.searched import SearchedPrompt, asked_with, read_prompt
@@ -416,6 +417,14 @@ def test_eval_scores_the_prompt_as_the_search_did(recipe):
     assert models["best_prompt"]["value"] == pytest.approx(scores["best"]["test"]["value"], abs=1e-3)
     metrics = json.loads((given.run_dir / "report" / "metrics.json").read_text())
     assert any("searched prompt" in note for note in metrics["notes"])
+    lines = [json.loads(line) for line in (given.run_dir / "report" / "predictions.jsonl").read_text().splitlines()]
+    asked = {model: {row["prompt"] for row in lines if row["model"] == model} for model in ("base", "best_prompt")}
+    prompt, _ = read_prompt(given.run_dir / "prompt" / "prompt.json")
+    own = [row_to_example(row) for row in open_split(given.run_dir / "instructions" / "val").to_pylist()]
+    assert asked["base"] == {question_of(one) for one in own} != asked["best_prompt"]
+    assert asked["best_prompt"] == {question_of(asked_with(prompt, one)) for one in own}
+    page = (given.run_dir / "report" / "index.html").read_text()
+    assert "the searched prompt asks:" in page and "after tuning" not in page
     assert [made["folder"] for made in metrics["manifests"]] == ["instructions", "prompt"]
     assert metrics["perplexity"]["models"].keys() == {"base", "best_prompt"}
     # Other rows: some that chose the prompt may be held out now.

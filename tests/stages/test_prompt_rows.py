@@ -56,6 +56,23 @@ def test_rows_of_the_pool_show_no_copy_of_a_dev_rows_picture(tmp_path: Path):
     assert len(rows.pool) == 2 * len(pool)
 
 
+def test_dev_and_test_rows_are_of_every_source_where_one_was_cut(tmp_path: Path):
+    path, columns = tmp_path / "rows.jsonl", {"question": "q", "answer": "a"}
+    path.write_text("".join(json.dumps({"q": f"question {at}?", "a": COLORS[at % 2]}) + "\n" for at in range(400)))
+    entry = {"reader": "table", "path": str(path), "columns": columns}
+    sources = [
+        {"id": f"{name}-{split}", "split": split, **entry, **limit}
+        for name, limit in (("cut", {"limit": 20}), ("whole", {}))
+        for split in ("train", "val")
+    ]
+    recipe = Recipe.model_validate({"run_dir": tmp_path / "run", "sources": sources, "build": {"workers": 1}})
+    build_data(recipe, console=QUIET)
+    folder = recipe.run_dir / "instructions"
+    rows = choose_rows(folder, read_manifest(folder), sources=(), dev=42, pool=42, test=42, test_split="val")
+    for some in (rows.dev, rows.pool, rows.test):
+        assert 1 <= sum(one.source.startswith("cut") for one in some) <= 3
+
+
 def test_a_row_of_a_copied_picture_is_not_shown_its_solution(tmp_path: Path):
     sources = written(tmp_path, 4)
     recipe = Recipe.model_validate({"run_dir": tmp_path / "run", "sources": sources})

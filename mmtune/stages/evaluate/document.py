@@ -8,16 +8,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mmtune.evaluation.comparison import AnsweredRow, Comparison, answered_rows, compare, perplexities
+from mmtune.evaluation.comparison import AnsweredRow, Comparison, ScoredRow, answered_rows, compare, perplexities
 from mmtune.evaluation.looking import looked_report
 from mmtune.evaluation.pairs import Answerer, leading_pair, pairs_of
-from mmtune.evaluation.rows import EvalRows, question_of
 from mmtune.reports.facts import training_facts
 from mmtune.reports.folder import write_report
 from mmtune.reports.samples import Sample, Shown, choose_rows, make_sample
 from mmtune.stages.evaluate.answerers import answerers_of
 from mmtune.stages.evaluate.answers import Answers
 from mmtune.stages.evaluate.plan import SCHEMA, Plan
+from mmtune.stages.evaluate.prompted import is_prompted
 from mmtune.stages.evaluate.questions import Questions
 from mmtune.storage import Manifest, Staging, is_finished, read_manifest
 
@@ -34,7 +34,7 @@ def write_stage(plan: Plan, questions: Questions, answers: Answers, staging: Sta
     answered = answered_rows(questions.scored, answers.texts, found)
     _write_predictions(staging.path, answered, questions)
     log = plan.recipe.run_dir / "adapter" / "metrics.jsonl" if plan.adapter is not None else None
-    write_report(staging.path, report, _samples(plan, answered, questions.rows, report), log)
+    write_report(staging.path, report, _samples(plan, answered, questions, report), log)
     rows: dict[str, int] = {plan.settings.split: len(questions.scored)}
     staging.publish(rows=rows, drops=questions.rejected, facts=_manifest_facts(plan, found.metrics))
     return report
@@ -48,7 +48,7 @@ def _document(
     seen = looked_report(looked.found, scored, texts, losses, ablated=looked.judged, kinds=plan.settings.ablate, **sure)
     return {
         "schema": SCHEMA,
-        "run": {**_run_facts(plan), "compare": list(texts), "pair": leading_pair(answerers)},
+        "run": {**_run_facts(plan, scored), "compare": list(texts), "pair": leading_pair(answerers)},
         "exemplars": questions.asked.facts,
         "read": questions.read,
         "n": len(scored),
@@ -71,12 +71,16 @@ def _manifest_facts(plan: Plan, metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {"model": plan.model, "scores": scores}
 
 
-def _run_facts(plan: Plan) -> dict[str, Any]:
+def _run_facts(plan: Plan, scored: Sequence[ScoredRow]) -> dict[str, Any]:
     settings, recipe = plan.settings, plan.recipe
+    free = settings.answer == "generate"
     return {
         "title": recipe.description.strip().split("\n")[0].rstrip(".") or recipe.run_dir.name,
         "model": plan.model,
         "split": settings.split,
+        "split_rows": plan.instructions.rows[settings.split],
+        "answer": settings.answer,
+        "with_options": 0 if free else sum(bool(row.options) for row in scored),
         "max_new_tokens": settings.max_new_tokens,
         "bootstrap": settings.bootstrap,
         "seed": recipe.seed,
@@ -119,10 +123,11 @@ def _said_of_itself(name: str, made: Manifest) -> dict[str, Any]:
 
 
 def _write_predictions(folder: Path, answered: Sequence[AnsweredRow], questions: Questions) -> None:
-    rows, ways = questions.rows, questions.asked.rows
+    ways = questions.asked.rows
     with open(folder / "predictions.jsonl", "w", encoding="utf-8", errors="backslashreplace") as handle:
         for at, given in enumerate(answered):
-            for found in given.predictions(question_of(rows.example(at))):
+            own, searched = questions.question(at)
+            for found in given.predictions({name: searched if is_prompted(name) else own for name in given.answers}):
                 line = {**asdict(found), "source": given.row.source, "scores": given.scores[found.model]}
                 way = found.model.partition(", ")[2]
                 if way:
@@ -130,7 +135,9 @@ def _write_predictions(folder: Path, answered: Sequence[AnsweredRow], questions:
                 handle.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def _samples(plan: Plan, answered: Sequence[AnsweredRow], rows: EvalRows, report: Mapping[str, Any]) -> list[Sample]:
+def _samples(
+    plan: Plan, answered: Sequence[AnsweredRow], questions: Questions, report: Mapping[str, Any]
+) -> list[Sample]:
     root = Path(plan.instructions.facts["media_root"])
     metrics, names = report["metrics"], report["run"]["compare"]
     compared = tuple(names.index(name) for name in report["run"]["pair"] or names[-1:])
@@ -143,7 +150,6 @@ def _samples(plan: Plan, answered: Sequence[AnsweredRow], rows: EvalRows, report
     samples = []
     for kind, numbers in choose_rows(shown, seed=plan.recipe.seed).items():
         for at in numbers:
-            example = rows.example(at)
-            question = question_of(example)
-            samples.append(make_sample(shown[at], kind, question, example.media, answered[at].answers, root))
+            media, asked = questions.rows.example(at).media, questions.question(at)
+            samples.append(make_sample(shown[at], kind, asked, media, answered[at].answers, root))
     return samples

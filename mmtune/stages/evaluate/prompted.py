@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mmtune.errors import IntegrityError, RecipeError
+from mmtune.evaluation.rows import question_of
 from mmtune.media.content import names_beside
 from mmtune.prompts.searched import SOFT, SearchedPrompt, asked_with, moved, read_prompt
 from mmtune.recipe import Eval, Recipe
@@ -90,6 +92,19 @@ class Prompted:
         for number, text in zip(self.rows.kept, said, strict=True):
             out[self.places[number]] = self.prompt.label_of(text)
         return out
+
+    def question(self, row: int) -> str | None:
+        """Returns what is asked in place of a row's own question, or None for a row that is not asked.
+
+        Args:
+            row: Its number among all rows.
+        """
+        number = self._numbers.get(row)
+        return None if number is None else question_of(self.rows.example(number))
+
+    @cached_property
+    def _numbers(self) -> dict[int, int]:
+        return {self.places[number]: at for at, number in enumerate(self.rows.kept)}
 
     def asking(self, asking: Any) -> Any:
         """Returns how the rows are asked: label words of the recipe belong to the labels as they were."""

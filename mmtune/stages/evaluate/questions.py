@@ -12,7 +12,7 @@ from mmtune.encoding.render import Renderer
 from mmtune.errors import DataError
 from mmtune.evaluation.comparison import ScoredRow
 from mmtune.evaluation.prototypes import SolvedRows
-from mmtune.evaluation.rows import ChosenExamples, EvalRows, no_context, scored_row
+from mmtune.evaluation.rows import ChosenExamples, EvalRows, no_context, question_of, scored_row
 from mmtune.evaluation.vqa import few_references
 from mmtune.prompts.schema import row_to_example
 from mmtune.prompts.searched import shortenable
@@ -46,6 +46,12 @@ class Questions:
     read: int
     rejected: Mapping[str, int]
     solved: SolvedRows | None = None
+
+    def question(self, row: int) -> tuple[str, str]:
+        """Returns the question of a kept row in its own words, and in those of the searched prompt if it asks it."""
+        own = question_of(self.rows.example(row))
+        found = self.prompted.question(row) if self.prompted else None
+        return own, own if found is None else found
 
     def notes(self) -> list[str]:
         """Returns what a reader of the report must know of them."""

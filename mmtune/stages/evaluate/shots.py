@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mmtune.choice import chosen
+from mmtune.choice import in_shares
 from mmtune.errors import DataError, RecipeError
 from mmtune.evaluation.rows import ChosenExamples, EvalRows
 from mmtune.features.rows import Known, RowFeatures, RowSearch, open_row_features, search_rows
@@ -18,7 +19,7 @@ from mmtune.media.content import MediaContents
 from mmtune.prompts.exemplars import POOL_ROWS, drawn, in_turns, shown_ranks
 from mmtune.prompts.retrieval import Card, Cards, Numbers, Wanted, majority, pick
 from mmtune.prompts.schema import row_to_example
-from mmtune.prompts.shots import card_of, exchange, name_of, own_media, with_shots
+from mmtune.prompts.shots import card_of, name_of, own_media, unfit, with_shots
 from mmtune.recipe import Eval, Exemplars, Recipe
 from mmtune.records import Example
 from mmtune.storage import Manifest, open_split, read_manifest
@@ -98,17 +99,25 @@ class TrainRows:
         self.rows: list[int] = []
         self.cards: list[Card] = []
         self.units: list[list[Known]] = []
+        self._unfit = Counter[str]()
         kept = None
         if table.num_rows > MOST_ROWS:
-            kept = set(chosen((str(name) for name in table.column("id")), MOST_ROWS))
+            kept = set(in_shares(table.column("id").to_pylist(), table.column("source").to_pylist())[:MOST_ROWS])
         for at, row in enumerate(row for batch in table.to_batches() for row in batch.to_pylist()):
             if kept is None or at in kept:
                 self._see(at, row_to_example(row))
         if not self.rows:
-            raise DataError("no training row can be an exemplar", "set eval.shots: 0", "no_exemplars")
+            why = "; ".join(f"{reason} ({count:,})" for reason, count in self._unfit.most_common())
+            raise DataError(
+                f"no training row can be an exemplar: {why or 'there is none'}",
+                "set eval.shots: 0, or add a source with `split: train` whose reader knows question and answer (table)",
+                "no_exemplars",
+            )
 
     def _see(self, at: int, example: Example) -> None:
-        if exchange(example):
+        if reason := unfit(example):
+            self._unfit[reason] += 1
+        else:
             self.rows.append(at)
             self.cards.append(card_of(example, partial(self._contents.learn, self._media_root)))
             self.units.append(units_of_example(example))
@@ -156,13 +165,15 @@ Found = list[tuple[int, ...]]
 
 
 def random_shots(train: TrainRows, rows: Sequence[Example], way: Way, seed: int) -> Found:
-    """Returns exemplars drawn by seed and row id, of at most ``POOL_ROWS`` rows of each pool."""
+    """Returns exemplars drawn by seed and row id, of at most ``POOL_ROWS`` rows of each pool, see ``in_shares``."""
     pools: dict[str, list[int]] = {}
     found = []
     for example in rows:
         if example.source not in pools:
             own = train.numbers(train.of(example.source, way.settings.pool))
-            pools[example.source] = [own[at] for at in chosen([train.cards[row].id for row in own], POOL_ROWS)]
+            cards = [train.cards[row] for row in own]
+            few = in_shares([card.id for card in cards], [card.source for card in cards])[:POOL_ROWS]
+            pools[example.source] = [own[at] for at in sorted(few)]
         pool, card = pools[example.source], train.card(example)
         order = [pool[at] for at in drawn(len(pool), seed, example.id)]
         fit = [row for row in order if not _same(train.cards[row], card)] if example.template_id else []

@@ -76,7 +76,8 @@ def _found(folder: Path, wanted: dict[Label, None], most: int) -> list[Example]:
     ids = [str(name) for name in table.column("id").to_pylist()]
     sources = table.column("source").to_pylist()
     known, out = {source for source, _ in wanted}, []
-    for at in sorted((at for at in range(len(ids)) if sources[at] in known), key=lambda at: (id_hash(ids[at]), at)):
+    own = (at for at in range(len(ids)) if sources[at] in known)
+    for at in sorted(own, key=lambda at: (id_hash(ids[at], "source"), at)):
         if not any(left.values()):
             break
         example = read(at)

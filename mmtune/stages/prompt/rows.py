@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmtune.choice import id_hash
+from mmtune.choice import in_shares
 from mmtune.errors import DataError, RecipeError
 from mmtune.media.content import names_beside
 from mmtune.prompts.search import Solved
@@ -45,7 +45,7 @@ class Rows:
 def choose_rows(
     folder: Path, manifest: Manifest, *, sources: Sequence[str], dev: int, pool: int, test: int, test_split: str
 ) -> Rows:
-    """Returns the rows whose ids hash lowest: dev first, then what does not touch it.
+    """Returns rows of every source at its share, see ``in_shares``: dev first, then what does not touch it.
 
     Args:
         folder: instructions/.
@@ -73,12 +73,12 @@ def choose_rows(
                 f"add a source with `split: {split}` (dev rows come from train) and run: mmtune build-data",
                 "split_missing",
             )
-    train = _by_hash(open_split(folder / "train"), sources)
+    train = _in_shares(open_split(folder / "train"), sources)
     chosen = _take(train, dev, lambda example: True)
     name = names_beside(manifest.facts["media_root"], (medium for one in chosen for medium in one.media))
     touched = {what for one in chosen for what in _touches(one, name)}
     spare = _take(train, pool, lambda example: touched.isdisjoint(_touches(example, name)))
-    tested = _take(_by_hash(open_split(folder / test_split), sources), test, lambda example: True)
+    tested = _take(_in_shares(open_split(folder / test_split), sources), test, lambda example: True)
     _check(chosen, tested, test_split)
     return Rows(tuple(chosen), tuple(spare), tuple(tested))
 
@@ -95,13 +95,13 @@ def answer_of(example: Example) -> str:
     return last.text if last.role == "assistant" else next(iter(example.references), "")
 
 
-def _by_hash(table: Any, sources: Sequence[str]) -> Iterator[Example]:
+def _in_shares(table: Any, sources: Sequence[str]) -> Iterator[Example]:
     from mmtune.prompts.schema import row_to_example
 
     ids, own = table.column("id").to_pylist(), table.column("source").to_pylist()
     numbers = [at for at in range(len(ids)) if not sources or own[at] in sources]
-    for at in sorted(numbers, key=lambda at: (id_hash(ids[at]), at)):
-        example = row_to_example(table.slice(at, 1).to_pylist()[0])
+    for place in in_shares([ids[at] for at in numbers], [own[at] for at in numbers]):
+        example = row_to_example(table.slice(numbers[place], 1).to_pylist()[0])
         if (example.references or answer_of(example)) and any(turn.role == "user" for turn in example.messages):
             yield example
 
