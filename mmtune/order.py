@@ -33,9 +33,14 @@ def stages_of(recipe: Recipe, limit: int | None, offline: bool) -> Iterator[Stag
     """Yields name, function and own options of every stage of a run; what only a late one needs is checked first.
 
     Raises:
-        RecipeError: ``prompt.budget`` is too small for its method, or eval could not end well whatever is trained.
+        RecipeError: The model's folder is not there, ``prompt.budget`` is too small for its method, or eval could not
+            end well whatever is trained.
         CapabilityError: A library of that method is missing.
     """
+    if recipe.model is not None and recipe.pretrain is None:
+        from mmtune.stages.tokenize import check_model
+
+        check_model(recipe)
     if recipe.prompt is not None:
         from mmtune.stages.prompt import check_budget
 
