@@ -123,6 +123,15 @@ def run_stages(recipe: Recipe, stages: Iterator[Stage], *, force: bool, dry_run:
     return results
 
 
+def early_end(recipe: Recipe) -> str:
+    """Returns after which stage a run stops that neither searches, tunes nor scores, and why; empty for any other."""
+    if recipe.prompt is not None or recipe.finetune is not None or recipe.eval is not None:
+        return ""
+    if recipe.model is None:
+        return "no model in the recipe: stopped after build-data"
+    return f"neither finetune nor eval in the recipe: stopped after {'pretrain' if recipe.pretrain else 'tokenize'}"
+
+
 def _needs(name: str, recipe: Recipe) -> tuple[str, ...]:
     """Returns the folders that a stage of this recipe reads."""
     needs, exemplars = NEEDS[name], recipe.build.exemplars
