@@ -33,9 +33,14 @@ def stages_of(recipe: Recipe, limit: int | None, offline: bool) -> Iterator[Stag
     """Yields name, function and own options of every stage of a run; what only a late one needs is checked first.
 
     Raises:
-        RecipeError: ``prompt.budget`` is too small for its method, or eval could not end well whatever is trained.
+        RecipeError: The model's folder is not there, ``prompt.budget`` is too small for its method, or eval could not
+            end well whatever is trained.
         CapabilityError: A library of that method is missing.
     """
+    if recipe.model is not None and recipe.pretrain is None:
+        from mmtune.stages.tokenize import check_model
+
+        check_model(recipe)
     if recipe.prompt is not None:
         from mmtune.stages.prompt import check_budget
 
@@ -116,6 +121,15 @@ def run_stages(recipe: Recipe, stages: Iterator[Stage], *, force: bool, dry_run:
             # Where every row of it was refused, training would come first and this error last.
             check_rows(read_manifest(recipe.run_dir / "instructions"), recipe.eval.split)
     return results
+
+
+def early_end(recipe: Recipe) -> str:
+    """Returns after which stage a run stops that neither searches, tunes nor scores, and why; empty for any other."""
+    if recipe.prompt is not None or recipe.finetune is not None or recipe.eval is not None:
+        return ""
+    if recipe.model is None:
+        return "no model in the recipe: stopped after build-data"
+    return f"neither finetune nor eval in the recipe: stopped after {'pretrain' if recipe.pretrain else 'tokenize'}"
 
 
 def _needs(name: str, recipe: Recipe) -> tuple[str, ...]:

@@ -303,8 +303,19 @@ def test_a_model_that_cannot_be_used_is_named_before_anything_is_written(built: 
     shutil.rmtree(model)
     fails(mmtune("tokenize", built, "--json"), 2, "model_missing", f"{model} is not there")
     hub = mmtune("tokenize", built, "--json", "--offline", "--set", "model.path=nobody/nothing")
-    fails(hub, 4, "model_unavailable", "nobody/nothing")
+    fails(hub, 4, "model_unavailable", "nobody/nothing", "./FOLDER")
     assert left_in(built.parent) == ["instructions"]
+
+
+@pytest.mark.parametrize("path", ["data/none", "models/mine/none", "none/", "./none"])
+def test_a_folder_that_is_not_there_is_no_hub_id(built: Path, mmtune, path: str):
+    elsewhere = built.parent / "elsewhere.yaml"
+    sources = "[{id: s, reader: messages, path: none.jsonl}]"
+    elsewhere.write_text(f"run_dir: other\nmodel: {{path: {path}}}\nsources: {sources}\n")
+    fails(
+        mmtune("run", elsewhere, "--json"), 2, "model_missing", f"{built.parent / path} is not there", "recipe's folder"
+    )
+    assert not (built.parent / "other").exists()
 
 
 def test_stages_out_of_order_name_the_command_to_run(built: Path, mmtune):
@@ -362,7 +373,7 @@ def test_a_split_of_which_nothing_is_left_ends_a_run_before_its_training(folder:
     (folder / "chat.jsonl").write_text(lines_of(turns("a")))
     (folder / "val.jsonl").write_text(lines_of(turns("a", "")))
     sources = (CHAT, {**CHAT, "split": "val", "path": "val.jsonl"})
-    path = recipe(folder, *sources, model={"path": "./gone"}, finetune={}, eval={"split": "val"})
+    path = recipe(folder, *sources, model={"path": "."}, finetune={}, eval={"split": "val"})
     code, out, err = mmtune("run", path, "--json")
     assert code == 3 and json.loads(out)["error"]["code"] == "split_missing", err
     assert left_in(folder) == ["instructions"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mmtune import order
 from mmtune.__main__ import main
 from mmtune.stages import build_data, evaluate, finetune, tokenize
 
@@ -37,6 +38,29 @@ def test_offline_reaches_every_stage_and_the_libraries(tmp_path, monkeypatch, co
     switch = "1" if given else "0"
     expected = {name: (None if name == "build-data" else given, switch) for name in STAGES}
     assert seen == (expected if command == "run" else {command: expected[command]})
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({}, "no model in the recipe: stopped after build-data"),
+        ({"model": {"path": "m"}}, "neither finetune nor eval in the recipe: stopped after tokenize"),
+        ({"model": {"path": "m"}, "eval": {}}, None),
+        (
+            {"pretrain": {"build": {"text": "m", "encoders": {"image": {}}}}},
+            "neither finetune nor eval in the recipe: stopped after pretrain",
+        ),
+    ],
+)
+def test_a_run_that_tunes_and_scores_nothing_says_where_it_stopped(tmp_path, monkeypatch, capsys, sections, said):
+    monkeypatch.setattr(order, "run_stages", lambda *_, **__: {})
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps({"run_dir": "run", **sections}))
+    monkeypatch.setattr("sys.argv", ["mmtune", "run", str(path)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0
+    assert capsys.readouterr().err == (f"note: {said}\n" if said else "")
 
 
 @pytest.mark.parametrize("place", ["recipe", "run_dir", "source"])

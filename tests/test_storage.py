@@ -13,6 +13,7 @@ from mmtune import storage
 from mmtune.errors import DataError, IntegrityError, LockedError, RecipeError, ResourceError
 from mmtune.files import disk_errors
 from mmtune.records import Reject
+from mmtune.storage.manifest import changes
 
 SCHEMA = pa.schema([("id", pa.string()), ("value", pa.list_(pa.int32()))])
 
@@ -154,3 +155,21 @@ def test_rejects_are_counted_and_listed(tmp_path):
 def test_a_full_disk_is_a_resource_error():
     with pytest.raises(ResourceError), disk_errors("writing"):
         raise OSError(28, os.strerror(28))
+
+
+def test_what_changed_is_told_by_its_path_and_from_where_it_parts() -> None:
+    def sources(**more: object) -> dict:
+        first = {"id": "reviews", "path": "a-long-name/" * 8, "columns": {"text": "t", "options": ["a"], **more}}
+        return {"config": {"sources": [first, {"id": "other"}]}}
+
+    assert changes(sources(), sources(options=["a", "b"])) == ['config.sources[0].columns.options: ["a"] -> ["a", "b"]']
+    assert changes(sources(), sources(answer="x")) == ['config.sources[0].columns.answer: null -> "x"']
+    assert changes({"shots": [1, 2]}, {"shots": [1, 3]}) == ["shots: [1, 2] -> [1, 3]"]
+    fewer = {"config": {"sources": sources()["config"]["sources"][:1]}}
+    (line,) = changes(fewer, sources())
+    before, after = line.removeprefix("config.sources: ").split(" -> ")
+    assert before != after and after.endswith('{"id": "other"}]')
+    long = "p/" * 60
+    assert changes({"path": f"{long}a"}, {"path": f"{long}b"}) == [
+        'path: ...p/p/p/p/p/p/p/p/p/p/a" -> ...p/p/p/p/p/p/p/p/p/p/b"'
+    ]

@@ -21,9 +21,12 @@ def run(
 
     Example: mmtune run recipes/quickstart.yaml
     """
-    from mmtune.order import run_stages, stages_of
+    from mmtune.order import early_end, run_stages, stages_of
 
     loaded = load(recipe, overrides, seed)
     stages = stages_of(loaded, limit, offline)
-    results = run_stages(loaded, stages, force=force, dry_run=dry_run, console=Talk(quiet))
+    console = Talk(quiet)
+    results = run_stages(loaded, stages, force=force, dry_run=dry_run, console=console)
+    if ended := early_end(loaded):
+        console.note(ended)
     finish("run", {"run_dir": str(loaded.run_dir), "stages": results}, as_json)

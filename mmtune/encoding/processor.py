@@ -34,8 +34,7 @@ def load_processor(
         RecipeError: The folder is not there or holds no processor or tokenizer, or a budget does not fit it.
         IntegrityError: One of its files is damaged.
     """
-    if path.startswith((".", "/", "~")) and not Path(path).is_dir():
-        raise RecipeError(f"the model folder {path} is not there", "check model.path in the recipe", "model_missing")
+    check_folder(path)
     _refuse_own_code(Path(path))
     options: dict[str, Any] = {
         "revision": revision,
@@ -58,7 +57,7 @@ def load_processor(
         if isinstance(error, OSError) and not Path(path).is_dir():
             raise CapabilityError(
                 f"the processor of {path!r} is not on this machine and the hub did not give it: {_first_line(error)}",
-                "check the name and the network, or set model.path to a folder on this machine",
+                "check the name and the network; a folder beside the recipe is written ./FOLDER",
                 "model_unavailable",
             ) from error
         raise RecipeError(
@@ -69,6 +68,16 @@ def load_processor(
     if min_image_pixels or max_image_pixels:
         _set_pixel_budget(processor, min_image_pixels, max_image_pixels)
     return processor
+
+
+def check_folder(path: str) -> None:
+    """Raises RecipeError where a path that is no hub id names no folder."""
+    if path.startswith((".", "/", "~")) and not Path(path).is_dir():
+        raise RecipeError(
+            f"the model folder {path} is not there",
+            "check model.path in the recipe: a relative one is relative to the recipe's folder",
+            "model_missing",
+        )
 
 
 def _damaged(what: str) -> IntegrityError:

@@ -50,7 +50,11 @@ def load_config(path: str, *, revision: str | None = None, offline: bool = False
                 "remote_code_refused",
             )
     elif path.startswith((".", "/", "~")):
-        raise RecipeError(f"the model folder {path} is not there", "check model.path in the recipe", "model_missing")
+        raise RecipeError(
+            f"the model folder {path} is not there",
+            "check its path in the recipe: a relative one is relative to the recipe's folder",
+            "model_missing",
+        )
     try:
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False, local_files_only=offline)
     except (OSError, ValueError) as error:
@@ -61,7 +65,7 @@ def _not_at_hand(path: str, error: Exception) -> CapabilityError:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return CapabilityError(
         f"the model {path!r} cannot be loaded: {first}",
-        "check the name and the network, or set model.path to a folder on this machine",
+        "check the name and the network; a folder beside the recipe is written ./FOLDER",
         "model_unavailable",
     )
 

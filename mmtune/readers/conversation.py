@@ -155,7 +155,11 @@ def check_turns(messages: Sequence[Message], pointer: str) -> None:
 
 
 def taught_turns(source: SourceFiles, row: Mapping[str, Any], spellings: Sequence[str]) -> tuple[str, list[Any]]:
-    """Returns the key of a row's turns, and the turns as they stand there.
+    """Returns where a row's turns stand, and the turns as they stand there.
+
+    ``chosen`` beside a format's own key is the answer of turns that end without one. Without such a key the row is
+    one of TRL's: ``prompt`` with ``chosen`` or ``completion`` is one conversation, and so is either of these alone, or
+    as a list of turns beside a prompt that is a string, with which it begins. A string is one turn.
 
     Args:
         source: Its column map may name the key.
@@ -168,10 +172,41 @@ def taught_turns(source: SourceFiles, row: Mapping[str, Any], spellings: Sequenc
     if row.get("label") is False:
         raise Refused("not_preferred", "/label: false; this answer is not one to learn")
     named = source.columns.get("messages")
-    key = str(named) if named is not None else next((name for name in spellings if name in row), spellings[0])
+    key = str(named) if named is not None else next((name for name in spellings if name in row), None)
+    answer = next((name for name in ("chosen", "completion") if row.get(name) is not None), None)
+    if key is None and answer is not None:
+        return _answered(row, answer)
+    key = key or spellings[0]
     if key not in row:
-        raise Refused("bad_field", f"/{key}: missing; the row has {', '.join(map(str, row)) or 'nothing'}")
-    return key, list(as_list(row[key], f"/{key}"))
+        raise _missing(key, row)
+    turns = list(as_list(row[key], f"/{key}"))
+    if row.get("chosen") is not None and not (turns and _is_answer(turns[-1])):
+        turns += _turns_of(row["chosen"], "chosen", "assistant")
+    return key, turns
+
+
+def _is_answer(turn: Any) -> bool:
+    role = turn.get("from", turn.get("role")) if isinstance(turn, Mapping) else None
+    return isinstance(role, str) and ROLE_NAMES.get(role) == "assistant"
+
+
+def _answered(row: Mapping[str, Any], answer: str) -> tuple[str, list[Any]]:
+    said, prompt = row[answer], row.get("prompt")
+    if prompt is None and isinstance(said, str):
+        raise _missing("prompt", row)
+    if prompt is None or (isinstance(prompt, str) and isinstance(said, list | tuple)):
+        return answer, _turns_of(said, answer, "assistant")
+    return f"prompt+{answer}", [*_turns_of(prompt, "prompt", "user"), *_turns_of(said, answer, "assistant")]
+
+
+def _turns_of(value: Any, key: str, role: Role) -> list[Any]:
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    return [value] if isinstance(value, Mapping) else as_list(value, f"/{key}")
+
+
+def _missing(key: str, row: Mapping[str, Any]) -> Refused:
+    return Refused("bad_field", f"/{key}: missing; the row has {', '.join(map(str, row)) or 'nothing'}")
 
 
 def conversation(

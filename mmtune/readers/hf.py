@@ -7,7 +7,8 @@ r"""Any dataset of the ``datasets`` library: a saved folder, a local folder, or 
      "label": ["14"], "human_or_machine": 0}
 
 With ``columns`` the rows are read like those of ``table``. Without, a ``messages`` or
-``conversations`` column is read like the formats of these names. Media are never decoded here;
+``conversations`` column is read like the formats of these names, a ``chosen`` or ``completion`` column as ``messages``
+does. Media are never decoded here;
 their stored bytes travel with the rows.
 """
 
@@ -43,6 +44,8 @@ def read_hf(source: SourceFiles) -> Iterator[Record | Reject]:
         make = message_record
     elif not teach and "conversations" in names:
         make = sharegpt_record
+    elif not teach and {"chosen", "completion"} & set(names):
+        make = message_record
     else:
         check_columns(source)
         make = table_record

@@ -14,15 +14,22 @@ or ``{"type": "image_url", "image_url": {"url": ...}}``), ``input_audio``, ``aud
 ``behaviour`` (a user's history, ``{"type": "behaviour", "behaviour": ["318", "50"]}``), ``reasoning`` or
 ``tool_call``. A part that names no file takes the next of the row's ``images``, ``audios``, ``videos`` or
 ``histories``. Content may be a plain string, whose ``<image>`` is just text.
-A pair of ``chosen_messages`` and ``rejected_messages`` is read as its chosen conversation; a row
-with ``label: false`` (KTO) is refused as ``not_preferred``.
+A pair of ``chosen_messages`` and ``rejected_messages`` is read as its chosen conversation, and TRL's rows
+(``prompt`` with ``chosen`` or ``completion``, or ``chosen`` alone) as the conversation that they prefer::
+
+    {"prompt": [{"role": "user", "content": "What color is the sky?"}],
+     "chosen": [{"role": "assistant", "content": "It is blue."}],
+     "rejected": [{"role": "assistant", "content": "It is green."}]}
+    {"prompt": "What color is the sky?", "completion": "It is blue."}
+
+A row with ``label: false`` (KTO) is refused as ``not_preferred``.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mmtune.readers.conversation import (
@@ -65,11 +72,9 @@ def message_record(source: SourceFiles, row: Row) -> Record:
     """Returns the conversation of one row."""
     value = as_object(row.value)
     key, turns = taught_turns(source, value, ("messages", "chosen_messages", "conversation"))
-    if "messages" not in source.columns and isinstance(value.get("chosen"), Mapping):
-        turns.append(value["chosen"])
     queue = MediaQueue(media_columns(source, value), str(source.columns.get("strip", "")))
     messages = [read_turn(turn, f"/{key}/{at}", queue) for at, turn in enumerate(turns)]
-    queue.check()
+    queue.check(messages)
     own = value.get(str(source.columns.get("id", "id")))
     return conversation(
         source,
@@ -101,12 +106,15 @@ class MediaQueue:
             )
         return self._media[modality][at]
 
-    def check(self) -> None:
+    def check(self, messages: Sequence[Message]) -> None:
         """Raises Refused when some media were never shown."""
         for modality in MODALITIES:
             used, have = self._used[modality], len(self._media[modality])
             if used != have:
-                raise Refused("media_mismatch", f"{used} {modality} part(s) but {have} {modality} file(s)")
+                marked = any(f"<{modality}>" in message.text for message in messages)
+                hint = f"; <{modality}> in a text is words here, and stands for a file with reader: sharegpt"
+                detail = f"{used} {modality} part(s) but {have} {modality} file(s){hint if marked else ''}"
+                raise Refused("media_mismatch", detail)
 
 
 def read_turn(turn: Any, pointer: str, queue: MediaQueue) -> Message:

@@ -16,8 +16,8 @@ A JSON array (or JSONL)::
 
 ``<image>``, ``<video>`` and ``<audio>`` in the user's and the tools' turns stand for the files
 listed in ``images``, ``videos`` and ``audios``, in order. Preference files are read as what they
-prefer: ``chosen`` is the last answer (DPO); a row with ``label: false`` (KTO) is refused as
-``not_preferred``.
+prefer: ``chosen`` is the last answer (DPO), or the answer to ``prompt`` (TRL, see ``messages``);
+a row with ``label: false`` (KTO) is refused as ``not_preferred``.
 """
 
 from __future__ import annotations
@@ -52,8 +52,6 @@ def sharegpt_record(source: SourceFiles, row: Row) -> Record:
     """Returns the conversation of one row."""
     value = as_object(row.value)
     key, turns = taught_turns(source, value, ("conversations", "messages", "conversation"))
-    if "chosen" in value:
-        turns = [*turns, *(value["chosen"] if isinstance(value["chosen"], list) else [value["chosen"]])]
     own = value.get(str(source.columns.get("id", "id")))
     return conversation(
         source,

@@ -18,7 +18,9 @@ PATH_KEYS: dict[str, tuple[str, ...]] = {
     "extract.encoders": ("image", "audio", "text", "behaviour"),
 }
 """Keys whose relative paths are relative to the recipe's folder. A ``model.path`` or an ``hf``
-``path`` that is no existing folder there stays as it is: a hub id."""
+``path`` that is no existing folder there and can be a hub id, ``name`` or ``org/name``, stays as it is."""
+_OWN_FOLDER = "data/"
+"""Where the bundled models are: what stands there is no organisation of the hub."""
 
 
 def resolve_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -80,5 +82,5 @@ def _absolute(value: str, folder: Path) -> Path:
 
 def _local_or_hub(value: str, folder: Path) -> str:
     local = _absolute(value, folder)
-    looks_local = value.startswith((".", "/", "~")) or local.exists()
-    return str(local) if looks_local else value
+    no_hub_id = value.startswith((".", "/", "~", _OWN_FOLDER)) or value.endswith("/") or value.count("/") > 1
+    return str(local) if no_hub_id or local.exists() else value

@@ -22,7 +22,8 @@ class Model(Section):
     """The model that is tuned."""
 
     path: str
-    """Hub id, or a folder with config.json, safetensors, tokenizer and processor."""
+    """Hub id, or a folder with config.json, safetensors, tokenizer and processor. What is no folder beside the recipe
+    and reads name or org/name is a hub id, but for data/NAME; ./NAME is always a folder."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     attn: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] = "auto"

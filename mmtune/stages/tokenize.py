@@ -20,7 +20,7 @@ from mmtune.encoding.fit import fit
 from mmtune.encoding.groups import EncodedGroups, encode_groups, group_order
 from mmtune.encoding.histories import history_counts
 from mmtune.encoding.media_check import check_counts
-from mmtune.encoding.processor import load_processor, pad_token_id, processor_fingerprint
+from mmtune.encoding.processor import check_folder, load_processor, pad_token_id, processor_fingerprint
 from mmtune.encoding.refused import Refused
 from mmtune.encoding.render import IGNORED, EncodedRow, Renderer
 from mmtune.encoding.tree import TREE_SCHEMA
@@ -68,6 +68,11 @@ class _Job:
     media_root: Path
     order: Order = "nearest_first"
     seed: int = 0
+
+
+def check_model(recipe: Recipe) -> None:
+    """Raises RecipeError where the model is a folder that is not there."""
+    check_folder(recipe.processor_path)
 
 
 def tokenize(

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,21 +154,38 @@ def verify_files(folder: Path, manifest: Manifest, part: str = "") -> None:
             )
 
 
-def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Returns one line per leaf that differs between two nested mappings."""
-    lines = []
-    for key in sorted({*old, *new}):
-        before, after = old.get(key), new.get(key)
-        name = f"{prefix}{key}"
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            lines += changes(before, after, f"{name}.")
-        elif before != after:
-            lines.append(f"{name}: {_brief(before)} -> {_brief(after)}")
-    return lines
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Returns one line per leaf that differs between two nested mappings, such as ``config.sources[0].split: ...``."""
+    return list(_changes(old, new, ""))
 
 
-def _brief(value: Any) -> str:
+def _changes(before: Any, after: Any, name: str) -> Iterator[str]:
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        for key in sorted({*before, *after}):
+            yield from _changes(before.get(key), after.get(key), f"{name}.{key}" if name else key)
+    elif _lists_of_objects(before, after):
+        for at, (one, other) in enumerate(zip(before, after, strict=True)):
+            yield from _changes(one, other, f"{name}[{at}]")
+    elif before != after:
+        one, other = _text(before), _text(after)
+        # Long texts are shown from shortly before the place where they part.
+        same = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
+        start = same - 20 if same > 50 and max(len(one), len(other)) > 80 else 0
+        yield f"{name}: {_brief(one, start)} -> {_brief(other, start)}"
+
+
+def _lists_of_objects(before: Any, after: Any) -> bool:
+    """Says whether two lists can be told apart item by item: as many objects in both."""
+    both = isinstance(before, list) and isinstance(after, list) and len(before) == len(after)
+    return both and all(isinstance(item, Mapping) for item in (*before, *after))
+
+
+def _text(value: Any) -> str:
     if isinstance(value, str) and _DIGEST.fullmatch(value):
         return value[:12]
-    text = json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return json.dumps(value, default=str, ensure_ascii=False)
+
+
+def _brief(text: str, start: int) -> str:
+    shown = f"...{text[start:]}" if start else text
+    return shown if len(shown) <= 80 else shown[:77] + "..."

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from mmtune.records import Medium, Record, TextPart, ToolCall
 from tests.readers.reading import read, reasons, write
 
@@ -154,6 +156,66 @@ def test_messages_reasoning_tools_and_weights(tmp_path: Path):
         "no_target", "bad_field", "bad_field", "media_mismatch", "media_mismatch", "bad_field", "bad_field",
     ]  # fmt: skip
     assert "/messages/0/content/0/type" in items[3].detail
+
+
+def said(text: str, role: str = "assistant") -> dict:
+    return {"role": role, "content": text}
+
+
+@pytest.mark.parametrize("reader", ["messages", "sharegpt"])
+def test_trl_rows_are_the_conversation_that_they_prefer(tmp_path: Path, reader: str):
+    asked, good, bad = said("q", "user"), said("good"), said("bad")
+    rows = [
+        {"prompt": [asked], "chosen": [good], "rejected": [bad]},
+        {"prompt": "q", "chosen": "good", "rejected": "bad"},
+        {"chosen": [asked, good], "rejected": [asked, bad]},
+        {"prompt": "q", "chosen": [asked, good], "rejected": [asked, bad]},
+        {"prompt": [asked], "completion": [good]},
+        {"prompt": "q", "completion": "good", "label": True},
+        {"messages": [asked], "chosen": good, "rejected": bad},
+        {"messages": [asked, good], "prompt": "q", "chosen": [asked, good], "rejected": [asked, bad]},
+    ]
+    items = read(reader, path=write(tmp_path / "t.jsonl", rows))
+    for item in items:
+        assert [(m.role, m.text, m.train) for m in item.messages] == [("user", "q", True), ("assistant", "good", True)]
+    refused = [
+        {"prompt": "q", "completion": "good", "label": False},
+        {"chosen": "good", "rejected": "bad"},
+        {"prompt": "q"},
+        {"prompt": 3, "chosen": [good]},
+        {"prompt": [asked], "completion": [said("")]},
+    ]
+    items = read(reader, path=write(tmp_path / "r.jsonl", refused))
+    assert reasons(items) == ["not_preferred", "bad_field", "bad_field", "bad_field", "empty_answer"]
+    assert items[1].detail == "/prompt: missing; the row has chosen, rejected"
+    assert items[3].detail == "/prompt: expected a list, found a number"
+    assert items[4].detail == "/prompt+completion/1: the assistant's turn is empty"
+
+
+def test_trl_rows_with_pictures(tmp_path: Path):
+    asked = [user({"type": "image"}, {"type": "text", "text": "What?"})]
+    answer = [{"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}]
+    rows = [
+        {"images": ["c.jpg"], "prompt": asked, "chosen": answer, "rejected": answer},
+        {"images": ["c.jpg"], "prompt": asked, "completion": answer},
+    ]
+    for item in read("messages", path=write(tmp_path / "t.jsonl", rows)):
+        assert item.messages[0].parts == (Medium("image", "c.jpg"), TextPart("What?"))
+        assert item.messages[1].text == "A cat."
+
+
+def test_a_picture_that_is_marked_in_the_text_is_told_of_the_reader_that_takes_it(tmp_path: Path):
+    rows = [
+        {"images": ["c.jpg"], "messages": [said("<image>What?", "user"), said("A cat.")]},
+        {"images": ["c.jpg"], "messages": [said("What?", "user"), said("A cat.")]},
+    ]
+    path = write(tmp_path / "t.jsonl", rows)
+    marked, bare = read("messages", path=path)
+    assert bare.detail == "0 image part(s) but 1 image file(s)"
+    assert (
+        marked.detail == bare.detail + "; <image> in a text is words here, and stands for a file with reader: sharegpt"
+    )
+    assert read("sharegpt", path=path)[0].messages[0].media == (Medium("image", "c.jpg"),)
 
 
 def test_alpaca(tmp_path: Path):

@@ -234,6 +234,8 @@ def test_hf_from_a_saved_folder(tmp_path: Path):
     with pytest.raises(DataError) as error:
         read("hf", "test", path=tmp_path / "chat")
     assert error.value.code == "split_missing"
+    datasets.Dataset.from_list([{"chosen": turns, "rejected": turns}]).save_to_disk(tmp_path / "pairs")
+    assert [turn.text for turn in read("hf", path=tmp_path / "pairs")[0].messages] == ["q", "a"]
     features = datasets.Features(
         {"img": datasets.Image(), "q": datasets.Value("string"), "a": datasets.Value("string")}
     )

@@ -9,7 +9,7 @@ Shapes: N histories, F items.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,23 +82,38 @@ class CompositeProcessor(ProcessorMixin):
         template = chat_template or getattr(tokenizer, "chat_template", None) or PLAIN
         super().__init__(tokenizer, image_processor, feature_extractor, chat_template=template)
 
-    def __call__(self, *args: Any, histories: Sequence[Sequence[str]] | None = None, **kwargs: Any) -> Any:
+    def __call__(
+        self,
+        images: Any = None,
+        text: Any = None,
+        videos: Any = None,
+        audio: Any = None,
+        histories: Sequence[Sequence[str]] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Returns what the model takes; for one that reads the prompt with ``user_turns``, where there are any.
 
         Args:
-            args: Of any processor.
+            images: Of any processor.
+            text: Of any processor.
+            videos: Of any processor.
+            audio: Of any processor.
             histories: The items of every ``behaviour_token`` in ``text``, in order, oldest first.
             kwargs: Of any processor.
 
         Raises:
-            ValueError: There are more histories than places for them, or fewer.
+            ValueError: There are more histories than places for them, or fewer, or the model reads none.
         """
         read = {}
-        if histories is not None:
+        if histories:
+            if self.behaviour_token is None:
+                raise ValueError("histories are given, and the model reads none")
             ids, texts = self.process_histories(histories)
-            kwargs["text"] = self._with_histories(kwargs.get("text") or "", texts)
+            text = self._with_histories(text or "", texts)
             read = {"history_ids": torch.from_numpy(ids) if kwargs.get("return_tensors") == "pt" else ids}
-        made = super().__call__(*args, **kwargs)
+        elif self.behaviour_token is not None and text is not None:
+            self._with_histories(text, ())
+        made = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
         made.update(read)
         if self.user_turns is None or "input_ids" not in made:
             return made
@@ -115,6 +130,36 @@ class CompositeProcessor(ProcessorMixin):
                 shown = torch.tensor(shown) if torch.is_tensor(rows) else np.array(shown)
             made["user_turns"] = shown
         return made
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """Returns a conversation as text or, with ``tokenize=True``, as what the model takes.
+
+        Args:
+            conversation: Of any processor; a part ``{"type": "behaviour", "behaviour": ["318", "50"]}`` is a history.
+                One that holds no items takes the next of ``histories`` in ``processor_kwargs``.
+            args: Of any processor.
+            kwargs: Of any processor.
+
+        Raises:
+            ValueError: Histories stand in the parts and in ``processor_kwargs``, or are not as many as their places.
+        """
+        own = self._histories_in(conversation) if kwargs.get("tokenize") else []
+        if own:
+            given = dict(kwargs.get("processor_kwargs") or {})
+            if given.get("histories") or kwargs.get("histories"):
+                raise ValueError("histories stand in the parts of the messages and in processor_kwargs; give them once")
+            kwargs["processor_kwargs"] = {**given, "histories": own}
+        return super().apply_chat_template(conversation, *args, **kwargs)
+
+    def _histories_in(self, conversation: Any) -> list[Any]:
+        """Returns the items of every part that holds some, in order, over all conversations."""
+        talks, _ = self._normalize_conversations(conversation)
+        contents = (turn.get("content") for talk in talks for turn in talk)
+        parts = (part for content in contents if isinstance(content, list | tuple) for part in content)
+        found = (
+            part.get("behaviour") for part in parts if isinstance(part, Mapping) and part.get("type") == "behaviour"
+        )
+        return [items for items in found if items is not None]
 
     @property
     def user_turns(self) -> UserTurns | None:
@@ -160,7 +205,14 @@ class CompositeProcessor(ProcessorMixin):
         return str(self.behaviour_token) * max(min(items, self.history_items or items), 1)
 
     def process_histories(self, histories: Sequence[Sequence[str]]) -> tuple[np.ndarray, list[str]]:
-        """Returns ``history_ids`` ``(N, F)``, 0 behind the last item, and the text that stands for every history."""
+        """Returns ``history_ids`` ``(N, F)``, 0 behind the last item, and the text that stands for every history.
+
+        Raises:
+            ValueError: A history is no list of strings.
+        """
+        for own in histories:
+            if isinstance(own, str) or not all(isinstance(item, str) for item in own):
+                raise ValueError(f"a history is a list of items, each a string, not {own!r}")
         newest = [self.newest(own) for own in histories]
         found = [history_inputs(self._item_ids, own)["input_ids"][0] for own in newest]
         ids = np.full((len(found), max(map(len, found))), PADDING, dtype=np.int64)
@@ -173,7 +225,9 @@ class CompositeProcessor(ProcessorMixin):
         rows = [text] if isinstance(text, str) else list(text)
         places = sum(row.count(str(self.behaviour_token)) for row in rows)
         if places != len(shown):
-            raise ValueError(f"the text has {places} places for {len(shown)} histories")
+            raise ValueError(
+                f"the text has {self.behaviour_token} {places} times, and {len(shown)} histories are given for them"
+            )
         left = iter(shown)
         rows = [re.sub(re.escape(str(self.behaviour_token)), lambda _: next(left), row) for row in rows]
         return rows[0] if isinstance(text, str) else rows

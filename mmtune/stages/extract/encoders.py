@@ -162,12 +162,11 @@ def write_small(chosen: Chosen, folder: Path) -> Path:
     import torch
     from transformers import AutoModel
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
-    from transformers.utils import logging
 
     from mmtune.models import encoders
     from mmtune.models.log_mel import LogMelFeatureExtractor
+    from mmtune.models.save import save_model
 
-    logging.disable_progress_bar()
     assert chosen.built is not None
     kind, settings, items = (chosen.built[name] for name in ("kind", "config", "items"))
     more = {"vocab_size": FIRST_ITEM + len(items)} if kind == "behaviour" else {}
@@ -181,7 +180,7 @@ def write_small(chosen: Chosen, folder: Path) -> Path:
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(chosen.built["seed"])
-        AutoModel.from_config(config).save_pretrained(folder)
+        save_model(AutoModel.from_config(config), folder)
     if kind == "image":
         square = {"height": config.image_size, "width": config.image_size}
         normal: Any = {name: [getattr(config, name)] * config.num_channels for name in ("image_mean", "image_std")}

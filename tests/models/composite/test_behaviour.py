@@ -122,11 +122,43 @@ def test_other_items_are_another_processor(language: Path) -> None:
 
 def test_places_and_histories_must_be_as_many(language: Path) -> None:
     _, processor = joined(language)
-    with pytest.raises(ValueError, match="1 places for 2 histories"):
+    with pytest.raises(ValueError, match="<behaviour> 1 times, and 2 histories"):
         processor(text="<behaviour>?", histories=[["film 1"], ["film 2"]])
+    for text in ("<behaviour>?", ["none", "<behaviour>?"]):
+        with pytest.raises(ValueError, match="<behaviour> 1 times, and 0 histories"):
+            processor(text=text)
+    with pytest.raises(ValueError, match="<behaviour> 1 times, and 0 histories"):
+        processor(None, "<behaviour>?")
+    with pytest.raises(ValueError, match="a list of items, each a string, not 'film 1'"):
+        processor(text="<behaviour>?", histories=["film 1"])
+    assert "history_ids" not in processor(text="none")
     batch = processor(text=["<behaviour>a", "b<behaviour>"], histories=[["film 1"], ["film 2", "film 3"]], padding=True)
     rows = [[one == processor.behaviour_token_id for one in row] for row in batch["input_ids"]]
     assert [sum(row) for row in rows] == [1, 2] and batch["history_ids"].shape == (2, 2)
+
+
+def test_histories_are_read_from_the_parts_of_messages(language: Path) -> None:
+    model, processor = joined(language)
+    first, second, asked = ITEMS_KNOWN[:3], ["never seen"], {"type": "text", "text": "Will they like it?"}
+    parts = [{"type": "behaviour", "behaviour": items} for items in (first, second, [])]
+    how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    made = processor.apply_chat_template([{"role": "user", "content": [*parts, asked]}], **how)
+    expected = given(processor, first, second, [])
+    assert set(made) == set(expected) and all(torch.equal(made[name], expected[name]) for name in made)
+    talks = [[{"role": "user", "content": [part, asked]}] for part in parts[:2]]
+    several = processor.apply_chat_template(talks, **how, processor_kwargs={"padding": True})
+    assert torch.equal(
+        several["history_ids"],
+        processor(text="<behaviour>" * 2, histories=[first, second], return_tensors="pt")["history_ids"],
+    )
+    named = [{"role": "user", "content": [{"type": "behaviour"}, asked]}]
+    apart = processor.apply_chat_template(named, **how, processor_kwargs={"histories": [first]})
+    assert torch.equal(apart["history_ids"], several["history_ids"][:1])
+    with pytest.raises(ValueError, match="<behaviour> 1 times, and 0 histories"):
+        processor.apply_chat_template(named, **how)
+    with pytest.raises(ValueError, match="give them once"):
+        processor.apply_chat_template(talks[0], **how, processor_kwargs={"histories": [first]})
+    assert model.generate(**made, max_new_tokens=2, do_sample=False).shape[1] == made["input_ids"].shape[1] + 2
 
 
 def test_any_encoder_of_ids_reads_histories(language: Path) -> None:

@@ -48,3 +48,5 @@ def test_called_as_any_processor() -> None:
     assert (ids == own.audio_token_id).sum() == own.sound_tokens(9_000) == 14
     media = {"pixel_values", "input_features", "feature_attention_mask"}
     assert set(made) == {"input_ids", "attention_mask", "user_turns"} | media
+    with pytest.raises(ValueError, match="the model reads none"):
+        encoding_tests().family("composite_whisper").processor(text="which?", histories=[["318"]])
