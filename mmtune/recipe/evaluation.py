@@ -33,7 +33,7 @@ class Eval(Section):
     batch_rows: Annotated[int, Field(ge=1)] = 16
     """Rows generated at once."""
     limit: Annotated[int, Field(ge=1)] | None = None
-    """At most this many rows."""
+    """At most this many rows, a sample of all sources; the report names it."""
     answer: Literal["generate", "rank", "prototype"] = "generate"
     """rank: a row with options is answered by the option that the model finds likeliest, not in its own words;
     prototype: by the one whose training rows leave the model in the nearest state before the answer, in the mean
