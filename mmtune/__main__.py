@@ -6,6 +6,8 @@ import errno
 import io
 import json
 import os
+import re
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -21,6 +23,10 @@ _REFUSED_PATHS = frozenset(
 )
 
 
+# A command of a stage in a hint, not yet followed by a recipe.
+_COMMAND = re.compile(
+    r"\bmmtune (?:extract|build-data|prompt|tokenize|pretrain|finetune|eval|run)(?![\w-]| [\w./']| --help)"
+)
 # The signal that asked this process to stop; Typer makes an exit code of the interrupt and drops the rest.
 _asked: list[int] = []
 
@@ -143,7 +149,14 @@ def _is_gone() -> bool:
     return False
 
 
+def _with_recipe(hint: str) -> str:
+    """Returns a hint whose commands name the recipe that this command was given."""
+    given = next((word for word in sys.argv[2:] if word.endswith((".yaml", ".yml")) and "=" not in word), "")
+    return _COMMAND.sub(lambda found: f"{found[0]} {shlex.quote(given)}", hint) if given else hint
+
+
 def _fail(error: MmtuneError) -> int:
+    error.hint = _with_recipe(error.hint)
     document = {"code": error.code, "message": error.message, "hint": error.hint, "exit_code": error.exit_code}
     if EXIT_FOLDER in os.environ:
         # The command that launched this process speaks; of several the first to fail is the cause.

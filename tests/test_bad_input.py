@@ -320,7 +320,7 @@ def test_a_folder_that_is_not_there_is_no_hub_id(built: Path, mmtune, path: str)
 
 def test_stages_out_of_order_name_the_command_to_run(built: Path, mmtune):
     code, _, err = mmtune("finetune", built)
-    assert code == 3 and "next: run: mmtune tokenize" in err
+    assert code == 3 and f"next: run: mmtune tokenize {built}\n" in err
     code, _, err = mmtune("eval", built)
     assert code == 3 and "no rows in the split 'val'; it has train (2)" in err and "add a source with" in err
     assert left_in(built.parent) == ["instructions"]
@@ -330,7 +330,7 @@ def test_a_damaged_stage_is_an_integrity_error(built: Path, mmtune):
     (data,) = (built.parent / "run" / "instructions" / "train").glob("*.arrow")
     data.write_bytes(data.read_bytes()[:100])
     code, _, err = mmtune("tokenize", built)
-    assert code == 7 and data.name in err and "next: run: mmtune build-data --force" in err
+    assert code == 7 and data.name in err and f"next: run: mmtune build-data {built} --force" in err
 
 
 def test_a_byte_that_was_changed_in_a_stage_is_found_by_the_next(built: Path, mmtune):
@@ -339,8 +339,9 @@ def test_a_byte_that_was_changed_in_a_stage_is_found_by_the_next(built: Path, mm
     raw[len(raw) // 2] ^= 0xFF
     data.write_bytes(raw)
     said = f"{data} does not have the recorded bytes"
-    for command in (("tokenize", built), ("prompt", built), ("show", data.parents[1])):
-        fails(mmtune(*command, "--json"), 7, "damaged_file", said, "run: mmtune build-data --force")
+    named = f" {built}"
+    for command, path, its in (("tokenize", built, named), ("prompt", built, named), ("show", data.parents[1], "")):
+        fails(mmtune(command, path, "--json"), 7, "damaged_file", said, f"run: mmtune build-data{its} --force")
     assert [name for name in left_in(built.parent) if not name.endswith(".lock")] == ["instructions"]
 
 

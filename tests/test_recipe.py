@@ -184,3 +184,12 @@ def test_settings_that_could_only_mislead_are_refused(section: str, settings: di
 
     with pytest.raises(ValueError, match=r"method full|at least one|named twice"):
         {"finetune": Finetune, "eval": Eval}[section].model_validate(settings)
+
+
+def test_a_section_that_is_no_section_is_told_its_keys(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("run_dir: r\nextract: {index: exact}\n")
+    with pytest.raises(
+        RecipeError, match=r"line 2: `extract.index`: expected keys of its own: .*kind, .*\(found 'exact'\)"
+    ):
+        load_recipe(path, environ={})

@@ -77,7 +77,7 @@ def standardized(
         spread = float(np.sqrt(np.square(known - mean).sum() / max(len(known), 1)))
         if spread <= _CONSTANT * max(float(np.linalg.norm(mean)), 1.0):
             raise DataError(
-                f"extract.reduce: all {len(known):,} training vectors of {kind} are the same: there is nothing to keep",
+                f"extract.reduce: the training vectors of {kind} ({len(known):,}) are all the same; nothing is to keep",
                 f"check the sources and the encoder, or leave {kind} out of extract.reduce.of and extract.joint",
                 "constant_features",
             )

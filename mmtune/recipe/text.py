@@ -236,6 +236,8 @@ def _describe(item: Any, places: Mapping[tuple[str, ...], str]) -> str:
     if item["type"] == "missing":
         return f"{where}`{name}` is required"
     message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "model_type":
+        message = f"expected keys of its own: {', '.join(sorted(_known_keys(location)))}"
     given = item.get("input")
     found = f" (found {given!r})" if isinstance(given, str | int | float | bool) else ""
     return f"{where}`{name}`: {message[0].lower()}{message[1:]}{found}" if name else f"{where}{message}"

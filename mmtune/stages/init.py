@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from itertools import takewhile
 from pathlib import Path
 
 from mmtune.errors import RecipeError
@@ -22,12 +23,17 @@ def shipped_folder() -> Path:
 
 
 def list_recipes() -> list[dict[str, str]]:
-    """Returns name and first line of the description of every shipped recipe."""
+    """Returns name and first sentence of the description of every shipped recipe."""
     found = []
     for file in sorted((shipped_folder() / "recipes").glob("*.yaml")):
-        first = file.read_text("utf-8").splitlines()[0].lstrip("# ").strip()
-        found.append({"name": file.stem, "about": first})
+        found.append({"name": file.stem, "about": _first_sentence(file.read_text("utf-8"))})
     return found
+
+
+def _first_sentence(text: str) -> str:
+    head = takewhile(lambda line: line.startswith("#"), text.splitlines())
+    about = takewhile(lambda words: not words.startswith("command:"), (line.lstrip("# ") for line in head))
+    return re.split(r"(?<=\.)\s", " ".join(about), maxsplit=1)[0].strip()
 
 
 def copy_recipe(name: str, target: Path, *, force: bool = False, dry_run: bool = False) -> Path:

@@ -33,12 +33,14 @@ def schema(section: str = "") -> dict[str, Any]:
     if not section:
         return whole
     found: dict[str, Any] = {"$ref": "#"}
-    for name in section.split("."):
+    names = section.split(".")
+    for at, name in enumerate(names):
         properties = _target(found, whole).get("properties", {})
         if name not in properties:
             near = difflib.get_close_matches(name, properties, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(properties) or 'no keys below it'}"
-            raise RecipeError(f"a recipe has no key {section!r}: {name!r} is not one", hint, "no_key")
+            inside = f": there is no {name!r} in {'.'.join(names[:at])}" if at else ""
+            raise RecipeError(f"a recipe has no key {section!r}{inside}", hint, "no_key")
         found = properties[name]
     return {**found, **_target(found, whole), "$defs": whole["$defs"]}
 

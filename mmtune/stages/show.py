@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mmtune.errors import DataError
 from mmtune.prompts.delimiters import DELIMITERS
+from mmtune.prompts.schema import COLUMN
 from mmtune.records import SOFT_ID
 from mmtune.storage import is_finished, open_split, read_manifest, verify_files
 
@@ -143,8 +145,8 @@ def render(result: dict[str, Any]) -> str:
     lines.append("rows      " + ", ".join(f"{split} {count:,}" for split, count in result["rows"].items()))
     if result["drops"]:
         lines.append(f"refused   {_counts(result['drops'])}")
-    for name, value in result["facts"].items():
-        lines.append(f"{name:9} {_short(value)}")
+    told = {name: _words(value) for name, value in result["facts"].items()}
+    lines += [f"{name:9} {_cut(words)}" for name, words in told.items() if words]
     if "searches" in result:
         from mmtune.reports.search import search_lines
 
@@ -160,8 +162,9 @@ def render(result: dict[str, Any]) -> str:
     elif "pooled" in row:
         lines += [f"  {name:12} {_short(value)}" for name, value in row.items() if name not in ("split", "index")]
     else:
+        media: dict[str, Iterator[Any]] = {kind: iter(row.get(column) or ()) for kind, column in COLUMN.items()}
         for message in row["messages"]:
-            text = "".join(part["text"] or f"<{part['type']}>" for part in message["content"])
+            text = "".join(part["text"] or _medium(part["type"], media) for part in message["content"])
             lines.append(f"  {message['role']:9} {text!r}")
         delimiters = json.loads(row["metadata"]).get(DELIMITERS)
         if delimiters is not None:
@@ -178,6 +181,34 @@ def _counts(drops: dict[str, int]) -> str:
     return ", ".join(f"{reason} {count:,}" for reason, count in drops.items())
 
 
+def _medium(kind: str, media: Mapping[str, Iterator[Any]]) -> str:
+    """Returns what stands for the next medium of a kind: its file, or the items of a history."""
+    shown = next(media[kind], None) if kind in media else None
+    named = ", ".join(map(str, shown)) if isinstance(shown, list) else (shown or {}).get("path")
+    return f"<{kind}: {named}>" if named else f"<{kind}>"
+
+
+def _words(value: Any) -> str:
+    """Returns a fact in words; empty for one that says nothing, such as a loss that was not taken."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, dict):
+        told = [(name, own, _words(own)) for name, own in value.items()]
+        return ", ".join(
+            f"{name} ({words})" if isinstance(own, dict) else f"{name} {words}" for name, own, words in told if words
+        )
+    if isinstance(value, list):
+        return ", ".join(f"({_words(own)})" if isinstance(own, dict | list) else _words(own) for own in value)
+    return "" if value is None else str(value)
+
+
 def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    return _cut(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= 140 else text[:137] + "..."

@@ -46,6 +46,10 @@ def test_an_unknown_key_names_the_nearest():
     with pytest.raises(RecipeError) as error:
         list_keys("finetune.lorra")
     assert error.value.hint == "did you mean lora?"
+    assert error.value.message == "a recipe has no key 'finetune.lorra': there is no 'lorra' in finetune"
+    with pytest.raises(RecipeError) as error:
+        list_keys("nosuch")
+    assert error.value.message == "a recipe has no key 'nosuch'"
 
 
 def test_the_schema_accepts_a_recipe_and_refuses_an_unknown_key():

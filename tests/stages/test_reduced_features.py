@@ -251,7 +251,7 @@ def test_numbers_that_are_not_finite_are_named():
         ({"width": 32}, {}, RecipeError, "32 is no reduction of the image features, whose vectors are 32 numbers wide"),
         ({"width": 100, "method": "autoencoder"}, {}, RecipeError, "choose a width below 32"),
         ({"width": 8}, {"limit": 5}, DataError, "8 is more than 5 training image features span \\(4 directions\\)"),
-        ({"width": 1}, {"limit": 1}, DataError, "all 1 training vectors of image are the same"),
+        ({"width": 1}, {"limit": 1}, DataError, "the training vectors of image \\(1\\) are all the same"),
         ({"width": 4}, {"splits": ("test",)}, DataError, "no image features are of the split train"),
     ],
 )
@@ -267,7 +267,7 @@ def test_equal_pictures_have_nothing_to_keep(tmp_path):
     (tmp_path / "media" / "train").mkdir(parents=True)
     for number in range(6):
         Image.new("L", (8, 8), 90).save(tmp_path / "media" / "train" / f"{number}_same.png")
-    with pytest.raises(DataError, match="all 6 training vectors of image are the same"):
+    with pytest.raises(DataError, match="the training vectors of image \\(6\\) are all the same"):
         run(pictures(tmp_path / "media", tmp_path / "run", splits=("train",), reduce={"width": 2}))
 
 

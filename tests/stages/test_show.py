@@ -1,13 +1,18 @@
 """show says what a run has, also when its training stopped in the middle."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from mmtune.errors import DataError
+from mmtune.recipe.text import load_recipe
+from mmtune.stages.build_data import build_data
 from mmtune.stages.doctor import _states
 from mmtune.stages.show import describe, render
+from mmtune.talk import Talk
 from mmtune.training.checkpoints import CheckpointFolder
 
 
@@ -38,3 +43,33 @@ def test_doctor_names_an_extra_once() -> None:
     found = [("prompt", "cma", True), ("prompt", "optuna", False), ("audio", "soundfile", True), ("fast", "x", False)]
     extras = [{"extra": extra, "module": module, "present": present} for extra, module, present in found]
     assert _states(extras) == {"prompt": "without optuna", "audio": "ok", "fast": "-"}
+
+
+def test_a_row_of_instructions_names_files_and_items(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "cat.png")
+    asked = [{"type": "image"}, {"type": "behaviour", "behaviour": ["318", "50"]}, {"type": "text", "text": "Which?"}]
+    answer = {"role": "assistant", "content": "The cat."}
+    row = {"images": ["cat.png"], "messages": [{"role": "user", "content": asked}, answer]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    (tmp_path / "recipe.yaml").write_text("run_dir: run\nsources: [{id: s, reader: messages, path: rows.jsonl}]\n")
+    build_data(load_recipe(tmp_path / "recipe.yaml", environ={}), console=Talk(quiet=True))
+    text = render(describe(tmp_path / "run" / "instructions"))
+    assert "  user      '<image: cat.png><behaviour: 318, 50>Which?'" in text
+
+
+def test_facts_are_told_in_words() -> None:
+    facts = {
+        "towers": {"llm": {"state": "lora", "parameters": 1024}, "vision": {"state": "frozen"}},
+        "val_loss": None,
+        "notes": [],
+        "loss": 0.123456789,
+        "exact": True,
+        "kinds": ["image", "text"],
+    }
+    stage = {"path": "p", "stage": "finetune", "bytes": 0, "hash": "h", "rows": {}, "drops": {}, "facts": facts}
+    assert render(stage).splitlines()[2:] == [
+        "towers    llm (state lora, parameters 1,024), vision (state frozen)",
+        "loss      0.123457",
+        "exact     yes",
+        "kinds     image, text",
+    ]

@@ -57,7 +57,7 @@ def _say_mixture(mixture: dict[str, Any], console: Talk) -> None:
             for one in mixture["sources"]
         ],
     )
-    shots = ", ".join(f"{count} exemplars {rows:,}" for count, rows in mixture["shots"].items())
+    shots = ", ".join(f"{counted(int(count), 'exemplar')} {rows:,}" for count, rows in mixture["shots"].items())
     counts = ", ".join(f"{name} {mixture[name]:,}" for name in ("rationale", "options", "no_options", "inverted"))
     console.say(f"mixture: {counted(mixture['rows'], 'row')}; {shots}; {counts}")
     parted = mixture["delimiters"]
@@ -71,7 +71,7 @@ def _say_mixture(mixture: dict[str, Any], console: Talk) -> None:
 def _say_exemplars(facts: Mapping[str, Any], console: Talk) -> None:
     """Says how many training rows show how many exemplars."""
     by = f" by {' and '.join(facts['by'])}" if facts["by"] else ""
-    counts = ", ".join(f"{count} exemplars {rows:,}" for count, rows in facts["shots"].items())
+    counts = ", ".join(f"{counted(int(count), 'exemplar')} {rows:,}" for count, rows in facts["shots"].items())
     console.say(f"build-data: exemplars by {facts['method']}{by}: training rows with {counts}")
     if facts["no_features"]:
         console.note(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mmtune.talk import counted
+
 
 def said_of_fewer(facts: Sequence[Mapping[str, Any]], rows: int) -> list[str]:
     """Returns a line per way in which some rows show fewer exemplars than it is named for.
@@ -14,7 +16,7 @@ def said_of_fewer(facts: Sequence[Mapping[str, Any]], rows: int) -> list[str]:
         rows: How many rows are asked.
     """
     return [
-        f"{one['name']}: {few:,} of {rows:,} rows have fewer than {one['shots']} exemplars"
+        f"{one['name']}: {few:,} of {rows:,} rows have fewer than {counted(one['shots'], 'exemplar')}"
         for one in facts
         if (few := one["rows_with_fewer_found"])
     ]
@@ -35,7 +37,8 @@ def notes_of(facts: Sequence[Mapping[str, Any]], rows: int) -> list[str]:
         more = [f"diversity {one['diversity']:g}"] if one["diversity"] else []
         more += ["answers in turns"] if one["balance"] else []
         listed = ", ".join([how, *more])
-        said = f"{one['name']}: {one['shown']:,} exemplars before {rows:,} questions out of the training rows, {listed}"
+        shown = counted(one["shown"], "exemplar")
+        said = f"{one['name']}: {shown} before {rows:,} questions out of the training rows, {listed}"
         if one["rows_with_fewer_found"]:
             said += f"; for {one['rows_with_fewer_found']:,} rows the pool has fewer than {one['shots']}"
         if one["dropped"]:

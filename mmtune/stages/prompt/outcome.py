@@ -12,7 +12,7 @@ from mmtune.evaluation.intervals import bootstrap, paired_difference
 from mmtune.prompts.searched import SearchedPrompt
 from mmtune.records import Example
 from mmtune.stages.prompt.asking import Asker, metric_of
-from mmtune.talk import Talk
+from mmtune.talk import Talk, counted
 
 NAMES = {"start": "where the search began", "best": "what it found", "random": "random search, equal calls"}
 
@@ -95,7 +95,7 @@ def verdict(found: Mapping[str, Any]) -> str:
 
 
 def _more(prompt: Mapping[str, Any]) -> str:
-    shown = f", {len(prompt['exemplars'])} exemplars" if prompt["exemplars"] else ""
+    shown = f", {counted(len(prompt['exemplars']), 'exemplar')}" if prompt["exemplars"] else ""
     words = ", ".join(f"{label} = {word}" for label, word in prompt["words"].items())
     shown += " behind soft tokens" if prompt.get("soft") else ""
     return f"{shown}{f', words {words}' if words else ''}"
