@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from mmtune.errors import CapabilityError
-from mmtune.models.lora_linear import read_apart
 from mmtune.models.spread import spread_like
 from mmtune.models.towers import tower_of
 from mmtune.training.ranks import sum_gradients, sum_tensor, together, world_size
@@ -89,8 +88,6 @@ class Zero:
     ) -> None:
         import deepspeed
 
-        # DeepSpeed sums the gradients of the processes in the order in which they come.
-        read_apart(model)
         if stage == 3:
             # Every process then goes through the same layers backward, also one without a picture.
             model.enable_input_require_grads()
