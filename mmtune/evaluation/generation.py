@@ -59,6 +59,28 @@ def batches(sizes: Sequence[int], batch_rows: int) -> Iterator[list[int]]:
         yield [int(index) for index in order[start : start + batch_rows]]
 
 
+def model_batches(
+    model: Any,
+    rows: Rows,
+    collate: Collate,
+    *,
+    sizes: Sequence[int],
+    batch_rows: int,
+    advance: Callable[[int], None],
+    should_stop: Callable[[], bool],
+) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+    """Yields row numbers and their batch on the model's device, and counts a batch once the next one is asked for.
+
+    Raises:
+        Stopped: ``should_stop`` returned True.
+    """
+    for chosen in batches(sizes, batch_rows):
+        if should_stop():
+            raise Stopped
+        yield chosen, to_model(collate(rows(chosen)), model)
+        advance(len(chosen))
+
+
 def generate_texts(
     model: Any,
     tokenizer: Any,
@@ -103,17 +125,15 @@ def generate_texts(
         pad_token_id=pad_id,
     )
     texts = [""] * len(sizes)
-    for chosen in batches(sizes, batch_rows):
-        if should_stop():
-            raise Stopped
-        batch = to_model(collate(rows(chosen)), model)
+    for chosen, batch in model_batches(
+        model, rows, collate, sizes=sizes, batch_rows=batch_rows, advance=advance, should_stop=should_stop
+    ):
         batch.pop("labels", None)
         with torch.inference_mode():
             out_BT = model.generate(**batch, generation_config=config)
         new_BT = out_BT[:, batch["input_ids"].shape[1] :].tolist()
         for index, ids in zip(chosen, new_BT, strict=True):
             texts[index] = _decode(tokenizer, ids, stops)
-        advance(len(chosen))
     return texts
 
 
@@ -148,14 +168,12 @@ def answer_losses(
     """
     nll, tokens = np.zeros(len(sizes)), np.zeros(len(sizes))
     keeps = takes_positions(model)
-    for chosen in batches(sizes, batch_rows):
-        if should_stop():
-            raise Stopped
-        batch = to_model(collate(rows(chosen)), model)
+    for chosen, batch in model_batches(
+        model, rows, collate, sizes=sizes, batch_rows=batch_rows, advance=advance, should_stop=should_stop
+    ):
         with torch.inference_mode():
             sums_B, counts_B = _row_losses(model, batch, keeps)
         nll[chosen], tokens[chosen] = sums_B.double().cpu().numpy(), counts_B.cpu().numpy()
-        advance(len(chosen))
     return nll, tokens
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmtune.evaluation.generation import Collate, Rows, Stopped, batches, takes_positions, to_model
+from mmtune.evaluation.generation import Collate, Rows, model_batches, takes_positions
 from mmtune.evaluation.rows import EvalRows
 
 Label = tuple[str, str]
@@ -69,10 +69,9 @@ def prompt_states(
     hook = bare.get_output_embeddings().register_forward_pre_hook(lambda _, given: read.append(given[0]))
     out_RH: NDArray[np.float32] = np.empty((0, 0), np.float32)
     try:
-        for chosen in batches(sizes, batch_rows):
-            if should_stop():
-                raise Stopped
-            batch = to_model(collate(rows(chosen)), model)
+        for chosen, batch in model_batches(
+            model, rows, collate, sizes=sizes, batch_rows=batch_rows, advance=advance, should_stop=should_stop
+        ):
             batch.pop("labels", None)
             last_B = torch.tensor([sizes[row] - 1 for row in chosen], device=batch["input_ids"].device)
             kept_K = last_B.unique()
@@ -84,7 +83,6 @@ def prompt_states(
             state_BH = state_BKH[torch.arange(len(chosen), device=place_B.device), place_B].float().cpu().numpy()
             out_RH = out_RH if out_RH.size else np.empty((len(sizes), state_BH.shape[1]), np.float32)
             out_RH[chosen] = state_BH
-            advance(len(chosen))
     finally:
         hook.remove()
     return out_RH

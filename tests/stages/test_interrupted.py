@@ -31,17 +31,12 @@ from tests.stages.tree_runs import (
     wait_for,
 )
 
+pytestmark = pytest.mark.usefixtures("own_precision")
+
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory, repository, tiny_vlm):
     return made_tokens(tmp_path_factory.mktemp("made"), repository, tiny_vlm)
-
-
-@pytest.fixture(autouse=True)
-def own_precision():
-    AcceleratorState._reset_state()
-    yield
-    AcceleratorState._reset_state()
 
 
 @pytest.fixture

@@ -31,6 +31,8 @@ from tests.stages.tree_runs import (
     wait_for,
 )
 
+pytestmark = pytest.mark.usefixtures("own_precision")
+
 # Two trees of three rows a step, with dropout where the bytes are compared.
 STEPS = {"max_steps": 12, "batch_rows": 6}
 # As many on two processes, or as two micro batches.
@@ -43,13 +45,6 @@ def tokens(tmp_path_factory, repository, tiny_vlm):
     """tokens/ by layout."""
     layouts = ("tree", "rows")
     return {name: made_tokens(tmp_path_factory.mktemp(name), repository, tiny_vlm, name) for name in layouts}
-
-
-@pytest.fixture(autouse=True)
-def own_precision():
-    AcceleratorState._reset_state()
-    yield
-    AcceleratorState._reset_state()
 
 
 @pytest.fixture
