@@ -26,6 +26,7 @@ from mmtune.models.segments import without_pieces
 _TO_COME: ContextVar[int] = ContextVar("tokens_to_come", default=0)
 # Inside the last block, by its usual names; each works on every token for itself.
 _PER_TOKEN = ("self_attn.q_proj", "self_attn.o_proj", "mlp")
+_PARTS = (*_PER_TOKEN, "self_attn", "mlp.down_proj")
 
 
 @contextmanager
@@ -92,9 +93,17 @@ def _last_block(model: Any) -> Mapping[str, nn.Module]:
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         return {}
     last = layers[-1]
-    parts = dict(last.named_modules())
+    # By name: a walk over all modules at each step is a share of a short one.
+    parts = {name: part for name in _PARTS if (part := _part(last, name)) is not None}
     # A block of experts may count its tokens; a block that is computed again in the backward pass runs without hooks.
     return {} if getattr(last, "gradient_checkpointing", False) or "mlp.down_proj" not in parts else parts
+
+
+def _part(block: nn.Module, name: str) -> nn.Module | None:
+    found: Any = block
+    for step in name.split("."):
+        found = getattr(found, step, None)
+    return found if isinstance(found, nn.Module) else None
 
 
 def _run_at(
@@ -102,7 +111,8 @@ def _run_at(
 ) -> None:
     """Lets a module see the chosen tokens alone, as ``(1, N, I)``; its output is zero at all others."""
     rows, tokens = shape_BT
-    shapes: list[torch.Size] = []
+    # What a call of the module hands on to its end: the shape of all tokens, and where the chosen ones stand.
+    begun: list[tuple[torch.Size, tuple[torch.Tensor, torch.Tensor]]] = []
 
     def chosen(shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
         # A model of several passes runs on each row several times, one after the other.
@@ -115,13 +125,14 @@ def _run_at(
 
     def select(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden_BTI, *rest = given
-        shapes.append(hidden_BTI.shape)
-        return (hidden_BTI[chosen(hidden_BTI.shape)][None], *rest)
+        places = chosen(hidden_BTI.shape)
+        begun.append((hidden_BTI.shape, places))
+        return (hidden_BTI[places][None], *rest)
 
     def put_back(_: nn.Module, given: tuple[Any, ...], made_1NO: torch.Tensor) -> torch.Tensor:
-        shape = shapes.pop()
+        shape, places = begun.pop()
         whole_BTO = made_1NO.new_zeros(shape[0], shape[1], made_1NO.shape[-1])
-        return whole_BTO.index_put(chosen(shape), made_1NO[0])
+        return whole_BTO.index_put(places, made_1NO[0])
 
     hooks.callback(module.register_forward_pre_hook(select).remove)
     hooks.callback(module.register_forward_hook(put_back).remove)
@@ -156,9 +167,9 @@ class _FewQueries(TorchFunctionMode):
         self._places_Q, self._tokens = places_Q, tokens
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        options = dict(kwargs or {})
         if func is not functional.scaled_dot_product_attention or len(args) != 3:
-            return func(*args, **options)
+            return func(*args, **kwargs) if kwargs else func(*args)
+        options = dict(kwargs or {})
         query_BhTD, key, value = args
         length = query_BhTD.shape[2]
         at_Q, _ = _given(self._places_Q, self._tokens, length)

@@ -9,16 +9,22 @@ Shapes: B rows, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from mmtune.models.strips import Span, Strip, attend
+
 _PIECES = "mmtune_pieces"
-Span = tuple[int, int]
+_STRIP = 128
+"""Most queries of a causal piece that are asked at once: each strip saves the products with the keys behind it."""
+_KEPT_BYTES = 8 << 20
+"""Most bytes of probabilities that a layer keeps of a row for the backward pass; beyond, a flash kernel keeps none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +48,37 @@ class Piece:
         return queries * (queries + 1) // 2 if self.causal else queries * sum(end - first for first, end in self.keys)
 
 
+@dataclass(frozen=True)
+class _Row:
+    """The pieces of a row with its mask, which is cut once for all layers."""
+
+    mask_11TT: torch.Tensor
+    pieces: Sequence[Piece]
+    causal: bool
+
+    @cached_property
+    def masks(self) -> list[torch.Tensor | None]:
+        """Of every piece; None where it is causal."""
+        return [
+            None
+            if self.causal and piece.causal
+            else _keys_of(self.mask_11TT[:, :, slice(*piece.queries)], piece.keys, 3)
+            for piece in self.pieces
+        ]
+
+    @cached_property
+    def strips(self) -> tuple[Strip, ...]:
+        """The row as it is multiplied out."""
+        found = [strip for piece in self.pieces for strip in _strips(piece)]
+        mask_TT = self.mask_11TT[0, 0]
+        return tuple(Strip(queries, keys, _keys_of(mask_TT[slice(*queries)], keys, 1)) for queries, keys in found)
+
+    @cached_property
+    def products(self) -> int:
+        """Pairs of a query and a key that the strips multiply."""
+        return sum(strip.mask_QK.numel() for strip in self.strips)
+
+
 def with_pieces(mask_B1TT: torch.Tensor, pieces: Sequence[Sequence[Piece]], *, causal: bool) -> torch.Tensor:
     """Returns the mask as one that SDPA takes piece by piece.
 
@@ -52,15 +89,7 @@ def with_pieces(mask_B1TT: torch.Tensor, pieces: Sequence[Sequence[Piece]], *, c
     """
     AttentionInterface.register("sdpa", _attention)
     whole = mask_B1TT.view_as(mask_B1TT)
-    # The masks of the pieces are cut once, for all layers.
-    cut = [
-        [
-            (piece, None if causal and piece.causal else _keys_of(mask_11TT[:, :, slice(*piece.queries)], piece, 3))
-            for piece in own
-        ]
-        for mask_11TT, own in zip(mask_B1TT.split(1), pieces, strict=True)
-    ]
-    setattr(whole, _PIECES, cut)
+    setattr(whole, _PIECES, [_Row(*row, causal) for row in zip(mask_B1TT.split(1), pieces, strict=True)])
     return whole
 
 
@@ -69,11 +98,21 @@ def without_pieces(mask: Any) -> Any:
     return mask.view_as(mask) if hasattr(mask, _PIECES) else mask
 
 
-def _keys_of(values: torch.Tensor, piece: Piece, axis: int) -> torch.Tensor:
-    """Returns what of an axis of keys belongs to a piece."""
-    if piece.keys == ((0, values.shape[axis]),):
+def _strips(piece: Piece) -> Iterator[tuple[Span, tuple[Span, ...]]]:
+    """Gives the queries and keys of a piece, of a causal one in strips of about the same size."""
+    first, end = piece.queries
+    count = -(-(end - first) // _STRIP) if piece.causal else 1
+    for number in range(count):
+        queries = (first + (end - first) * number // count, first + (end - first) * (number + 1) // count)
+        # Also within a sliding window nobody sees what comes later.
+        yield queries, ((first, queries[1]),) if piece.causal else piece.keys
+
+
+def _keys_of(values: torch.Tensor, keys: Sequence[Span], axis: int) -> torch.Tensor:
+    """Returns what of an axis of keys stands in some spans."""
+    if tuple(keys) == ((0, values.shape[axis]),):
         return values  # a slice of all would cost a copy in the backward pass
-    parts = [values.narrow(axis, first, end - first) for first, end in piece.keys]
+    parts = [values.narrow(axis, first, end - first) for first, end in keys]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
 
 
@@ -82,17 +121,29 @@ def _attention(module: Any, query: Any, key: Any, value: Any, attention_mask: An
     cut = getattr(attention_mask, _PIECES, None)
     if cut is None or len(cut) != len(query) or options.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    rows = []
+    made_rows = []
     # Taken apart at once: the gradients of rows and of pieces are laid side by side, not added up.
-    for q, k, v, own in zip(*((x,) if len(cut) == 1 else x.split(1) for x in (query, key, value)), cut, strict=True):
-        asked = q.split([piece.queries[1] - piece.queries[0] for piece, _ in own], dim=2)
-        made = [
-            _of_piece(module, few, k, v, piece, mask, options) for few, (piece, mask) in zip(asked, own, strict=True)
-        ]
-        rows.append(made[0] if len(made) == 1 else torch.cat(made, dim=1))
-    return rows[0] if len(rows) == 1 else torch.cat(rows), None
+    for q, k, v, row in zip(*((x,) if len(cut) == 1 else x.split(1) for x in (query, key, value)), cut, strict=True):
+        if _is_multiplied(q, row, options):
+            scaling = options.get("scaling")
+            scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
+            made_rows.append(attend(q[0], k[0], v[0], row.strips, scaling)[None])
+            continue
+        asked = q.split([piece.queries[1] - piece.queries[0] for piece in row.pieces], dim=2)
+        parts = zip(asked, row.pieces, row.masks, strict=True)
+        made = [_of_piece(module, few, k, v, piece, mask, options) for few, piece, mask in parts]
+        made_rows.append(made[0] if len(made) == 1 else torch.cat(made, dim=1))
+    return made_rows[0] if len(made_rows) == 1 else torch.cat(made_rows), None
+
+
+def _is_multiplied(query_1HTD: torch.Tensor, row: _Row, options: dict[str, Any]) -> bool:
+    """Whether the probabilities of a row are few enough to be kept, and nothing asks more than attention's formula."""
+    kept = row.products * query_1HTD.shape[1] * query_1HTD.element_size()
+    plain = not options.get("dropout") and options.get("cache") is None and options.get("softcap") is None
+    return plain and kept <= _KEPT_BYTES and query_1HTD.dtype == row.mask_11TT.dtype
 
 
 def _of_piece(module: Any, asked: Any, key: Any, value: Any, piece: Piece, mask: Any, options: dict[str, Any]) -> Any:
     own = {**options, "is_causal": mask is None}
-    return sdpa_attention_forward(module, asked, _keys_of(key, piece, 2), _keys_of(value, piece, 2), mask, **own)[0]
+    key, value = (_keys_of(values, piece.keys, 2) for values in (key, value))
+    return sdpa_attention_forward(module, asked, key, value, mask, **own)[0]

@@ -13,7 +13,9 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mmtune.models import segments
 from mmtune.models.segments import Piece, without_pieces
+from mmtune.models.strips import Strip
 from mmtune.training import tree_pieces
 from mmtune.training.tree_mask import MaskRules, attention_mask, dense_mask
 from mmtune.training.tree_pieces import pieces_of
@@ -78,26 +80,37 @@ def test_small_rows_and_virtual_tokens_stay_whole() -> None:
 
 
 class Products(TorchFunctionMode):
-    """Counts the products of a query and a key in PyTorch's attention."""
+    """Counts the products of a query and a key in PyTorch's attention and in strips."""
 
-    def __init__(self) -> None:
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
         super().__init__()
-        self.made = 0
+        self.by_torch = self.in_strips = 0
+        attend = segments.attend
+
+        def counted(query: Any, key: Any, value: Any, strips: tuple[Strip, ...], scaling: float) -> torch.Tensor:
+            self.in_strips += sum(strip.mask_QK.numel() for strip in strips)
+            return attend(query, key, value, strips, scaling)
+
+        patch.setattr(segments, "attend", counted)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is functional.scaled_dot_product_attention:
-            self.made += args[0].shape[0] * args[0].shape[2] * args[1].shape[2]
+            self.by_torch += args[0].shape[0] * args[0].shape[2] * args[1].shape[2]
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 30])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_loss_and_gradients_are_those_of_the_whole_mask(checkpointing: bool) -> None:
+def test_loss_and_gradients_are_those_of_the_whole_mask(
+    checkpointing: bool, kept_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Grouped heads, two rows, a row of short trees, and blocks computed again in the backward pass."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, attn_implementation="sdpa",
     )  # fmt: skip
+    monkeypatch.setattr(segments, "_KEPT_BYTES", kept_bytes)
     model = LlamaForCausalLM(config).double().train()
     if checkpointing:
         model.gradient_checkpointing_enable()
@@ -107,12 +120,16 @@ def test_loss_and_gradients_are_those_of_the_whole_mask(checkpointing: bool) -> 
     found = []
     for given_mask in (mask, without_pieces(mask)):
         model.zero_grad()
-        with Products() as products:
+        with Products(monkeypatch) as products:
             made = model(ids, attention_mask=given_mask, position_ids=layout[2].long(), use_cache=False).logits
+        counted = products.in_strips, products.by_torch
         made.square().sum().backward()
-        found.append((products.made, made.detach(), {name: p.grad for name, p in model.named_parameters()}))
-    (fewer, ours, our_grads), (all_pairs, theirs, their_grads) = found
-    assert fewer < 0.75 * all_pairs
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        found.append((counted, made.detach(), gradients))
+    ((in_strips, by_torch), ours, our_grads), ((_, all_pairs), theirs, their_grads) = found
+    fewer, other = (in_strips, by_torch) if kept_bytes else (by_torch, in_strips)
+    assert 0 < fewer < 0.75 * all_pairs
+    assert other == 0
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
     for name, grad in our_grads.items():
         torch.testing.assert_close(grad, their_grads[name], rtol=1e-9, atol=1e-9)

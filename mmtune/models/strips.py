@@ -1,0 +1,125 @@
+"""Attention as the products that it is, on a CPU: what short rows take less time by than by a flash kernel.
+
+``softmax(Q K^T * s + mask) V`` strip by strip of queries, with the probabilities kept for the backward pass, so that no
+score is computed twice; the gradient is ``dS = P * (dP - rowsum(dP * P))`` (Dao et al. 2022, arXiv:2205.14135, appendix
+B.2). Outputs and gradients are written where the layers read them: no copies are joined, no zeros added.
+
+Shapes: T tokens of one row; H heads that ask and G heads that are asked, each by H / G; D head width, V width of a
+value; Q queries of a strip, K their keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Strip:
+    """Queries that stand together, with the keys they are asked of.
+
+    Attributes:
+        queries: First and end.
+        keys: Spans of keys.
+        mask_QK: Added to the scores.
+    """
+
+    queries: Span
+    keys: tuple[Span, ...]
+    mask_QK: torch.Tensor
+
+    def keys_of(self, values_GTD: torch.Tensor) -> torch.Tensor:
+        """Returns ``(G, K, D)``, what of all tokens' keys or values belongs to the strip."""
+        parts = [values_GTD[:, first:end] for first, end in self.keys]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def queries_of(self, asked_HTD: torch.Tensor, groups: int) -> torch.Tensor:
+        """Returns ``(G, H / G * Q, D)``, the strip's queries side by side where they ask the same heads."""
+        asked_HQD = asked_HTD[:, slice(*self.queries)]
+        return asked_HQD.reshape(groups, -1, asked_HQD.shape[-1])
+
+
+def attend(
+    query_HTD: torch.Tensor, key_GTD: torch.Tensor, value_GTV: torch.Tensor, strips: Sequence[Strip], scaling: float
+) -> torch.Tensor:
+    """Returns ``(T, H, V)``, attention of one row.
+
+    Args:
+        query_HTD: Of every token.
+        key_GTD: G divides H; neighbours among the H heads ask the same one.
+        value_GTV: As the keys.
+        strips: Their queries are together the whole row.
+        scaling: Of the scores.
+    """
+    made: torch.Tensor = _Attention.apply(query_HTD, key_GTD, value_GTV, strips, scaling)
+    return made
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query_HTD: torch.Tensor,
+        key_GTD: torch.Tensor,
+        value_GTV: torch.Tensor,
+        strips: Sequence[Strip],
+        scaling: float,
+    ) -> torch.Tensor:
+        (heads, tokens, _), groups = query_HTD.shape, len(key_GTD)
+        made_THV = query_HTD.new_empty(tokens, heads, value_GTV.shape[-1])
+        kept = []
+        for strip in strips:
+            asked, key_GKD = strip.queries_of(query_HTD, groups), strip.keys_of(key_GTD)
+            mask = strip.mask_QK.expand(groups, heads // groups, *strip.mask_QK.shape)
+            mask = mask.reshape(groups, asked.shape[1], -1)
+            chances = torch.baddbmm(mask, asked, key_GKD.mT, alpha=scaling).softmax(-1)
+            _tokens(made_THV, strip.queries).copy_(_heads(chances @ strip.keys_of(value_GTV), heads))
+            kept.append(chances)
+        ctx.save_for_backward(query_HTD, key_GTD, value_GTV, *kept)
+        ctx.strips, ctx.scaling = strips, scaling
+        return made_THV
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_THV: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query_HTD, key_GTD, value_GTV, *kept = ctx.saved_tensors
+        heads, groups = len(query_HTD), len(key_GTD)
+        # In the order of memory in which the layers before read them.
+        query_grad = torch.empty_like(query_HTD.transpose(0, 1), memory_format=torch.contiguous_format)
+        key_grad, value_grad = (
+            torch.zeros_like(made.transpose(0, 1), memory_format=torch.contiguous_format)
+            for made in (key_GTD, value_GTV)
+        )
+        for strip, chances in zip(ctx.strips, kept, strict=True):
+            grad = strip.queries_of(grad_THV.transpose(0, 1), groups)
+            asked, key_GKD = strip.queries_of(query_HTD, groups), strip.keys_of(key_GTD)
+            _add(value_grad, strip, chances.mT @ grad)
+            scores = torch._softmax_backward_data(grad @ strip.keys_of(value_GTV).mT, chances, -1, chances.dtype).mul_(
+                ctx.scaling
+            )
+            _tokens(query_grad, strip.queries).copy_(_heads(scores @ key_GKD, heads))
+            _add(key_grad, strip, scores.mT @ asked)
+        return query_grad.transpose(0, 1), key_grad.transpose(0, 1), value_grad.transpose(0, 1), None, None
+
+
+def _tokens(values_THD: torch.Tensor, span: Span) -> torch.Tensor:
+    """Returns ``(H, Q, D)``, a span of tokens by heads."""
+    return values_THD[slice(*span)].transpose(0, 1)
+
+
+def _heads(made: torch.Tensor, heads: int) -> torch.Tensor:
+    """Returns ``(H, Q, D)`` of ``(G, H / G * Q, D)``."""
+    return made.reshape(heads, -1, made.shape[-1])
+
+
+def _add(grad_TGD: torch.Tensor, strip: Strip, made_GKD: torch.Tensor) -> None:
+    """Adds the gradient of a strip's keys or values to that of all tokens'."""
+    at = 0
+    for first, end in strip.keys:
+        _tokens(grad_TGD, (first, end)).add_(made_GKD[:, at : at + end - first])
+        at += end - first
