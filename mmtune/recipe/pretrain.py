@@ -50,9 +50,19 @@ class Fusion(Section):
     """Layers of the language model before which cross- or co-attention stands, from 0."""
     modality_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Chance of each modality of a row to be hidden in a training step; its last one stays."""
+    auxiliary_loss: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the training loss, here and in finetune, that is what each pass of late and hybrid fusion loses by the
+    answer that it would give alone, their mean; the rest is the mixture's. 0: a pass learns by its part in the mixture,
+    which leaves a weaker one little to learn from (Wang et al. 2020)."""
     instruction: bool = False
     """The embedding of the question, the mean of what the user says in the last turn, moves the gate of late and hybrid
     fusion."""
+
+    @model_validator(mode="after")
+    def _mixes_passes(self) -> Fusion:
+        if self.auxiliary_loss and self.mode == "early":
+            raise ValueError("auxiliary_loss is for mode late and hybrid: early fusion has one pass")
+        return self
 
 
 class Parts(Section):

@@ -93,7 +93,8 @@ class Learner(nn.Module):
         super().__init__()
         check_weights(settings.weights)
         self.model, self.settings, self.ledger = model, settings, Ledger()
-        self._by_task: Said = []
+        self._said: Said = []
+        self._apart = bool(model.config.fusion["auxiliary_loss"])
         width, weights, codes = model.config.text_config.hidden_size, settings.weights, settings.codes
         heads: dict[str, Callable[[], nn.Module]] = {}
         if set(CODED) & set(weights):
@@ -165,14 +166,16 @@ class Learner(nn.Module):
         return found, facts, count
 
     def _caption(self, given: Mapping[str, torch.Tensor], tasks_B: torch.Tensor | None) -> torch.Tensor:
-        """Returns the sum of the weighted losses of the label tokens over their number, and notes each task's own."""
-        self._by_task = []
-        if tasks_B is None:
+        """Returns the sum of the weighted losses of the label tokens over their number, and notes its parts."""
+        self._said = []
+        if tasks_B is None and not self._apart:
             nll, count = answer_loss(self.model, given)
             return nll / max(count, 1)
-        losses_N, row_N = answer_losses(self.model, given)
-        weights_N, self._by_task = by_task(losses_N, tasks_B[row_N], self.settings.tasks)
-        return (losses_N * weights_N).sum() / max(losses_N.numel(), 1)
+        losses_N, row_N, self._said = answer_losses(self.model, given)
+        if tasks_B is not None:
+            weights_N, by_name = by_task(losses_N, tasks_B[row_N], self.settings.tasks)
+            losses_N, self._said = losses_N * weights_N, [*self._said, *by_name]
+        return losses_N.sum() / max(losses_N.numel(), 1)
 
     def pooled(self, batch: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Returns ``(B, H)`` the mean feature of every part, and ``(B, K)`` which rows have it."""
@@ -213,7 +216,7 @@ class Learner(nn.Module):
         found, facts, count = self.losses(batch)
         total = weighted_sum(found, self.settings.weights)
         facts = {f"loss_{name}": float(own.detach()) for name, own in found.items()} | facts
-        self.ledger.say([(facts, float(count)), *self._by_task], training=self.training)
+        self.ledger.say([(facts, float(count)), *self._said], training=self.training)
         return total * count, count
 
     def held_out_loss(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int]:

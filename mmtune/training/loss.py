@@ -12,10 +12,12 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from mmtune.models.composite.auxiliary import OwnAnswers, blended, weighed
 from mmtune.models.encoder_outputs import encoder_outputs_in
 from mmtune.models.label_tokens import only_label_tokens
 from mmtune.models.mask_rules import MaskRules
 from mmtune.models.soft_prompt import is_prefix, run_behind_virtual_tokens, virtual_tokens
+from mmtune.training.ledger import Said
 from mmtune.training.tree_mask import attention_mask, behind_virtual_tokens
 
 IGNORED = -100
@@ -28,35 +30,61 @@ _OURS = ("labels", "next_labels", "layout", "spans", "tiles", "tasks")
 def answer_loss(
     model: Any, batch: Mapping[str, torch.Tensor], rules: MaskRules | None = None
 ) -> tuple[torch.Tensor, int]:
-    """Returns the summed cross-entropy in fp32 over the label tokens, and their number; arguments as below."""
-    logits_NV, targets_N = _label_logits(model, batch, rules)
-    return chunked_cross_entropy(logits_NV, targets_N), targets_N.numel()
+    """Returns the summed cross-entropy in fp32 over the label tokens, and their number; arguments as below.
+
+    A model with auxiliary losses (``fusion.auxiliary_loss``) loses by them while it trains.
+    """
+    made, targets_N, bears_BT = _label_logits(model, batch, rules)
+    if _own_answers(made) is None or not model.training:
+        return chunked_cross_entropy(made.logits[0], targets_N), targets_N.numel()
+    losses_N, _ = _losses(model, made, targets_N, bears_BT)
+    return losses_N.sum(), targets_N.numel()
 
 
 def answer_losses(
     model: Any, batch: Mapping[str, torch.Tensor], rules: MaskRules | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the cross-entropy in fp32 of every label token, ``(N,)``, and the number of its conversation.
+) -> tuple[torch.Tensor, torch.Tensor, Said]:
+    """Returns the loss in fp32 of every label token, ``(N,)``, the number of its conversation, and its parts to log.
 
-    Conversations are the rows, or the branches of packed trees in their order. Arguments as below.
+    Conversations are the rows, or the branches of packed trees in their order. Parts are those of auxiliary losses:
+    what the mixture loses and what each pass loses alone, of those that the gate weighs. Arguments as below.
     """
-    logits_NV, targets_N = _label_logits(model, batch, rules)
-    losses_N = chunked_cross_entropy(logits_NV, targets_N, "none")
+    made, targets_N, bears_BT = _label_logits(model, batch, rules)
+    losses_N, said = _losses(model, made, targets_N, bears_BT)
     if "layout" not in batch:
-        return losses_N, (next_labels(batch["labels"]) != IGNORED).nonzero()[:, 0]
+        return losses_N, bears_BT.nonzero()[:, 0], said
     tree_BT, branch_BT = batch["layout"][0].long(), batch["layout"][1].long()
     inside_BT = branch_BT > 0
     row_BT = torch.arange(len(tree_BT), device=tree_BT.device)[:, None].expand_as(tree_BT)
     keys = torch.stack((row_BT, tree_BT, branch_BT), dim=-1)[inside_BT]
     owner_BT = torch.zeros_like(tree_BT)
     owner_BT[inside_BT] = torch.unique_consecutive(keys, dim=0, return_inverse=True)[1]
-    return losses_N, owner_BT[batch["next_labels"] != IGNORED]
+    return losses_N, owner_BT[bears_BT], said
+
+
+def _own_answers(made: Any) -> OwnAnswers | None:
+    return getattr(made, "own_answers", None)
+
+
+def _losses(model: Any, made: Any, targets_N: torch.Tensor, bears_BT: torch.Tensor) -> tuple[torch.Tensor, Said]:
+    """Returns ``(N,)`` what the label tokens lose, in training with the auxiliary losses, and its parts to log."""
+    mixture_N = chunked_cross_entropy(made.logits[0], targets_N, "none")
+    own = _own_answers(made)
+    if own is None:
+        return mixture_N, []
+    own_NK, weighed_NK = own.losses(mixture_N, targets_N), weighed(made.log_gate, bears_BT)
+    losses_N = blended(mixture_N, own_NK, weighed_NK, own.share) if model.training else mixture_N
+    counts = [targets_N.numel(), *weighed_NK.sum(0).tolist()]
+    sums = [float(mixture_N.detach().sum()), *own_NK.detach().where(weighed_NK, 0.0).sum(0).tolist()]
+    names = ["loss_mixture", *(f"loss_alone_{branch}" for branch in own.branches)]
+    parts = zip(names, sums, counts, strict=True)
+    return losses_N, [({name: total / count}, count) for name, total, count in parts if count]
 
 
 def _label_logits(
     model: Any, batch: Mapping[str, torch.Tensor], rules: MaskRules | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns ``(N, V)`` logits where there is a label, and the labels.
+) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """Returns the model's output with ``(1, N, V)`` logits where there is a label, the labels, and ``(B, T)`` where.
 
     Args:
         model: Called with the batch less its labels and its layout, features in the place of media.
@@ -73,8 +101,7 @@ def _label_logits(
         else:
             assert rules is not None
             made = _run_packed(model, inputs, batch, rules)
-        logits_NV = made.logits[0]
-    return logits_NV, next_BT[bears_BT]
+    return made, next_BT[bears_BT], bears_BT
 
 
 def next_labels(labels_BT: torch.Tensor) -> torch.Tensor:

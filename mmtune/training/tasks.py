@@ -1,4 +1,4 @@
-"""Losses by task: which task every row belongs to, and the answers' loss as the weighted sum over tasks.
+"""The answers' loss by parts: the weighted sum over tasks, and what the passes of a fusion lose alone.
 
 Shapes: B rows, T tokens, N label tokens, C conversations (rows, or the branches of packed trees).
 """
@@ -79,11 +79,14 @@ def tasks_of(tables: Iterable[pa.Table], weights: Mapping[str, float], section: 
 
 
 @dataclass(frozen=True)
-class TaskLoss:
-    """The answers' loss as ``sum_i w_i L_i`` over the tasks of a batch, each ``L_i`` noted by its task's name.
+class NamedLoss:
+    """The answers' loss, with the parts of it noted by name.
+
+    Over tasks it is ``sum_i w_i L_i``, each ``L_i`` noted by its task's name; what the branches of a fusion with
+    auxiliary losses lose alone is noted by their names.
 
     Attributes:
-        tasks: Of the run.
+        tasks: Of the run; where there is one, every label token counts 1.
         rules: The model's attention, for packed trees.
         ledger: Where they are noted.
     """
@@ -93,15 +96,24 @@ class TaskLoss:
     ledger: Ledger
 
     def __call__(self, model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
-        """Returns the weighted sum of the cross-entropy over the label tokens, and their number."""
-        losses_N, owner_N = answer_losses(model, batch, self.rules)
-        weights_N, said = by_task(losses_N, batch["tasks"][owner_N], self.tasks.weights)
+        """Returns the weighted sum of the loss over the label tokens, and their number."""
+        losses_N, owner_N, said = answer_losses(model, batch, self.rules)
+        if self.tasks.weights:
+            weights_N, by_name = by_task(losses_N, batch["tasks"][owner_N], self.tasks.weights)
+            losses_N, said = losses_N * weights_N, [*said, *by_name]
         self.ledger.say(said, training=model.training)
-        return (losses_N * weights_N).sum(), losses_N.numel()
+        return losses_N.sum(), losses_N.numel()
 
 
-def weigh_tasks(made: Batching, tasks: Tasks, ledger: Ledger) -> Batching:
-    """Returns the batching with the loss as a sum over tasks; as it is where there is one task."""
-    if not tasks.weights:
+def by_parts(made: Batching, tasks: Tasks, ledger: Ledger, *, apart: bool) -> Batching:
+    """Returns the batching with the loss in parts; as it is where it has but one.
+
+    Args:
+        made: The batching.
+        tasks: Of the run.
+        ledger: Where the parts are noted.
+        apart: Whether the model has auxiliary losses, see ``composite.auxiliary``.
+    """
+    if not tasks.weights and not apart:
         return made
-    return replace(made, batches=tasks.told(made.batches), loss=TaskLoss(tasks, made.rules, ledger))
+    return replace(made, batches=tasks.told(made.batches), loss=NamedLoss(tasks, made.rules, ledger))

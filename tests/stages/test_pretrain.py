@@ -126,6 +126,7 @@ def test_bad_recipes_are_named(recipe_at):
         (["model.path=elsewhere"], "leave out model.path"),
         (["pretrain.train=[llm]", "pretrain.unfreeze={image: 1}"], "image, which does not train"),
         (["pretrain.batch_rows=1"], "compares the rows of a micro batch"),
+        (["pretrain.build.fusion={auxiliary_loss: 0.5}"], "auxiliary_loss is for mode late and hybrid"),
     ):
         with pytest.raises(RecipeError, match=said):
             recipe_at(*overrides)

@@ -2,16 +2,21 @@
 
 import gzip
 import json
+import shutil
 from itertools import islice
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from mmtune.errors import Interrupted
 from mmtune.order import run_stages, stages_of
 from mmtune.recipe.text import load_recipe
+from mmtune.stages.finetune import finetune
+from mmtune.stages.pretrain import pretrain
 from mmtune.storage import read_manifest
 from mmtune.talk import Talk
+from mmtune.training import loop
 
 pytestmark = pytest.mark.slow
 
@@ -81,7 +86,7 @@ WAYS = {
     "cross": ("{attention: cross, layers: [0, 1]}", MLP, ALL),
     "co": ("{attention: co, layers: [0, 1]}", MLP, ALL),
     "late": ("{mode: late, instruction: true}", MLP, CODED),
-    "hybrid": ("{mode: hybrid, instruction: true, modality_dropout: 0.2}", MLP, CODED),
+    "hybrid": ("{mode: hybrid, instruction: true, modality_dropout: 0.2, auxiliary_loss: 0.5}", MLP, CODED),
     "hybrid_co": ("{mode: hybrid, attention: co, layers: [0, 1]}", MLP, CODED),
     "late_self": ("{mode: late, attention: self}", MLP, CODED),
     "resampled": ("{mode: hybrid}", RESAMPLED, CODED),
@@ -124,6 +129,10 @@ def test_from_sources_to_scores(ran):
     )
     paired = {"cross_audio_image", "fill_error_audio_image", "recall_audio_image"}
     assert any(paired <= set(line) and line["loss_contrastive"] > 0 for line in lines)
+    alone = {f"loss_alone_{branch}" for branch in ("joint", "image", "audio")}
+    for stage in ("base", "adapter"):
+        logged = [json.loads(line) for line in (recipe.run_dir / stage / "metrics.jsonl").read_text().splitlines()]
+        assert (alone <= set().union(*logged)) == (way == "hybrid"), stage
     if "masked" in recipe.pretrain.weights:
         assert ("masked_image" in lines[0]) == (way != "cross")
     report = json.loads((recipe.run_dir / "report" / "metrics.json").read_text())
@@ -159,3 +168,27 @@ def test_a_prefix_is_shared_where_media_do_not_read_the_question(ran):
     apart = any("each row trains apart" in line for line in said)
     reads = way in ("self", "co", "hybrid_co", "late_self", "resampled")
     assert (apart, trees) == (reads, not reads), said
+
+
+def test_a_stopped_run_goes_on_with_the_same_losses(ran, monkeypatch):
+    """Of hybrid fusion each branch's own one too, in pretrain and finetune."""
+    way, recipe, _ = ran
+    if way != "hybrid":
+        pytest.skip("one way stands for all")
+    for stage, run in (("base", pretrain), ("adapter", finetune)):
+        folder, asked = recipe.run_dir / stage, iter([True])
+        weights = next(folder.glob("*model.safetensors"))
+        whole, metrics = weights.read_bytes(), losses(folder)
+        shutil.rmtree(folder)
+        with monkeypatch.context() as patch:
+            patch.setattr(loop.Loop, "stop_wanted", lambda _, asked=asked: next(asked, False))
+            with pytest.raises(Interrupted):
+                run(recipe, console=Talk(quiet=True))
+        run(recipe, console=Talk(quiet=True))
+        assert weights.read_bytes() == whole
+        assert losses(folder) == metrics and any("loss_alone_image" in line for line in metrics)
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name.startswith(("loss", "val_loss"))} for line in lines]

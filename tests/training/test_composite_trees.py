@@ -54,6 +54,17 @@ def test_packed_rows_are_exact_and_shared_prefixes_are_not(family: Any, media: A
     assert not found.exact and "differs" in found.reason
 
 
+@pytest.mark.parametrize("name", ["composite_late", "composite_hybrid"])
+def test_auxiliary_losses_of_trees_are_those_of_rows(name: str, tiny_family: Any, media: Any, served: Any) -> None:
+    family = deepcopy(tiny_family(name))
+    family.model.config.fusion = {**family.model.config.fusion, "auxiliary_loss": 0.4}
+    # Items that are told as unknown while training are drawn anew in each call.
+    family.model.model.behaviour_tower.config.unknown_rate = 0.0
+    trees = trees_of(family, media, served)
+    loss, gradient = both(family, family.model.train(), [trees[1:], trees[:1]], multiple_of=16)
+    assert loss < 1e-5 and gradient < 1e-5
+
+
 def test_prompt_masks_of_rows_and_trees(tiny_family: Any, media: Any, served: Any) -> None:
     family = tiny_family("composite")
     trees = trees_of(family, media, served)

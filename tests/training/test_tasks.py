@@ -15,7 +15,7 @@ from mmtune.errors import RecipeError
 from mmtune.training.batching import Batching, Split, packed_trees, rows_apart
 from mmtune.training.ledger import Ledger
 from mmtune.training.loss import answer_loss
-from mmtune.training.tasks import tasks_of, weigh_tasks
+from mmtune.training.tasks import by_parts, tasks_of
 from tests.training.test_tree_batch import error, gradients, trees_of
 
 NAMES = ("caption", "count", "vqa")
@@ -48,7 +48,7 @@ def test_it_is_the_weighted_sum_of_each_tasks_loss(known: Any, layout: str, weig
     family, split, told, rows = known
     ledger = Ledger()
     plain = batching_of(family, split, layout)
-    made = weigh_tasks(plain, tasks_of([told], weights, "finetune"), ledger)
+    made = by_parts(plain, tasks_of([told], weights, "finetune"), ledger, apart=False)
     sums = {name: torch.zeros(()) for name in NAMES}
     counts = dict.fromkeys(NAMES, 0)
     for row, task in rows:
@@ -75,7 +75,7 @@ def test_it_is_the_weighted_sum_of_each_tasks_loss(known: Any, layout: str, weig
 def test_held_out_rows_are_noted_apart(known: Any) -> None:
     family, split, told, _ = known
     ledger = Ledger()
-    made = weigh_tasks(batching_of(family, split, "trees"), tasks_of([told], {}, "finetune"), ledger)
+    made = by_parts(batching_of(family, split, "trees"), tasks_of([told], {}, "finetune"), ledger, apart=False)
     with torch.no_grad():
         made.loss(family.model, made.batches.batch(made.plan.epoch_batches(0)[0]))
     ledger.counted()
@@ -89,4 +89,4 @@ def test_weights_of_no_task_are_refused(known: Any) -> None:
     with pytest.raises(RecipeError, match="no task a weight above 0"):
         tasks_of([told], dict.fromkeys(NAMES, 0.0), "finetune")
     plain = batching_of(family, split, "rows")
-    assert weigh_tasks(plain, tasks_of([told.slice(0, 1)], {}, "finetune"), Ledger()) is plain
+    assert by_parts(plain, tasks_of([told.slice(0, 1)], {}, "finetune"), Ledger(), apart=False) is plain

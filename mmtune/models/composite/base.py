@@ -38,6 +38,8 @@ class CompositeOutput(ModelOutput):
     """``(B, T, K)`` log weights of the branches, where the gate mixes any."""
     passes: Any = None
     """Which branches share a run of the language model."""
+    own_answers: Any = None
+    """What each branch predicts alone, where the auxiliary loss is to train it; see ``auxiliary.OwnAnswers``."""
     fusion_state: Any = None
     """What the next call needs beside ``past_key_values``."""
     media_states: torch.Tensor | None = None

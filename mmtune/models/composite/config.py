@@ -19,6 +19,7 @@ _FUSION: dict[str, Any] = {
     "attention": "none",
     "layers": [],
     "modality_dropout": 0.0,
+    "auxiliary_loss": 0.0,
     "instruction": False,
 }
 _NO_WINDOW = (None, "full_attention")
@@ -44,8 +45,9 @@ class CompositeConfig(PreTrainedConfig):
             extractor makes and the encoder's tokens; None where a sound always takes the same number of tokens.
         projectors: Per modality ``{kind: linear | mlp | perceiver | qformer, ...}``, see ``projector.build``.
         fusion: ``mode`` early, late or hybrid; ``attention`` none, self, cross or co; ``layers`` of the language
-            model before which cross- or co-attention stands; ``modality_dropout`` while training; ``instruction``
-            lets the instruction's embedding move the gate.
+            model before which cross- or co-attention stands; ``modality_dropout`` while training; ``auxiliary_loss``
+            the share of the training loss that is what the passes lose alone; ``instruction`` lets the instruction's
+            embedding move the gate.
         frame_times: Frames of videos are told the second at which they were taken.
     """
 
@@ -128,6 +130,10 @@ def _check(config: CompositeConfig) -> None:
             raise ValueError(f"fusion.{name} is {fusion[name]!r}; it is one of {', '.join(known)}")
     if not 0 <= fusion["modality_dropout"] < 1:
         raise ValueError(f"fusion.modality_dropout is {fusion['modality_dropout']}; it is in [0, 1)")
+    if not 0 <= fusion["auxiliary_loss"] <= 1:
+        raise ValueError(f"fusion.auxiliary_loss is {fusion['auxiliary_loss']}; it is in [0, 1]")
+    if fusion["auxiliary_loss"] and fusion["mode"] == "early":
+        raise ValueError("fusion.auxiliary_loss is for fusion.mode late and hybrid: early fusion has one pass")
     text, layers = config.text_config, fusion["layers"]
     if (fusion["attention"] in ("cross", "co")) != bool(layers):
         raise ValueError("fusion.layers names the layers of fusion.attention cross and co, and of no other")

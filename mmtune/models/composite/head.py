@@ -5,6 +5,8 @@ Shapes: P passes, H width, V vocabulary; ``...`` rows and tokens.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -19,15 +21,19 @@ class MixingHead(nn.Linear):
     It takes one tensor, so whatever keeps the hidden states of some tokens only works on it as on any head.
     """
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor, apart: bool = False) -> Any:
         """Returns ``(..., V)``: logits of one pass, or log-probabilities of the mixture in fp32.
 
         Args:
             input: ``(..., H)``, or ``join`` of several passes.
+            apart: Return what each pass predicts beside the mixture, as ``parts`` does; None where one pass is all.
         """
         if input.shape[-1] == self.in_features:
-            return super().forward(input)
-        return mix(*self.parts(input))
+            made = super().forward(input)
+            return (made, None) if apart else made
+        log_gate, parts = self.parts(input)
+        mixture = mix(log_gate, parts)
+        return (mixture, parts) if apart else mixture
 
     def parts(self, joined: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Returns ``log g`` ``(..., P)`` and per pass the log-probabilities ``(..., V)``, both in fp32."""

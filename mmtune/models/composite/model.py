@@ -7,6 +7,7 @@ Shapes: B rows, T tokens, N media, H model width, V vocabulary.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 
 import mmtune.models.encoders  # noqa: F401  (its encoders become known to AutoModel)
 from mmtune.errors import CapabilityError
+from mmtune.models.composite.auxiliary import loss_of_labels, predict
 from mmtune.models.composite.base import CompositeOutput, CompositePreTrainedModel
 from mmtune.models.composite.config import CompositeConfig
 from mmtune.models.composite.encoders import build_encoder
@@ -354,11 +356,10 @@ class CompositeForConditionalGeneration(CompositePreTrainedModel, GenerationMixi
             fusion_state=fusion_state,
             **kwargs,
         )
-        made.logits = self.lm_head(slice_logits_to_keep(made.last_hidden_state, logits_to_keep))
+        predict(self.lm_head, slice_logits_to_keep(made.last_hidden_state, logits_to_keep), made, self.config)
         if labels is not None:
-            made.loss = self.loss_function(
-                logits=made.logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
-            )
+            usual = partial(self.loss_function, vocab_size=self.config.text_config.vocab_size)
+            made.loss = loss_of_labels(made, labels, usual, training=self.training, **kwargs)
         return made
 
     def _supports_mm_encoder_outputs(self) -> bool:

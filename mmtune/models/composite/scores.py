@@ -89,6 +89,12 @@ def branches_of_config(config: Any) -> tuple[str, ...]:
     return config.branches if isinstance(config, CompositeConfig) and len(config.branches) > 1 else ()
 
 
+def has_auxiliary_loss(model: Any) -> bool:
+    """Says whether the branches of a model also train by what they answer alone, see ``auxiliary``."""
+    config = base_of(model).config
+    return isinstance(config, CompositeConfig) and bool(config.fusion["auxiliary_loss"])
+
+
 def sees_by_mask(model: Any) -> bool:
     """Says whether a model takes media that the attention mask hides for missing, as it does in training."""
     return isinstance(base_of(model).config, CompositeConfig)

@@ -68,6 +68,7 @@ def _also(run: Run) -> str:
 
 
 def _course(run: Run) -> Any:
+    from mmtune.models.composite.scores import has_auxiliary_loss
     from mmtune.training.course import Course
     from mmtune.training.flops import utilisation_per_token
     from mmtune.training.loop import LoopSettings
@@ -89,15 +90,15 @@ def _course(run: Run) -> Any:
     )
     held_out, checkpoints = run.validate, run.checkpoints
     parts = (run.model, run.optimizer, run.accelerator, run.train, held_out, checkpoints, run.identity, loop)
-    ledger, weighed = run.ledger, bool(settings.task_weights)
+    ledger, named = run.ledger, bool(settings.task_weights) or has_auxiliary_loss(run.model)
 
     def keep() -> dict[str, float]:
         run.unfreezing.thaw()
-        state: dict[str, float] = ledger.state() if weighed else {}
+        state: dict[str, float] = ledger.state() if named else {}
         return state
 
-    # Nothing is said without tasks, and the processes need not ask each other.
-    said = {"parts": ledger.line, "held_out_parts": ledger.held_out_line, "counted": ledger.counted} if weighed else {}
+    # Nothing is said of a loss without parts, and the processes need not ask each other.
+    said = {"parts": ledger.line, "held_out_parts": ledger.held_out_line, "counted": ledger.counted} if named else {}
     staged = tuple(settings.unfreeze)
     return Course("finetune", *parts, surroundings=run.surroundings, staged=staged, keep=keep, **said)
 

@@ -71,10 +71,11 @@ def prepare(
         IntegrityError: The processor is not the one of tokens/.
     """
     from mmtune.models.attention import is_flex
+    from mmtune.models.composite.scores import has_auxiliary_loss
     from mmtune.training.checkpoints import CheckpointFolder
     from mmtune.training.ledger import Ledger
     from mmtune.training.surroundings import surroundings
-    from mmtune.training.tasks import weigh_tasks
+    from mmtune.training.tasks import by_parts
 
     ground = _ground(recipe, settings, tokens, path, identity, limit, offline)
     model = _model(recipe, settings, path, ground, console)
@@ -82,7 +83,8 @@ def prepare(
     newest = checkpoints.newest_identity() if resume == "auto" else None
     rows = batched(recipe, settings, tokens, model, ground, newest, console)
     tasks, ledger = _tasks(recipe, settings, ["train", *([] if rows.validate is None else ["val"])]), Ledger()
-    train, unfreezing = _staged(weigh_tasks(rows.train, tasks, ledger), model, settings, console)
+    named = partial(by_parts, tasks=tasks, ledger=ledger, apart=has_auxiliary_loss(model))
+    train, unfreezing = _staged(named(rows.train), model, settings, console)
     optimizer = _optimizer(model, settings, ground.accelerator)
     # Bins are of another length under FlexAttention.
     trees = "trees for FlexAttention" if is_flex(model) else "trees"
@@ -101,7 +103,7 @@ def prepare(
         optimizer=optimizer,
         accelerator=ground.accelerator,
         train=train,
-        validate=None if rows.validate is None else weigh_tasks(rows.validate, tasks, ledger),
+        validate=None if rows.validate is None else named(rows.validate),
         checkpoints=checkpoints,
         identity=_identity(identity, decided),
         surroundings=surroundings(model, ground.accelerator, {"mmtune": __version__, **library_versions()}, **spread),
