@@ -14,12 +14,14 @@ import torch
 
 from mmtune.encoding.collate import Collator
 from mmtune.encoding.processor import pad_token_id, tokenizer_of
+from mmtune.evaluation.damage import refuse_nan
 from mmtune.evaluation.generation import generate_texts, stop_ids
 from mmtune.evaluation.options import by_media, score_words
 from mmtune.evaluation.prototypes import SolvedRows, nearest_option, prompt_states, prototypes
 from mmtune.evaluation.ranking import Question, Words, rank
 from mmtune.evaluation.rows import EvalRows
 from mmtune.evaluation.scoring import RowScorer
+from mmtune.evaluation.soft_options import InStates, WordTokens, soft_options
 
 CACHE_BYTES = 256 << 20
 """Most bytes of media kept between batches."""
@@ -49,7 +51,8 @@ class Asking:
         loss: Also measure the loss on the reference answers.
         rank: Answer rows with options by their likeliest option.
         words: Label words by source, for ranking.
-        solved: Answer rows with options by the nearest prototype of these rows; None answers them otherwise.
+        solved: Answer rows with options by what these rows leave in the model; None answers them otherwise.
+        learned: Told what was learned of ``solved``, for the report.
         should_stop: Asked between batches; true ends it with ``generation.Stopped``.
         progress: Total and label to a context with an ``advance``; by default nothing is shown.
         note: Told what a person should know.
@@ -67,6 +70,7 @@ class Asking:
     note: Callable[[str], None] = lambda text: None
     missing: tuple[str, ...] = ()
     solved: SolvedRows | None = None
+    learned: Callable[[str], None] = lambda text: None
 
     def collator(self, processor: Any, *, left: bool = False) -> Collator:
         """Returns what makes batches of rows."""
@@ -117,7 +121,7 @@ class Answering:
             Stopped: ``should_stop`` said so.
         """
         words = self._asking.words if words is None else words
-        chosen = self._ranked(rows, name, words) if self._asking.rank else self._nearest(rows, name)
+        chosen = self._ranked(rows, name, words) if self._asking.rank else self._by_states(rows, name, words)
         free = [row for row in range(len(rows.kept)) if row not in chosen]
         said = dict(zip(free, self._generated(rows, name, free), strict=True))
         return [chosen[row] if row in chosen else said[row] for row in range(len(rows.kept))]
@@ -139,24 +143,40 @@ class Answering:
         examples = {row: example for row in range(len(rows.kept)) if (example := rows.example(row)).options}
         return rank(examples, words, score)
 
-    def _nearest(self, rows: EvalRows, name: str) -> dict[int, str]:
-        """Returns the option of the nearest prototype, of every row that has one."""
+    def _by_states(self, rows: EvalRows, name: str, words: Words) -> dict[int, str]:
+        """Returns the option of every row that has some, by the states in which training rows leave the model."""
         solved = self._asking.solved
         if solved is None:
             return {}
         shown = solved.rows.for_model(self._model)
-        means = prototypes(self._states(shown, f"{name} prototypes", range(len(shown.kept))), solved.labels)
+        known = self._states(shown, f"{name} training rows", range(len(shown.kept)))
         examples = {row: example for row in range(len(rows.kept)) if (example := rows.example(row)).options}
         states = self._states(rows, f"{name} states", list(examples))
+        if solved.soft:
+            given = InStates([shown.example(row) for row in range(len(shown.kept))], known)
+            return self._soft(name, given, InStates(list(examples.values()), states), list(examples), rows, words)
+        means = prototypes(known, solved.labels)
         found = {
             row: nearest_option(state, example.source, example.options, means)
             for (row, example), state in zip(examples.items(), states, strict=True)
         }
         return {row: option for row, option in found.items() if option is not None}
 
+    def _soft(
+        self, name: str, solved: InStates, asked: InStates, numbers: Sequence[int], rows: EvalRows, words: Words
+    ) -> dict[int, str]:
+        """Returns the option of every row that is asked, by what is learned from the training rows."""
+        control = frozenset(getattr(tokenizer_of(self._processor), "added_tokens_decoder", {}))
+        bare = self._model.get_base_model() if hasattr(self._model, "peft_config") else self._model
+        tokens = WordTokens(words, rows.encode, control)
+        chosen, said = soft_options(bare.get_output_embeddings(), tokens, solved, asked)
+        for line in said:
+            self._asking.learned(f"{name}: {line}")
+        return dict(zip(numbers, chosen, strict=True))
+
     def _states(self, rows: EvalRows, label: str, chosen: Sequence[int]) -> np.ndarray:
         with self._asking.progress(len(chosen), f"eval {label}") as bar:
-            return prompt_states(
+            states = prompt_states(
                 self._model,
                 lambda numbers: rows.prompts([chosen[at] for at in numbers]),
                 self._asking.collator(self._processor),
@@ -165,6 +185,8 @@ class Answering:
                 should_stop=self._asking.should_stop,
                 advance=bar.advance,
             )
+        refuse_nan(label.partition(" ")[0].rstrip(","), "states", states)
+        return states
 
     def _generated(self, rows: EvalRows, name: str, chosen: Sequence[int]) -> list[str]:
         if not chosen:

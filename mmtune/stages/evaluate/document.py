@@ -60,7 +60,7 @@ def _document(
         "filling": answers.filling,
         "training": _training_facts(plan),
         "manifests": _chain(plan),
-        "notes": questions.notes(),
+        "notes": [*questions.notes(), *answers.learned],
     }
 
 

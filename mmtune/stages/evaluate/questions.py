@@ -16,6 +16,7 @@ from mmtune.evaluation.rows import ChosenExamples, EvalRows, no_context, questio
 from mmtune.evaluation.vqa import few_references
 from mmtune.prompts.schema import row_to_example
 from mmtune.prompts.searched import shortenable
+from mmtune.recipe.evaluation import BY_STATES
 from mmtune.stages.evaluate.plan import Plan
 from mmtune.stages.evaluate.prompted import Prompted, prompted_rows
 from mmtune.stages.evaluate.saying import notes_of, said_of_fewer
@@ -36,7 +37,7 @@ class Questions:
         prompted: They as the searched prompt asks them, or None.
         read: How many rows were looked at.
         rejected: Reason to the number of those that do not fit.
-        solved: Training rows that prototypes are made of, or None.
+        solved: Training rows whose states answer, or None.
     """
 
     rows: EvalRows
@@ -96,7 +97,7 @@ def questions_of(plan: Plan, processor: Any, rejects: Path, console: Talk) -> Qu
     for line in said_of_fewer(asked.facts, len(scored)):
         console.note(line)
     prompted = prompted_rows(recipe, rows, make, plan.instructions) if plan.prompt is not None else None
-    solved = solved_rows(plan, rows, make, console) if settings.answer == "prototype" else None
+    solved = solved_rows(plan, rows, make, console) if settings.answer in BY_STATES else None
     return Questions(rows, scored, asked, prompted, len(examples), log.counts, solved)
 
 
