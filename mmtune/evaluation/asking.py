@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from mmtune.evaluation.damage import refuse_nan
 from mmtune.evaluation.generation import generate_texts, stop_ids
 from mmtune.evaluation.options import by_media, score_words
 from mmtune.evaluation.prototypes import SolvedRows, nearest_option, prompt_states, prototypes
-from mmtune.evaluation.ranking import Question, Words, rank
+from mmtune.evaluation.ranking import Question, Shares, Words, shares
 from mmtune.evaluation.rows import EvalRows
 from mmtune.evaluation.scoring import RowScorer
 from mmtune.evaluation.soft_options import InStates, WordTokens, soft_options
@@ -78,6 +79,21 @@ class Asking:
         return made.without(self.missing) if self.missing else made
 
 
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What models answered, by model and way.
+
+    Attributes:
+        texts: Answers to the kept rows of the way.
+        losses: On the references, where they were asked for.
+        shares: Log-probabilities of the options of ranked rows.
+    """
+
+    texts: dict[str, list[str]]
+    losses: dict[str, Losses]
+    shares: dict[str, Shares]
+
+
 def answerer(model: str, way: str) -> str:
     """Returns the name of a model asked in a way, as the report has it; an empty way names none."""
     return f"{model}, {way}" if way else model
@@ -120,11 +136,21 @@ class Answering:
         Raises:
             Stopped: ``should_stop`` said so.
         """
-        words = self._asking.words if words is None else words
-        chosen = self._ranked(rows, name, words) if self._asking.rank else self._by_states(rows, name, words)
+        return self.answers_and_shares(rows, name, words)[0]
+
+    def answers_and_shares(
+        self, rows: EvalRows, name: str = "", words: Words | None = None
+    ) -> tuple[list[str], Shares]:
+        """Returns the answers as ``answers`` does, and the log-probabilities of the options where rows are ranked."""
+        words, found = self._asking.words if words is None else words, Shares()
+        if self._asking.rank:
+            found = self._ranked(rows, name, words)
+            chosen = {row: rows.example(row).options[int(own.argmax())] for row, own in found.items()}
+        else:
+            chosen = self._by_states(rows, name, words)
         free = [row for row in range(len(rows.kept)) if row not in chosen]
         said = dict(zip(free, self._generated(rows, name, free), strict=True))
-        return [chosen[row] if row in chosen else said[row] for row in range(len(rows.kept))]
+        return [chosen[row] if row in chosen else said[row] for row in range(len(rows.kept))], found
 
     def losses(self, rows: EvalRows, name: str = "") -> Losses:
         """Returns the losses on the reference answers of the kept rows; arguments as in ``answers``."""
@@ -133,15 +159,15 @@ class Answering:
             logprob, tokens = self.scorer(rows.conversations, order, bar.advance)
         return -logprob, tokens
 
-    def _ranked(self, rows: EvalRows, name: str, words: Words) -> dict[int, str]:
-        """Returns the likeliest option of every row that has options."""
+    def _ranked(self, rows: EvalRows, name: str, words: Words) -> Shares:
+        """Returns the log-probabilities of the options of every row that has some."""
 
         def score(asked: Sequence[tuple[Question, int]]) -> np.ndarray:
             with self._asking.progress(len(asked), f"eval {name} options") as bar:
                 return score_words(self.scorer, rows.encode, asked, bar.advance)
 
         examples = {row: example for row in range(len(rows.kept)) if (example := rows.example(row)).options}
-        return rank(examples, words, score)
+        return shares(examples, words, score)
 
     def _by_states(self, rows: EvalRows, name: str, words: Words) -> dict[int, str]:
         """Returns the option of every row that has some, by the states in which training rows leave the model."""
@@ -217,7 +243,8 @@ def ask_each(
     ways: Mapping[str, EvalRows],
     asking: Asking,
     also: Callable[[str, Any], None] = lambda name, model: None,
-) -> tuple[dict[str, list[str]], dict[str, Losses]]:
+    further: Mapping[str, EvalRows] = MappingProxyType({}),
+) -> Heard:
     """Returns every model's answers to the kept rows, and its losses when they are asked for, by model and way.
 
     Args:
@@ -226,24 +253,24 @@ def ask_each(
         ways: Way of asking to the same rows in it, already examined; the empty one names no way.
         asking: How they are asked.
         also: Told of each model while it is in memory.
+        further: Further ways, of which no loss is wanted.
 
     Raises:
         Stopped: ``should_stop`` said so.
     """
-    texts: dict[str, list[str]] = {}
-    losses: dict[str, Losses] = {}
+    heard = Heard({}, {}, {})
     for name, load in models.items():
         model = load()
         answering = Answering(model, processor, asking)
-        for way, rows in ways.items():
+        for way, rows in (*ways.items(), *further.items()):
             label = answerer(name, way)
             shown = rows.for_model(model)
-            texts[label] = answering.answers(shown, label)
-            if asking.loss:
-                losses[label] = answering.losses(shown, label)
+            heard.texts[label], heard.shares[label] = answering.answers_and_shares(shown, label)
+            if asking.loss and way in ways:
+                heard.losses[label] = answering.losses(shown, label)
         also(name, model)
         del model, answering
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    return texts, losses
+    return heard

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from mmtune.recipe.ensemble import Ensemble
 from mmtune.recipe.exemplars import Exemplars
 from mmtune.recipe.section import Section, SplitName
 
@@ -55,6 +56,8 @@ class Eval(Section):
     ] = (Exemplars(),)
     """How shots are chosen out of instructions/train; several ways are compared on the same rows. Beside retrieval
     stands what its exemplars alone would answer by majority."""
+    ensemble: Ensemble | None = None
+    """Several templates or adapters that answer together; absent: none."""
     loss: bool = True
     """Also report the perplexity of the reference answers."""
     ablate: tuple[Literal["modality", "fusion", "shots", "instructions"], ...] = ()
@@ -93,6 +96,18 @@ class Eval(Section):
         idle += [f"compare {name}" for name in self.compare if name.endswith("best_prompt")]
         if idle:
             raise ValueError(f"answer {self.answer} compares rows as they stand: leave out {idle[0]}")
+        return self
+
+    @model_validator(mode="after")
+    def _members_that_can_answer(self) -> Eval:
+        if self.ensemble is None:
+            return self
+        if any(self.shots):
+            raise ValueError("ensemble asks rows without exemplars: leave shots out, or ensemble")
+        if self.ensemble.wordings and self.answer != "rank":
+            raise ValueError("ensemble.wordings joins the probabilities of options: set answer: rank")
+        if self.ensemble.adapters and "tuned" not in self.compare:
+            raise ValueError("ensemble.adapters answer beside adapter/: add tuned to compare")
         return self
 
     @model_validator(mode="after")

@@ -103,6 +103,12 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _wordings_of_templates(self) -> Recipe:
+        if self.build.prompt and self.eval and self.eval.ensemble and self.eval.ensemble.wordings:
+            raise ValueError("build.prompt words every row, and eval.ensemble.wordings asks in others: leave one out")
+        return self
+
+    @model_validator(mode="after")
     def _unique_sources(self) -> Recipe:
         seen: set[tuple[str, str]] = set()
         for source in self.sources:

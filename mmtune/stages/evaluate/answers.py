@@ -18,6 +18,7 @@ from mmtune.evaluation.ranking import label_words
 from mmtune.models.composite.scores import branches_of_config
 from mmtune.models.load import load_config, load_to_answer
 from mmtune.stages.evaluate.answerers import VOTE, in_order
+from mmtune.stages.evaluate.ensemble import answers_in_wordings, answers_of_adapters
 from mmtune.stages.evaluate.filling import filling_of
 from mmtune.stages.evaluate.plan import Plan
 from mmtune.stages.evaluate.prompted import adapter_of, is_prompted
@@ -106,13 +107,20 @@ def _answers(plan: Plan, processor: Any, questions: Questions, asking: Asking) -
         filling = filling_of(partial(_load, plan, "base"), Path(plan.model), processor, questions.rows, asking)
     plain = {name: load for name, load in models.items() if not is_prompted(name)}
     looking = Looking(processor, ways, asking, settings.ablate, list(plain)[-1:], plan.recipe.seed)
-    texts, losses = ask_each(plain, processor, ways, asking, looking)
+    members = {answerer("tuned", one.name): partial(_load, plan, "tuned", one.folder) for one in plan.members}
+    further = {} if questions.worded is None else questions.worded.rows
+    heard = ask_each({**plain, **members}, processor, ways, asking, looking, further)
+    texts, losses = dict(heard.texts), dict(heard.losses)
+    if questions.worded is not None:
+        texts |= answers_in_wordings(heard, list(plain), questions.worded)
+    if members:
+        texts |= answers_of_adapters(heard, ["tuned", *members], questions.rows)
     if prompted is not None:
         asked = {name: load for name, load in models.items() if is_prompted(name)}
-        said, more = ask_each(asked, processor, {"": prompted.rows}, prompted.asking(asking))
-        texts |= {name: prompted.answers(answers) for name, answers in said.items()}
+        more = ask_each(asked, processor, {"": prompted.rows}, prompted.asking(asking))
+        texts |= {name: prompted.answers(answers) for name, answers in more.texts.items()}
         # Label words are other texts than the references: their losses say nothing beside those.
-        losses |= {} if prompted.unaskable or prompted.prompt.words else more
+        losses |= {} if prompted.unaskable or prompted.prompt.words else more.losses
     for name, (nll, _) in losses.items():
         refuse_nan(name, "probabilities", nll)
     votes = {answerer(VOTE, way): said for way, said in questions.asked.votes.items()}
@@ -120,11 +128,11 @@ def _answers(plan: Plan, processor: Any, questions: Questions, asking: Asking) -
     return Answers(ordered, in_order(losses, settings.compare), looking, filling)
 
 
-def _load(plan: Plan, name: str) -> Any:
+def _load(plan: Plan, name: str, adapter: Path | None = None) -> Any:
     recipe = plan.recipe
     return load_to_answer(
         plan.model,
-        adapter_of(recipe, name, plan.prompt),
+        adapter or adapter_of(recipe, name, plan.prompt),
         precision=recipe.finetune.precision if recipe.finetune else "auto",
         revision=plan.revision,
         attn=recipe.model.attn if recipe.model else "auto",
