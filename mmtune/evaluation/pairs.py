@@ -20,6 +20,7 @@ class Answerer:
         prompted: Whether it is asked with the searched prompt.
         shots: Exemplars before its questions.
         how: How these are chosen; of no meaning without any.
+        joined: Whether it is an ensemble: several prompts together in place of one.
     """
 
     name: str
@@ -27,10 +28,11 @@ class Answerer:
     prompted: bool = False
     shots: int = 0
     how: str = ""
+    joined: bool = False
 
 
 def pairs_of(answerers: Sequence[Answerer]) -> list[Pair]:
-    """Returns the pairs that differ in one thing: tuning, the prompt, or the exemplars before the question.
+    """Returns the pairs that differ in one thing: tuning, the prompt (or several of them), or the exemplars.
 
     Of several numbers of exemplars each is compared with none, and with the next smaller one of the same choice. One
     pair differs in two things and is there too: tuning beside a better prompt, which may do as well. Tuning comes
@@ -56,7 +58,7 @@ def leading_pair(answerers: Sequence[Answerer]) -> Pair | None:
         return None
     own = {one.name: one for one in answerers}
     tuning = [pair for pair in pairs if own[pair[0]].tuned != own[pair[1]].tuned]
-    plain = [pair for pair in tuning if not any(own[name].prompted for name in pair)]
+    plain = [pair for pair in tuning if not any(own[name].prompted or own[name].joined for name in pair)]
     most = [pair for pair in plain if own[pair[0]].shots == own[plain[0][0]].shots]
     return (most or tuning or pairs)[-1]
 
@@ -68,6 +70,8 @@ def _rank(one: Answerer, two: Answerer, all_of_them: Sequence[Answerer]) -> int 
     """Returns the place of a pair's kind, or None where it is not compared."""
     tuning, prompt = one.tuned != two.tuned, one.prompted != two.prompted
     exemplars = (one.shots, one.how if one.shots else "") != (two.shots, two.how if two.shots else "")
+    if one.joined != two.joined:
+        return None if tuning or prompt or exemplars else _PROMPT
     if exemplars:
         return _EXEMPLARS if not tuning and not prompt and _neighbours(one, two, all_of_them) else None
     if tuning and prompt:

@@ -29,15 +29,17 @@ Means = Mapping[Label, NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class SolvedRows:
-    """Training rows that prototypes are made of.
+    """Training rows that a verbalizer without label words is made of.
 
     Attributes:
         rows: They, examined.
         labels: The label of every kept row.
+        soft: Whether vectors of the options are learned from them, see ``soft_verbalizer``; else they are prototypes.
     """
 
     rows: EvalRows
     labels: tuple[Label, ...]
+    soft: bool = False
 
 
 def prompt_states(

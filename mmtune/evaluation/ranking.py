@@ -19,6 +19,10 @@ Words = Mapping[str, Mapping[str, tuple[str, ...]]]
 """Source to option to all its words; an option that is not there is its own word."""
 
 
+Shares = dict[int, np.ndarray]
+"""Row to the ``(L,)`` log-probabilities of its options."""
+
+
 def label_words(sources: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, tuple[str, ...]]]:
     """Returns each source's label words by the one that is listed.
 
@@ -108,7 +112,14 @@ def content_free(question: Question, prompt: str) -> Question:
 def rank(
     examples: Mapping[int, Example], words: Words, score: Callable[[Sequence[tuple[Question, int]]], np.ndarray]
 ) -> dict[int, str]:
-    """Returns the likeliest option of every row that has options.
+    """Returns the likeliest option of every row that has options; arguments as in ``shares``."""
+    return {row: examples[row].options[int(own.argmax())] for row, own in shares(examples, words, score).items()}
+
+
+def shares(
+    examples: Mapping[int, Example], words: Words, score: Callable[[Sequence[tuple[Question, int]]], np.ndarray]
+) -> Shares:
+    """Returns the ``(L,)`` log-probabilities of the options of every row that has some, 1 in sum among them.
 
     Args:
         examples: Row number to example; ``content_free`` in its metadata asks for calibration.
@@ -130,8 +141,10 @@ def rank(
     empty = dict(zip(free, scores[len(asked) :], strict=True))
     out = {}
     for question, asked_key, score_L in zip(asked, keys, scores, strict=False):
-        final_L = score_L if asked_key is None else calibrated(score_L, empty[asked_key])
-        out[question.row] = examples[question.row].options[int(final_L.argmax())]
+        if asked_key is None:
+            out[question.row] = score_L - np.logaddexp.reduce(score_L)
+        else:
+            out[question.row] = calibrated(score_L, empty[asked_key])
     return out
 
 

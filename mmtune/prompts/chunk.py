@@ -23,6 +23,7 @@ from mmtune.prompts.schema import example_to_row, instructions_schema
 from mmtune.prompts.searched import SLOTS, SearchedPrompt, asked_with, slots_text
 from mmtune.prompts.template import Style, Wordings, has_inverted, make_example, template_names
 from mmtune.prompts.verbalizer import Verbalizer, verbalized
+from mmtune.prompts.wordings import WORDINGS, Kept, wordings_text
 from mmtune.records import Example, Medium, Record, Reject, marked
 
 _ODD = re.compile("[\0\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
@@ -91,11 +92,13 @@ class Asked:
         wordings: Its templates.
         verbalizer: Its labels in words, or None.
         content_free: Stands for a text without content, or empty; see ``build.content_free``.
+        further: Templates whose wordings held-out rows with options keep too.
     """
 
     wordings: Wordings
     verbalizer: Verbalizer | None = None
     content_free: str = ""
+    further: Kept = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +188,8 @@ class ChunkBuilder:
         if self.known_as is not None:
             made = replace(made, feature_ids=self.known_as(record, chunk.place))
         asked.update(_said_of(made, probed, how, style))
-        if how.content_free and chunk.split != "train" and made.options:
-            made = self._with_content_free(made, probed, how)
+        if chunk.split != "train" and made.options and not probed.messages:
+            made = self._with_kept(made, probed, how)
         if self.keep_slots and not probed.messages:
             made = replace(made, metadata={**made.metadata, SLOTS: slots_text(probed)})
         if self.prompt is not None and not style.inverted:
@@ -206,21 +209,27 @@ class ChunkBuilder:
         number, place = chunk.home(exemplar)
         return _probed(exemplar, self.sources[number], probers.of(exemplar.source, place))
 
-    def _with_content_free(self, made: Example, record: Record, how: Asked) -> Example:
-        """Returns an example that also keeps what its template says of a text without content."""
-        empty = replace(
-            record,
-            text=how.content_free if record.text else "",
-            context=how.content_free if record.context else "",
-            media=(),
-            fields={key: how.content_free if isinstance(value, str) else value for key, value in record.fields.items()},
-        )
-        wordings = replace(how.wordings, name=made.template_id)
-        asked = make_example(empty, seed=self.seed, wordings=wordings, system="", render=self.render)
-        if isinstance(asked, Reject):
-            return made
-        prompt = next((marked(message.parts) for message in asked.messages if message.role == "user"), "")
-        return replace(made, metadata={**made.metadata, "content_free": prompt.replace(MEDIA, "")})
+    def _with_kept(self, made: Example, record: Record, how: Asked) -> Example:
+        """Returns an example that also keeps its further wordings, and what templates say of a text without content."""
+        kept, empty = dict[str, str](), _without_content(record, how.content_free) if how.content_free else None
+        if empty is not None:
+            wordings = replace(how.wordings, name=made.template_id)
+            asked = make_example(empty, seed=self.seed, wordings=wordings, system="", render=self.render)
+            if isinstance(asked, Example):
+                prompt = next((marked(message.parts) for message in asked.messages if message.role == "user"), "")
+                kept["content_free"] = prompt.replace(MEDIA, "")
+        if how.further:
+            kept[WORDINGS] = wordings_text(
+                record, made, how.further, seed=self.seed, wordings=how.wordings, render=self.render, empty=empty
+            )
+        return replace(made, metadata={**made.metadata, **kept}) if kept else made
+
+
+def _without_content(record: Record, text: str) -> Record:
+    """Returns a record that says a text in place of its own, and shows nothing."""
+    fields = {key: text if isinstance(value, str) else value for key, value in record.fields.items()}
+    own, context = text if record.text else "", text if record.context else ""
+    return replace(record, text=own, context=context, media=(), fields=fields)
 
 
 class _Probers:

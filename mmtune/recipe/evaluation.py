@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from mmtune.recipe.ensemble import Ensemble
 from mmtune.recipe.exemplars import Exemplars
 from mmtune.recipe.section import Section, SplitName
 
@@ -15,6 +16,8 @@ def _listed(value: Any) -> Any:
 
 
 Shots = Annotated[int, Field(ge=0, le=32)]
+BY_STATES = ("prototype", "soft")
+"""Values of ``answer`` that need solved rows."""
 
 
 class Eval(Section):
@@ -34,12 +37,14 @@ class Eval(Section):
     """Rows generated at once."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """At most this many rows, a sample of all sources; the report names it."""
-    answer: Literal["generate", "rank", "prototype"] = "generate"
+    answer: Literal["generate", "rank", "prototype", "soft"] = "generate"
     """rank: a row with options is answered by the option that the model finds likeliest, not in its own words;
     prototype: by the one whose training rows leave the model in the nearest state before the answer, in the mean
-    (a verbalizer without label words; not with shots, ablate, a searched prompt or a model of several passes)."""
+    (a verbalizer without label words); soft: by the one whose vector fits that state best, which starts as the output
+    embedding of the option's words and learns from its training rows, the model frozen (a soft verbalizer). Both not
+    with shots, ablate, a searched prompt or a model of several passes."""
     per_label: Annotated[int, Field(ge=1)] = 16
-    """Training rows of every label that answer prototype looks at."""
+    """Training rows of every label that answer prototype and soft look at."""
     shots: Annotated[tuple[Shots, ...], BeforeValidator(_listed, json_schema_input_type=Shots | tuple[Shots, ...])] = (
         0,
     )
@@ -51,6 +56,8 @@ class Eval(Section):
     ] = (Exemplars(),)
     """How shots are chosen out of instructions/train; several ways are compared on the same rows. Beside retrieval
     stands what its exemplars alone would answer by majority."""
+    ensemble: Ensemble | None = None
+    """Several templates or adapters that answer together; absent: none."""
     loss: bool = True
     """Also report the perplexity of the reference answers."""
     ablate: tuple[Literal["modality", "fusion", "shots", "instructions"], ...] = ()
@@ -80,15 +87,27 @@ class Eval(Section):
         return value
 
     @model_validator(mode="after")
-    def _prototypes_of_rows_as_they_stand(self) -> Eval:
-        if self.answer != "prototype":
+    def _states_of_rows_as_they_stand(self) -> Eval:
+        if self.answer not in BY_STATES:
             if "per_label" in self.model_fields_set:
-                raise ValueError("per_label is for answer prototype: set it, or leave per_label out")
+                raise ValueError("per_label is for answer prototype and soft: set one, or leave per_label out")
             return self
         idle = [name for name in ("shots", "ablate") if any(getattr(self, name))]
         idle += [f"compare {name}" for name in self.compare if name.endswith("best_prompt")]
         if idle:
-            raise ValueError(f"answer prototype compares rows as they stand: leave out {idle[0]}")
+            raise ValueError(f"answer {self.answer} compares rows as they stand: leave out {idle[0]}")
+        return self
+
+    @model_validator(mode="after")
+    def _members_that_can_answer(self) -> Eval:
+        if self.ensemble is None:
+            return self
+        if any(self.shots):
+            raise ValueError("ensemble asks rows without exemplars: leave shots out, or ensemble")
+        if self.ensemble.wordings and self.answer != "rank":
+            raise ValueError("ensemble.wordings joins the probabilities of options: set answer: rank")
+        if self.ensemble.adapters and "tuned" not in self.compare:
+            raise ValueError("ensemble.adapters answer beside adapter/: add tuned to compare")
         return self
 
     @model_validator(mode="after")

@@ -16,6 +16,7 @@ PATH_KEYS: dict[str, tuple[str, ...]] = {
     "sources": ("path", "questions", "annotations", "images", "audios", "videos", "templates"),
     "build": ("templates", "prompt"),
     "extract.encoders": ("image", "audio", "text", "behaviour"),
+    "eval.ensemble": ("adapters",),
 }
 """Keys whose relative paths are relative to the recipe's folder. A ``model.path`` or an ``hf``
 ``path`` that is no existing folder there and can be a hub id, ``name`` or ``org/name``, stays as it is."""
@@ -38,12 +39,22 @@ def resolve_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
         out["build"] = {**build, **found}
     if "extract" in out:
         out["extract"] = encoder_paths(out["extract"], lambda value: _local_or_hub(value, folder))
+    if isinstance(out.get("eval"), dict):
+        out["eval"] = _with_adapters(out["eval"], folder)
     if "pretrain" in out:
         out["pretrain"] = part_paths(out["pretrain"], lambda value: _local_or_hub(value, folder))
     sources = out.get("sources")
     if isinstance(sources, list):
         out["sources"] = [_resolve_source(source, folder) if isinstance(source, dict) else source for source in sources]
     return out
+
+
+def _with_adapters(section: dict[str, Any], folder: Path) -> dict[str, Any]:
+    ensemble = section.get("ensemble")
+    if not isinstance(ensemble, dict) or not isinstance(named := ensemble.get("adapters"), list):
+        return section
+    found = [str(_absolute(one, folder)) if isinstance(one, str) else one for one in named]
+    return {**section, "ensemble": {**ensemble, "adapters": found}}
 
 
 def _resolve_source(source: dict[str, Any], folder: Path) -> dict[str, Any]:

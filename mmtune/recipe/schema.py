@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from mmtune.recipe.build import Build
-from mmtune.recipe.evaluation import Eval
+from mmtune.recipe.evaluation import BY_STATES, Eval
 from mmtune.recipe.extract import Extract
 from mmtune.recipe.finetune import Finetune
 from mmtune.recipe.pretrain import TOWER_OF, Pretrain
@@ -98,8 +98,14 @@ class Recipe(Section):
         split = (self.eval or Eval()).split if self.prompt and self.prompt.test_split is None else None
         if split == "train":
             raise ValueError("eval.split is train, where the dev rows of prompt come from: set prompt.test_split")
-        if self.prompt and self.eval and self.eval.answer == "prototype":
+        if self.prompt and self.eval and self.eval.answer in BY_STATES:
             raise ValueError("a prompt search is scored by eval.answer generate or rank: set one, or leave prompt out")
+        return self
+
+    @model_validator(mode="after")
+    def _wordings_of_templates(self) -> Recipe:
+        if self.build.prompt and self.eval and self.eval.ensemble and self.eval.ensemble.wordings:
+            raise ValueError("build.prompt words every row, and eval.ensemble.wordings asks in others: leave one out")
         return self
 
     @model_validator(mode="after")

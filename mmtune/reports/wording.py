@@ -142,7 +142,12 @@ def answers_said(report: Mapping[str, Any]) -> str:
     own = f"greedy, at most {run['max_new_tokens']} new tokens"
     if not run["with_options"]:
         return own
-    way = {"rank": "the likeliest option", "prototype": "the option of the nearest state"}[run["answer"]]
+    ways = {
+        "rank": "the likeliest option",
+        "prototype": "the option of the nearest state",
+        "soft": "the option of the likeliest learned vector",
+    }
+    way = ways[run["answer"]]
     left = report["n"] - run["with_options"]
     return f"{way}; {left:,} rows without options {own}" if left else way
 

@@ -349,6 +349,8 @@ def test_the_report_says_which_rows_and_how_they_were_answered():
     for shown in (write_page(ranked), write_markdown(ranked)):
         assert "40 of 42 rows, a sample of 577" in shown and "answers: the likeliest option" in shown
         assert "greedy" not in shown
+    learned = {**report, "run": {**run, "answer": "soft", "with_options": report["n"]}}
+    assert answers_said(learned) == "the option of the likeliest learned vector"
     some = {**report, "run": {**run, "answer": "prototype", "with_options": 30}}
     said = "the option of the nearest state; 10 rows without options greedy, at most 8 new tokens"
     assert answers_said(some) == said

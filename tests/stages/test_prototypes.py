@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from mmtune.errors import DataError, RecipeError
 from mmtune.models.composite.config import CompositeConfig
-from mmtune.recipe import Recipe
+from mmtune.recipe import Eval, Recipe
 from mmtune.stages.build_data import build_data
 from mmtune.stages.evaluate import evaluate
 from mmtune.stages.evaluate.solved import check_one_state
@@ -113,10 +113,12 @@ def test_a_model_of_several_passes_has_no_one_state(tmp_path: Path, repository: 
 
     omni = load_config(str(repository / "data" / "omni"))
     CompositeConfig(**{**omni.to_dict(), "fusion": {"mode": "late"}}).save_pretrained(tmp_path)
-    with pytest.raises(RecipeError, match="reads rows in passes") as error:
-        check_one_state(SimpleNamespace(model=str(tmp_path), revision=None, offline=True))
+    plan = SimpleNamespace(model=str(tmp_path), revision=None, offline=True, settings=Eval(answer="soft"))
+    with pytest.raises(RecipeError, match="answer soft compares one state per row; this model reads rows in") as error:
+        check_one_state(plan)
     assert error.value.exit_code == 2
-    check_one_state(SimpleNamespace(model=str(repository / "data" / "omni"), revision=None, offline=True))
+    plan.model = str(repository / "data" / "omni")
+    check_one_state(plan)
 
 
 @pytest.mark.parametrize(
@@ -125,11 +127,23 @@ def test_a_model_of_several_passes_has_no_one_state(tmp_path: Path, repository: 
         ({"shots": 2}, "leave out shots"),
         ({"ablate": ["instructions"]}, "leave out ablate"),
         ({"compare": ["base", "best_prompt"]}, "leave out compare best_prompt"),
-        ({"answer": "rank", "per_label": 4}, "per_label is for answer prototype"),
+        ({"answer": "rank", "per_label": 4}, "per_label is for answer prototype and soft"),
     ],
 )
-def test_settings_that_do_not_fit_together_are_refused(settings: dict, expected: str):
+@pytest.mark.parametrize("answer", ["prototype", "soft"])
+def test_settings_that_do_not_fit_together_are_refused(answer: str, settings: dict, expected: str):
     with pytest.raises(ValidationError, match=expected):
-        Recipe(run_dir="x", eval={"answer": "prototype", **settings})
+        Recipe(run_dir="x", eval={"answer": answer, **settings})
     with pytest.raises(ValidationError, match="prompt search"):
-        Recipe(run_dir="x", eval={"answer": "prototype"}, prompt={"method": "ape", "budget": 100})
+        Recipe(run_dir="x", eval={"answer": answer}, prompt={"method": "ape", "budget": 100})
+
+
+def test_rows_without_options_have_nothing_to_choose_among(tmp_path: Path, tiny_vlm: Path):
+    sources = [table(tmp_path, "train", 4), table(tmp_path, "val", 4)]
+    for source in sources:
+        del source["columns"]["options"]
+        source["task"], source["template"] = "instruction", "instruction_plain"
+    recipe = asked(tmp_path, tiny_vlm, sources)
+    with pytest.raises(DataError, match="no row of val has any") as error:
+        evaluate(recipe, console=QUIET)
+    assert error.value.code == "no_options"

@@ -29,7 +29,7 @@ from mmtune.readers.roots import PATHS, files_of, media_roots
 from mmtune.readers.source import SourceFiles
 from mmtune.recipe import Build, Recipe
 from mmtune.records import Record, Reject
-from mmtune.stages.build_data.asking import asked_of, named, template_file
+from mmtune.stages.build_data.asking import all_asked, further_wordings, named, template_file
 from mmtune.stages.build_data.exemplars import (
     Shown,
     features_of,
@@ -108,7 +108,7 @@ def build_data(
     """
     if not recipe.sources:
         raise RecipeError("the recipe has no sources", "add `sources:` with at least one dataset", "no_sources")
-    asked = tuple(asked_of(source, recipe.build) for source in recipe.sources)
+    asked, further = all_asked(recipe), further_wordings(recipe)
     keep = [template_file(source, recipe.build) is not None for source in recipe.sources]
     files = files_of([source.model_dump() for source in recipe.sources], recipe.seed, keep)
     roots = [
@@ -123,6 +123,7 @@ def build_data(
         "seed": recipe.seed,
         "limit": limit,
         **({"slots": True} if slots else {}),
+        **({"wordings": further if further == "all" else list(further)} if further else {}),
     }
     inputs, features = _inputs(recipe), features_of(recipe)
     parents = {} if features is None else {"features": features.hash}

@@ -11,7 +11,8 @@ from mmtune.prompts.chunk import Asked
 from mmtune.prompts.template import Wordings, check_task, template_names
 from mmtune.prompts.template_file import load_templates
 from mmtune.prompts.verbalizer import check_verbalizer
-from mmtune.recipe import TEMPLATE_DRAWS, Build, Source
+from mmtune.prompts.wordings import Kept
+from mmtune.recipe import TEMPLATE_DRAWS, Build, Recipe, Source
 from mmtune.records import Record, Reject
 
 
@@ -45,6 +46,33 @@ def asked_of(source: Source, build: Build) -> Asked:
     check_verbalizer(source.id, words)
     first = (source.templates or build.templates) == "first"
     return Asked(Wordings("first" if first else "pool", source.template, templates), words or None, build.content_free)
+
+
+def all_asked(recipe: Recipe) -> tuple[Asked, ...]:
+    """Returns how the rows of every source are asked, with the wordings that an ensemble of eval wants kept.
+
+    Raises:
+        RecipeError: As ``asked_of``, or ``eval.ensemble.wordings`` names a template that no held-out source has.
+        DataError: As ``asked_of``.
+    """
+    further = further_wordings(recipe)
+    found = [asked_of(source, recipe.build) for source in recipe.sources]
+    held_out = [one for one, source in zip(found, recipe.sources, strict=True) if source.split != "train"]
+    known = {name: None for one in held_out for name in template_names(one.wordings.file)}
+    for name in further if isinstance(further, tuple) and held_out else ():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 3)
+            raise RecipeError(
+                f"eval.ensemble.wordings names the unknown template {name!r}",
+                f"did you mean {' or '.join(near)}?" if near else "take names of the task's pool, or all",
+                "unknown_template",
+            )
+    return tuple(replace(one, further=further) for one in found)
+
+
+def further_wordings(recipe: Recipe) -> Kept:
+    """Returns the templates whose wordings held-out rows keep, see ``eval.ensemble.wordings``."""
+    return recipe.eval.ensemble.wordings if recipe.eval is not None and recipe.eval.ensemble is not None else ()
 
 
 def named(item: Record | Reject, task: str) -> Record | Reject:

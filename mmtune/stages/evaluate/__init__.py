@@ -51,6 +51,7 @@ def evaluate(
         parents["features"] = plan.features.hash
     if plan.prompt is not None:
         parents["prompt"] = plan.prompt.hash
+    parents |= {f"adapter of {member.name}": member.made.hash for member in plan.members}
     target = recipe.run_dir / "report"
     if dry_run:
         console.say(foresee(target, stage="eval", config=config, parents=parents, force=force))

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from mmtune.errors import IntegrityError, Interrupted, RecipeError
+from mmtune.errors import Interrupted, RecipeError
 from mmtune.evaluation.ablation import idle_kinds, row_facts
 from mmtune.evaluation.asking import Asking, Losses, answerer, ask_each
+from mmtune.evaluation.damage import refuse_nan
 from mmtune.evaluation.generation import Stopped
 from mmtune.evaluation.looking import Looking
 from mmtune.evaluation.ranking import label_words
 from mmtune.models.composite.scores import branches_of_config
 from mmtune.models.load import load_config, load_to_answer
 from mmtune.stages.evaluate.answerers import VOTE, in_order
+from mmtune.stages.evaluate.ensemble import answers_in_wordings, answers_of_adapters
 from mmtune.stages.evaluate.filling import filling_of
 from mmtune.stages.evaluate.plan import Plan
 from mmtune.stages.evaluate.prompted import adapter_of, is_prompted
@@ -36,12 +36,14 @@ class Answers:
         losses: On the references, where they were asked for.
         looked: What else was seen of each model.
         filling: How well generators fill in what is missing, or None.
+        learned: What soft verbalizers learned, in sentences.
     """
 
     texts: Mapping[str, list[str]]
     losses: Mapping[str, Losses]
     looked: Looking
     filling: list[dict[str, Any]] | None
+    learned: Sequence[str] = ()
 
 
 def answers_of(plan: Plan, processor: Any, questions: Questions, console: Talk) -> Answers:
@@ -52,6 +54,12 @@ def answers_of(plan: Plan, processor: Any, questions: Questions, console: Talk) 
         RecipeError: ``eval.ablate`` names only what no row and no model has.
     """
     _check_ablation(plan, questions, console)
+    learned: list[str] = []
+
+    def tell(line: str) -> None:
+        learned.append(f"{line}.")
+        console.say(f"eval: {line}")
+
     with StopFlag() as stop:
         asking = Asking(
             media_root=Path(plan.instructions.facts["media_root"]),
@@ -64,9 +72,10 @@ def answers_of(plan: Plan, processor: Any, questions: Questions, console: Talk) 
             should_stop=lambda: bool(stop),
             progress=console.progress,
             note=console.note,
+            learned=tell,
         )
         try:
-            return _answers(plan, processor, questions, asking)
+            return replace(_answers(plan, processor, questions, asking), learned=learned)
         except Stopped as stopped:
             error = Interrupted("eval was stopped by a signal; report/ was not touched", "run the same command again")
             error.exit_code = 130 if stop.wanted == 2 else 75
@@ -98,36 +107,32 @@ def _answers(plan: Plan, processor: Any, questions: Questions, asking: Asking) -
         filling = filling_of(partial(_load, plan, "base"), Path(plan.model), processor, questions.rows, asking)
     plain = {name: load for name, load in models.items() if not is_prompted(name)}
     looking = Looking(processor, ways, asking, settings.ablate, list(plain)[-1:], plan.recipe.seed)
-    texts, losses = ask_each(plain, processor, ways, asking, looking)
+    members = {answerer("tuned", one.name): partial(_load, plan, "tuned", one.folder) for one in plan.members}
+    further = {} if questions.worded is None else questions.worded.rows
+    heard = ask_each({**plain, **members}, processor, ways, asking, looking, further)
+    texts, losses = dict(heard.texts), dict(heard.losses)
+    if questions.worded is not None:
+        texts |= answers_in_wordings(heard, list(plain), questions.worded)
+    if members:
+        texts |= answers_of_adapters(heard, ["tuned", *members], questions.rows)
     if prompted is not None:
         asked = {name: load for name, load in models.items() if is_prompted(name)}
-        said, more = ask_each(asked, processor, {"": prompted.rows}, prompted.asking(asking))
-        texts |= {name: prompted.answers(answers) for name, answers in said.items()}
+        more = ask_each(asked, processor, {"": prompted.rows}, prompted.asking(asking))
+        texts |= {name: prompted.answers(answers) for name, answers in more.texts.items()}
         # Label words are other texts than the references: their losses say nothing beside those.
-        losses |= {} if prompted.unaskable or prompted.prompt.words else more
-    _check_numbers(losses)
+        losses |= {} if prompted.unaskable or prompted.prompt.words else more.losses
+    for name, (nll, _) in losses.items():
+        refuse_nan(name, "probabilities", nll)
     votes = {answerer(VOTE, way): said for way, said in questions.asked.votes.items()}
     ordered = {**votes, **in_order(texts, settings.compare)}
     return Answers(ordered, in_order(losses, settings.compare), looking, filling)
 
 
-def _check_numbers(losses: Mapping[str, Losses]) -> None:
-    """Raises IntegrityError for a model whose probabilities are no numbers: what it answered means nothing."""
-    for name, (nll, _) in losses.items():
-        if bad := int(np.isnan(nll).sum()):
-            raise IntegrityError(
-                f"{name} gives probabilities that are no numbers for {bad:,} of {nll.size:,} rows: "
-                "its weights are damaged, or its training diverged",
-                "fetch the model again, or tune it again: mmtune finetune --force",
-                "not_finite",
-            )
-
-
-def _load(plan: Plan, name: str) -> Any:
+def _load(plan: Plan, name: str, adapter: Path | None = None) -> Any:
     recipe = plan.recipe
     return load_to_answer(
         plan.model,
-        adapter_of(recipe, name, plan.prompt),
+        adapter or adapter_of(recipe, name, plan.prompt),
         precision=recipe.finetune.precision if recipe.finetune else "auto",
         revision=plan.revision,
         attn=recipe.model.attn if recipe.model else "auto",

@@ -17,7 +17,6 @@ from mmtune.reports.samples import Sample, Shown, choose_rows, make_sample
 from mmtune.stages.evaluate.answerers import answerers_of
 from mmtune.stages.evaluate.answers import Answers
 from mmtune.stages.evaluate.plan import SCHEMA, Plan
-from mmtune.stages.evaluate.prompted import is_prompted
 from mmtune.stages.evaluate.questions import Questions
 from mmtune.storage import Manifest, Staging, is_finished, read_manifest
 
@@ -26,7 +25,7 @@ _CHAIN = ("features", "instructions", "prompt", "start", "tokens", "base", "adap
 
 def write_stage(plan: Plan, questions: Questions, answers: Answers, staging: Staging) -> dict[str, Any]:
     """Scores the answers and publishes report/; returns the document of ``metrics.json``."""
-    answerers = answerers_of(answers.texts, questions.asked.facts)
+    answerers = answerers_of(answers.texts, questions.asked.facts, _members(plan, questions))
     resamples, seed = plan.settings.bootstrap, plan.recipe.seed
     pairs = pairs_of(answerers)
     found = compare(questions.scored, answers.texts, pairs=pairs, resamples=resamples, seed=seed)
@@ -38,6 +37,11 @@ def write_stage(plan: Plan, questions: Questions, answers: Answers, staging: Sta
     rows: dict[str, int] = {plan.settings.split: len(questions.scored)}
     staging.publish(rows=rows, drops=questions.rejected, facts=_manifest_facts(plan, found.metrics))
     return report
+
+
+def _members(plan: Plan, questions: Questions) -> list[str]:
+    """Returns the ways that are members of an ensemble."""
+    return [*(questions.worded.rows if questions.worded else ()), *(member.name for member in plan.members)]
 
 
 def _document(
@@ -60,7 +64,7 @@ def _document(
         "filling": answers.filling,
         "training": _training_facts(plan),
         "manifests": _chain(plan),
-        "notes": questions.notes(),
+        "notes": [*questions.notes(), *answers.learned],
     }
 
 
@@ -126,11 +130,10 @@ def _write_predictions(folder: Path, answered: Sequence[AnsweredRow], questions:
     ways = questions.asked.rows
     with open(folder / "predictions.jsonl", "w", encoding="utf-8", errors="backslashreplace") as handle:
         for at, given in enumerate(answered):
-            own, searched = questions.question(at)
-            for found in given.predictions({name: searched if is_prompted(name) else own for name in given.answers}):
+            for found in given.predictions({name: questions.prompt_to(name, at) for name in given.answers}):
                 line = {**asdict(found), "source": given.row.source, "scores": given.scores[found.model]}
                 way = found.model.partition(", ")[2]
-                if way:
+                if way in ways and way:
                     line["exemplar_ids"] = list(ways[way].example(at).exemplar_ids)
                 handle.write(json.dumps(line, ensure_ascii=False) + "\n")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mmtune.errors import DataError, IntegrityError, RecipeError
 from mmtune.recipe import Eval, Recipe
+from mmtune.stages.evaluate.ensemble import Member, check_wordings, members_of
 from mmtune.stages.evaluate.prompted import prompt_of
 from mmtune.stages.evaluate.shots import features_of
 from mmtune.storage import Manifest, read_manifest
@@ -16,7 +17,7 @@ SCHEMA = "mmtune.report/2"
 
 @dataclass(frozen=True)
 class Plan:
-    """What is evaluated, and from what."""
+    """What is evaluated, and from what; ``members`` are adapters that answer beside adapter/."""
 
     recipe: Recipe
     settings: Eval
@@ -27,6 +28,7 @@ class Plan:
     model: str
     limit: int | None
     offline: bool
+    members: tuple[Member, ...] = ()
 
     @property
     def revision(self) -> str | None:
@@ -82,7 +84,7 @@ def plan_of(recipe: Recipe, limit: int | None, offline: bool) -> Plan:
 
     Raises:
         DataError: instructions/, adapter/, features/ or prompt/ is missing, or the split has no rows.
-        IntegrityError: They were made of other rows or another model.
+        IntegrityError: They were made of other rows or another model, or rows do not keep the wordings of an ensemble.
         RecipeError: A metric is unknown, a bar is no score of 100, or no model is named.
     """
     settings = recipe.eval or Eval()
@@ -105,4 +107,6 @@ def plan_of(recipe: Recipe, limit: int | None, offline: bool) -> Plan:
     least = [value for value in (limit, settings.limit) if value is not None]
     most, features, model = min(least, default=None), features_of(recipe, settings), made_from or asked
     prompt = prompt_of(recipe, settings, instructions, model)
-    return Plan(recipe, settings, instructions, adapter, features, prompt, model, most, offline)
+    check_wordings(settings, instructions)
+    members = members_of(settings, model)
+    return Plan(recipe, settings, instructions, adapter, features, prompt, model, most, offline, members)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,11 @@ from mmtune.evaluation.rows import ChosenExamples, EvalRows, no_context, questio
 from mmtune.evaluation.vqa import few_references
 from mmtune.prompts.schema import row_to_example
 from mmtune.prompts.searched import shortenable
+from mmtune.prompts.wordings import WORDINGS
+from mmtune.recipe.evaluation import BY_STATES
+from mmtune.stages.evaluate.ensemble import Worded, worded_rows
 from mmtune.stages.evaluate.plan import Plan
-from mmtune.stages.evaluate.prompted import Prompted, prompted_rows
+from mmtune.stages.evaluate.prompted import Prompted, is_prompted, prompted_rows
 from mmtune.stages.evaluate.saying import notes_of, said_of_fewer
 from mmtune.stages.evaluate.shots import Asked, asked_rows
 from mmtune.stages.evaluate.solved import solved_rows
@@ -36,7 +39,8 @@ class Questions:
         prompted: They as the searched prompt asks them, or None.
         read: How many rows were looked at.
         rejected: Reason to the number of those that do not fit.
-        solved: Training rows that prototypes are made of, or None.
+        solved: Training rows whose states answer, or None.
+        worded: The rows in further wordings, or None.
     """
 
     rows: EvalRows
@@ -46,6 +50,7 @@ class Questions:
     read: int
     rejected: Mapping[str, int]
     solved: SolvedRows | None = None
+    worded: Worded | None = None
 
     def question(self, row: int) -> tuple[str, str]:
         """Returns the question of a kept row in its own words, and in those of the searched prompt if it asks it."""
@@ -53,10 +58,19 @@ class Questions:
         found = self.prompted.question(row) if self.prompted else None
         return own, own if found is None else found
 
+    def prompt_to(self, name: str, row: int) -> str:
+        """Returns what an answerer of the report was asked for a kept row."""
+        own, searched = self.question(row)
+        if is_prompted(name):
+            return searched
+        further = self.worded.question(name.partition(", ")[2], row) if self.worded else None
+        return own if further is None else further
+
     def notes(self) -> list[str]:
         """Returns what a reader of the report must know of them."""
         notes = few_references([row.references for row in self.scored if "vqa_accuracy" in row.metrics])
         notes += self.prompted.notes() if self.prompted else []
+        notes += self.worded.notes() if self.worded else []
         if cut := sum(self.rows.shortened):
             notes.append(f"The contexts of {cut:,} rows were cut to fit tokenize.max_length.")
         return [*notes, *notes_of(self.asked.facts, len(self.scored))]
@@ -96,8 +110,9 @@ def questions_of(plan: Plan, processor: Any, rejects: Path, console: Talk) -> Qu
     for line in said_of_fewer(asked.facts, len(scored)):
         console.note(line)
     prompted = prompted_rows(recipe, rows, make, plan.instructions) if plan.prompt is not None else None
-    solved = solved_rows(plan, rows, make, console) if settings.answer == "prototype" else None
-    return Questions(rows, scored, asked, prompted, len(examples), log.counts, solved)
+    solved = solved_rows(plan, rows, make, console) if settings.answer in BY_STATES else None
+    further = worded_rows(rows) if settings.ensemble is not None and settings.ensemble.wordings else None
+    return Questions(rows, scored, asked, prompted, len(examples), log.counts, solved, further)
 
 
 def _scored(rows: EvalRows, chosen: Sequence[str] | None, total: int, console: Talk) -> list[ScoredRow]:
@@ -107,5 +122,7 @@ def _scored(rows: EvalRows, chosen: Sequence[str] | None, total: int, console: T
         for example in rows.examine():
             bar.advance(1)
             if example is not None:
-                scored.append(scored_row(example, chosen))
+                # What predictions carry need not repeat every wording.
+                metadata = {key: text for key, text in example.metadata.items() if key != WORDINGS}
+                scored.append(scored_row(replace(example, metadata=metadata), chosen))
     return scored

@@ -1,9 +1,9 @@
-"""eval.answer: prototype at work: which training rows stand for a label."""
+"""eval.answer: prototype and soft at work: which training rows stand for a label."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,20 +20,23 @@ from mmtune.stages.evaluate.plan import Plan
 from mmtune.storage import open_split
 from mmtune.talk import Talk
 
+_NAMED = 5
+
 
 def check_one_state(plan: Plan) -> None:
     """Raises RecipeError where a model reads a row in several passes: it has no one state to compare."""
     passes = branches_of_config(load_config(plan.model, revision=plan.revision, offline=plan.offline))
     if len(passes) > 1:
         raise RecipeError(
-            f"eval.answer prototype compares one state per row; this model reads rows in passes: {', '.join(passes)}",
+            f"eval.answer {plan.settings.answer} compares one state per row;"
+            f" this model reads rows in passes: {', '.join(passes)}",
             "set eval.answer to rank or generate",
             "several_states",
         )
 
 
 def solved_rows(plan: Plan, asked: EvalRows, make: Callable[..., EvalRows], console: Talk) -> SolvedRows:
-    """Returns the training rows that prototypes are made of: of every label those whose ids hash lowest.
+    """Returns the training rows that a verbalizer is made of: of every label those whose ids hash lowest.
 
     They are shown as they are asked, without exemplars.
 
@@ -44,13 +47,21 @@ def solved_rows(plan: Plan, asked: EvalRows, make: Callable[..., EvalRows], cons
         console: Told how many rows stand for a label.
 
     Raises:
-        DataError: A source that is asked has no solved row with any of its options.
+        DataError: No row that is asked has options, or a source has no solved row with any of its options (for soft
+            with one of them), or one option alone.
         RecipeError: See ``check_one_state``.
     """
     check_one_state(plan)
     examples = [asked.example(row) for row in range(len(asked.kept))]
     wanted = dict.fromkeys((one.source, option) for one in examples for option in one.options)
     most = plan.settings.per_label
+    if not wanted:
+        raise DataError(
+            f"eval.answer {plan.settings.answer} chooses among options, and no row of {plan.settings.split} has any",
+            "name the options (a column, or =yes|no); or set eval.answer: generate",
+            "no_options",
+        )
+    soft = plan.settings.answer == "soft"
     found = _found(plan.recipe.run_dir / "instructions" / "train", wanted, most)
     rows = make(len(found), found.__getitem__)
     kept = [example for example in rows.examine() if example is not None]
@@ -58,14 +69,39 @@ def solved_rows(plan: Plan, asked: EvalRows, make: Callable[..., EvalRows], cons
     counts = Counter(labels)
     for source in dict.fromkeys(source for source, _ in wanted):
         own = {option: counts[source, option] for name, option in wanted if name == source}
-        if not any(own.values()):
-            raise DataError(
-                f"eval.answer prototype: no training row of {source!r} answers with one of its options",
-                "add a source with `split: train` of the same id; or set eval.answer: rank",
-                "no_prototypes",
-            )
-        console.say(f"eval: prototypes of {source}: {', '.join(f'{option} {count}' for option, count in own.items())}")
-    return SolvedRows(rows, labels)
+        _check_labels(plan.settings.answer, source, own)
+        listed = ", ".join(f"{option} {count}" for option, count in own.items())
+        console.say(f"eval: {'vectors' if soft else 'prototypes'} of {source}: {listed}")
+    return SolvedRows(rows, labels, soft)
+
+
+def _check_labels(answer: str, source: str, rows: Mapping[str, int]) -> None:
+    """Raises DataError where too few labels have training rows.
+
+    Args:
+        answer: ``eval.answer``.
+        source: That is asked.
+        rows: Its options to their training rows.
+    """
+    bare = [option for option, count in rows.items() if not count]
+    if len(bare) == len(rows) or (answer == "soft" and bare):
+        what = "one of its options" if len(bare) == len(rows) else _some(bare)
+        raise DataError(
+            f"eval.answer {answer}: no training row of {source!r} answers with {what}",
+            "add a source with `split: train` of the same id; or set eval.answer: rank",
+            "no_prototypes",
+        )
+    if answer == "soft" and len(rows) < 2:
+        raise DataError(
+            f"eval.answer soft: every row of {source!r} has one option alone, {_some(list(rows))}",
+            "name all labels as options; or set eval.answer: rank",
+            "one_label",
+        )
+
+
+def _some(options: Sequence[str]) -> str:
+    named = ", ".join(repr(option) for option in options[:_NAMED])
+    return named if len(options) <= _NAMED else f"{named} and {len(options) - _NAMED:,} more"
 
 
 def _found(folder: Path, wanted: dict[Label, None], most: int) -> list[Example]:
