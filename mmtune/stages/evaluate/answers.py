@@ -18,6 +18,7 @@ from mmtune.evaluation.looking import Looking
 from mmtune.evaluation.ranking import label_words
 from mmtune.models.composite.scores import branches_of_config
 from mmtune.models.load import load_config, load_to_answer
+from mmtune.signals import exit_code_of
 from mmtune.stages.evaluate.answerers import VOTE, in_order
 from mmtune.stages.evaluate.filling import filling_of
 from mmtune.stages.evaluate.plan import Plan
@@ -69,7 +70,7 @@ def answers_of(plan: Plan, processor: Any, questions: Questions, console: Talk) 
             return _answers(plan, processor, questions, asking)
         except Stopped as stopped:
             error = Interrupted("eval was stopped by a signal; report/ was not touched", "run the same command again")
-            error.exit_code = 130 if stop.wanted == 2 else 75
+            error.exit_code = exit_code_of(stop.wanted)
             raise error from stopped
 
 
