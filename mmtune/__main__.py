@@ -10,11 +10,13 @@ import re
 import shlex
 import signal
 import sys
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
 from mmtune.errors import EXIT_FOLDER, DataError, Interrupted, MmtuneError, RecipeError, ResourceError
+from mmtune.signals import exit_code_of, hear
 from mmtune.talk import json_line
 
 # What the system says of a path that cannot be one, or that is gone while a command works.
@@ -32,17 +34,30 @@ _asked: list[int] = []
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
+    """Stops what runs; an import runs to its end first, because libraries of C++ end the process on an exception."""
+    if _is_import(frame):
+        again = threading.Timer(0.02, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
+        return
     _asked.append(number)
     raise KeyboardInterrupt
+
+
+def _is_import(frame: FrameType | None) -> bool:
+    """Says whether a frame belongs to a module that is being imported."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def main() -> None:
     """Runs the command line and exits with the code of the contract."""
     _asked.clear()
     _open_streams()
-    signal.signal(signal.SIGTERM, _stop)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _stop)
+    hear(_stop)
     try:
         code = _answer()
     except BrokenPipeError:
@@ -74,8 +89,10 @@ def _answer() -> int:
     except MmtuneError as error:
         return _fail(error)
     except KeyboardInterrupt:
+        # Python keeps in mind that one went through an `exec` of text, and would end by SIGINT: the next one clears it.
+        exec("")
         stopped = Interrupted("stopped; nothing was half-written", "run the same command again")
-        stopped.exit_code = Interrupted.exit_code if signal.SIGTERM in _asked else 130
+        stopped.exit_code = exit_code_of(next((each for each in _asked if each != signal.SIGINT), signal.SIGINT))
         return _fail(stopped)
     except BrokenPipeError:
         raise

@@ -14,6 +14,7 @@ from itertools import chain, islice
 from typing import Any, Literal, TypeVar
 
 from mmtune.errors import ResourceError
+from mmtune.signals import ignore_stops
 
 Unit = TypeVar("Unit")
 Done = TypeVar("Done")
@@ -91,9 +92,9 @@ _made: Callable[[Any], Any] | None = None
 def _start(make: Callable[[], Callable[[Any], Any]]) -> None:
     global _make
     _make = make
-    # Ctrl-C reaches the whole group, and the parent alone answers it. SIGTERM stays deadly: by it
-    # the pool ends its other processes when one was killed.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C and a lost terminal reach the whole group, and the parent alone answers them. SIGTERM
+    # stays deadly: by it the pool ends its other processes when one was killed.
+    ignore_stops(signal.SIGINT, signal.SIGHUP)
     # A process is one thread of work; threads of libraries would only fight over the cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()

@@ -11,6 +11,7 @@ import pytest
 
 from mmtune import order
 from mmtune.__main__ import main
+from mmtune.signals import STOPS
 from mmtune.stages import build_data, evaluate, finetune, tokenize
 
 STAGES = {"build-data": build_data, "tokenize": tokenize, "finetune": finetune, "eval": evaluate}
@@ -97,7 +98,7 @@ def test_init_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
     assert ended.value.code == 0 and json.loads(out.out)["dry_run"] and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)])
 def test_a_signal_ends_any_command_with_its_code_and_one_document(tmp_path, monkeypatch, capsys, number, code):
     def stage(*_, **__):
         signal.raise_signal(number)
@@ -106,7 +107,7 @@ def test_a_signal_ends_any_command_with_its_code_and_one_document(tmp_path, monk
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps({"run_dir": "run", "model": {"path": "m"}}))
     monkeypatch.setattr("sys.argv", ["mmtune", "tokenize", str(path), "--json"])
-    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+    before = {each: signal.getsignal(each) for each in STOPS}
     try:
         with pytest.raises(SystemExit) as ended:
             main()
@@ -116,6 +117,52 @@ def test_a_signal_ends_any_command_with_its_code_and_one_document(tmp_path, monk
     out = capsys.readouterr()
     assert ended.value.code == code and "Traceback" not in out.err
     assert json.loads(out.out)["error"]["exit_code"] == code
+
+
+STOPPED_INSIDE = """
+from mmtune.__main__ import main
+from mmtune.stages import tokenize
+def stage(*_, **__):
+    {body}
+tokenize.tokenize = stage
+main()
+"""
+IMPORTED = """
+import signal
+signal.raise_signal(signal.SIGTERM)
+with open("imported", "w"): pass
+"""
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param("exec('import signal; signal.raise_signal(signal.SIGTERM)')", id="text that runs"),
+        pytest.param("import time, imported; time.sleep(60)", id="an import"),
+    ],
+)
+def test_a_signal_in_the_middle_of_what_libraries_do_keeps_its_code(tmp_path, body):
+    (tmp_path / "stopped.py").write_text(STOPPED_INSIDE.format(body=body))
+    (tmp_path / "imported.py").write_text(IMPORTED)
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"run_dir": "run", "model": {"path": "m"}}))
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])}
+    command = [sys.executable, "-m", "stopped", "tokenize", "recipe.yaml", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=100)
+    assert done.returncode == json.loads(done.stdout)["error"]["exit_code"] == 75, done.stderr
+    # Some modules of C++ end the process when an exception comes out of them.
+    assert (tmp_path / "imported").exists() == ("imported" in body)
+
+
+def test_a_command_under_nohup_does_not_hear_that_the_terminal_is_gone(monkeypatch):
+    before = {each: signal.signal(each, signal.SIG_IGN if each == signal.SIGHUP else signal.SIG_DFL) for each in STOPS}
+    monkeypatch.setattr("sys.argv", ["mmtune", "--version"])
+    try:
+        with pytest.raises(SystemExit):
+            main()
+        signal.raise_signal(signal.SIGHUP)
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def test_what_a_library_prints_is_no_part_of_the_document(tmp_path, monkeypatch, capsys):

@@ -30,6 +30,7 @@ from mmtune.errors import MmtuneError, ResourceError
 from mmtune.media.paths import MediaRefused
 from mmtune.media.video import check_pyav, decode_frames, probe_video
 from mmtune.records import Medium
+from mmtune.signals import ignore_stops
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -177,8 +178,7 @@ def _why(status: int, medium: Medium) -> MmtuneError:
 
 def serve() -> None:
     """Answers questions until nobody can ask any more; the main function of the process."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    ignore_stops()
     # The kernel ends the process when its time is over, whatever a decoder does.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})

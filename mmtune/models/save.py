@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -29,3 +30,15 @@ def save_model(model: Any, folder: Path, **options: Any) -> None:
     finally:
         if shown:
             logging.enable_progress_bar()
+    _sort_sets(folder, model)
+
+
+def _sort_sets(folder: Path, model: Any) -> None:
+    """Puts the names of modules in an adapter's config into order; PEFT writes them as a set happens to lie."""
+    file = folder / "adapter_config.json"
+    configs = getattr(model, "peft_config", {}).values()
+    names = {name for config in configs for name, value in vars(config).items() if isinstance(value, set)}
+    if names and file.is_file():
+        config = json.loads(file.read_text("utf-8"))
+        in_order = {name: sorted(config[name]) for name in names if config.get(name)}
+        file.write_text(json.dumps({**config, **in_order}, indent=2, sort_keys=True), "utf-8")

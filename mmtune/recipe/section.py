@@ -13,9 +13,9 @@ Workers = Literal["auto"] | Annotated[int, Field(ge=1, le=256)]
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are errors, values do not change."""
+    """Base of every section: unknown keys are errors, numbers are finite, values do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod

@@ -238,6 +238,9 @@ def _describe(item: Any, places: Mapping[tuple[str, ...], str]) -> str:
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "model_type":
         message = f"expected keys of its own: {', '.join(sorted(_known_keys(location)))}"
+    if item["type"] == "tuple_type":
+        # A list of YAML is a tuple of the schema, which nobody who writes one has heard of.
+        message = "input should be a list"
     given = item.get("input")
     found = f" (found {given!r})" if isinstance(given, str | int | float | bool) else ""
     return f"{where}`{name}`: {message[0].lower()}{message[1:]}{found}" if name else f"{where}{message}"

@@ -11,6 +11,7 @@ from mmtune.errors import IntegrityError, Interrupted
 from mmtune.models.adapter import load_trainable_state, trainable_state
 from mmtune.models.fused_parts import fused_parts
 from mmtune.models.spread import is_sharded
+from mmtune.signals import exit_code_of
 from mmtune.training.engine import engine_of
 from mmtune.training.loop import Hooks, LoopSettings, Outcome, train
 from mmtune.training.optimizer import load_optimizer_state, optimizer_state
@@ -188,7 +189,7 @@ def end(course: Course, outcome: Outcome) -> None:
             f"stopped by a signal after step {outcome.step} of {course.train.plan.total_steps}; the state is saved",
             "run the same command again to go on",
         )
-        error.exit_code = 130 if outcome.stopped_by == 2 else 75
+        error.exit_code = exit_code_of(outcome.stopped_by)
         raise error
 
 

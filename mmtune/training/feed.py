@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mmtune.errors import MmtuneError, ResourceError
-from mmtune.training.signals import ignore_in_worker
+from mmtune.signals import ignore_stops
 
 Batch = Mapping[str, torch.Tensor]
 Batches = Generator[Batch, None, None]
@@ -101,7 +101,7 @@ def _by_processes(make: Callable[[Any], Batch], chosen: list[Any], workers: int)
         batch_size=None,
         num_workers=workers,
         prefetch_factor=4,
-        worker_init_fn=ignore_in_worker,
+        worker_init_fn=lambda _: ignore_stops(),
         # Its own, so that starting the workers draws nothing from the generator that a step has seeded.
         generator=torch.Generator(),
         # Forked, because open files and memory maps of the split are inherited, not copied.

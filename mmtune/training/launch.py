@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from mmtune.errors import EXIT_FOLDER, CapabilityError, Interrupted, MmtuneError, ResourceError
+from mmtune.signals import hear
 
 LAUNCHED = "MMTUNE_LAUNCHED"
 CPU_ONLY = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
@@ -110,8 +111,7 @@ def launch(
             asked.append(received)
             child.send_signal(received)
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, hand_on)
+        hear(hand_on)
         code = child.wait()
         said = _errors_in(Path(folder))
     # A launcher that loses one process stops the others. They say that they were stopped, which is not the cause.

@@ -1,10 +1,12 @@
-"""A polite stop: SIGTERM and SIGINT ask the loop to save and leave at a step boundary."""
+"""A polite stop: SIGTERM, SIGINT and SIGHUP ask the loop to save and leave at a step boundary."""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType
 from typing import Any
+
+from mmtune.signals import hear
 
 
 class Stopped(Exception):
@@ -19,8 +21,7 @@ class StopFlag:
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> StopFlag:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._old[number] = signal.signal(number, self._ask)
+        self._old = hear(self._ask)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -35,9 +36,3 @@ class StopFlag:
 
     def __bool__(self) -> bool:
         return bool(self.wanted)
-
-
-def ignore_in_worker(_: int = 0) -> None:
-    """Lets a loader process outlive a signal meant for its parent, who ends it."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from mmtune.__main__ import main
 from mmtune.errors import IntegrityError, Interrupted
 from mmtune.models import adapter
+from mmtune.signals import STOPS
 from mmtune.stages.finetune import finetune
 from mmtune.talk import Talk
 from mmtune.training import loop
@@ -249,7 +250,7 @@ def test_under_the_same_surroundings_nothing_is_said(fresh, monkeypatch):
 @pytest.fixture
 def cli(monkeypatch, capsys):
     """A function from a recipe to the exit code of ``mmtune finetune`` and the error in its document."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in STOPS}
 
     def call(recipe):
         AcceleratorState._reset_state()

@@ -10,6 +10,7 @@ import torch
 
 from mmtune.__main__ import main
 from mmtune.errors import EXIT_FOLDER, MmtuneError
+from mmtune.signals import STOPS
 from mmtune.stages import finetune as stage
 from mmtune.training import launch
 
@@ -82,7 +83,7 @@ def test_several_cpu_processes_take_none_either():
 @pytest.fixture
 def ended(monkeypatch):
     """A function from what the processes leave, in that order, to what the launch of two says."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    kept = {number: signal.getsignal(number) for number in STOPS}
 
     def launched(*said):
         words = [(str(rank), {"message": "", "hint": "", "code": "", "exit_code": code}) for rank, code in said]

@@ -188,18 +188,19 @@ def test_a_rate_of_zero_postpones_the_verdict():
 # A signal during validation saves at the step before it, and the loss is not lost.
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize(("at", "eval_every"), [(2, 2), (4, None)], ids=["within", "at the end"])
-def test_a_signal_during_validation_saves_and_a_resumed_run_validates_first(at, eval_every):
+def test_a_signal_during_validation_saves_and_a_resumed_run_validates_first(at, eval_every, number):
     from mmtune.training.signals import Stopped
 
     def stopped(stopping):
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(number)
         assert stopping()
         raise Stopped
 
     model, asked = tiny_model(), {"eval_every": eval_every, "steps": 4}
     broken = run(model, Rows(), validate=stopped, **asked)
-    assert (broken.outcome.step, broken.outcome.stopped_by, broken.saved) == (at, signal.SIGTERM, [at])
+    assert (broken.outcome.step, broken.outcome.stopped_by, broken.saved) == (at, number, [at])
     assert "val_loss" not in broken.texts[at]
     values = iter([0.5, 0.25])
     resumed = run(

@@ -17,6 +17,7 @@ from mmtune.evaluation.looking import Looking
 from mmtune.evaluation.ranking import label_words
 from mmtune.models.composite.scores import branches_of_config
 from mmtune.models.load import load_config, load_to_answer
+from mmtune.signals import exit_code_of
 from mmtune.stages.evaluate.answerers import VOTE, in_order
 from mmtune.stages.evaluate.ensemble import answers_in_wordings, answers_of_adapters
 from mmtune.stages.evaluate.filling import filling_of
@@ -78,7 +79,7 @@ def answers_of(plan: Plan, processor: Any, questions: Questions, console: Talk) 
             return replace(_answers(plan, processor, questions, asking), learned=learned)
         except Stopped as stopped:
             error = Interrupted("eval was stopped by a signal; report/ was not touched", "run the same command again")
-            error.exit_code = 130 if stop.wanted == 2 else 75
+            error.exit_code = exit_code_of(stop.wanted)
             raise error from stopped
 
 
