@@ -40,7 +40,7 @@ def only_label_tokens(model: Any, bears_BT: torch.Tensor) -> Iterator[None]:
         model: The model, with whatever wraps it.
         bears_BT: ``(B, T)``: whether the token that this one predicts bears loss.
     """
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     head = inner.get_output_embeddings()
     assert isinstance(head, nn.Module)
     rows_N, places_N = bears_BT.nonzero(as_tuple=True)
@@ -76,11 +76,11 @@ def tokens_to_come(count: int) -> Iterator[None]:
 
 def parts_for_labels(model: Any) -> list[nn.Module]:
     """Returns the parts of a model's last block that run for label tokens alone."""
-    parts = _last_block(_unwrapped(model))
+    parts = _last_block(unwrapped(model))
     return [parts[name] for name in _PER_TOKEN if name in parts]
 
 
-def _unwrapped(model: Any) -> Any:
+def unwrapped(model: Any) -> Any:
     """Returns what a data-parallel wrapper holds; Accelerate's own look at every module is too long for each step."""
     while not hasattr(model, "get_output_embeddings") and isinstance(getattr(model, "module", None), nn.Module):
         model = model.module

@@ -6,23 +6,23 @@ Shapes: B rows, T tokens, N tokens that bear loss, H model width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from mmtune.models.composite.auxiliary import OwnAnswers, blended, weighed
 from mmtune.models.encoder_outputs import encoder_outputs_in
-from mmtune.models.label_tokens import only_label_tokens
+from mmtune.models.head_apart import head_to_run_apart, left_out
+from mmtune.models.label_tokens import only_label_tokens, unwrapped
 from mmtune.models.mask_rules import MaskRules
 from mmtune.models.soft_prompt import is_prefix, run_behind_virtual_tokens, virtual_tokens
+from mmtune.training.cross_entropy import cross_entropy, in_parts
 from mmtune.training.ledger import Said
 from mmtune.training.tree_mask import attention_mask, behind_virtual_tokens
 
 IGNORED = -100
-# Most logits that stand in fp32 at once (64 MiB).
-_CHUNK_LOGITS = 1 << 24
 # What a batch holds for the loss and not for the model.
 _OURS = ("labels", "next_labels", "layout", "spans", "tiles", "tasks")
 
@@ -34,11 +34,11 @@ def answer_loss(
 
     A model with auxiliary losses (``fusion.auxiliary_loss``) loses by them while it trains.
     """
-    made, targets_N, bears_BT = _label_logits(model, batch, rules)
-    if _own_answers(made) is None or not model.training:
-        return chunked_cross_entropy(made.logits[0], targets_N), targets_N.numel()
-    losses_N, _ = _losses(model, made, targets_N, bears_BT)
-    return losses_N.sum(), targets_N.numel()
+    found = _run(model, batch, rules)
+    if found.own_answers is None or not model.training:
+        return found.cross_entropy("sum"), found.targets_N.numel()
+    losses_N, _ = _losses(model, found)
+    return losses_N.sum(), found.targets_N.numel()
 
 
 def answer_losses(
@@ -49,30 +49,50 @@ def answer_losses(
     Conversations are the rows, or the branches of packed trees in their order. Parts are those of auxiliary losses:
     what the mixture loses and what each pass loses alone, of those that the gate weighs. Arguments as below.
     """
-    made, targets_N, bears_BT = _label_logits(model, batch, rules)
-    losses_N, said = _losses(model, made, targets_N, bears_BT)
+    found = _run(model, batch, rules)
+    losses_N, said = _losses(model, found)
     if "layout" not in batch:
-        return losses_N, bears_BT.nonzero()[:, 0], said
+        return losses_N, found.bears_BT.nonzero()[:, 0], said
     tree_BT, branch_BT = batch["layout"][0].long(), batch["layout"][1].long()
     inside_BT = branch_BT > 0
     row_BT = torch.arange(len(tree_BT), device=tree_BT.device)[:, None].expand_as(tree_BT)
     keys = torch.stack((row_BT, tree_BT, branch_BT), dim=-1)[inside_BT]
     owner_BT = torch.zeros_like(tree_BT)
     owner_BT[inside_BT] = torch.unique_consecutive(keys, dim=0, return_inverse=True)[1]
-    return losses_N, owner_BT[bears_BT], said
+    return losses_N, owner_BT[found.bears_BT], said
 
 
-def _own_answers(made: Any) -> OwnAnswers | None:
-    return getattr(made, "own_answers", None)
+@dataclass(frozen=True)
+class _Found:
+    """What a model made of a batch.
+
+    Attributes:
+        made: Its output, with ``(1, N, V)`` logits; what its head takes, ``(1, N, H)``, where the head runs apart.
+        head: That runs apart, or None.
+        targets_N: The labels.
+        bears_BT: Whether the token that this one predicts bears loss.
+    """
+
+    made: Any
+    head: torch.nn.Module | None
+    targets_N: torch.Tensor
+    bears_BT: torch.Tensor
+
+    @property
+    def own_answers(self) -> OwnAnswers | None:
+        return getattr(self.made, "own_answers", None)
+
+    def cross_entropy(self, reduction: str) -> torch.Tensor:
+        """Returns the sum in fp32, or each by ``none``."""
+        return cross_entropy(self.made.logits[0], self.targets_N, reduction, self.head)
 
 
-def _losses(model: Any, made: Any, targets_N: torch.Tensor, bears_BT: torch.Tensor) -> tuple[torch.Tensor, Said]:
+def _losses(model: Any, found: _Found) -> tuple[torch.Tensor, Said]:
     """Returns ``(N,)`` what the label tokens lose, in training with the auxiliary losses, and its parts to log."""
-    mixture_N = chunked_cross_entropy(made.logits[0], targets_N, "none")
-    own = _own_answers(made)
+    mixture_N, own, targets_N = found.cross_entropy("none"), found.own_answers, found.targets_N
     if own is None:
         return mixture_N, []
-    own_NK, weighed_NK = own.losses(mixture_N, targets_N), weighed(made.log_gate, bears_BT)
+    own_NK, weighed_NK = own.losses(mixture_N, targets_N), weighed(found.made.log_gate, found.bears_BT)
     losses_N = blended(mixture_N, own_NK, weighed_NK, own.share) if model.training else mixture_N
     counts = [targets_N.numel(), *weighed_NK.sum(0).tolist()]
     sums = [float(mixture_N.detach().sum()), *own_NK.detach().where(weighed_NK, 0.0).sum(0).tolist()]
@@ -81,10 +101,8 @@ def _losses(model: Any, made: Any, targets_N: torch.Tensor, bears_BT: torch.Tens
     return losses_N, [({name: total / count}, count) for name, total, count in parts if count]
 
 
-def _label_logits(
-    model: Any, batch: Mapping[str, torch.Tensor], rules: MaskRules | None
-) -> tuple[Any, torch.Tensor, torch.Tensor]:
-    """Returns the model's output with ``(1, N, V)`` logits where there is a label, the labels, and ``(B, T)`` where.
+def _run(model: Any, batch: Mapping[str, torch.Tensor], rules: MaskRules | None) -> _Found:
+    """Returns what the model makes of a batch where there is a label.
 
     Args:
         model: Called with the batch less its labels and its layout, features in the place of media.
@@ -95,13 +113,16 @@ def _label_logits(
     given = {name: value for name, value in batch.items() if name not in _OURS}
     next_BT = batch["next_labels"] if "next_labels" in batch else next_labels(batch["labels"])
     bears_BT = next_BT != IGNORED
-    with encoder_outputs_in(model, given) as inputs, only_label_tokens(model, bears_BT):
+    targets_N = next_BT[bears_BT]
+    vocabulary = unwrapped(model).config.get_text_config().vocab_size
+    head = head_to_run_apart(model) if in_parts(targets_N.numel(), vocabulary) else None
+    with encoder_outputs_in(model, given) as inputs, only_label_tokens(model, bears_BT), left_out(head):
         if "layout" not in batch:
             made = model(**inputs, use_cache=False)
         else:
             assert rules is not None
             made = _run_packed(model, inputs, batch, rules)
-    return made, next_BT[bears_BT], bears_BT
+    return _Found(made, head, targets_N, bears_BT)
 
 
 def next_labels(labels_BT: torch.Tensor) -> torch.Tensor:
@@ -116,18 +137,3 @@ def _run_packed(model: Any, inputs: Mapping[str, Any], batch: Mapping[str, torch
     whole = {"layout": behind_virtual_tokens(batch["layout"], count)}
     mask = attention_mask(whole, rules, first=count if is_prefix(model) else 0)
     return run_behind_virtual_tokens(model, {**inputs, "attention_mask": mask})
-
-
-def chunked_cross_entropy(logits_NV: torch.Tensor, targets_N: torch.Tensor, reduction: str = "sum") -> torch.Tensor:
-    """Returns the sum of ``-log p(target)`` in fp32, or each by ``none``; probabilities are never all held at once."""
-    size = max(_CHUNK_LOGITS // max(logits_NV.shape[-1], 1), 1)
-    if logits_NV.shape[0] <= size:
-        return _cross_entropy(logits_NV, targets_N, reduction)
-    parts = zip(logits_NV.split(size), targets_N.split(size), strict=True)
-    # The fp32 copy of a chunk is made again in the backward pass.
-    made = [checkpoint(_cross_entropy, *part, reduction, use_reentrant=False) for part in parts]
-    return torch.cat(made) if reduction == "none" else torch.stack(made).sum()
-
-
-def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
-    return functional.cross_entropy(logits.float(), targets, reduction=reduction)
