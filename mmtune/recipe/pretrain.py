@@ -19,6 +19,8 @@ _ELSEWHERE = {
     "video": "a video is its sampled frames, which the encoder of image reads with their times",
     "text": "text is read by the language model that build.text names",
 }
+# Half of the loss, chosen on held-out scans and recordings (tests/bench/bench_interaction.py).
+_AUXILIARY = 0.5
 TOWER_OF: dict[str, Tower] = {"text": "llm", "image": "vision", "audio": "audio", "behaviour": "behaviour"}
 """The tower that a part becomes."""
 
@@ -50,19 +52,26 @@ class Fusion(Section):
     """Layers of the language model before which cross- or co-attention stands, from 0."""
     modality_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Chance of each modality of a row to be hidden in a training step; its last one stays."""
-    auxiliary_loss: Annotated[float, Field(ge=0, le=1)] = 0.0
+    auxiliary_loss: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = "auto"
     """Share of the training loss, here and in finetune, that is what each pass of late and hybrid fusion loses by the
     answer that it would give alone, their mean; the rest is the mixture's. 0: a pass learns by its part in the mixture,
-    which leaves a weaker one little to learn from (Wang et al. 2020)."""
+    which leaves a weaker one little to learn from (Wang et al. 2020). auto: 0.5, and 0 with early."""
     instruction: bool = False
     """The embedding of the question, the mean of what the user says in the last turn, moves the gate of late and hybrid
     fusion."""
 
     @model_validator(mode="after")
     def _mixes_passes(self) -> Fusion:
-        if self.auxiliary_loss and self.mode == "early":
+        if self.auxiliary_loss not in ("auto", 0) and self.mode == "early":
             raise ValueError("auxiliary_loss is for mode late and hybrid: early fusion has one pass")
         return self
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the model's config takes."""
+        usual = 0.0 if self.mode == "early" else _AUXILIARY
+        share = usual if self.auxiliary_loss == "auto" else self.auxiliary_loss
+        return {**self.model_dump(), "layers": list(self.layers), "auxiliary_loss": share}
 
 
 class Parts(Section):

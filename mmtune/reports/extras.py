@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,7 @@ def extra_tables(report: Mapping[str, Any], *, every_metric: bool = True) -> lis
     compared = list(_pairs(report["metrics"]))
     return [
         *(compared if every_metric else compared[:1]),
-        *_passes(report.get("fusion")),
+        *_passes(report.get("fusion"), report.get("perplexity")),
         *_ablation(report.get("ablation")),
         *_filling(report.get("filling")),
     ]
@@ -58,10 +59,11 @@ def _pairs(metrics: Mapping[str, Any]) -> Iterator[Extra]:
             )
 
 
-def _passes(found: Mapping[str, Any] | None) -> Iterator[Extra]:
+def _passes(found: Mapping[str, Any] | None, mixed: Mapping[str, Any] | None) -> Iterator[Extra]:
     if not found:
         return
     rows = []
+    together = mixed["models"] if mixed else {}
     for model, own in found.items():
         for branch, alone in own["branches"].items():
             weight, losses = alone["weight"], alone["perplexity"]
@@ -69,13 +71,18 @@ def _passes(found: Mapping[str, Any] | None) -> Iterator[Extra]:
             rows.append(
                 [model, branch, *cells, perplexity(losses["value"]), perplexity_interval(losses), f"{alone['n']:,}"]
             )
+        if model in together:
+            losses = together[model]
+            cells = [perplexity(losses["value"]), perplexity_interval(losses), f"{mixed['n']:,}" if mixed else ""]
+            rows.append([model, "all, mixed", "", "", *cells])
+    even = math.log(max(len(own["branches"]) for own in found.values()))
     entropies = ", ".join(f"{model} {own['gate_entropy']:.2f}" for model, own in found.items())
     yield Extra(
         "Passes of the fusion",
-        ["model", "pass", "mean weight", "95 % interval", "perplexity alone", "95 % interval", "rows"],
+        ["model", "pass", "mean weight", "95 % interval", "perplexity", "95 % interval", "rows"],
         rows,
-        "Each pass alone, on the rows that have what it reads; the weight is that of the gate. Mean entropy of the gate"
-        f" in nats (0: it has collapsed on one pass): {entropies}.",
+        "Each pass alone, on the rows that have what it reads (joint: it sees all); the weight is that of the gate. The"
+        f" gate's mean entropy in nats (0: one pass has all the weight; {even:.2f}: all have the same): {entropies}.",
     )
 
 

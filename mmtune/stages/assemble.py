@@ -134,14 +134,13 @@ def join(parts: Parts, seed: int, offline: bool, items: list[str] | None = None)
     for name, own in parts.projectors.items():
         resampler = own.kind in ("perceiver", "qformer")
         projectors[name] = own.model_dump() if resampler else {"kind": own.kind, "instruction": own.instruction}
-    fusion = {**parts.fusion.model_dump(), "layers": list(parts.fusion.layers)}
     torch.manual_seed(seed)
     try:
         return assemble(
             text,
             encoders=encoders,
             projectors=projectors,
-            fusion=fusion,
+            fusion=parts.fusion.settings,
             tokenizer=tokenizer,
             preprocessors=None if items is None else {"behaviour": items},
             offline=offline,

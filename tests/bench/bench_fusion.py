@@ -60,18 +60,19 @@ def sides_of_llava() -> dict[str, Any]:
 
 
 def sides_of_modes() -> dict[str, Any]:
-    """Returns one composite model of image and sound in every mode, of the same weights."""
+    """Returns one composite model of image and sound in every mode, of the same weights, one with auxiliary losses."""
     sound = LogMelConfig(
         hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_mel_bins=MELS
     )
     made: dict[str, Any] = {}
-    for mode in ("early", "late", "hybrid"):
+    ways = {mode: {"mode": mode} for mode in ("early", "late", "hybrid")}
+    for name, fusion in (ways | {"hybrid, auxiliary": {"mode": "hybrid", "auxiliary_loss": 0.5}}).items():
         config = CompositeConfig(
             vision_config=vision(), audio_config=sound, text_config=text(), image_token_id=IMAGE,
-            audio_token_id=AUDIO, audio_convolutions=[[3, 2, 1], [3, 2, 1]], fusion={"mode": mode},
+            audio_token_id=AUDIO, audio_convolutions=[[3, 2, 1], [3, 2, 1]], fusion=fusion,
         )  # fmt: skip
-        made[mode] = CompositeForConditionalGeneration(config)
-        made[mode].load_state_dict(made["early"].state_dict(), strict=False)
+        made[name] = CompositeForConditionalGeneration(config)
+        made[name].load_state_dict(made["early"].state_dict(), strict=False)
     return made
 
 

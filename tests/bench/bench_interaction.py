@@ -267,7 +267,7 @@ def main() -> None:
     parser.add_argument("--batch-rows", type=int, default=32)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--dropout", type=float, default=0.0, help="chance of a medium to be hidden in a training step")
-    parser.add_argument("--auxiliary-loss", type=float, default=0.0, help="of late and hybrid fusion")
+    parser.add_argument("--auxiliary-loss", type=float, default=0.5, help="of late and hybrid fusion")
     parser.add_argument("--train-rows", type=int, default=3000, help="of xor")
     parser.add_argument("--test-rows", type=int, default=400, help="of each question")
     parser.add_argument("--picture-noise", type=float, default=0.9)

@@ -222,11 +222,18 @@ def test_tables_of_what_answers_rest_on_are_the_same_everywhere(root):
     }
     report = {
         **make_report(),
-        "fusion": {"tuned": {"branches": {"joint": joint}, "gate_entropy": 0.4}},
+        "fusion": {"tuned": {"branches": {"joint": joint, "image": {**joint, "n": 30}}, "gate_entropy": 0.4}},
+        "perplexity": {"models": {"tuned": {**perplexity, "value": 2.25}}, "n": 50, "tokens": 80},
         "ablation": {"model": "tuned", "entries": [entry], "nothing": ["shots"]},
     }
     passes, rests = extra_tables(report)
-    assert passes.rows == [["tuned", "joint", "0.900", "0.850 to 0.950", "2.50", "2.00 to 3.00", "40"]]
+    assert passes.rows == [
+        ["tuned", "joint", "0.900", "0.850 to 0.950", "2.50", "2.00 to 3.00", "40"],
+        ["tuned", "image", "0.900", "0.850 to 0.950", "2.50", "2.00 to 3.00", "30"],
+        ["tuned", "all, mixed", "", "", "2.25", "2.00 to 3.00", "50"],
+    ]
+    assert "0.69: all have the same" in passes.note, "ln 2"
+    assert len(extra_tables({**report, "perplexity": None})[0].rows) == 2
     assert rests.rows[0][:5] == [EVIL, "Exact match", "0.00", "75.00", "+75.00"] and rests.rows[1][1] == "Perplexity"
     assert "had nothing to take away: shots (no row shows exemplars)." in rests.note and "tuned 0.40" in passes.note
     page, text = write_page(report, [sample(root)]), write_markdown(report)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from mmtune.errors import DataError, Interrupted, RecipeError
 from mmtune.recipe.text import load_recipe
-from mmtune.stages.assemble import assemble_stage
+from mmtune.stages.assemble import assemble_stage, join
 from mmtune.stages.build_data import build_data
 from mmtune.stages.pretrain import pretrain
 from mmtune.stages.tokenize import tokenize
@@ -116,6 +116,15 @@ def test_an_interrupted_run_ends_with_the_same_bytes(recipe_at, monkeypatch):
     assert (staged.run_dir / "base" / "model.safetensors").read_bytes() == whole
     again = [{name: line[name] for name in line if name.startswith("loss")} for line in lines(staged)]
     assert again == metrics
+
+
+@pytest.mark.parametrize(
+    ("fusion", "share"),
+    [("{}", 0.0), ("{mode: late}", 0.5), ("{mode: hybrid}", 0.5), ("{mode: late, auxiliary_loss: 0}", 0.0)],
+)
+def test_passes_learn_by_their_own_answers_unless_the_recipe_says_otherwise(recipe_at, fusion, share):
+    recipe = recipe_at(f"pretrain.build.fusion={fusion}", weights="{caption: 1}")
+    assert join(recipe.pretrain.build, recipe.seed, offline=True)[0].config.fusion["auxiliary_loss"] == share
 
 
 def test_bad_recipes_are_named(recipe_at):

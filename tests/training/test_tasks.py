@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,11 @@ COURSE = {"seed": 0, "batch_tokens": 10**6, "batch_rows": None, "batch_media_tok
 
 @pytest.fixture
 def known(tiny_family: Any, media: Any, served: Any) -> Any:
+    return known_of(tiny_family("qwen2_5_vl"), media, served)
+
+
+def known_of(family: Any, media: Any, served: Any) -> Any:
     """The family, its split, its tasks' table, and every row with its task."""
-    family = tiny_family("qwen2_5_vl")
     trees = [
         tree_to_row(tree) | {"example_ids": [f"{number}/{k}" for k in range(len(tree.example_ids))]}
         for number, tree in enumerate(trees_of(family, media, served))
@@ -70,6 +74,23 @@ def test_it_is_the_weighted_sum_of_each_tasks_loss(known: Any, layout: str, weig
     assert ledger.line() == pytest.approx(each, rel=1e-5)
     if set(weights.values()) == {1.0}:
         torch.testing.assert_close(loss, answer_loss(family.model, plain.batches.batch(units[0], 0), made.rules)[0])
+
+
+def test_tasks_weigh_what_passes_lose_alone_too(tiny_family: Any, media: Any, served: Any) -> None:
+    family = deepcopy(tiny_family("composite_hybrid"))
+    family.model.config.fusion = {**family.model.config.fusion, "auxiliary_loss": 0.4}
+    family.model.model.behaviour_tower.config.unknown_rate = 0.0
+    family, split, told, rows = known_of(family, media, served)
+    weights, ledger = {"vqa": 0.0, "count": 2.5}, Ledger()
+    made = by_parts(batching_of(family, split, "trees"), tasks_of([told], weights, "finetune"), ledger, apart=True)
+    family.model.train()
+    sums = [float(answer_loss(family.model, split.collate([row]))[0].detach()) for row, _ in rows]
+    expected = sum(own * weights.get(task, 1.0) for own, (_, task) in zip(sums, rows, strict=True))
+    loss, _ = made.loss(family.model, made.batches.batch(made.plan.epoch_batches(0)[0], 0))
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
+    ledger.counted()
+    named = {*(f"loss_task_{name}" for name in NAMES), "loss_mixture"}
+    assert set(ledger.line()) == named | {f"loss_alone_{branch}" for branch in family.model.config.branches}
 
 
 def test_held_out_rows_are_noted_apart(known: Any) -> None:
