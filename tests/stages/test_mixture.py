@@ -279,3 +279,11 @@ def test_what_no_row_could_do_is_said(tmp_path: Path):
     sources = [table(tmp_path, "a", 40, templates="pool")]
     stage.build_data(Recipe(run_dir=tmp_path / "all", sources=sources, build={"mixture": mixture}), console=heard)
     assert not any("no training row" in line or "mixture." in line for line in heard.lines)
+
+
+def test_an_unknown_template_is_named_with_those_of_its_task(tmp_path: Path):
+    source = table(tmp_path, "a", 2, template="sentiment_flam")
+    with pytest.raises(RecipeError, match="unknown template 'sentiment_flam'") as error:
+        build(tmp_path, [source])
+    assert error.value.hint.startswith("did you mean 'sentiment_flan'? templates of sentiment_analysis: sentiment_")
+    assert "vqa_plain" not in error.value.hint
