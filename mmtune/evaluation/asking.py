@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -157,6 +158,7 @@ class Answering:
         order = by_media([rows.example(row).media for row in range(len(rows.kept))])
         with self._asking.progress(len(rows.kept), f"eval {name} loss") as bar:
             logprob, tokens = self.scorer(rows.conversations, order, bar.advance)
+        refuse_nan(name, "probabilities", logprob)
         return -logprob, tokens
 
     def _ranked(self, rows: EvalRows, name: str, words: Words) -> Shares:
@@ -164,7 +166,9 @@ class Answering:
 
         def score(asked: Sequence[tuple[Question, int]]) -> np.ndarray:
             with self._asking.progress(len(asked), f"eval {name} options") as bar:
-                return score_words(self.scorer, rows.encode, asked, bar.advance)
+                found = score_words(self.scorer, rows.encode, asked, bar.advance)
+            refuse_nan(name, "probabilities", found)
+            return found
 
         examples = {row: example for row in range(len(rows.kept)) if (example := rows.example(row)).options}
         return shares(examples, words, score)
@@ -234,6 +238,7 @@ class Answering:
                 batch_rows=self._asking.batch_rows,
                 should_stop=self._asking.should_stop,
                 advance=bar.advance,
+                look=partial(refuse_nan, name, "probabilities"),
             )
 
 

@@ -94,6 +94,7 @@ def generate_texts(
     batch_rows: int,
     advance: Callable[[int], None] = lambda n: None,
     should_stop: Callable[[], bool] = lambda: False,
+    look: Callable[[np.ndarray], None] = lambda peaks: None,
 ) -> list[str]:
     """Returns the greedy answer to every row, in the rows' order.
 
@@ -109,11 +110,16 @@ def generate_texts(
         batch_rows: Prompts per batch.
         advance: Told how many rows are done.
         should_stop: Asked before every batch.
+        look: Given the ``(B,)`` highest logit of every row at every step; NaN where one of its logits is.
 
     Raises:
         Stopped: ``should_stop`` returned True.
     """
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    def seen(ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
+        look(logits_BV.amax(1).float().cpu().numpy())
+        return logits_BV
 
     config = GenerationConfig(
         do_sample=False,
@@ -130,7 +136,7 @@ def generate_texts(
     ):
         batch.pop("labels", None)
         with torch.inference_mode():
-            out_BT = model.generate(**batch, generation_config=config)
+            out_BT = model.generate(**batch, generation_config=config, logits_processor=LogitsProcessorList([seen]))
         new_BT = out_BT[:, batch["input_ids"].shape[1] :].tolist()
         for index, ids in zip(chosen, new_BT, strict=True):
             texts[index] = _decode(tokenizer, ids, stops)

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import BeforeValidator, field_validator, model_validator
 
 from mmtune.recipe.section import Section
+
+
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+def _names(value: Any) -> Any:
+    return value if value == "all" else _listed(value)
 
 
 class Ensemble(Section):
     """Several prompts, one model: each is scored alone, and all together."""
 
-    wordings: Literal["all"] | tuple[str, ...] = ()
+    wordings: Annotated[Literal["all"] | tuple[str, ...], BeforeValidator(_names)] = ()
     """Templates that every row with options is asked in, beside its own: all that fit it, or some by name. build-data
     keeps what they say; the answer is the option of the highest mean probability over them (needs answer: rank)."""
-    adapters: tuple[str, ...] = ()
+    adapters: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
     """Folders of further adapters of the same base, such as soft prompts of other seeds, that answer beside adapter/:
     the option of the highest mean probability with answer: rank, else the commonest answer (Lester et al. 2021)."""
 

@@ -51,9 +51,10 @@ def resolve_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def _with_adapters(section: dict[str, Any], folder: Path) -> dict[str, Any]:
     ensemble = section.get("ensemble")
-    if not isinstance(ensemble, dict) or not isinstance(named := ensemble.get("adapters"), list):
+    if not isinstance(ensemble, dict) or not isinstance(named := ensemble.get("adapters"), list | str):
         return section
-    found = [str(_absolute(one, folder)) if isinstance(one, str) else one for one in named]
+    names = [named] if isinstance(named, str) else named
+    found = [str(_absolute(one, folder)) if isinstance(one, str) else one for one in names]
     return {**section, "ensemble": {**ensemble, "adapters": found}}
 
 

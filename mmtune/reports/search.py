@@ -84,8 +84,9 @@ def search_lines(name: str, facts: Mapping[str, Any]) -> list[str]:
     ]
     for one in facts["prompts"]:
         text = one.get("instruction", "soft tokens")
-        more = f" + {len(one['exemplars'])} exemplars" if one.get("exemplars") else ""
+        shown = len(one.get("exemplars", ()))
+        more = f" + {shown} {'exemplar' if shown == 1 else 'exemplars'}" if shown else ""
         more += f", words {one['verbalizer']}" if one.get("verbalizer") else ""
-        shown = text if len(text) <= _MOST_CHARS else text[: _MOST_CHARS - 1] + "…"
-        out.append(f"  {one['score']:.4f} at {one['calls']:>6,}  {shown!r}{more}")
+        said = text if len(text) <= _MOST_CHARS else text[: _MOST_CHARS - 1] + "…"
+        out.append(f"  {one['score']:.4f} at {one['calls']:>6,}  {said!r}{more}")
     return out

@@ -34,5 +34,5 @@ def test_bars_rise_where_the_score_did():
 
 def test_lines_name_exemplars_and_words():
     text = "\n".join(search_lines("ape", search_facts(LINES)))
-    assert "0.2000 to 0.6000 in 100 calls" in text and "'say 0.6' + 1 exemplars, words 2" in text
+    assert "0.2000 to 0.6000 in 100 calls" in text and "'say 0.6' + 1 exemplar, words 2" in text
     assert search_lines("ape", search_facts([])) == ["ape: no prompt was scored on all dev rows"]

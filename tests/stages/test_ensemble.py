@@ -102,6 +102,17 @@ def test_a_searched_prompt_words_rows_alone():
 def test_relative_adapters_are_relative_to_the_recipe(tmp_path: Path):
     values = resolve_paths({"eval": {"ensemble": {"adapters": ["../one/adapter", "/two"]}}}, tmp_path / "here")
     assert values["eval"]["ensemble"]["adapters"] == [str(tmp_path / "one" / "adapter"), "/two"]
+    one = resolve_paths({"eval": {"ensemble": {"adapters": "../one/adapter"}}}, tmp_path / "here")
+    assert one["eval"]["ensemble"]["adapters"] == [str(tmp_path / "one" / "adapter")]
+
+
+def test_one_name_needs_no_list():
+    asked = {"run_dir": "x", "eval": {"answer": "rank", "compare": ["tuned"]}}
+    found = Recipe(**{**asked, "eval": {**asked["eval"], "ensemble": {"wordings": "sentiment_flan"}}})
+    assert found.eval.ensemble.wordings == ("sentiment_flan",)
+    assert Recipe(**{**asked, "eval": {**asked["eval"], "ensemble": {"adapters": "a"}}}).eval.ensemble.adapters == (
+        "a",
+    )
 
 
 @pytest.fixture(scope="module")

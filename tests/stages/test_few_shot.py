@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from mmtune.errors import DataError, RecipeError
-from mmtune.recipe import Recipe
+from mmtune.recipe import Eval, Recipe
 from mmtune.stages import build_data as build_stage
 from mmtune.stages.evaluate import evaluate
+from mmtune.stages.evaluate.shots import ways_of
 from mmtune.stages.tokenize import tokenize
 from mmtune.storage import open_split, read_manifest
 from mmtune.talk import Talk
@@ -183,3 +184,25 @@ def test_shots_of_conversations_alone_say_why_none_can_be_shown(tmp_path: Path, 
     build_stage.build_data(recipe, console=QUIET)
     with pytest.raises(DataError, match=r"no training row can be an exemplar: a conversation as it was read, .*\(6\)"):
         evaluate(recipe, console=QUIET)
+
+
+def test_ways_of_one_method_are_named_by_what_tells_them_apart():
+    ways = [
+        {"method": "random"},
+        {"method": "retrieval"},
+        {"method": "retrieval", "by": ["image", "text"], "balance": True},
+        {"method": "retrieval", "by": ["text"], "diversity": 0.5},
+        {"method": "retrieval", "by": ["text"], "order": "random"},
+    ]
+    found = [way.name for way in ways_of(Eval(shots=[0, 3], exemplars=ways))]
+    assert found == [
+        "",
+        "3 random",
+        "3 retrieval nearest last",
+        "3 retrieval by image and text nearest last balance",
+        "3 retrieval by text nearest last diversity 0.5",
+        "3 retrieval by text random",
+    ]
+    assert [way.name for way in ways_of(Eval(shots=3, exemplars=ways[:2]))] == ["3 random", "3 retrieval"]
+    pools = [{"pool": "own"}, {"pool": ["a", "b"]}]
+    assert [way.name for way in ways_of(Eval(shots=1, exemplars=pools))] == ["1 random pool own", "1 random pool a+b"]

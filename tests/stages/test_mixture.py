@@ -257,3 +257,33 @@ def test_labels_become_words(tmp_path: Path):
     assert rows[0].messages[0].text.startswith("OPTIONS:\n- terrible\n- great")
     with pytest.raises(RecipeError, match="stands for"):
         build(tmp_path, [table(tmp_path, "a", 4, verbalizer={"bad": "x", "good": "x"})])
+
+
+def test_what_no_row_could_do_is_said(tmp_path: Path):
+    lines = [{"messages": [{"role": "user", "content": f"ask {at}"}, {"role": "assistant", "content": f"yes {at}"}]}
+             for at in range(12)]  # fmt: skip
+    (tmp_path / "talk.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sources = [
+        {"id": "talk", "reader": "messages", "split": split, "path": str(tmp_path / "talk.jsonl")}
+        for split in ("train", "val")
+    ]
+    mixture = {"shots": {2: 0.5}, "inverted": 0.5, "options": 0.5}
+    asked, talk = Recipe(run_dir=tmp_path / "run", sources=sources, build={"mixture": mixture}), Talk(quiet=True)
+    stage.build_data(asked, console=talk)
+    text = "\n".join(talk.lines)
+    assert "no training row shows 2 exemplars, as build asks for" in text
+    assert all(f"mixture.{name}" in text for name in ("inverted", "options"))
+    # These rows have no media that they could share.
+    assert "train/val share 12 questions (the same text in both)" in text
+    heard = Talk(quiet=True)
+    sources = [table(tmp_path, "a", 40, templates="pool")]
+    stage.build_data(Recipe(run_dir=tmp_path / "all", sources=sources, build={"mixture": mixture}), console=heard)
+    assert not any("no training row" in line or "mixture." in line for line in heard.lines)
+
+
+def test_an_unknown_template_is_named_with_those_of_its_task(tmp_path: Path):
+    source = table(tmp_path, "a", 2, template="sentiment_flam")
+    with pytest.raises(RecipeError, match="unknown template 'sentiment_flam'") as error:
+        build(tmp_path, [source])
+    assert error.value.hint.startswith("did you mean 'sentiment_flan'? templates of sentiment_analysis: sentiment_")
+    assert "vqa_plain" not in error.value.hint

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mmtune.errors import RecipeError
 from mmtune.prompts.chunk import Asked
-from mmtune.prompts.template import Wordings, check_task, template_names
+from mmtune.prompts.template import POOLS, Wordings, check_task, template_names
 from mmtune.prompts.template_file import load_templates
 from mmtune.prompts.verbalizer import check_verbalizer
 from mmtune.prompts.wordings import Kept
@@ -37,9 +37,11 @@ def asked_of(source: Source, build: Build) -> Asked:
     if source.template is not None and source.template not in names:
         near = difflib.get_close_matches(source.template, names, 1)
         guess = f"did you mean {near[0]!r}? " if near else ""
+        pool = {} if file or source.task is None else {one.id: one for one in POOLS.get(source.task, ())}
+        what = f"templates of {source.task}" if pool else "templates"
         raise RecipeError(
             f"source {source.id!r} names the unknown template {source.template!r}",
-            f"{guess}templates: {', '.join(sorted(names))}",
+            f"{guess}{what}: {', '.join(sorted(pool or names))}",
             "unknown_template",
         )
     words = {label: (own,) if isinstance(own, str) else own for label, own in source.verbalizer.items()}

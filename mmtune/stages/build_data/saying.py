@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mmtune.prompts.delimiters import TURNS
+from mmtune.recipe import Build
 from mmtune.talk import Talk, counted
 
 
 def say_result(
-    rows: Mapping[str, int], drops: Mapping[str, int], facts: Mapping[str, Any], target: Path, console: Talk
+    rows: Mapping[str, int],
+    drops: Mapping[str, int],
+    facts: Mapping[str, Any],
+    target: Path,
+    console: Talk,
+    build: Build,
 ) -> None:
     """Says what became of every source, of the mixture and the exemplars, and what was refused.
 
@@ -21,6 +27,7 @@ def say_result(
         facts: The manifest's.
         target: The finished folder.
         console: Where it is said.
+        build: What was asked for.
     """
     console.table(
         "build-data",
@@ -38,14 +45,41 @@ def say_result(
         _say_mixture(facts["mixture"], console)
     if "exemplars" in facts:
         _say_exemplars(facts["exemplars"], console)
+    for line in _in_vain(build, facts):
+        console.note(line)
     if drops:
         listed = ", ".join(f"{reason} {count:,}" for reason, count in drops.items())
         refused = f"{sum(drops.values()):,} of {counted(facts['read'], 'row')} were refused: {listed}"
         console.note(f"{refused} ({target}/rejects.jsonl)")
     for pair, shared in facts["leakage"].items():
-        console.note(f"{pair} share {shared['media']:,} media and {shared['questions']:,} questions on the same media")
+        console.note(f"{pair} share {_shared(shared)}")
     counts = ", ".join(f"{split} {count:,}" for split, count in rows.items())
     console.say(f"build-data: {counts} {'row' if list(rows.values()) == [1] else 'rows'} in {target}")
+
+
+def _shared(found: Mapping[str, int]) -> str:
+    """Returns what two splits share, in words; rows without media share questions alone."""
+    if not found["media"]:
+        return f"{counted(found['questions'], 'question')} (the same text in both)"
+    return f"{found['media']:,} media and {found['questions']:,} questions on the same media"
+
+
+def _in_vain(build: Build, facts: Mapping[str, Any]) -> Iterator[str]:
+    """Yields what was asked of training rows and no row does: else a wrong setting looks like a right one."""
+    shots = facts.get("mixture", facts.get("exemplars", {})).get("shots", {})
+    unmet = [str(count) for count, share in build.shots.items() if share and not shots.get(str(count))]
+    if unmet:
+        yield (
+            f"no training row shows {' or '.join(unmet)} exemplars, as build asks for:"
+            " conversations take none, nor do rows whose pool is too small"
+        )
+    found = facts.get("mixture")
+    if found is None or build.mixture is None:
+        return
+    if build.mixture.inverted and not found["inverted"]:
+        yield "mixture.inverted turns no row round: none of their templates is an inverted one"
+    if build.mixture.options is not None and not found["options"] + found["no_options"]:
+        yield "mixture.options lists none: no training row has options"
 
 
 def _say_mixture(mixture: dict[str, Any], console: Talk) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 from mmtune.errors import Interrupted, RecipeError
 from mmtune.evaluation.ablation import idle_kinds, row_facts
 from mmtune.evaluation.asking import Asking, Losses, answerer, ask_each
-from mmtune.evaluation.damage import refuse_nan
 from mmtune.evaluation.generation import Stopped
 from mmtune.evaluation.looking import Looking
 from mmtune.evaluation.ranking import label_words
@@ -122,8 +121,6 @@ def _answers(plan: Plan, processor: Any, questions: Questions, asking: Asking) -
         texts |= {name: prompted.answers(answers) for name, answers in more.texts.items()}
         # Label words are other texts than the references: their losses say nothing beside those.
         losses |= {} if prompted.unaskable or prompted.prompt.words else more.losses
-    for name, (nll, _) in losses.items():
-        refuse_nan(name, "probabilities", nll)
     votes = {answerer(VOTE, way): said for way, said in questions.asked.votes.items()}
     ordered = {**votes, **in_order(texts, settings.compare)}
     return Answers(ordered, in_order(losses, settings.compare), looking, filling)

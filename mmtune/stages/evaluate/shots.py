@@ -34,7 +34,8 @@ class Way:
     """One way of asking every row.
 
     Attributes:
-        name: Such as ``4 retrieval``; empty for the rows as they stand.
+        name: Such as ``4 retrieval``, or ``4 retrieval by text`` where others are by images; empty for the rows as they
+            stand.
         shots: Exemplars of a row.
         settings: How they are chosen.
     """
@@ -55,13 +56,28 @@ def ways_of(settings: Eval, built: Mapping[str, Any] | None = None) -> list[Way]
     for shots in sorted(settings.shots):
         for given in settings.exemplars if shots else settings.exemplars[:1]:
             own = given
+            alike = [one for one in settings.exemplars if one.method == given.method]
             if built and "pool" not in given.model_fields_set:
                 pool = built["pool"]
                 own = given.model_copy(update={"pool": pool if isinstance(pool, str) else tuple(pool)})
-            name = f"{shots} {own.method}" if shots else ""
-            again = sum(way.name.startswith(name) for way in ways) if name else 0
+            name = f"{shots} {_told_apart(given, alike)}" if shots else ""
+            again = sum(way.name == name or way.name.startswith(f"{name} (") for way in ways) if name else 0
             ways.append(Way(f"{name} ({again + 1})" if again else name, shots, own))
     return ways
+
+
+def _told_apart(way: Exemplars, alike: Sequence[Exemplars]) -> str:
+    """Returns how exemplars are chosen, in as many words as tell it from other ways of the same method."""
+
+    def differs(key: str) -> bool:
+        return len({getattr(one, key) for one in alike}) > 1
+
+    said = [f"by {' and '.join(way.by)}"] if differs("by") and way.by else []
+    said += [way.order.replace("_", " ")] if differs("order") else []
+    said += [f"diversity {way.diversity:g}"] if differs("diversity") and way.diversity else []
+    said += ["balance"] if differs("balance") and way.balance else []
+    said += [f"pool {way.pool if isinstance(way.pool, str) else '+'.join(way.pool)}"] if differs("pool") else []
+    return " ".join([way.method, *said])
 
 
 def features_of(recipe: Recipe, settings: Eval) -> Manifest | None:

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from mmtune.errors import DataError
+from mmtune.errors import DataError, IntegrityError
 from mmtune.features.table import REDUCED, FeatureTable, Row, read_part, record_batch, vector_column, write_part
 from mmtune.features.units import FeatureKind, Unit, by_length, todo
 from mmtune.recipe import Extract
@@ -118,6 +118,7 @@ class Filler:
 
         Raises:
             DataError: A unit's features overflow fp16.
+            IntegrityError: The encoder gives no numbers for any unit.
         """
         stands = {} if old is None else old.stands()
         missing, changed = todo(units, stands, partial(file_sha256, self._root))
@@ -139,9 +140,20 @@ class Filler:
             *([(old, {unit.id for unit in units} - made)] if old is not None else []),
             *((t, made) for t in tables),
         ]
+        self._check_some(units, filled)
         filled.rows = self._write(units, splits, sources, target, filled)
         filled.kept = filled.rows - sum(len(table.ids) for table in tables)
         return filled
+
+    def _check_some(self, units: Sequence[Unit], filled: Filled) -> None:
+        """Raises IntegrityError where no unit has features, because the encoder gives no numbers."""
+        if len(units) == len(filled.rejects) > 0 and all(reject["reason"] == _GONE for reject in filled.rejects):
+            raise IntegrityError(
+                f"the encoder of {self._kind}, {self._path}, gives no finite numbers for any of {len(units):,}:"
+                " its weights are damaged",
+                "fetch it again, or name another one in extract.encoders",
+                _GONE,
+            )
 
     def _parts(self, units: Sequence[Unit]) -> dict[str, list[list[Unit]]]:
         """Returns batches of units by the name of their part."""
