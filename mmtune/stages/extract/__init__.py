@@ -12,7 +12,6 @@ from mmtune.features.index import build_index
 from mmtune.features.joint import JOINT
 from mmtune.features.table import FeatureTable, open_features
 from mmtune.features.units import FeatureKind, Gathered
-from mmtune.files import disk_errors
 from mmtune.prompts.template import check_task
 from mmtune.recipe import Extract, Recipe
 from mmtune.records import Reject
@@ -79,7 +78,7 @@ def extract(
     )
     if staging is None:
         return _result(target, read_manifest(target), cached=True)
-    with staging, disk_errors(f"writing {target}"):
+    with staging:
         run = _Run(recipe, settings, gathered, media_root, chosen, offline, console)
         manifest = run.write(staging, {} if force else _old_features(target, chosen))
     return _result(target, manifest, cached=False)
