@@ -152,6 +152,14 @@ def test_rejects_are_counted_and_listed(tmp_path):
     assert [json.loads(x)["where"] for x in (tmp_path / "rejects.jsonl").read_text().splitlines()] == ["f:1", "f:2"]
 
 
+def test_a_disk_that_fills_up_in_a_stage_is_told_with_its_folder(tmp_path):
+    staging = storage.open_stage(tmp_path / "demo", stage="demo", config={})
+    with pytest.raises(ResourceError, match=r"writing .*/demo: No space left on device"), staging:
+        # As Arrow tells of it: no name of a file.
+        raise OSError(28, "No space left on device")
+    assert [path.name for path in tmp_path.iterdir()] == [".demo.lock"]
+
+
 def test_a_full_disk_is_a_resource_error():
     with pytest.raises(ResourceError), disk_errors("writing"):
         raise OSError(28, os.strerror(28))

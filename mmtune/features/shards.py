@@ -1,14 +1,16 @@
 """Features of media on disk: shards with fixed members, each complete or absent.
 
 A shard is one safetensors file. Its header says what made it (``source``) and lists its members:
-the medium, the file it was made from (size, time, sha256) and where its rows stand. What a shard
-holds depends on its members alone, so a shard that is made again has the same bytes.
+the medium, the file it was made from (size, time, sha256) and where its rows stand, with the sha256
+of all that. What a shard holds depends on its members alone, so a shard that is made again has the
+same bytes.
 
 Shapes: N rows of a medium (tokens, or units of a projector), with any dimensions behind.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +28,9 @@ from mmtune.records import Medium
 
 SHARD_BYTES = 256 << 20
 # Raised when what a header says changes.
-_LAYOUT = "2"
+_LAYOUT = "3"
+# The one entry of a header: of several, safetensors writes a random one first.
+_ABOUT = "shard"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,25 +119,47 @@ def write_shard(path: Path, source: str, members: Sequence[Member], tensors: Map
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    header = {"layout": _LAYOUT, "source": source, "members": json.dumps([asdict(member) for member in members])}
+    about = json.dumps({"layout": _LAYOUT, "source": source, "members": [asdict(member) for member in members]})
+    kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
-        write_tensors(aside, {name: tensor.contiguous() for name, tensor in tensors.items()}, header)
+        write_tensors(aside, kept, {_ABOUT: json.dumps([_digest(about, kept), about])})
         aside.replace(path)
         sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
 
 
+def _digest(about: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Returns the sha256 of what a shard says of itself and of all its rows."""
+    found = hashlib.sha256(about.encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 def read_members(path: Path, source: str) -> list[Member] | None:
-    """Returns what a shard holds; None where it is absent, damaged or made by something else."""
+    """Returns what a shard holds; None where it is absent, cannot be read or was made by something else."""
     try:
         with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-    except (OSError, SafetensorError):
+            about = json.loads(json.loads(file.metadata()[_ABOUT])[1])
+        if (about["layout"], about["source"]) != (_LAYOUT, source):
+            return None
+        return [Member(**{**fields, "grid": tuple(fields["grid"])}) for fields in about["members"]]
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError):
+        # Absent, or a header of something else.
         return None
-    if (header.get("layout"), header.get("source")) != (_LAYOUT, source):
-        return None
-    return [Member(**{**fields, "grid": tuple(fields["grid"])}) for fields in json.loads(header["members"])]
+
+
+def is_whole(path: Path) -> bool:
+    """Says whether a shard has the bytes that were written; reads all of them."""
+    try:
+        with safe_open(path, "pt") as file:
+            digest, about = json.loads(file.metadata()[_ABOUT])
+            found = _digest(about, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError):
+        return False
+    return bool(found == digest)
 
 
 def is_fresh(members: Sequence[Member] | None, items: Sequence[Item], root: Path) -> bool:

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from mmtune import __version__
 from mmtune.errors import IntegrityError, LockedError, RecipeError
-from mmtune.files import file_digest, replace_folder, sync, write_json
+from mmtune.files import disk_errors, file_digest, replace_folder, sync, write_json
 from mmtune.storage.manifest import (
     MANIFEST,
     Manifest,
@@ -60,6 +60,11 @@ class Staging:
     def __exit__(self, *exc: object) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
+        for error in exc:
+            if isinstance(error, Exception):
+                # A full disk is told with what was being written, whichever library met it.
+                with disk_errors(f"writing {self.target}"):
+                    raise error
 
     def publish(
         self,

@@ -20,6 +20,7 @@ from mmtune.features.shards import (
     Member,
     cut,
     is_fresh,
+    is_whole,
     item_name,
     joined_features,
     read_members,
@@ -212,16 +213,12 @@ class Shelf:
         return round(sum(self.media.tokens[at] for number in wanted for at in shards[number]) * self.row_bytes)
 
     def missing(self) -> dict[int, range]:
-        """Returns the numbers and items of the shards that are absent or no longer true."""
-        return {
-            number: own
-            for number, own in enumerate(self._shards)
-            if not is_fresh(
-                read_members(shard_path(self.folder, number), self.source),
-                [self.media.items[index] for index in own],
-                self.root,
-            )
-        }
+        """Returns the numbers and items of the shards that are absent, damaged or no longer true."""
+        return {number: own for number, own in enumerate(self._shards) if not self._stands(number, own)}
+
+    def _stands(self, number: int, own: range) -> bool:
+        path, items = shard_path(self.folder, number), [self.media.items[index] for index in own]
+        return is_fresh(read_members(path, self.source), items, self.root) and is_whole(path)
 
     def fill(self, maker: Maker, missing: Mapping[int, range], advance: Callable[[int], None]) -> None:
         """Computes and writes some shards, one after the other.

@@ -20,6 +20,7 @@ from mmtune.features.shards import (
     Member,
     cut,
     is_fresh,
+    is_whole,
     item_name,
     read_members,
     shard_path,
@@ -81,6 +82,24 @@ def test_another_source_or_a_damaged_file_is_no_shard(tmp_path: Path, items: lis
     assert not is_fresh(None, items, tmp_path)
     with pytest.raises(IntegrityError, match="cannot be read"):
         Features([path], "me")
+
+
+def test_one_bit_anywhere_is_found(tmp_path: Path, items: list[Item]) -> None:
+    write(tmp_path / "f", tmp_path, items)
+    path = shard_path(tmp_path / "f", 0)
+    whole = path.read_bytes()
+    assert is_whole(path)
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        assert not (read_members(path, "me") and is_whole(path)), whole[max(place - 20, 0) : place + 20]
+
+
+def test_a_shard_that_is_made_again_has_the_same_bytes(tmp_path: Path, items: list[Item]) -> None:
+    made = set()
+    for _ in range(6):
+        write(tmp_path / "f", tmp_path, items)
+        made.add(shard_path(tmp_path / "f", 0).read_bytes())
+    assert len(made) == 1
 
 
 def test_a_shard_written_anew_is_read_anew(tmp_path: Path, items: list[Item]) -> None:

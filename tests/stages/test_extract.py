@@ -102,6 +102,20 @@ def test_a_second_run_opens_no_medium_and_a_changed_file_alone_is_made_again(tmp
     assert after.stands()["a/05.png"][1] == 1
 
 
+def test_damaged_features_are_made_again_and_not_carried_on(tmp_path):
+    folder = pictures(tmp_path / "media")
+    asked = recipe(tmp_path, folder)
+    _, out = run(asked)
+    (file,) = (out / "image").glob("data-*.arrow")
+    before, whole = open_features(out, "image").pooled(), file.read_bytes()
+    place = whole.index(before[4].tobytes())
+    file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    picture(folder / "a" / "99.png", 100)
+    result, _ = run(asked)
+    assert result["kept"] == {"image": 0} and result["rows"] == {"image": 13}
+    np.testing.assert_array_equal(open_features(out, "image").pooled()[:12], before)
+
+
 def counting(one, opened: list[str]):
     def counted(self, unit):
         opened.append(unit.id)

@@ -96,13 +96,16 @@ def test_a_model_tuned_without_its_tower_is_saved_with_it(fresh):
     assert all(torch.equal(tuned[name], base[name]) == ("language_model" not in name) for name in base)
 
 
-@pytest.mark.parametrize("damage", ["touched", "gone", "other weights", "no proof"])
+@pytest.mark.parametrize("damage", ["touched", "gone", "one bit", "other weights", "no proof"])
 def test_what_changed_since_the_proof_is_proved_again(fresh, damage, tmp_path):
     recipe = fresh(max_steps=8)
     said(recipe)
     folder = recipe.run_dir / "features" / "towers" / "image"
     (shard,) = folder.glob("shard-*")
-    if damage == "touched":
+    whole = shard.read_bytes()
+    if damage == "one bit":
+        shard.write_bytes(whole[:-3] + bytes([whole[-3] ^ 64]) + whole[-2:])
+    elif damage == "touched":
         shard.write_bytes(shard.read_bytes())
     elif damage == "gone":
         shard.unlink()
@@ -112,6 +115,8 @@ def test_what_changed_since_the_proof_is_proved_again(fresh, damage, tmp_path):
     else:
         (folder / "proof.json").write_text("[1, 2")
     assert "features stand for pixels; the loss of a batch differs" in said(recipe)
+    # Where a batch that was not compared shows it, a damaged one would train on.
+    assert shard.read_bytes() == whole
     assert "the vision tower is not loaded" in said(recipe)
 
 

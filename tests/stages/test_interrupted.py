@@ -13,7 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from mmtune.__main__ import main
-from mmtune.errors import IntegrityError, Interrupted
+from mmtune.errors import IntegrityError, Interrupted, ResourceError
 from mmtune.models import adapter
 from mmtune.signals import STOPS
 from mmtune.stages.finetune import finetune
@@ -90,7 +90,7 @@ def test_a_run_that_failed_to_publish_only_publishes_again(fresh, unbroken, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(adapter, "save_tuned", full)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(ResourceError, match=r"writing .*adapter: No space"):
             finetune(recipe, console=Talk(quiet=True))
     assert state_of(recipe, 6).is_file() and not (recipe.run_dir / "adapter").exists()
     steps = []

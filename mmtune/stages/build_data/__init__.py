@@ -15,7 +15,7 @@ from typing import Any
 
 from mmtune.errors import RecipeError
 from mmtune.features.units import known_as
-from mmtune.files import disk_errors, file_digest
+from mmtune.files import file_digest
 from mmtune.media.content import names_beside
 from mmtune.media.known import KnownMedia, MediaPlace, MediumKey, Probe, media_places
 from mmtune.media.paths import listing
@@ -136,7 +136,7 @@ def build_data(
     if staging is None:
         manifest = read_manifest(target)
         return _result(target, manifest.rows, manifest.drops, manifest.facts, skipped=True)
-    with staging, disk_errors(f"writing {target}"):
+    with staging:
         searched = placed(given, media_root)
         sources = _Sources(recipe, files, asked, places, media_root, features, limit, searched, slots)
         rows, drops, facts = _fill(staging, recipe, sources, console)

@@ -12,7 +12,6 @@ from mmtune.features.index import build_index
 from mmtune.features.joint import JOINT
 from mmtune.features.table import FeatureTable, open_features
 from mmtune.features.units import FeatureKind, Gathered
-from mmtune.files import disk_errors
 from mmtune.prompts.template import check_task
 from mmtune.recipe import Extract, Recipe
 from mmtune.records import Reject
@@ -22,7 +21,7 @@ from mmtune.stages.extract.joining import join
 from mmtune.stages.extract.reducing import Reducer
 from mmtune.stages.extract.twins import find_twins
 from mmtune.stages.extract.units import gather_units
-from mmtune.storage import Manifest, RejectLog, Staging, foresee, is_finished, open_stage, read_manifest, stage_hash
+from mmtune.storage import Manifest, RejectLog, Staging, foresee, open_stage, read_manifest, stage_hash, verify_files
 from mmtune.talk import Talk, counted
 
 # The towers' outputs that finetune keeps stand in the same folder and are its own.
@@ -79,9 +78,9 @@ def extract(
     )
     if staging is None:
         return _result(target, read_manifest(target), cached=True)
-    with staging, disk_errors(f"writing {target}"):
+    with staging:
         run = _Run(recipe, settings, gathered, media_root, chosen, offline, console)
-        manifest = run.write(staging, {} if force else _old_features(target, chosen))
+        manifest = run.write(staging, {} if force else _old_features(target, chosen, console))
     return _result(target, manifest, cached=False)
 
 
@@ -92,16 +91,24 @@ def _known_items(gathered: Gathered) -> list[str]:
     return sorted({item for unit in (trained or units) for item in unit.items})
 
 
-def _old_features(target: Path, chosen: Mapping[FeatureKind, Chosen]) -> dict[FeatureKind, FeatureTable]:
-    """Returns the finished features whose encoder is still the same, without what is made of them."""
-    if not is_finished(target):
-        return {}
+def _old_features(target: Path, chosen: Mapping[FeatureKind, Chosen], console: Talk) -> dict[FeatureKind, FeatureTable]:
+    """Returns the finished, undamaged features whose encoder is still the same, without what is made of them."""
+    found: dict[FeatureKind, FeatureTable] = {}
     try:
-        made = read_manifest(target).facts.get("fingerprints", {})
-        same = [kind for kind, one in chosen.items() if made.get(kind) == one.fingerprint]
-        return {kind: open_features(target, kind).not_reduced() for kind in same}
+        manifest = read_manifest(target)
     except (IntegrityError, DataError):
-        return {}
+        return found
+    made = manifest.facts.get("fingerprints", {})
+    for kind in (kind for kind, one in chosen.items() if made.get(kind) == one.fingerprint):
+        try:
+            verify_files(target, manifest, kind)
+            found[kind] = open_features(target, kind).not_reduced()
+        except IntegrityError as damage:
+            console.note(f"extract: {kind}: all features are made again: {damage.message}")
+        except DataError:
+            # All units of the kind were refused.
+            continue
+    return found
 
 
 class _Run:

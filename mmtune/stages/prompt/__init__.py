@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtune.errors import IntegrityError, RecipeError
-from mmtune.files import disk_errors, write_json
+from mmtune.files import write_json
 from mmtune.models.digest import weights_digest
 from mmtune.prompts.search import METHODS, Sizes
 from mmtune.recipe import Eval, Prompt, Recipe
@@ -82,7 +82,7 @@ def prompt(
     if resume == "never":
         shutil.rmtree(kept, ignore_errors=True)
     identity = {"search": stage_hash({"config": config, "parents": parents})}
-    with staging, disk_errors(f"writing {target}"):
+    with staging:
         document = follow(course, kept, identity, console)
         _publish(staging, document, kept, instructions)
     console.say(f"prompt: wrote {target / 'prompt.json'}")
