@@ -121,6 +121,9 @@ class Codes(Section):
 
     modalities: tuple[Part, ...] = ()
     """Which parts; left out: all encoders, and text (question and answer) where there is one encoder."""
+    sources: tuple[str, ...] = ()
+    """Ids of the sources whose rows codes are learned from; left out: all. Name those whose parts belong together: a
+    row that asks whether two media fit, and shows two that do not, would teach codes to find what is not theirs."""
     width: Annotated[int, Field(ge=1)] = 32
     """Numbers of a code."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3

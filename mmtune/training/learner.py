@@ -29,11 +29,12 @@ from mmtune.training.code_losses import CodeHeads, code_losses
 from mmtune.training.ledger import Ledger, Said
 from mmtune.training.loss import answer_loss, answer_losses
 from mmtune.training.pair_losses import MaskingHeads, MatchHead, TextMasking, masked_loss, match_loss_of
+from mmtune.training.paired import belonging_together
 from mmtune.training.unfreezing import Unfreezing
 
 CODED = ("reconstruction", "adversarial", "contrastive")
 """Objectives over one code per part of a row."""
-_OURS = ("keys", "step", "tasks")
+_OURS = ("keys", "step", "tasks", "together")
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ class Learner(nn.Module):
         for batch in batches:
             inputs, media = self._encoded(batch)
             pooled, present_BK = self._pooled(inputs, media)
+            present_BK = belonging_together(present_BK, batch)
             for kind, values in (("seen", pooled), ("told", self._told(inputs, media))):
                 for name, own in values.items():
                     found.setdefault((kind, name), []).append(own[heads.at(name, present_BK)].float())
@@ -136,7 +138,8 @@ class Learner(nn.Module):
         """Returns every objective's loss by name, facts to log, and the number of label tokens.
 
         Args:
-            batch: As a ``PairCollator`` makes it, with ``step``, and ``tasks`` where there are several.
+            batch: As a ``PairCollator`` makes it, with ``step``, ``tasks`` where there are several, and ``together``
+                where codes are learned from some rows alone.
         """
         weights, facts = self.settings.weights, dict[str, float]()
         inputs = {name: value for name, value in batch.items() if name not in _OURS}
@@ -153,6 +156,7 @@ class Learner(nn.Module):
             found["caption"] = self._caption(given, batch.get("tasks"))
         if "codes" in self.heads:
             pooled, present_BK = self._pooled(inputs, media)
+            present_BK = belonging_together(present_BK, batch)
             dropout = self.settings.codes.dropout if self.training else 0.0
             told, step = self._told(inputs, media), int(batch["step"])
             made = code_losses(self.heads["codes"], pooled, present_BK, told, batch["keys"], dropout, step)

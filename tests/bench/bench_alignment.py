@@ -191,6 +191,7 @@ def run(seed: str, game: str, given: argparse.Namespace, folder: Path) -> dict[s
     for split in given.held_out.split(","):
         sources += held_out_sources(split, folder / "media" / split)
     changes = [*given.set, *off, f"run_dir={folder}", f"seed={seed}", f"sources={json.dumps(sources)}"]
+    changes.append(f"eval.split={given.held_out.split(',')[0]}")  # nothing is scored by it, but it must be there
     recipe, quiet = load_recipe(RECIPE, changes), Talk(quiet=True)
     build_data(recipe, console=quiet)
     stages, started = pretrain_stages(recipe, None, "never", True), time.process_time()
@@ -216,7 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--games", default="with,without")
-    parser.add_argument("--held-out", default="test", help="test, val or both; settings are chosen by val")
+    parser.add_argument("--held-out", default="test", help="test, val or test,val; settings are chosen by val")
     parser.add_argument("--set", action="append", default=[], help="override a key of the recipe")
     given, games = parser.parse_args(), {}
     for seed in given.seeds.split(","):

@@ -66,3 +66,28 @@ def test_the_answers_are_still_learned_with_the_question_read(model):
             codes = CodeSettings(("image", "text"), width=4)
             learner = Learner(model, LearnerSettings(weights, codes, text, 0, {})).eval()
             torch.testing.assert_close(learner.losses(batch)[0]["caption"], expected)
+
+
+def test_codes_of_rows_apart_from_those_that_belong_together_teach_nothing(model):
+    words = [[20 + row, 30 + row, 40 + row] for row in range(6)]
+    whole = {**batch_of(model, words), "keys": torch.arange(24).view(6, 4), "step": torch.tensor(0)}
+    here = torch.tensor([True, False, True, True, False, True])
+    alone = {name: own[here] if own.ndim else own for name, own in whole.items()}
+    weights = {"caption": 1.0, "reconstruction": 1.0, "adversarial": 1.0, "contrastive": 1.0}
+    text = TextMasking(0, model.config.text_config.vocab_size, (model.config.image_token_id,))
+    codes = CodeSettings(("image", "text"), width=4)
+
+    def losses(batch, measured):
+        learner = Learner(model, LearnerSettings(weights, codes, text, 0, {})).eval()
+        torch.manual_seed(0)
+        with torch.no_grad():
+            learner.measure([measured])
+            return learner.losses(batch)[0]
+
+    found, expected = losses({**whole, "together": here}, {**whole, "together": here}), losses(alone, alone)
+    for name in ("reconstruction", "adversarial", "contrastive"):
+        torch.testing.assert_close(found[name], expected[name], msg=lambda said, name=name: f"{name}: {said}")
+    everything = losses(whole, whole)
+    # The answers of all rows are learned.
+    torch.testing.assert_close(found["caption"], everything["caption"])
+    assert abs(float(found["contrastive"] - everything["contrastive"])) > 1e-3

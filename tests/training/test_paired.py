@@ -1,14 +1,16 @@
 """Which rows share what, and whose media a row may be shown with."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from mmtune.encoding.render import EncodedRow, MediaSpan
+from mmtune.errors import RecipeError
 from mmtune.models.composite.encoded import word_summary
 from mmtune.models.objectives.masked import match_pairs
 from mmtune.records import Medium
-from mmtune.training.paired import PARTS, PairCollator
+from mmtune.training.paired import PARTS, PairCollator, together_of
 from mmtune.training.tally import Tally
 
 
@@ -72,3 +74,32 @@ def test_the_tally_of_several_processes_is_one_weighted_mean():
         return {name: own.get(name, 0) + other.get(name, 0) for name in {*own, *other}}
 
     assert mine.line(over_all) == {"a": 3.25, "b": 2.0} and mine.line() == {}
+
+
+class Named:
+    """Batches whose units are told by name alone."""
+
+    def __init__(self, names):
+        self.names = names
+
+    def batch(self, units, step=None):
+        return {}
+
+    def ids(self, units):
+        return [self.names[unit] for unit in units]
+
+
+def test_codes_are_learned_from_the_rows_of_the_named_sources():
+    tables = [
+        pa.table({"id": ["a", "b", "c"], "source": ["twin", "agree", "twin"]}),
+        pa.table({"id": ["d"], "source": ["agree"]}),
+    ]
+    rows = Named(["a", "b", "c", "d"])
+    found = together_of(tables, ["twin"])
+    assert found.told(rows).batch([3, 2, 0, 1])["together"].tolist() == [False, True, True, False]
+    assert found.of_trees([["b", "d"], ["b", "c"]]).tolist() == [False, True]
+    everything = together_of(tables, [])
+    assert everything.told(rows) is rows and everything.of_trees([["b"], ["d"]]).tolist() == [True, True]
+    with pytest.raises(RecipeError, match="twins, of which there is no row") as refused:
+        together_of(tables, ["twins", "agree"])
+    assert "agree, twin" in refused.value.hint

@@ -66,9 +66,11 @@ def prepare(
     from mmtune.training.checkpoints import CheckpointFolder
     from mmtune.training.engine import precision_of
     from mmtune.training.learner import Learner
+    from mmtune.training.paired import together_of
     from mmtune.training.ranks import share_weights
     from mmtune.training.step_size import StepSize
     from mmtune.training.surroundings import surroundings
+    from mmtune.training.tasks import tasks_of
 
     settings, start = recipe.pretrain, str(recipe.run_dir / "start")
     assert settings is not None
@@ -78,14 +80,18 @@ def prepare(
     processor = same_processor(start, tokens.facts.get("processor"), offline=offline, **budget)
     model = _model(recipe, start, offline, console)
     size = StepSize(accelerator.num_processes * settings.accumulate, settings.batch_tokens, settings.batch_rows)
-    tasks = _tasks(recipe, settings, tokens)
-    train = _batching(recipe, tokens, processor, "train", size, limit, tasks)
+    tables = [
+        open_split(recipe.run_dir / "instructions" / split) for split in ("train", "val") if tokens.rows.get(split)
+    ]
+    tasks = tasks_of(tables, settings.task_weights, "pretrain")
+    together = together_of(tables, settings.codes.sources)
+    train = _batching(recipe, tokens, processor, "train", size, limit, (tasks, together))
     val = None
     if tokens.rows.get("val"):
-        val = _batching(recipe, tokens, processor, "val", size, settings.eval_rows, tasks)
+        val = _batching(recipe, tokens, processor, "val", size, settings.eval_rows, (tasks, together))
     asked = _learner_settings(recipe, settings, processor, train.plan, console)
     learner = Learner(model, replace(asked, tasks=tasks.weights))
-    _check_rows(recipe, learner.settings, console)
+    _check_rows(recipe, learner.settings, together, console)
     learner.to(accelerator.device)
     measure(learner, train.batches, train.plan, accelerator)
     share_weights(learner)
@@ -108,14 +114,6 @@ def prepare(
         surroundings(model, accelerator, {"mmtune": __version__, **library_versions()}),
         processor,
     )
-
-
-def _tasks(recipe: Recipe, settings: Pretrain, tokens: Manifest) -> Any:
-    from mmtune.training.tasks import tasks_of
-
-    splits = [split for split in ("train", "val") if tokens.rows.get(split)]
-    tables = [open_split(recipe.run_dir / "instructions" / split) for split in splits]
-    return tasks_of(tables, settings.task_weights, "pretrain")
 
 
 def _model(recipe: Recipe, start: str, offline: bool, console: Talk) -> Any:
@@ -181,7 +179,7 @@ def _identity(identity: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]
 
 
 def _batching(
-    recipe: Recipe, tokens: Manifest, processor: Any, split: str, size: Any, limit: int | None, tasks: Any
+    recipe: Recipe, tokens: Manifest, processor: Any, split: str, size: Any, limit: int | None, told: Any
 ) -> Any:
     from mmtune.encoding.collate import Collator
     from mmtune.training.batching import Split, WithColumns, rows_apart, step_column
@@ -209,7 +207,10 @@ def _batching(
     collate = Collator(processor, media_root=Path(tokens.facts["media_root"]))
     made: Any = rows_apart(Split(table, collate), course)
     rows = replace(made.batches, collate=PairCollator(made.batches.collate))
-    return replace(made, batches=tasks.told(WithColumns(rows, step_column)))
+    batches: Any = WithColumns(rows, step_column)
+    for one in told:
+        batches = one.told(batches)
+    return replace(made, batches=batches)
 
 
 def _learner_settings(recipe: Recipe, settings: Pretrain, processor: Any, plan: Any, console: Talk) -> Any:
@@ -263,7 +264,7 @@ def _masking(processor: Any) -> Any:
     return TextMasking(int(mask), len(tokenizer), tuple(sorted(special)))
 
 
-def _check_rows(recipe: Recipe, settings: Any, console: Talk) -> None:
+def _check_rows(recipe: Recipe, settings: Any, together: Any, console: Talk) -> None:
     """Refuses objectives that no training row would teach anything.
 
     Raises:
@@ -273,10 +274,13 @@ def _check_rows(recipe: Recipe, settings: Any, console: Talk) -> None:
 
     from mmtune.training.packing import tree_modalities
 
-    kinds = tree_modalities(open_split(recipe.run_dir / "tokens" / "train"))
+    table = open_split(recipe.run_dir / "tokens" / "train")
+    kinds, taught = tree_modalities(table), together.of_trees(table["example_ids"].to_pylist())
     parts, weights = settings.codes.parts, settings.weights
     # Every row has words.
-    has = [(kinds & _KINDS[part]) > 0 if part in _KINDS else np.ones(kinds.size, dtype=bool) for part in parts]
+    has = [
+        taught & ((kinds & _KINDS[part]) > 0 if part in _KINDS else np.ones(kinds.size, dtype=bool)) for part in parts
+    ]
     for part, rows in zip(parts, has, strict=True):
         if not rows.any():
             wanted = ", ".join(name for name in weights if name not in ("caption", "masked", "match"))
