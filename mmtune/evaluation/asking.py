@@ -215,7 +215,8 @@ class Answering:
                 should_stop=self._asking.should_stop,
                 advance=bar.advance,
             )
-        refuse_nan(label.partition(" ")[0].rstrip(","), "states", states)
+        # What overflowed is no place to measure from either.
+        refuse_nan(label.partition(" ")[0].rstrip(","), "states", np.where(np.isinf(states), np.nan, states))
         return states
 
     def _generated(self, rows: EvalRows, name: str, chosen: Sequence[int]) -> list[str]:

@@ -46,6 +46,11 @@ def test_templates_answer_by_the_mean_of_their_probabilities(recipe, tiny_vlm: P
         assert found["base, ensemble"][at]["prediction"] == options[int(mean.argmax())]
     document = json.loads((made.run_dir / "report" / "metrics.json").read_text())
     assert any("asks 12 rows 24 times, under the templates sentiment_label (12)," in note for note in document["notes"])
+    # A row's own template says nothing of members, which ask it in another; samples show who is compared.
+    for found_by in document["groups"]["template"].values():
+        assert list(found_by["accuracy"]["models"]) == ["base", "base, ensemble"]
+    page = (made.run_dir / "report" / "index.html").read_text()
+    assert page.count("base, sentiment_flan") < 8 < page.count("base, ensemble")
     # Only what replaces the row's own wording is tested; members are no systems of their own.
     assert document["run"]["pair"] == ["base", "base, ensemble"]
     assert all("wordings" not in row["metadata"] for row in found["base"])

@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from mmtune.errors import DataError
-from mmtune.evaluation import soft_verbalizer
+from mmtune.encoding.processor import load_processor
+from mmtune.encoding.render import Renderer
+from mmtune.errors import DataError, IntegrityError
+from mmtune.evaluation import asking, soft_verbalizer
+from mmtune.evaluation.soft_options import WordTokens
 from mmtune.evaluation.soft_verbalizer import Labelled, start_of
+from mmtune.records import Example, Message, TextPart
 from mmtune.stages.evaluate import evaluate
 from mmtune.storage import read_manifest
 from mmtune.talk import Talk
@@ -84,12 +88,29 @@ def test_what_cannot_be_learned_is_refused(tmp_path: Path, tiny_vlm: Path):
     assert error.value.code == "one_label"
 
 
+def test_a_word_is_its_own_tokens_without_what_ends_the_answer(tiny_vlm: Path):
+    processor = load_processor(str(tiny_vlm))
+    row = Example(
+        "t/1", "t", "label", "val", (Message("user", (TextPart("Which?"),)),), ("red",), "accuracy", ("red", "sea")
+    )
+    control = frozenset(processor.tokenizer.added_tokens_decoder)
+    words = WordTokens({"t": {"red": ("red", "yellow lemon")}}, Renderer(processor).encode, control)
+    _, ids = head_and_tokens(tiny_vlm, ("red", "yellow lemon", "sea"))
+    assert words.of(row) == {"red": [ids[0][0], ids[1][0]], "sea": [ids[2][0]]}
+
+
+def test_states_that_overflow_are_no_place_to_measure_from(tmp_path: Path, tiny_vlm: Path, monkeypatch):
+    states = np.zeros((12, 4), np.float32)
+    states[3, 1] = np.inf
+    monkeypatch.setattr(asking, "prompt_states", lambda *given, **more: states)
+    with pytest.raises(IntegrityError, match="base gives states that are no numbers for 1 of 12 rows"):
+        evaluate(asked(tmp_path, tiny_vlm, sources(tmp_path), answer="soft"), console=Talk(quiet=True))
+
+
 def test_a_model_of_damaged_weights_answers_nothing(tmp_path: Path, tiny_vlm: Path):
     import shutil
 
     from safetensors.torch import load_file, save_file
-
-    from mmtune.errors import IntegrityError
 
     folder = tmp_path / "model"
     shutil.copytree(tiny_vlm, folder)

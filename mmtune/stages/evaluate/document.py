@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,22 @@ def _members(plan: Plan, questions: Questions) -> list[str]:
     return [*(questions.worded.rows if questions.worded else ()), *(member.name for member in plan.members)]
 
 
+def _without(members: Collection[str], groups: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns scores by group; by the template of a row, members of an ensemble have none: they ask it in another."""
+    by_template = {
+        value: {
+            name: {**entry, "models": {who: one for who, one in entry["models"].items() if _way(who) not in members}}
+            for name, entry in found.items()
+        }
+        for value, found in groups.get("template", {}).items()
+    }
+    return {**groups, "template": by_template} if by_template else dict(groups)
+
+
+def _way(answerer: str) -> str:
+    return answerer.partition(", ")[2]
+
+
 def _document(
     plan: Plan, questions: Questions, answers: Answers, answerers: Sequence[Answerer], found: Comparison
 ) -> dict[str, Any]:
@@ -58,7 +74,7 @@ def _document(
         "n": len(scored),
         "rejected": questions.rejected,
         "metrics": found.metrics,
-        "groups": found.groups,
+        "groups": _without(_members(plan, questions), found.groups),
         "perplexity": perplexities(losses, [row.group for row in scored], **sure) if losses else None,
         **seen,
         "filling": answers.filling,
@@ -132,7 +148,7 @@ def _write_predictions(folder: Path, answered: Sequence[AnsweredRow], questions:
         for at, given in enumerate(answered):
             for found in given.predictions({name: questions.prompt_to(name, at) for name in given.answers}):
                 line = {**asdict(found), "source": given.row.source, "scores": given.scores[found.model]}
-                way = found.model.partition(", ")[2]
+                way = _way(found.model)
                 if way in ways and way:
                     line["exemplar_ids"] = list(ways[way].example(at).exemplar_ids)
                 handle.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -142,17 +158,19 @@ def _samples(
     plan: Plan, answered: Sequence[AnsweredRow], questions: Questions, report: Mapping[str, Any]
 ) -> list[Sample]:
     root = Path(plan.instructions.facts["media_root"])
-    metrics, names = report["metrics"], report["run"]["compare"]
+    members = _members(plan, questions)
+    metrics, names = report["metrics"], [one for one in report["run"]["compare"] if _way(one) not in members]
     compared = tuple(names.index(name) for name in report["run"]["pair"] or names[-1:])
     shown = []
     for given in answered:
         name = given.leading_metric
-        values = tuple(scores.get(name) for scores in given.scores.values())
+        values = tuple(given.scores[who].get(name) for who in names)
         better = metrics.get(name, {}).get("higher_is_better", True)
         shown.append(Shown(given.row.id, given.row.group, name, values, better, given.row.references, compared))
     samples = []
     for kind, numbers in choose_rows(shown, seed=plan.recipe.seed).items():
         for at in numbers:
             media, asked = questions.rows.example(at).media, questions.question(at)
-            samples.append(make_sample(shown[at], kind, asked, media, answered[at].answers, root))
+            said = {who: answered[at].answers[who] for who in names}
+            samples.append(make_sample(shown[at], kind, asked, media, said, root))
     return samples
