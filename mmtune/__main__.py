@@ -16,7 +16,7 @@ from types import FrameType
 from typing import TextIO
 
 from mmtune.errors import EXIT_FOLDER, DataError, Interrupted, MmtuneError, RecipeError, ResourceError
-from mmtune.signals import exit_code_of, hear
+from mmtune.signals import exit_code_of, hear, ignore_stops
 from mmtune.talk import json_line
 
 # What the system says of a path that cannot be one, or that is gone while a command works.
@@ -31,12 +31,19 @@ _COMMAND = re.compile(
 )
 # The signal that asked this process to stop; Typer makes an exit code of the interrupt and drops the rest.
 _asked: list[int] = []
+# Signals that came during an import, each sent again a little later, for 20 seconds at most.
+_put_off: list[int] = []
+_PUT_OFF_SECONDS, _PUT_OFF_MOST = 0.02, 1000
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
     """Stops what runs; an import runs to its end first, because libraries of C++ end the process on an exception."""
-    if _is_import(frame):
-        again = threading.Timer(0.02, os.kill, (os.getpid(), number))
+    if _asked and number != signal.SIGINT:
+        # What stops already needs no second word; timeout(1) sends two.
+        return
+    if _is_import(frame) and len(_put_off) < _PUT_OFF_MOST:
+        _put_off.append(number)
+        again = threading.Timer(_PUT_OFF_SECONDS, os.kill, (os.getpid(), number))
         again.daemon = True
         again.start()
         return
@@ -56,6 +63,7 @@ def _is_import(frame: FrameType | None) -> bool:
 def main() -> None:
     """Runs the command line and exits with the code of the contract."""
     _asked.clear()
+    _put_off.clear()
     _open_streams()
     hear(_stop)
     try:
@@ -91,6 +99,7 @@ def _answer() -> int:
     except KeyboardInterrupt:
         # Python keeps in mind that one went through an `exec` of text, and would end by SIGINT: the next one clears it.
         exec("")
+        ignore_stops()
         stopped = Interrupted("stopped; nothing was half-written", "run the same command again")
         stopped.exit_code = exit_code_of(next((each for each in _asked if each != signal.SIGINT), signal.SIGINT))
         return _fail(stopped)

@@ -57,6 +57,11 @@ class Medium:
     sample_rate_hz: int = 0
     seconds: float = 0.0
 
+    @property
+    def named(self) -> str:
+        """What a message calls it: its path in quotes, or what it is where its bytes stand in the row."""
+        return repr(self.path) if self.path or self.data is None else f"the embedded {self.modality}"
+
 
 def history(items: Sequence[str]) -> Medium:
     """Returns a user's history as a medium: its items are its bytes, so that equal histories are one medium.

@@ -13,6 +13,7 @@ from mmtune import order
 from mmtune.__main__ import main
 from mmtune.signals import STOPS
 from mmtune.stages import build_data, evaluate, finetune, tokenize
+from mmtune.talk import json_line
 
 STAGES = {"build-data": build_data, "tokenize": tokenize, "finetune": finetune, "eval": evaluate}
 
@@ -151,6 +152,27 @@ def test_a_signal_in_the_middle_of_what_libraries_do_keeps_its_code(tmp_path, bo
     assert done.returncode == json.loads(done.stdout)["error"]["exit_code"] == 75, done.stderr
     # Some modules of C++ end the process when an exception comes out of them.
     assert (tmp_path / "imported").exists() == ("imported" in body)
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_second_signal_while_the_first_is_answered_changes_nothing(tmp_path, monkeypatch, capsys, number):
+    def said(document):
+        signal.raise_signal(number)
+        return json_line(document)
+
+    monkeypatch.setattr(tokenize, "tokenize", lambda *_, **__: signal.raise_signal(number))
+    monkeypatch.setattr("mmtune.__main__.json_line", said)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps({"run_dir": "run", "model": {"path": "m"}}))
+    monkeypatch.setattr("sys.argv", ["mmtune", "tokenize", str(path), "--json"])
+    before = {each: signal.getsignal(each) for each in STOPS}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert ended.value.code == json.loads(capsys.readouterr().out)["error"]["exit_code"]
 
 
 def test_a_command_under_nohup_does_not_hear_that_the_terminal_is_gone(monkeypatch):

@@ -49,7 +49,7 @@ def probe_audio(handle: IO[bytes], medium: Medium, *, max_seconds: float, decode
     if decode:
         frames = _count(blocks, medium, int(max_seconds * rate))
     if frames < 1:
-        raise MediaRefused("decode_error", f"{medium.path!r} has no samples")
+        raise MediaRefused("decode_error", f"{medium.named} has no samples")
     return replace(medium, frames=frames, sample_rate_hz=rate, seconds=float32(frames / rate))
 
 
@@ -70,13 +70,13 @@ def decode_audio(handle: IO[bytes], medium: Medium, sample_rate_hz: int, max_sec
     for block in blocks:
         total += len(block)
         if total > max_seconds * rate:
-            raise MediaRefused("too_long", f"{medium.path!r} is longer than {max_seconds:g} s")
+            raise MediaRefused("too_long", f"{medium.named} is longer than {max_seconds:g} s")
         kept.append(block.mean(axis=1, dtype=np.float32))
     samples = np.concatenate(kept) if kept else np.zeros(0, np.float32)
     if not len(samples):
-        raise MediaRefused("decode_error", f"{medium.path!r} has no samples")
+        raise MediaRefused("decode_error", f"{medium.named} has no samples")
     if not np.isfinite(samples).all():
-        raise MediaRefused("bad_samples", f"{medium.path!r} holds samples that are not numbers")
+        raise MediaRefused("bad_samples", f"{medium.named} holds samples that are not numbers")
     return resample(samples, rate, sample_rate_hz)
 
 
@@ -87,9 +87,9 @@ def float32(value: float) -> float:
 
 def _check_length(medium: Medium, frames: int, rate: int, max_seconds: float) -> None:
     if rate < 1 or rate > _MAX_RATE_HZ:
-        raise MediaRefused("decode_error", f"{medium.path!r} names a sample rate of {rate} Hz")
+        raise MediaRefused("decode_error", f"{medium.named} names a sample rate of {rate} Hz")
     if frames / rate > max_seconds:
-        raise MediaRefused("too_long", f"{medium.path!r} is {frames / rate:.1f} s long; the cap is {max_seconds:g} s")
+        raise MediaRefused("too_long", f"{medium.named} is {frames / rate:.1f} s long; the cap is {max_seconds:g} s")
 
 
 def _count(blocks: Any, medium: Medium, most: int) -> int:
@@ -99,9 +99,9 @@ def _count(blocks: Any, medium: Medium, most: int) -> int:
     for block in blocks:
         frames += len(block)
         if frames > most:
-            raise MediaRefused("too_long", f"{medium.path!r} is longer than its header says, and than the cap")
+            raise MediaRefused("too_long", f"{medium.named} is longer than its header says, and than the cap")
         if not np.isfinite(block).all():
-            raise MediaRefused("bad_samples", f"{medium.path!r} holds samples that are not numbers")
+            raise MediaRefused("bad_samples", f"{medium.named} holds samples that are not numbers")
     return frames
 
 
@@ -130,7 +130,7 @@ def _check_whole(handle: IO[bytes], medium: Medium) -> None:
             if at + 8 + length > size and length < _UNKNOWN_BYTES:
                 left = size - at - 8
                 detail = f"is cut: its header tells {length:,} bytes of samples, {left:,} are there"
-                raise MediaRefused("decode_error", f"{medium.path!r} {detail}")
+                raise MediaRefused("decode_error", f"{medium.named} {detail}")
             break
         at += 8 + length + length % 2
     handle.seek(0)
@@ -142,16 +142,16 @@ def _open_soundfile(handle: IO[bytes], medium: Medium) -> tuple[int, int, Any]:
     try:
         sound = soundfile.SoundFile(handle)
     except (soundfile.SoundFileError, RuntimeError, TypeError, OSError) as error:
-        raise MediaRefused("decode_error", f"{medium.path!r} is not a sound file that can be read") from error
+        raise MediaRefused("decode_error", f"{medium.named} is not a sound file that can be read") from error
     if sound.channels > _MAX_CHANNELS:
-        raise MediaRefused("decode_error", f"{medium.path!r} has {sound.channels} channels")
+        raise MediaRefused("decode_error", f"{medium.named} has {sound.channels} channels")
 
     def blocks() -> Any:
         try:
             while len(block := sound.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
                 yield block
         except (soundfile.SoundFileError, RuntimeError) as error:
-            raise MediaRefused("decode_error", f"{medium.path!r} is damaged: its samples cannot be read") from error
+            raise MediaRefused("decode_error", f"{medium.named} is damaged: its samples cannot be read") from error
 
     return sound.samplerate, sound.frames, blocks()
 
@@ -163,7 +163,7 @@ def _open_wave(handle: IO[bytes], medium: Medium) -> tuple[int, int, Any]:
     handle.seek(0)
     if head[:4] != b"RIFF" or head[8:] != b"WAVE":
         raise CapabilityError(
-            f"{medium.path!r} is no WAV file; other sounds need soundfile",
+            f"{medium.named} is no WAV file; other sounds need soundfile",
             'pip install "mmtune[audio]"',
             "missing_extra",
         )
@@ -171,9 +171,9 @@ def _open_wave(handle: IO[bytes], medium: Medium) -> tuple[int, int, Any]:
         sound = wave.open(handle, "rb")  # noqa: SIM115
         width, channels = sound.getsampwidth(), sound.getnchannels()
     except (wave.Error, EOFError, OSError) as error:
-        raise MediaRefused("decode_error", f"{medium.path!r} is not a PCM WAV file") from error
+        raise MediaRefused("decode_error", f"{medium.named} is not a PCM WAV file") from error
     if width not in (1, 2, 3, 4) or not 1 <= channels <= _MAX_CHANNELS:
-        raise MediaRefused("decode_error", f"{medium.path!r} has {8 * width}-bit samples in {channels} channels")
+        raise MediaRefused("decode_error", f"{medium.named} has {8 * width}-bit samples in {channels} channels")
 
     def blocks() -> Any:
         while raw := sound.readframes(_BLOCK_FRAMES):

@@ -58,16 +58,16 @@ def open_image(handle: IO[bytes], medium: Medium, max_pixels: int) -> Image.Imag
             warnings.simplefilter("ignore")
             image = Image.open(handle, formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise MediaRefused("too_many_pixels", f"{medium.path!r} has more than {max_pixels:,} pixels") from error
+        raise MediaRefused("too_many_pixels", f"{medium.named} has more than {max_pixels:,} pixels") from error
     except UnidentifiedImageError as error:
         raise _unidentified(handle, medium) from error
     except _DECODE_ERRORS as error:
-        raise MediaRefused("decode_error", f"{medium.path!r} has a damaged image header") from error
+        raise MediaRefused("decode_error", f"{medium.named} has a damaged image header") from error
     width, height = image.size
     if width * height > max_pixels:
-        raise MediaRefused("too_many_pixels", f"{medium.path!r} is {width}x{height}; the cap is {max_pixels:,} pixels")
+        raise MediaRefused("too_many_pixels", f"{medium.named} is {width}x{height}; the cap is {max_pixels:,} pixels")
     if width < 1 or height < 1:
-        raise MediaRefused("decode_error", f"{medium.path!r} is {width}x{height}")
+        raise MediaRefused("decode_error", f"{medium.named} is {width}x{height}")
     return image
 
 
@@ -75,11 +75,11 @@ def _unidentified(handle: IO[bytes], medium: Medium) -> MediaRefused:
     handle.seek(0)
     head = handle.read(64)
     if not head:
-        return MediaRefused("decode_error", f"{medium.path!r} is empty")
+        return MediaRefused("decode_error", f"{medium.named} is empty")
     for magic, name in _KNOWN_REFUSED:
         if head.lstrip()[: len(magic)] == magic:
-            return MediaRefused("format_not_allowed", f"{medium.path!r} is {name}; read are {', '.join(FORMATS)}")
-    return MediaRefused("decode_error", f"{medium.path!r} is not an image")
+            return MediaRefused("format_not_allowed", f"{medium.named} is {name}; read are {', '.join(FORMATS)}")
+    return MediaRefused("decode_error", f"{medium.named} is not an image")
 
 
 def orientation(image: Image.Image) -> int:
@@ -113,7 +113,7 @@ def probe_image(handle: IO[bytes], medium: Medium, *, max_pixels: int, decode: b
     if decode:
         _decode_whole(handle, image, medium)
     elif mark is not None and not _has_end(handle, mark):
-        raise MediaRefused("decode_error", f"{medium.path!r} is cut: its end is missing")
+        raise MediaRefused("decode_error", f"{medium.named} is cut: its end is missing")
     return replace(medium, width=width, height=height, frames=1)
 
 
@@ -142,9 +142,7 @@ def _decode_whole(handle: IO[bytes], image: Image.Image, medium: Medium) -> None
             image.draft("L", (max(1, image.width // 8), max(1, image.height // 8)))
             image.load()
     except _DECODE_ERRORS as error:
-        raise MediaRefused(
-            "decode_error", f"{medium.path!r} is damaged or cut: its pixels cannot be decoded"
-        ) from error
+        raise MediaRefused("decode_error", f"{medium.named} is damaged or cut: its pixels cannot be decoded") from error
 
 
 def decode_image(handle: IO[bytes], medium: Medium, max_pixels: int) -> Image.Image:
@@ -161,9 +159,7 @@ def decode_image(handle: IO[bytes], medium: Medium, max_pixels: int) -> Image.Im
             image.load()
             image = to_rgb(image)
     except _DECODE_ERRORS as error:
-        raise MediaRefused(
-            "decode_error", f"{medium.path!r} is damaged or cut: its pixels cannot be decoded"
-        ) from error
+        raise MediaRefused("decode_error", f"{medium.named} is damaged or cut: its pixels cannot be decoded") from error
     return image.transpose(_TRANSPOSE[turn]) if turn in _TRANSPOSE else image  # type: ignore[arg-type]
 
 

@@ -30,7 +30,7 @@ def check_pyav(medium: Medium) -> None:
     """Raises CapabilityError where PyAV is not installed."""
     if importlib.util.find_spec("av") is None:
         raise CapabilityError(
-            f"{medium.path!r} is a video and PyAV is not installed", 'pip install "mmtune[video]"', "missing_extra"
+            f"{medium.named} is a video and PyAV is not installed", 'pip install "mmtune[video]"', "missing_extra"
         )
 
 
@@ -64,11 +64,11 @@ def probe_video(
         fps = float(stream.average_rate or stream.base_rate or 0)
         duration = _seconds(container, stream)
         if duration > max_seconds:
-            raise MediaRefused("too_long", f"{medium.path!r} is {duration:.1f} s long; the cap is {max_seconds:g} s")
+            raise MediaRefused("too_long", f"{medium.named} is {duration:.1f} s long; the cap is {max_seconds:g} s")
         begin(duration)
         first = next(container.decode(stream), None)
         if first is None:
-            raise MediaRefused("decode_error", f"{medium.path!r} has no frames")
+            raise MediaRefused("decode_error", f"{medium.named} has no frames")
         turned = abs(int(getattr(first, "rotation", 0) or 0)) % 180 == 90
         width, height = (first.height, first.width) if turned else (first.width, first.height)
         frames = stream.frames or round(duration * fps)
@@ -78,10 +78,10 @@ def probe_video(
             container.seek(0)
             frames = sum(1 for packet in container.demux(stream) if packet.size)
     if frames < 1 or fps <= 0:
-        raise MediaRefused("decode_error", f"{medium.path!r} names no frame rate or has no frames")
+        raise MediaRefused("decode_error", f"{medium.named} names no frame rate or has no frames")
     seconds = duration or frames / fps
     if seconds > max_seconds:
-        raise MediaRefused("too_long", f"{medium.path!r} is {seconds:.1f} s long; the cap is {max_seconds:g} s")
+        raise MediaRefused("too_long", f"{medium.named} is {seconds:.1f} s long; the cap is {max_seconds:g} s")
     return replace(medium, width=width, height=height, frames=frames, fps=float32(fps), seconds=float32(seconds))
 
 
@@ -116,7 +116,7 @@ def _from_the_start(container: Any, stream: Any, medium: Medium, wanted: Sequenc
         if at >= wanted[-1]:
             break
     if last is None:
-        raise MediaRefused("decode_error", f"{medium.path!r} has no frames")
+        raise MediaRefused("decode_error", f"{medium.named} has no frames")
     end = _upright(last) if any(place not in kept for place in wanted) else None
     return [kept.get(place, end) for place in wanted]  # type: ignore[misc]
 
@@ -169,7 +169,7 @@ def _upright(frame: Any) -> Image.Image:
 
 def _check_size(stream: Any, medium: Medium, max_pixels: int) -> None:
     if stream.width * stream.height > max_pixels:
-        raise MediaRefused("too_many_pixels", f"{medium.path!r} is {stream.width}x{stream.height}")
+        raise MediaRefused("too_many_pixels", f"{medium.named} is {stream.width}x{stream.height}")
 
 
 def _seconds(container: Any, stream: Any) -> float:
@@ -187,7 +187,7 @@ def _container(handle: IO[bytes], medium: Medium) -> Iterator[tuple[Any, Any]]:
     try:
         with av.open(handle) as container:
             if not container.streams.video:
-                raise MediaRefused("decode_error", f"{medium.path!r} has no video stream")
+                raise MediaRefused("decode_error", f"{medium.named} has no video stream")
             yield container, container.streams.video[0]
     except (av.FFmpegError, ValueError, IndexError, OverflowError, ZeroDivisionError) as error:
-        raise MediaRefused("decode_error", f"{medium.path!r} is damaged or not a video that can be read") from error
+        raise MediaRefused("decode_error", f"{medium.named} is damaged or not a video that can be read") from error

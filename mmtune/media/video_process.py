@@ -162,10 +162,10 @@ def _real_file(handle: IO[bytes]) -> Iterator[IO[bytes]]:
 def _why(status: int, medium: Medium) -> MmtuneError:
     if status == -signal.SIGALRM:
         most = LEAST_SECONDS + 2 * medium.seconds
-        return MediaRefused("decode_timeout", f"{medium.path!r} was not decoded after {most:.0f} s")
+        return MediaRefused("decode_timeout", f"{medium.named} was not decoded after {most:.0f} s")
     if status in (-signal.SIGKILL, -signal.SIGTERM):
         return ResourceError(
-            f"the process that decodes {medium.path!r} was killed, most likely for want of memory",
+            f"the process that decodes {medium.named} was killed, most likely for want of memory",
             "free some memory and run the same command again",
             "worker_died",
         )
@@ -173,7 +173,7 @@ def _why(status: int, medium: Medium) -> MmtuneError:
         return ResourceError(
             "the process that decodes videos ended by itself", "run: mmtune doctor; its last words are above"
         )
-    return MediaRefused("decode_error", f"{medium.path!r} makes its decoder crash")
+    return MediaRefused("decode_error", f"{medium.named} makes its decoder crash")
 
 
 def serve() -> None:
@@ -219,7 +219,7 @@ def _answer(pipe: Connection, asked: dict[str, Any], file: IO[bytes]) -> None:
         images, facts = (), {"refused": [refused.code, refused.message]}
     except MemoryError:
         most = _MEMORY_BYTES >> 30
-        images, facts = (), {"refused": ["decode_error", f"{medium.path!r} needs more than {most} GiB to be decoded"]}
+        images, facts = (), {"refused": ["decode_error", f"{medium.named} needs more than {most} GiB to be decoded"]}
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     pipe.send_bytes(json.dumps(facts).encode())

@@ -50,14 +50,15 @@ def launch_command(
         port: Port of the rendezvous on one machine; 0 lets the launcher find a free one.
         nodes: Machines, when there are several.
     """
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    python = [sys.executable, "-m", "mmtune.training.launcher"]
+    torchrun = [*python, "torch.distributed.run", "--nproc_per_node", str(processes)]
     if nodes.count > 1:
         place = ["--rdzv_backend", "c10d", "--rdzv_endpoint", nodes.rendezvous, "--rdzv_id", nodes.run_id]
         return [*torchrun, "--nnodes", str(nodes.count), *place, "-m", "mmtune", *arguments]
     if cpu:
         # Accelerate's launcher asks for MPI on CPUs; torchrun sets the same variables that Accelerate reads.
         return [*torchrun, "--standalone", "-m", "mmtune", *arguments]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+    launcher = [*python, "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
     launcher += ["--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
     return [*launcher, "--main_process_port", str(port), "-m", "mmtune", *arguments]
 

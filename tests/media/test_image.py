@@ -82,6 +82,11 @@ def test_a_flipped_byte_in_png_is_refused():
     assert refused(bytes(data)) == "decode_error"
 
 
+def test_an_image_without_a_path_is_called_what_it_is():
+    with pytest.raises(MediaRefused, match=r"^the embedded image is empty$"):
+        probe(b"")
+
+
 def test_what_is_no_image():
     assert refused(b"") == "decode_error"
     assert refused(b"<!DOCTYPE html><html>not found</html>") == "decode_error"

@@ -196,14 +196,17 @@ def test_dry_run_writes_nothing(run):
     assert read_manifest(folder / "run" / "report").hash == before
 
 
-def test_base_alone_needs_no_adapter_and_long_rows_are_counted(run, tmp_path):
+def test_base_alone_needs_no_adapter_and_long_rows_are_counted(run, tmp_path, monkeypatch):
     folder, _, _ = run
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "instructions").symlink_to(folder / "run" / "instructions")
     text = (folder / "recipe.yaml").read_text().replace("run_dir: run", f"run_dir: {tmp_path / 'run'}")
     (folder / "alone.yaml").write_text(text)
     sizes = ["eval.compare=[base]", "eval.loss=false", "eval.metrics=[exact_match, token_f1]"]
-    result = evaluate(load_recipe(folder / "alone.yaml", sizes), limit=7, console=QUIET)
+    console, titles = Talk(quiet=True), []
+    monkeypatch.setattr(console, "table", lambda title, *_: titles.append(title))
+    result = evaluate(load_recipe(folder / "alone.yaml", sizes), limit=7, console=console)
+    assert titles[0] == "val, 7 rows, a sample of 12"
     assert result["rows"] == 7 and result["perplexity"] is None
     assert set(result["metrics"]) == {"exact_match", "token_f1"}
     assert "difference" not in result["metrics"]["exact_match"]

@@ -89,10 +89,10 @@ def _finish(plan: Plan, report: Mapping[str, Any], target: Path, console: Talk, 
     from mmtune.evaluation.comparison import failed_gates
     from mmtune.reports.extras import extra_tables
     from mmtune.reports.tables import table_rows
-    from mmtune.reports.wording import headline
+    from mmtune.reports.wording import headline, rows_said
 
     head, rows = table_rows(report)
-    console.table(f"{plan.settings.split}, {report['n']:,} rows", head, rows)
+    console.table(f"{plan.settings.split}, {rows_said(report)}", head, rows)
     for extra in extra_tables(report, every_metric=False):
         console.table(extra.title, extra.head, extra.rows)
     console.say(f"eval: {headline(report)}")

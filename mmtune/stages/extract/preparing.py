@@ -99,7 +99,7 @@ class Preparer:
             if longest and len(sound) > longest:
                 raise MediaRefused(
                     "media_too_long",
-                    f"{medium.path!r} is {len(sound) / rate:.1f} s long; the encoder hears {longest / rate:g} s",
+                    f"{medium.named} is {len(sound) / rate:.1f} s long; the encoder hears {longest / rate:g} s",
                 )
             return [sound], ()
         probed = probe_video(
