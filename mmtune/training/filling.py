@@ -5,7 +5,7 @@ Shapes: N rows that have both parts, P distinct media, B rows of a batch, C widt
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -39,6 +39,18 @@ class Filling:
 
 Keyed = tuple[Mapping[str, torch.Tensor], Mapping[str, Sequence[int]]]
 """A padded batch, and the rows' keys by part, see ``paired.part_key``."""
+
+
+def rows_to_fill(taught: Collection[str], sources: Sequence[str]) -> list[int]:
+    """Returns the rows of the sources that codes were learned from; all rows where none is of them.
+
+    What shows two media that do not belong together has nothing to be filled in.
+
+    Args:
+        taught: Ids of the sources that codes were learned from; empty for all.
+        sources: Of the rows, in order.
+    """
+    return [row for row, source in enumerate(sources) if source in taught] or list(range(len(sources)))
 
 
 @torch.no_grad()

@@ -58,7 +58,8 @@ def load_heads(model: Any, base: Path) -> Learner:
         )
     kept = json.loads((folder / _SETTINGS).read_text("utf-8"))
     try:
-        codes = CodeSettings(**{**kept["codes"], "parts": tuple(kept["codes"]["parts"])})
+        named = {name: tuple(kept["codes"].get(name, ())) for name in ("parts", "sources")}
+        codes = CodeSettings(**{**kept["codes"], **named})
         text = TextMasking(**{**kept["text"], "special_ids": tuple(kept["text"]["special_ids"])})
         learner = Learner(model, LearnerSettings(kept["weights"], codes, text, kept["seed"], {}))
         learner.heads.load_state_dict(load_file(folder / _WEIGHTS))

@@ -47,6 +47,7 @@ class CodeSettings:
         dropout: Chance of a part to be kept from the joint code.
         alternating: The players of the games move in turns.
         form: Of the loss in the encoders' turn.
+        sources: Whose rows codes are learned from, which ``together`` tells row by row; empty for all.
     """
 
     parts: tuple[str, ...] = ()
@@ -54,6 +55,7 @@ class CodeSettings:
     dropout: float = 0.0
     alternating: bool = False
     form: str = "non_saturating"
+    sources: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmtune.training.filling import compared
+from mmtune.training.filling import compared, rows_to_fill
 
 
 def test_error_and_recall_are_the_formulas_in_numpy():
@@ -29,3 +29,9 @@ def test_rows_that_show_one_medium_have_one_true_code():
     true = torch.tensor([[1.0, 0], [1.0, 0], [0, 1.0], [-1.0, 0]])
     made = torch.tensor([[1.0, 0.1], [0.9, 0], [0, 1.0], [0, 1.0]])
     assert compared(made, true, torch.tensor([5, 5, -3, 9]))[1:] == (0.75, 3)
+
+
+def test_rows_whose_parts_do_not_belong_together_have_nothing_to_fill_in():
+    sources = ["twin", "agree", "twin", "other"]
+    assert rows_to_fill(("twin", "third"), sources) == [0, 2]
+    assert rows_to_fill((), sources) == rows_to_fill(("third",), sources) == [0, 1, 2, 3]
