@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import io
 import json
@@ -73,6 +74,8 @@ def main() -> None:
         for stream in (1, 2):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         code = 141
+    # What is done is done: while libraries are taken down a signal would still change the exit code.
+    atexit.register(ignore_stops)
     sys.exit(code)
 
 

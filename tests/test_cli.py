@@ -154,6 +154,19 @@ def test_a_signal_in_the_middle_of_what_libraries_do_keeps_its_code(tmp_path, bo
     assert (tmp_path / "imported").exists() == ("imported" in body)
 
 
+LATE = """
+import atexit, signal
+from mmtune.__main__ import main
+atexit.register(signal.raise_signal, signal.SIGTERM)
+main()
+"""
+
+
+def test_a_signal_after_the_end_changes_nothing():
+    done = subprocess.run([sys.executable, "-c", LATE, "--version"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("mmtune ")
+
+
 @pytest.mark.parametrize("number", STOPS)
 def test_a_second_signal_while_the_first_is_answered_changes_nothing(tmp_path, monkeypatch, capsys, number):
     def said(document):
