@@ -21,6 +21,7 @@ GROUND: dict[str, set[str]] = {
     "files": {"errors"},
     "choice": set(),
     "signals": set(),
+    "hub": set(),
 }
 MIDDLE = {"recipe", "storage", "talk", "workers"}
 

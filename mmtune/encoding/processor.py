@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtune.errors import CapabilityError, DataError, IntegrityError, RecipeError
+from mmtune.hub import look_here_without_hub
 
 
 def load_processor(
@@ -36,6 +37,7 @@ def load_processor(
     """
     check_folder(path)
     _refuse_own_code(Path(path))
+    look_here_without_hub(path)
     options: dict[str, Any] = {
         "revision": revision,
         "local_files_only": offline,

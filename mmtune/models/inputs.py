@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mmtune.errors import CapabilityError, RecipeError
+from mmtune.hub import look_here_without_hub
 
 Kind = Literal["image", "audio", "text", "behaviour"]
 Inputs = dict[str, np.ndarray]
@@ -53,6 +54,7 @@ def load_preparation(path: str, kind: Kind, *, revision: str | None = None, offl
     options: dict[str, Any] = {"revision": revision, "local_files_only": offline, "trust_remote_code": False}
     if kind == "behaviour":
         return Preparation(partial(history_inputs, known_items(Path(path))))
+    look_here_without_hub(path)
     processor = _load(path, kind, options)
     if kind == "image":
         return Preparation(partial(_image, processor))

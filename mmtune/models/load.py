@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmtune.errors import CapabilityError, DataError, IntegrityError, RecipeError
+from mmtune.hub import look_here_without_hub
 from mmtune.models.attention import FLEX
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def load_config(path: str, *, revision: str | None = None, offline: bool = False
             "check its path in the recipe: a relative one is relative to the recipe's folder",
             "model_missing",
         )
+    look_here_without_hub(path)
     try:
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False, local_files_only=offline)
     except (OSError, ValueError) as error:

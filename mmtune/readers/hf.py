@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mmtune.errors import CapabilityError, DataError, RecipeError
+from mmtune.hub import look_here_without_hub
 from mmtune.readers.messages import message_record
 from mmtune.readers.sharegpt import sharegpt_record
 from mmtune.readers.source import Row, SourceFiles, read_rows
@@ -64,10 +65,12 @@ def _rows(dataset: Any, name: str) -> Iterator[Row]:
 
 
 def _load(source: SourceFiles) -> Any:
-    import datasets
-
     path = source.path
     assert path is not None
+    # Before the library is imported, which reads once whether to ask the hub.
+    look_here_without_hub(str(path))
+    import datasets
+
     try:
         if path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
             return datasets.load_from_disk(str(path))
