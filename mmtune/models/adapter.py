@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmtune.errors import RecipeError
 from mmtune.models.save import save_model
 from mmtune.models.soft_prompt import BESIDE, lora_beside
 from mmtune.models.soft_tokens import save_soft_tokens, soft_tokens
@@ -39,11 +40,13 @@ def add_lora(
     them (arXiv:2404.02948); ``save_tuned`` writes them as ordinary adapters for the untouched base.
 
     Raises:
-        RecipeError: A tower or target does not exist.
+        RecipeError: A tower or target does not exist, or the rank is higher than that of any layer.
     """
     from peft import LoraConfig, get_peft_model
 
     check_towers(model, towers)
+    names = linear_names(model, [tower for tower in towers if tower != "fusion"], targets)
+    _check_rank(model, names, r)
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,  # type: ignore[arg-type]
@@ -51,7 +54,7 @@ def add_lora(
         use_rslora=rslora,
         use_dora=dora,
         init_lora_weights="pissa" if pissa else True,
-        target_modules=linear_names(model, [tower for tower in towers if tower != "fusion"], targets),
+        target_modules=names,
         modules_to_save=whole_modules(model, "fusion") if "fusion" in towers else None,
         bias="none",
     )
@@ -61,6 +64,18 @@ def add_lora(
         start = {name: tensor.clone() for name, tensor in trainable_state(wrapped).items()}
         wrapped.pissa_start = start  # type: ignore[assignment]
     return wrapped
+
+
+def _check_rank(model: PreTrainedModel, names: Sequence[str], r: int) -> None:
+    """Raises RecipeError where adapters would have a higher rank than every layer that they stand beside."""
+    layers: list[Any] = [model.get_submodule(name) for name in names]
+    full = max((min(layer.in_features, layer.out_features) for layer in layers), default=r)
+    if r > full:
+        raise RecipeError(
+            f"finetune.lora.r is {r:,}, and no layer that it adapts has a rank above {full:,}",
+            "lower finetune.lora.r: 8 to 64 is usual; or set finetune.method: full",
+            "rank_too_high",
+        )
 
 
 def add_ia3(model: PreTrainedModel, base_path: str = "") -> Any:

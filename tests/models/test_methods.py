@@ -126,6 +126,14 @@ def test_rslora_scales_by_the_root_of_the_rank():
     assert layer.scaling["default"] == 8 / 4**0.5
 
 
+def test_a_rank_above_every_layers_own_is_an_error() -> None:
+    model = tiny_model()
+    layer = model.get_decoder().layers[0].self_attn.q_proj
+    with pytest.raises(RecipeError, match=f"no layer that it adapts has a rank above {layer.in_features}"):
+        add_lora(model, towers=["llm"], targets=["q_proj"], r=layer.in_features + 1, alpha=8)
+    add_lora(model, towers=["llm"], targets=["q_proj"], r=layer.in_features, alpha=8)
+
+
 def test_lora_plus_gives_the_rates_of_peft():
     model = add_lora(tiny_model(), towers=["llm"], targets=None, r=2, alpha=4)
     ours = make_optimizer(model, rate=0.01, weight_decay=0.0, beta2=0.999, plus_ratio=16.0)
