@@ -156,6 +156,21 @@ def tuned(tmp_path_factory, tiny_vlm: Path):
     return made
 
 
+def test_a_finished_run_takes_up_wordings_without_training_again(tuned, tmp_path: Path):
+    from mmtune.stages.finetune import finetune
+    from mmtune.stages.tokenize import tokenize
+
+    folder = tmp_path / "run"
+    shutil.copytree(tuned[0].run_dir, folder)
+    asked = {**tuned[0].eval.model_dump(exclude_unset=True), "ensemble": {"wordings": list(TWO)}}
+    recipe = Recipe.model_validate({**tuned[0].model_dump(exclude_unset=True), "run_dir": folder, "eval": asked})
+    done = [stage(recipe, console=QUIET) for stage in (build_data, tokenize, finetune)]
+    assert [one["cached"] for one in done] == [False, True, True]
+    assert list(said(recipe)) == ["tuned", *(f"tuned, {name}" for name in TWO), "tuned, ensemble"]
+    made = json.loads((folder / "report" / "metrics.json").read_text())["manifests"]
+    assert [one["folder"] for one in made] == ["instructions", "tokens", "adapter"]
+
+
 def joined(made: Recipe, folder: Path, adapters: list[Path], **settings) -> Recipe:
     for name in ("instructions", "adapter"):
         if not (folder / name).exists():

@@ -11,7 +11,7 @@ from mmtune.errors import IntegrityError
 from mmtune.evaluation.asking import Heard, answerer
 from mmtune.evaluation.ensemble import together
 from mmtune.evaluation.rows import EvalRows, question_of
-from mmtune.prompts.wordings import worded, wordings_of
+from mmtune.prompts.wordings import WORDINGS, worded, wordings_of
 from mmtune.recipe import Eval
 from mmtune.records import Example
 from mmtune.storage import Manifest, read_manifest
@@ -60,7 +60,7 @@ def members_of(settings: Eval, model: str) -> tuple[Member, ...]:
 def check_wordings(settings: Eval, instructions: Manifest) -> None:
     """Raises IntegrityError where instructions/ does not keep the wordings that are asked."""
     wanted = settings.ensemble.wordings if settings.ensemble else ()
-    kept = instructions.config.get("wordings", [])
+    kept = instructions.config.get(WORDINGS, [])
     if wanted and kept != (wanted if isinstance(wanted, str) else list(wanted)):
         raise IntegrityError(
             "instructions/ does not keep the wordings of eval.ensemble", "run: mmtune build-data", "other_wordings"
