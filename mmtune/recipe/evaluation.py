@@ -108,6 +108,11 @@ class Eval(Section):
             raise ValueError("ensemble.wordings joins the probabilities of options: set answer: rank")
         if self.ensemble.adapters and "tuned" not in self.compare:
             raise ValueError("ensemble.adapters answer beside adapter/: add tuned to compare")
+        if len(self.ensemble.adapters) == 1 and self.answer != "rank":
+            raise ValueError(
+                "ensemble.adapters vote where nothing is ranked, and of two votes the first always wins: name two or"
+                " more adapters beside adapter/, or set answer: rank"
+            )
         return self
 
     @model_validator(mode="after")
