@@ -179,9 +179,14 @@ def _is_gone() -> bool:
 
 
 def _with_recipe(hint: str) -> str:
-    """Returns a hint whose commands name the recipe that this command was given."""
-    given = next((word for word in sys.argv[2:] if word.endswith((".yaml", ".yml")) and "=" not in word), "")
-    return _COMMAND.sub(lambda found: f"{found[0]} {shlex.quote(given)}", hint) if given else hint
+    """Returns a hint whose commands name the recipe that this command was given, with what it set over it."""
+    words = sys.argv[2:]
+    given = [word for word in words if word.endswith((".yaml", ".yml")) and "=" not in word][:1]
+    for at, word in enumerate(words):
+        name, joined, value = word.partition("=")
+        if name in ("--set", "--seed") and (joined or at + 1 < len(words)):
+            given += [name, value if joined else words[at + 1]]
+    return _COMMAND.sub(lambda found: f"{found[0]} {shlex.join(given)}", hint) if given else hint
 
 
 def _fail(error: MmtuneError) -> int:

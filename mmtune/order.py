@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from mmtune.errors import RecipeError
-from mmtune.storage import is_finished, read_manifest
+from mmtune.storage import is_finished
 from mmtune.talk import Talk
 
 if TYPE_CHECKING:
@@ -118,8 +118,8 @@ def run_stages(recipe: Recipe, stages: Iterator[Stage], *, force: bool, dry_run:
         ):
             from mmtune.stages.evaluate.plan import check_rows
 
-            # Where every row of it was refused, training would come first and this error last.
-            check_rows(read_manifest(recipe.run_dir / "instructions"), recipe.eval.split)
+            # Where every row of it was refused or has no options, training would come first and this error last.
+            check_rows(recipe.run_dir, recipe.eval)
     return results
 
 

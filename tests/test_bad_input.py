@@ -321,6 +321,11 @@ def test_a_folder_that_is_not_there_is_no_hub_id(built: Path, mmtune, path: str)
 def test_stages_out_of_order_name_the_command_to_run(built: Path, mmtune):
     code, _, err = mmtune("finetune", built)
     assert code == 3 and f"next: run: mmtune tokenize {built}\n" in err
+    # What was set over the recipe counts for the next command too.
+    more = ("--set", "eval.answer=rank", "--seed=3", "--set=eval.ensemble={wordings: all}", "--dry-run")
+    code, _, err = mmtune("finetune", built, *more)
+    again = "--set eval.answer=rank --seed 3 --set 'eval.ensemble={wordings: all}'"
+    assert code == 3 and f"next: run: mmtune tokenize {built} {again}\n" in err
     code, _, err = mmtune("eval", built)
     assert code == 3 and "no rows in the split 'val'; it has train (2)" in err and "add a source with" in err
     assert left_in(built.parent) == ["instructions"]

@@ -256,6 +256,22 @@ def test_what_eval_would_end_with_is_said_before_the_first_stage(tmp_path, monke
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_further_adapter_that_is_not_there_is_named_before_the_first_stage(tmp_path, monkeypatch, capsys, more):
+    (tmp_path / "a.jsonl").write_text('{"q": "one", "a": "two"}\n')
+    table = {"id": "a", "reader": "table", "path": "a.jsonl", "columns": {"question": "q", "answer": "a"}}
+    asked = {"split": "train", "ensemble": {"adapters": ["gone/adapter", "other/adapter"]}}
+    recipe = {"run_dir": "run", "model": {"path": "m"}, "sources": [table], "finetune": {}, "eval": asked}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    monkeypatch.setattr("sys.argv", ["mmtune", "run", str(tmp_path / "recipe.yaml"), *more])
+    with pytest.raises(SystemExit) as end:
+        main()
+    said = capsys.readouterr().err
+    assert end.value.code == 3 and f"{tmp_path / 'gone' / 'adapter'} is not there" in said
+    assert "name folders of finished adapters" in said and "mmtune finetune" not in said
+    assert not (tmp_path / "run").exists()
+
+
 def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a command line of bash in which ``mmtune`` is this checkout's."""
     own = f'mmtune() {{ "{sys.executable}" -m mmtune "$@"; }}; {command}'

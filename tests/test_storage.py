@@ -51,6 +51,13 @@ def test_a_changed_setting_is_refused_where_asked(tmp_path):
     assert (target / "data.txt").read_text() == "old"
 
 
+def test_a_hash_without_a_setting_is_that_of_a_folder_that_never_had_it(tmp_path):
+    configs = ({"a": [1]}, {"a": [1], "b": "all"}, {"a": [2], "b": "all"})
+    bare, more, other = (make(tmp_path / str(at), config) for at, config in enumerate(configs))
+    assert more.hash_without("b") == bare.hash == bare.hash_without("b") != more.hash
+    assert other.hash_without("b") != bare.hash
+
+
 def test_a_failure_leaves_the_old_folder_and_no_rest(tmp_path):
     target = tmp_path / "demo"
     make(target, {"k": 1}, "old")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from mmtune.evaluation.ranking import Words, question_of_row
 from mmtune.evaluation.rows import answer_of
 from mmtune.evaluation.soft_verbalizer import Labelled, SoftVerbalizer, learned, start_of
 from mmtune.records import Example
+
+_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,9 @@ def soft_options(head: Any, tokens: WordTokens, solved: InStates, asked: InState
         scores_RL = np.where(_open(rows, options), found.scores(asked.states[places]), -np.inf)
         for at, best in zip(places, scores_RL.argmax(1), strict=True):
             chosen[at] = options[best]
-        said.append(f"soft verbalizer of {source}, from {len(known):,} training rows: {_said(found)}")
+        counts = Counter(answer_of(solved.examples[at]) for at in known)
+        alone = [option for option in options if counts[option] == 1]
+        said.append(f"soft verbalizer of {source}, from {len(known):,} training rows: {_said(found, alone)}")
     return chosen, said
 
 
@@ -104,10 +109,19 @@ def _by_source(examples: Sequence[Example]) -> Mapping[str, list[int]]:
     return found
 
 
-def _said(found: SoftVerbalizer) -> str:
+def _said(found: SoftVerbalizer, alone: Sequence[str]) -> str:
+    """Returns what was learned.
+
+    Args:
+        found: The verbalizer.
+        alone: Options of one training row.
+    """
+    named = ", ".join(alone[:_NAMED]) + (f" and {len(alone) - _NAMED:,} more" if len(alone) > _NAMED else "")
+    apart = f"; of {named} no row was held out, as there is one alone" if alone else ""
+    away = f"its vectors may leave their label words with strength {found.strength:g} (0: not at all)"
     if not found.losses:
-        return f"strength {found.strength:g}, unjudged, as a label has one row"
-    alone, best = found.losses[0.0], found.losses[found.strength]
+        return f"{away}, unjudged, as fewer than two labels have two rows"
+    words, best = found.losses[0.0], found.losses[found.strength]
     if not found.strength:
-        return f"nothing beyond the label words, which do best on rows held out ({alone:.3f} nats)"
-    return f"strength {found.strength:g}; {best:.3f} nats on rows held out, the label words alone {alone:.3f}"
+        return f"nothing beyond the label words, which do best on rows held out ({words:.3f} nats){apart}"
+    return f"{away}; {best:.3f} nats on rows held out, the label words alone {words:.3f}{apart}"

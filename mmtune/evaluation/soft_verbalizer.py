@@ -22,7 +22,7 @@ STRENGTHS = (0.0, 1.0, 10.0, 100.0, 1_000.0, 10_000.0)
 """How far vectors may leave their start, as scikit-learn's C on states of mean square 1; 0 leaves them there."""
 _FOLDS = 5
 _UNJUDGED = 1.0
-"""The strength where a label has one row, so that none can be held out."""
+"""The strength where fewer than two labels have rows that can be held out."""
 _STEPS = 1000
 
 Floats = NDArray[np.float64]
@@ -90,14 +90,18 @@ def start_of(
 def learned(start: SoftVerbalizer, rows: Labelled) -> SoftVerbalizer:
     """Returns a verbalizer learned from rows, of the strength that does best on rows held out of them.
 
+    Rows are held out of labels that have two or more, so that each label is learned from in every fold.
+
     Args:
         start: Untrained.
         rows: Of every option at least one.
     """
-    folds = min(_FOLDS, int(np.bincount(rows.owners, minlength=len(start.vectors)).min()))
-    if folds < 2:
+    count_L = np.bincount(rows.owners)
+    if (count_L > 1).sum() < 2:
         return fitted(start, rows, _UNJUDGED)
-    fold_R = _places_within_label(rows.owners) % folds
+    folds = min(_FOLDS, int(count_L.max()))
+    # The only row of a label is learned from in every fold, and held out in none.
+    fold_R = np.where(count_L[rows.owners] > 1, _places_within_label(rows.owners) % folds, -1)
     parts = [(np.flatnonzero(fold_R != one), np.flatnonzero(fold_R == one)) for one in range(folds)]
     losses = {}
     for strength in STRENGTHS:

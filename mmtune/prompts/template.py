@@ -45,6 +45,9 @@ METRICS = {
 }
 """Task to the metric its examples are scored with; the metrics of other tasks stand in ``evaluation``."""
 
+OF_OPTIONS = ("count", "presence", "sentiment_analysis", "recommendation", "dialogue", "text")
+"""Tasks whose pool is for rows with options too; those of other tasks are asked by ``choice`` and ``label_options``."""
+
 _MANY_OPTIONS = 20
 _LEAST_LEAK = 4
 _NAMES_MEDIA = re.compile(r"\{\{\s*media\s*\}\}")
@@ -238,9 +241,9 @@ def _pool_name(record: Record, style: Style) -> str:
     if own == "recommendation" and "behaviour" in _kinds(record):
         # What the user chose is shown, and not told in the text, which is a question then.
         own = "instruction" if record.text else "recommendation_shown"
-    # These have wordings of their own with options and without; an inverted wording lists none.
-    listed = own not in ("count", "presence", "sentiment_analysis", "recommendation", "dialogue", "text")
-    return "choice" if few and record.text and listed and style.options is not False and not style.inverted else own
+    # An inverted wording lists no options.
+    listed = own not in OF_OPTIONS and style.options is not False and not style.inverted
+    return "choice" if few and record.text and listed else own
 
 
 def _values(record: Record, *, raw: bool) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from mmtune.prompts.template import Style, Wordings, choose_templates, make_exam
 from mmtune.records import Example, Medium, Message, Part, Record, marked, parts_of
 
 WORDINGS = "wordings"
-"""Metadata key of them, as JSON."""
+"""Metadata key of them, as JSON, and the setting of instructions/ that says which are kept."""
 Kept = Literal["all"] | tuple[str, ...]
 """Every template that fits a row, or those of some names."""
 

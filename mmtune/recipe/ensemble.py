@@ -21,11 +21,13 @@ class Ensemble(Section):
     """Several prompts, one model: each is scored alone, and all together."""
 
     wordings: Annotated[Literal["all"] | tuple[str, ...], BeforeValidator(_names)] = ()
-    """Templates that every row with options is asked in, beside its own: all that fit it, or some by name. build-data
-    keeps what they say; the answer is the option of the highest mean probability over them (needs answer: rank)."""
+    """Templates that every row with options is asked in: all that fit it, or two or more by name. The answer is the
+    option of the highest mean probability over them (needs answer: rank). A row's own wording is asked and scored too,
+    but counts only where it is one of them. build-data keeps what they say; nothing that was trained is made again."""
     adapters: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
     """Folders of further adapters of the same base, such as soft prompts of other seeds, that answer beside adapter/:
-    the option of the highest mean probability with answer: rank, else the commonest answer (Lester et al. 2021)."""
+    the option of the highest mean probability with answer: rank, else the commonest answer, of equally common ones
+    that of adapter/ first (Lester et al. 2021); so without rank name two or more, which makes three that vote."""
 
     @field_validator("wordings", "adapters")
     @classmethod

@@ -41,8 +41,9 @@ class Eval(Section):
     """rank: a row with options is answered by the option that the model finds likeliest, not in its own words;
     prototype: by the one whose training rows leave the model in the nearest state before the answer, in the mean
     (a verbalizer without label words); soft: by the one whose vector fits that state best, which starts as the output
-    embedding of the option's words and learns from its training rows, the model frozen (a soft verbalizer). Both not
-    with shots, ablate, a searched prompt or a model of several passes."""
+    embedding of the option's words and learns from its training rows, the model frozen (a soft verbalizer). How far it
+    may leave the words, its strength, is judged on training rows held out of labels with two or more. Both not with
+    shots, ablate, a searched prompt or a model of several passes."""
     per_label: Annotated[int, Field(ge=1)] = 16
     """Training rows of every label that answer prototype and soft look at."""
     shots: Annotated[tuple[Shots, ...], BeforeValidator(_listed, json_schema_input_type=Shots | tuple[Shots, ...])] = (
@@ -108,6 +109,11 @@ class Eval(Section):
             raise ValueError("ensemble.wordings joins the probabilities of options: set answer: rank")
         if self.ensemble.adapters and "tuned" not in self.compare:
             raise ValueError("ensemble.adapters answer beside adapter/: add tuned to compare")
+        if len(self.ensemble.adapters) == 1 and self.answer != "rank":
+            raise ValueError(
+                "ensemble.adapters vote where nothing is ranked, and of two votes the first always wins: name two or"
+                " more adapters beside adapter/, or set answer: rank"
+            )
         return self
 
     @model_validator(mode="after")

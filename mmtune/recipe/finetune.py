@@ -188,7 +188,7 @@ class Finetune(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> Finetune:
         if self.method not in ("lora", "full") and self.train != ("llm",):
-            raise ValueError(f"method {self.method} works on the language model alone: leave out train")
+            raise ValueError(f"method {self.method} works on the language model alone: set train to [llm]")
         if self.from_scratch and self.method != "full":
             raise ValueError("from_scratch goes with method full: an adapter fits only the weights it was trained on")
         if self.method == "lora" and self.train == ("fusion",):

@@ -32,7 +32,10 @@ class Source(Section):
     videos: str | None = None
     """Folder that video paths are relative to."""
     columns: dict[str, str | int | list[str | int]] = {}
-    """Column map of table, folder and hf: our name to the file's column name or index."""
+    """Column map of table, folder and hf: our name to the file's column name or index, a template such as
+    "images/{file}.png" or a fixed text such as "=yes|no". Names: question (text, instruction), context, answer (output,
+    target), rationale, image, audio, video, references, options, behaviour, history, id, metadata, rows, delimiter,
+    strip; of folder label and keep, regular expressions for its paths."""
     tasks: tuple[str, ...] = ()
     """Keep only these tasks of a reader that makes several."""
     task: str | None = None

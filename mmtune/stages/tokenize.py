@@ -29,6 +29,7 @@ from mmtune.prompts.delimiters import DELIMITERS, joined
 from mmtune.prompts.exemplars import Order, shown_ranks
 from mmtune.prompts.schema import COLUMN, row_to_messages
 from mmtune.prompts.searched import context_of
+from mmtune.prompts.wordings import WORDINGS
 from mmtune.recipe import Recipe, Tokenize
 from mmtune.records import Medium
 from mmtune.storage import (
@@ -103,7 +104,7 @@ def tokenize(
         "limit": limit,
     }
     target = recipe.run_dir / "tokens"
-    parents = {"instructions": parent.hash}
+    parents = {"instructions": parent.hash_without(WORDINGS)}
     if dry_run:
         console.say(foresee(target, stage="tokenize", config=config, parents=parents, force=force))
         return {"stage": "tokenize", "dry_run": True, "target": str(target), "rows": parent.rows, "config": config}

@@ -54,6 +54,15 @@ class Manifest:
     mmtune_version: str = __version__
     schema: int = SCHEMA_VERSION
 
+    def hash_without(self, setting: str) -> str:
+        """Returns the hash that the folder would have without a setting; its own where it has none of that name.
+
+        For stages that read nothing of what the setting adds: they stay as they are where it changes.
+        """
+        config = {name: value for name, value in self.config.items() if name != setting}
+        basis = {"stage": self.stage, "config": config, "inputs": self.inputs, "parents": self.parents}
+        return stage_hash({**basis, "code": self.mmtune_version})
+
 
 def stage_hash(payload: Mapping[str, Any]) -> str:
     """Returns the sha256 of the canonical JSON form of a payload."""

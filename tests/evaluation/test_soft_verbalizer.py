@@ -100,8 +100,24 @@ def test_the_strength_is_the_one_that_does_best_on_rows_held_out():
     np.testing.assert_array_equal(found.vectors, fitted(nothing(), rows, found.strength).vectors)
 
 
-def test_with_one_row_of_a_label_none_is_held_out():
+def test_the_only_row_of_a_label_is_learned_from_in_every_fold():
+    rows = rows_of(6, count=43, labels=4, spread=0.3)
+    rows = rows.of(np.flatnonzero((rows.owners < 3) | (np.arange(43) == 3)))
+    rare, found = int(np.flatnonzero(rows.owners == 3)[0]), learned(nothing(4), rows)
+    place = [int((rows.owners[:row] == owner).sum()) % 5 for row, owner in enumerate(rows.owners)]
+    total = 0.0
+    for fold in range(5):
+        out = (np.array(place) == fold) & (np.arange(len(rows.owners)) != rare)
+        part = fitted(nothing(4), rows.of(np.flatnonzero(~out)), 10.0)
+        total -= np.log(_shares(part, rows.states[out])[np.arange(out.sum()), rows.owners[out]]).sum()
+    assert found.losses[10.0] == pytest.approx(total / (len(rows.owners) - 1))
+    assert found.strength == min(STRENGTHS, key=found.losses.__getitem__)
+
+
+@pytest.mark.parametrize("more", [0, 4])
+def test_where_no_two_labels_have_two_rows_none_is_held_out(more: int):
     rows = rows_of(6, count=3)
+    rows = rows.of(np.array([0, 1, 2, *[2] * more]))
     found = learned(nothing(), rows)
     assert found.strength == 1.0 and not found.losses
 

@@ -211,7 +211,7 @@ def test_a_validation_pass_leaves_four_bit_weights_as_they_are(base):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ("{method: ia3, train: [llm, vision]}", "works on the language model alone"),
+        ("{method: ia3, train: [llm, vision]}", r"works on the language model alone: set train to \[llm\]"),
         ("{method: full, quantize: nf4}", "cannot train themselves"),
         ("{lora: {init: pissa, dora: true}}", "does not go with dora"),
         ("{method: prefix, checkpointing: true}", "key-value cache"),

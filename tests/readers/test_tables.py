@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from mmtune.errors import CapabilityError, DataError, RecipeError
+from mmtune.readers.table import _KNOWN
+from mmtune.recipe import Source
 from mmtune.records import Medium, Record, Reject
 from tests.readers.reading import read, reasons, write
 
@@ -270,3 +272,10 @@ def test_a_wrong_cell_is_named_by_its_own_column(tmp_path: Path):
         "/ask (for instruction): expected a string, found a list",
         "/a: the answer is empty",
     ]
+
+
+def test_every_name_of_a_column_is_told(repository: Path):
+    told = (repository / "README.md").read_text("utf-8").partition("Names of `columns` are ")[2].partition("\n\n")[0]
+    field = Source.model_fields["columns"].description or ""
+    for name in _KNOWN - {"images", "audios", "videos"}:
+        assert f"`{name}`" in told and re.search(rf"\b{name}\b", field), name

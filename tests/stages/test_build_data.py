@@ -192,6 +192,20 @@ def test_what_ends_a_build_leaves_nothing(tmp_path: Path, build: dict, rows: lis
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".instructions.lock"]
 
 
+@pytest.mark.parametrize("most", [1.0, 0.4])
+def test_absolute_paths_stay_refused_and_the_way_to_write_them_is_told_and_works(tmp_path: Path, most: float):
+    (tmp_path / "c").mkdir()
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "fine.jpg").write_bytes(jpeg(0))
+    rows = [shown(str(photos / "fine.jpg")), *([turns("q")] if most < 1 else [])]
+    source = {**chat(tmp_path / "c", rows), "images": str(photos)}
+    with pytest.raises(DataError, match="not relative to the media root") as error:
+        run(recipe(tmp_path, source, max_drop_fraction=most))
+    assert "write paths relative to it, or have `columns.strip` cut off" in error.value.hint
+    assert run(recipe(tmp_path, {**source, "columns": {"strip": f"{photos}/"}}))["rows"] == {"train": len(rows)}
+
+
 def test_folders_of_one_id_may_hold_the_same_names(tmp_path: Path):
     for top in ("train", "test"):
         for at, name in enumerate(("cat/1.jpg", "dog/1.jpg")):

@@ -80,7 +80,10 @@ def test_wordings_that_were_not_built_or_do_not_exist_are_refused(recipe):
     assert error.value.code == "other_wordings" and "build-data" in error.value.hint
     with pytest.raises(RecipeError, match="unknown template 'sentiment_lable'") as wrong:
         build_data(recipe(ensemble={"wordings": ["sentiment_lable"]}), console=QUIET)
-    assert "sentiment_label" in wrong.value.hint
+    assert "did you mean 'sentiment_label'" in wrong.value.hint and "choice" not in wrong.value.hint
+    with pytest.raises(RecipeError, match="unknown template 'nope'") as wrong:
+        build_data(recipe(source={"task": "vqa"}, ensemble={"wordings": ["choice_list", "nope"]}), console=QUIET)
+    assert "some of: choice_among, choice_flan, choice_list, label_" in wrong.value.hint
 
 
 @pytest.mark.parametrize(
@@ -89,6 +92,8 @@ def test_wordings_that_were_not_built_or_do_not_exist_are_refused(recipe):
         ({"ensemble": {"wordings": "all"}, "answer": "generate"}, "set answer: rank"),
         ({"ensemble": {"wordings": "all"}, "shots": [2]}, "leave shots out"),
         ({"ensemble": {"adapters": ["a"]}}, "add tuned to compare"),
+        ({"ensemble": {"adapters": ["a"]}, "compare": ["tuned"], "answer": "generate"}, "first always wins: name two"),
+        ({"ensemble": {"adapters": ["a"]}, "compare": ["tuned"], "answer": "soft"}, "first always wins: name two"),
         ({"ensemble": {"adapters": ["a", "a"]}, "compare": ["tuned"]}, "named twice"),
         ({"ensemble": {"adapters": ["a"], "wordings": "all"}}, "either wordings or adapters"),
         ({"ensemble": {}}, "either wordings or adapters"),
@@ -156,6 +161,21 @@ def tuned(tmp_path_factory, tiny_vlm: Path):
     return made
 
 
+def test_a_finished_run_takes_up_wordings_without_training_again(tuned, tmp_path: Path):
+    from mmtune.stages.finetune import finetune
+    from mmtune.stages.tokenize import tokenize
+
+    folder = tmp_path / "run"
+    shutil.copytree(tuned[0].run_dir, folder)
+    asked = {**tuned[0].eval.model_dump(exclude_unset=True), "ensemble": {"wordings": list(TWO)}}
+    recipe = Recipe.model_validate({**tuned[0].model_dump(exclude_unset=True), "run_dir": folder, "eval": asked})
+    done = [stage(recipe, console=QUIET) for stage in (build_data, tokenize, finetune)]
+    assert [one["cached"] for one in done] == [False, True, True]
+    assert list(said(recipe)) == ["tuned", *(f"tuned, {name}" for name in TWO), "tuned, ensemble"]
+    made = json.loads((folder / "report" / "metrics.json").read_text())["manifests"]
+    assert [one["folder"] for one in made] == ["instructions", "tokens", "adapter"]
+
+
 def joined(made: Recipe, folder: Path, adapters: list[Path], **settings) -> Recipe:
     for name in ("instructions", "adapter"):
         if not (folder / name).exists():
@@ -183,9 +203,11 @@ def test_soft_prompts_of_other_seeds_answer_together(tuned, tmp_path: Path):
         ("base", "tuned"),
         ("tuned", "tuned, ensemble"),
     }
-    # Of two members that disagree the surer one wins: the mean tells, not the vote.
-    alone = said(joined(tuned[0], tmp_path / "free", [other], answer="generate", max_new_tokens=3))
-    assert alone["tuned, ensemble"] == alone["tuned"]
+    # Where nothing is ranked three vote, two of them copies of one.
+    copy = tmp_path / "copy" / "adapter"
+    shutil.copytree(other, copy)
+    alone = said(joined(tuned[0], tmp_path / "free", [other, copy], answer="generate", max_new_tokens=3))
+    assert alone["tuned, ensemble"] == alone["tuned, seed1"]
 
 
 def test_two_copies_of_an_adapter_are_that_adapter(tuned, tmp_path: Path):

@@ -427,6 +427,10 @@ def test_eval_scores_the_prompt_as_the_search_did(recipe):
     assert "the searched prompt asks:" in page and "after tuning" not in page
     assert [made["folder"] for made in metrics["manifests"]] == ["instructions", "prompt"]
     assert metrics["perplexity"]["models"].keys() == {"base", "best_prompt"}
+    # Wordings of an ensemble change no row that the search read.
+    worded = recipe(prompt={"test": 12}, eval={"split": "val", "ensemble": {"wordings": ["sentiment_label"]}})
+    build_data(worded, console=QUIET)
+    assert search_prompt(worded, console=QUIET)["cached"] and not evaluate(worded, console=QUIET)["cached"]
     # Other rows: some that chose the prompt may be held out now.
     build_data(given, force=True, limit=5, console=QUIET)
     with pytest.raises(IntegrityError, match="searched on other rows"):

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from mmtune.errors import DataError, RecipeError
 from mmtune.models.composite.config import CompositeConfig
+from mmtune.order import run_stages, stages_of
 from mmtune.recipe import Eval, Recipe
 from mmtune.stages.build_data import build_data
 from mmtune.stages.evaluate import evaluate
@@ -144,6 +145,11 @@ def test_rows_without_options_have_nothing_to_choose_among(tmp_path: Path, tiny_
         del source["columns"]["options"]
         source["task"], source["template"] = "instruction", "instruction_plain"
     recipe = asked(tmp_path, tiny_vlm, sources)
-    with pytest.raises(DataError, match="no row of val has any") as error:
-        evaluate(recipe, console=QUIET)
-    assert error.value.code == "no_options"
+    for dry_run in (False, True):
+        with pytest.raises(DataError, match="no row of val has any") as error:
+            evaluate(recipe, dry_run=dry_run, console=QUIET)
+        assert error.value.code == "no_options" and 'sources[].columns.options: "=yes|no"' in error.value.hint
+    # A run ends before it trains.
+    with pytest.raises(DataError, match="no row of val has any"):
+        run_stages(recipe, stages_of(recipe, None, True), force=False, dry_run=False, console=QUIET)
+    assert not (recipe.run_dir / "tokens").exists()

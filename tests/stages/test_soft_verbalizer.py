@@ -56,7 +56,7 @@ def test_the_answer_is_the_option_whose_learned_vector_fits_best(tmp_path: Path,
     start = start_of(head, None, ids)
     document = json.loads((recipe.run_dir / "report" / "metrics.json").read_text())
     (said,) = (note for note in document["notes"] if "soft verbalizer of t, from 12 training rows" in note)
-    strength = float(said.partition("strength ")[2].partition(";")[0]) if "strength" in said else 0.0
+    strength = float(said.partition("strength ")[2].partition(" ")[0]) if "strength" in said else 0.0
     wanted = soft_verbalizer.fitted(start, rows, strength)
     found = answers_of(recipe)
     assert len(found) == 6
@@ -86,6 +86,15 @@ def test_what_cannot_be_learned_is_refused(tmp_path: Path, tiny_vlm: Path):
     with pytest.raises(DataError, match="has one option alone, 'red'") as error:
         evaluate(one, console=Talk(quiet=True))
     assert error.value.code == "one_label"
+
+
+def test_a_label_of_one_row_is_named_where_the_others_are_judged(tmp_path: Path, tiny_vlm: Path):
+    answers = ("red", "yellow", "red", "yellow", "red", "yellow", "red", "yellow", "red", "yellow", "red", "blue")
+    recipe = asked(tmp_path, tiny_vlm, sources(tmp_path, answers, (*OPTIONS, "blue")), answer="soft")
+    evaluate(recipe, console=Talk(quiet=True))
+    document = json.loads((recipe.run_dir / "report" / "metrics.json").read_text())
+    (said,) = (note for note in document["notes"] if "soft verbalizer of t, from 12 training rows" in note)
+    assert "on rows held out" in said and said.count("of blue no row was held out, as there is one alone") == 1
 
 
 def test_a_word_is_its_own_tokens_without_what_ends_the_answer(tiny_vlm: Path):

@@ -22,6 +22,7 @@ from mmtune.media.paths import listing
 from mmtune.media.probe import ProbeLimits
 from mmtune.prompts.chunk import Asked, Built, Chunk, ChunkBuilder
 from mmtune.prompts.searched import SearchedPrompt
+from mmtune.prompts.wordings import WORDINGS
 from mmtune.readers import find_reader
 from mmtune.readers.limit import cut, part, take
 from mmtune.readers.repeated import SeenIds, drop_repeated
@@ -123,7 +124,7 @@ def build_data(
         "seed": recipe.seed,
         "limit": limit,
         **({"slots": True} if slots else {}),
-        **({"wordings": further if further == "all" else list(further)} if further else {}),
+        **({WORDINGS: further if further == "all" else list(further)} if further else {}),
     }
     inputs, features = _inputs(recipe), features_of(recipe)
     parents = {} if features is None else {"features": features.hash}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mmtune.errors import RecipeError
 from mmtune.prompts.chunk import Asked
-from mmtune.prompts.template import POOLS, Wordings, check_task, template_names
+from mmtune.prompts.template import OF_OPTIONS, POOLS, Wordings, check_task, template_names
 from mmtune.prompts.template_file import load_templates
 from mmtune.prompts.verbalizer import check_verbalizer
 from mmtune.prompts.wordings import Kept
@@ -63,13 +63,22 @@ def all_asked(recipe: Recipe) -> tuple[Asked, ...]:
     known = {name: None for one in held_out for name in template_names(one.wordings.file)}
     for name in further if isinstance(further, tuple) and held_out else ():
         if name not in known:
+            some = sorted(_for_options(recipe) & known.keys() or known)
             near = difflib.get_close_matches(name, known, 3)
+            guess = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
             raise RecipeError(
                 f"eval.ensemble.wordings names the unknown template {name!r}",
-                f"did you mean {' or '.join(near)}?" if near else "take names of the task's pool, or all",
+                f"{guess}take all, or some of: {', '.join(some)}",
                 "unknown_template",
             )
     return tuple(replace(one, further=further) for one in found)
+
+
+def _for_options(recipe: Recipe) -> set[str]:
+    """Returns the shipped templates of rows with options, of the sources' tasks."""
+    tasks = [source.task for source in recipe.sources]
+    pools = [pool for task in tasks for pool in ([task] if task in OF_OPTIONS else ["choice", "label_options"])]
+    return {template.id for pool in pools for template in POOLS[pool]}
 
 
 def further_wordings(recipe: Recipe) -> Kept:

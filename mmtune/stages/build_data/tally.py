@@ -14,6 +14,10 @@ from mmtune.prompts.chunk import Built
 from mmtune.recipe import Source
 
 _LOOKED_FOR = "check `images`, `audios` and `videos` of the sources: media paths are relative to them"
+_BELOW = (
+    "set `images`, `audios` or `videos` of the source to the media's folder and write paths relative to it, or have"
+    " `columns.strip` cut off what stands before"
+)
 
 
 @dataclass(slots=True)
@@ -84,17 +88,23 @@ def check_drops(tallies: Sequence[Tally], drops: Mapping[str, int], most: float,
     if not rows:
         raise DataError(
             f"no row is left of {read:,}: {listed or 'the sources gave none'}{first}",
-            f"{_LOOKED_FOR if 'media_missing' in drops else 'mend the data or the paths'}; nothing was written",
+            f"{_mend(drops) or 'mend the data or the paths'}; nothing was written",
             "no_rows",
         )
     if sum(drops.values()) > most * read:
         raise DataError(
             f"{sum(drops.values()):,} of {read:,} rows were refused, more than build.max_drop_fraction "
             f"({most:g}) allows: {listed}{first}",
-            f"{_LOOKED_FOR if 'media_missing' in drops else 'mend the data'}, or raise build.max_drop_fraction; "
-            "nothing was written",
+            f"{_mend(drops) or 'mend the data'}, or raise build.max_drop_fraction; nothing was written",
             "too_many_drops",
         )
+
+
+def _mend(drops: Mapping[str, int]) -> str:
+    """Returns what to do about refused media paths, of absent and outlying ones the commoner; empty where none is."""
+    if drops.get("path_escape", 0) > drops.get("media_missing", 0):
+        return _BELOW
+    return _LOOKED_FOR if "media_missing" in drops else ""
 
 
 def _first_reject(log: Path) -> str:

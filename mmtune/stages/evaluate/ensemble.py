@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from mmtune.errors import IntegrityError
+from mmtune.errors import DataError, IntegrityError
 from mmtune.evaluation.asking import Heard, answerer
 from mmtune.evaluation.ensemble import together
 from mmtune.evaluation.rows import EvalRows, question_of
-from mmtune.prompts.wordings import worded, wordings_of
+from mmtune.prompts.wordings import WORDINGS, worded, wordings_of
 from mmtune.recipe import Eval
 from mmtune.records import Example
-from mmtune.storage import Manifest, read_manifest
+from mmtune.storage import Manifest, is_finished, read_manifest
 
 TOGETHER = "ensemble"
 """Behind a model's name: its members together."""
@@ -44,7 +44,13 @@ def members_of(settings: Eval, model: str) -> tuple[Member, ...]:
     """
     found: list[Member] = []
     for folder in map(Path, settings.ensemble.adapters if settings.ensemble else ()):
-        made = read_manifest(folder, made_by="finetune")
+        if not is_finished(folder):
+            raise DataError(
+                f"eval.ensemble.adapters: {folder} is not there or not finished",
+                "name folders of finished adapters, such as ../seed1/adapter",
+                "adapter_missing",
+            )
+        made = read_manifest(folder)
         if made.facts.get("model") != model:
             raise IntegrityError(
                 f"eval.ensemble: {folder} was tuned from {made.facts.get('model')}, eval asks {model}",
@@ -60,7 +66,7 @@ def members_of(settings: Eval, model: str) -> tuple[Member, ...]:
 def check_wordings(settings: Eval, instructions: Manifest) -> None:
     """Raises IntegrityError where instructions/ does not keep the wordings that are asked."""
     wanted = settings.ensemble.wordings if settings.ensemble else ()
-    kept = instructions.config.get("wordings", [])
+    kept = instructions.config.get(WORDINGS, [])
     if wanted and kept != (wanted if isinstance(wanted, str) else list(wanted)):
         raise IntegrityError(
             "instructions/ does not keep the wordings of eval.ensemble", "run: mmtune build-data", "other_wordings"

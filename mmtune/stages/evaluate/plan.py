@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from mmtune.errors import DataError, IntegrityError, RecipeError
 from mmtune.recipe import Eval, Recipe
+from mmtune.recipe.evaluation import BY_STATES
 from mmtune.stages.evaluate.ensemble import Member, check_wordings, members_of
 from mmtune.stages.evaluate.prompted import prompt_of
 from mmtune.stages.evaluate.shots import features_of
-from mmtune.storage import Manifest, read_manifest
+from mmtune.storage import Manifest, open_split, read_manifest
 
 SCHEMA = "mmtune.report/2"
 """Of the report document."""
@@ -51,10 +53,12 @@ def check_scores(settings: Eval) -> None:
 
 
 def check_eval(recipe: Recipe) -> None:
-    """Checks, before the first stage of a run, what its last one would end with: scores and split.
+    """Checks, before the first stage of a run, what its last one would end with: scores, split, further adapters.
 
     Raises:
         RecipeError: As ``check_scores``, or no source has rows of the split.
+        DataError: As ``members_of``.
+        IntegrityError: As ``members_of``.
     """
     if recipe.eval is None:
         return
@@ -66,10 +70,18 @@ def check_eval(recipe: Recipe) -> None:
             f"set eval.split, or add a source with `split: {recipe.eval.split}`",
             "split_missing",
         )
+    if recipe.model is not None:
+        members_of(recipe.eval, recipe.model.path)
 
 
-def check_rows(instructions: Manifest, split: str) -> None:
-    """Raises DataError unless instructions/ has rows in the split that is asked."""
+def check_rows(run_dir: Path, settings: Eval) -> Manifest:
+    """Returns the manifest of instructions/, which holds what eval asks.
+
+    Raises:
+        DataError: They are missing, have no rows in the split, or none with options where eval chooses among these.
+    """
+    folder, split = run_dir / "instructions", settings.split
+    instructions = read_manifest(folder, made_by="build-data")
     if not instructions.rows.get(split):
         have = ", ".join(f"{name} ({count:,})" for name, count in instructions.rows.items() if count)
         raise DataError(
@@ -77,20 +89,34 @@ def check_rows(instructions: Manifest, split: str) -> None:
             f"set eval.split, or add a source with `split: {split}` and run: mmtune build-data",
             "split_missing",
         )
+    if settings.answer in BY_STATES:
+        options = open_split(folder / split).column("options")
+        if not any(bool(row) for part in options.chunks for row in part.to_pylist()):
+            raise no_options(settings)
+    return instructions
+
+
+def no_options(settings: Eval) -> DataError:
+    """Returns the error of rows that have nothing to choose among."""
+    return DataError(
+        f"eval.answer {settings.answer} chooses among options, and no row of {settings.split} has any",
+        'name them, as in `sources[].columns.options: "=yes|no"` or a column that lists them; or set eval.answer:'
+        " generate",
+        "no_options",
+    )
 
 
 def plan_of(recipe: Recipe, limit: int | None, offline: bool) -> Plan:
     """Checks everything that can be checked before a model is loaded.
 
     Raises:
-        DataError: instructions/, adapter/, features/ or prompt/ is missing, or the split has no rows.
+        DataError: instructions/, adapter/, features/ or prompt/ is missing, or the split has no rows that can be asked.
         IntegrityError: They were made of other rows or another model, or rows do not keep the wordings of an ensemble.
         RecipeError: A metric is unknown, a bar is no score of 100, or no model is named.
     """
     settings = recipe.eval or Eval()
     check_scores(settings)
-    instructions = read_manifest(recipe.run_dir / "instructions", made_by="build-data")
-    check_rows(instructions, settings.split)
+    instructions = check_rows(recipe.run_dir, settings)
     adapter = None
     if any(name.startswith("tuned") for name in settings.compare):
         adapter = read_manifest(recipe.run_dir / "adapter", made_by="finetune")

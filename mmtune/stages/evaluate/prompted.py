@@ -12,6 +12,7 @@ from mmtune.errors import IntegrityError, RecipeError
 from mmtune.evaluation.rows import question_of
 from mmtune.media.content import names_beside
 from mmtune.prompts.searched import SOFT, SearchedPrompt, asked_with, moved, read_prompt
+from mmtune.prompts.wordings import WORDINGS
 from mmtune.recipe import Eval, Recipe
 from mmtune.records import Example
 from mmtune.storage import Manifest, read_manifest
@@ -41,7 +42,7 @@ def prompt_of(recipe: Recipe, settings: Eval, instructions: Manifest, model: str
     if not any(map(is_prompted, settings.compare)):
         return None
     found = read_manifest(recipe.run_dir / "prompt", made_by="prompt")
-    if found.parents.get("instructions") != instructions.hash:
+    if found.parents.get("instructions") != instructions.hash_without(WORDINGS):
         raise IntegrityError(
             "prompt/ was searched on other rows than instructions/ holds", "run: mmtune prompt", "other_rows"
         )

@@ -16,7 +16,7 @@ from mmtune.models.load import load_config
 from mmtune.prompts.schema import row_to_example
 from mmtune.prompts.shots import exchange
 from mmtune.records import Example
-from mmtune.stages.evaluate.plan import Plan
+from mmtune.stages.evaluate.plan import Plan, no_options
 from mmtune.storage import open_split
 from mmtune.talk import Talk
 
@@ -56,11 +56,7 @@ def solved_rows(plan: Plan, asked: EvalRows, make: Callable[..., EvalRows], cons
     wanted = dict.fromkeys((one.source, option) for one in examples for option in one.options)
     most = plan.settings.per_label
     if not wanted:
-        raise DataError(
-            f"eval.answer {plan.settings.answer} chooses among options, and no row of {plan.settings.split} has any",
-            "name the options (a column, or =yes|no); or set eval.answer: generate",
-            "no_options",
-        )
+        raise no_options(plan.settings)
     soft = plan.settings.answer == "soft"
     found = _found(plan.recipe.run_dir / "instructions" / "train", wanted, most)
     rows = make(len(found), found.__getitem__)

@@ -13,6 +13,7 @@ from mmtune.errors import IntegrityError, RecipeError
 from mmtune.files import write_json
 from mmtune.models.digest import weights_digest
 from mmtune.prompts.search import METHODS, Sizes
+from mmtune.prompts.wordings import WORDINGS
 from mmtune.recipe import Eval, Prompt, Recipe
 from mmtune.stages.prompt.course import Course, follow
 from mmtune.stages.prompt.own import method_name
@@ -57,7 +58,8 @@ def prompt(
     adapter = read_manifest(recipe.run_dir / "adapter", made_by="finetune") if settings.on == "tuned" else None
     path = _model_path(recipe, adapter)
     config = _config(recipe, settings, path, limit, offline)
-    parents = {"instructions": instructions.hash, **({} if adapter is None else {"adapter": adapter.hash})}
+    parents = {"instructions": instructions.hash_without(WORDINGS)}
+    parents |= {} if adapter is None else {"adapter": adapter.hash}
     target = recipe.run_dir / "prompt"
     rows = choose_rows(
         recipe.run_dir / "instructions",
