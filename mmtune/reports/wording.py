@@ -196,6 +196,11 @@ def _subject(first: str, second: str) -> str:
     return f"{second!r} against {first!r}"
 
 
+def is_together(answerer: str) -> bool:
+    """Says whether an answerer is an ensemble of others."""
+    return answerer.endswith(", ensemble")
+
+
 def _who(answerer: str) -> str:
     """Returns a model, or a model asked in some way, as a sentence names it."""
     return f"{answerer!r}" if ", " in answerer else f"the {answerer} model"

@@ -336,8 +336,8 @@ def test_every_answerer_has_a_mark_of_its_own():
         marks["base"] == "base" and marks["base, 4 retrieval"] == "base hollow" and marks["vote, 4 retrieval"] == "vote"
     )
     assert marks_of(["tuned"]) == {"tuned": "tuned"}
-    page = write_page(shown_with_exemplars())
-    for mark in marks_of(shown_with_exemplars()["run"]["compare"]).values():
+    page = write_page(make_report())
+    for mark in marks_of(make_report()["run"]["compare"]).values():
         assert f'<i class="{mark}"></i>' in page and f'<circle class="own {mark}"' in page
     odd = marks_of(['"><script>'])
     assert odd == {'"><script>': "base"}
@@ -390,3 +390,47 @@ def test_many_answerers_stand_below_each_other_and_no_word_is_broken():
     lines = write_markdown(report).splitlines()
     assert "| metric | answers by | score | 95 % interval | rows |" in lines
     assert all(len(line) < 120 for line in lines if line.startswith("|"))
+
+
+class Cells(HTMLParser):
+    """Collects the cells of the first table with what their lines look like."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines, self.tables, self.inside = [], 0, False
+
+    def handle_starttag(self, tag, attrs):
+        self.tables += tag == "table"
+        if tag == "tr" and self.tables == 1:
+            self.lines.append((dict(attrs).get("class", ""), []))
+        self.inside = tag in {"td", "th"} and self.tables == 1
+        if self.inside:
+            self.lines[-1][1].append("")
+
+    def handle_data(self, data):
+        if self.inside:
+            self.lines[-1][1][-1] += data.strip()
+
+    def handle_endtag(self, tag):
+        self.inside = self.inside and tag not in {"td", "th"}
+
+
+def test_the_page_has_a_line_per_answerer_and_sets_an_ensemble_off():
+    report = make_report()
+    rows = [ScoredRow(f"r{n}", "plain", "vqa", f"g{n}", ("exact_match",), ("yes",)) for n in range(40)]
+    ways = ("", ", choice_list", ", choice_among", ", choice_flan", ", ensemble")
+    names = [f"{model}{way}" for model in ("base", "tuned") for way in ways]
+    found = compare(rows, {name: ["yes"] * (4 * at) + ["no"] * (40 - 4 * at) for at, name in enumerate(names)})
+    run = {**report["run"], "compare": names, "pair": None}
+    report = {**report, "run": run, "metrics": found.metrics, "groups": {}}
+    page = write_page(report)
+    cells, tags = Cells(), Tags()
+    cells.feed(page), tags.feed(page)
+    assert tags.open == []
+    (_, head), *lines = cells.lines
+    assert head == ["metric", "answers by", "score", "95 % interval", "rows", ""]
+    assert [texts[-5] for _, texts in lines] == names and lines[0][1][0] == "Exact match"
+    assert [texts[-4] for _, texts in lines] == [f"{10 * at:.2f}" for at in range(10)]
+    assert [style for style, _ in lines if style] == ["entry", "together", "other-model", "together"]
+    assert page.count('<svg class="dots"') == 10, "a plot of one answerer in every line"
+    assert 'class="turned"' not in write_page(make_report())
