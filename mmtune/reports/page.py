@@ -45,6 +45,7 @@ def write_page(
         verdict=wording.verdict,
         brief=wording.short_hash,
         model=wording.model_name,
+        rows_or_trees=wording.rows_or_trees,
         turned_parts=_turned_parts,
     )
     environment.tests["turned"] = is_turned

@@ -204,7 +204,7 @@ per answer token, over optimizer steps</p>{% endif %}
 <thead><tr><th>stage</th><th class="left">hash</th><th class="left">rows</th><th class="left">refused</th><th>seconds</th></tr></thead>
 <tbody>{% for item in report.manifests %}
 <tr><td>{{ item.stage }}</td><td class="left"><code>{{ item.hash | brief }}</code></td>
-<td class="left">{% for split, count in item.rows.items() %}{{ ", " if not loop.first }}{{ split }} {{ "{:,}".format(count) }}{% endfor %}</td>
+<td class="left">{{ item.rows | rows_or_trees(item.examples | default({})) }}</td>
 <td class="left">{% for reason, count in item.drops.items() %}{{ ", " if not loop.first }}{{ reason }} {{ "{:,}".format(count) }}{% else %}none{% endfor %}</td>
 <td>{{ "%.1f" | format(item.seconds) }}</td></tr>
 {% endfor %}</tbody></table></div>

@@ -136,6 +136,21 @@ def rows_said(report: Mapping[str, Any]) -> str:
     return said + (f", a sample of {whole:,}" if read < whole else "")
 
 
+def rows_or_trees(rows: Mapping[str, int], examples: Mapping[str, int]) -> str:
+    """Returns the rows of every split, as trees of rows where those that share media are one.
+
+    Args:
+        rows: Split to the rows of the stage.
+        examples: Split to the rows that they hold, where that was counted.
+    """
+    said = []
+    for split, count in rows.items():
+        own = examples.get(split, count)
+        trees = f"{count:,} {'tree' if count == 1 else 'trees'} of {own:,} {'row' if own == 1 else 'rows'}"
+        said.append(f"{split} {count:,}" if own == count else f"{split} {trees}")
+    return ", ".join(said)
+
+
 def answers_said(report: Mapping[str, Any]) -> str:
     """Returns how answers came about: words of the model's own, or options of the row."""
     run = report["run"]

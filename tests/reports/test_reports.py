@@ -434,3 +434,11 @@ def test_the_page_has_a_line_per_answerer_and_sets_an_ensemble_off():
     assert [style for style, _ in lines if style] == ["entry", "together", "other-model", "together"]
     assert page.count('<svg class="dots"') == 10, "a plot of one answerer in every line"
     assert 'class="turned"' not in write_page(make_report())
+
+
+def test_the_report_says_trees_of_rows():
+    report = make_report()
+    tokens = {"stage": "tokenize", "hash": "cd" * 32, "rows": {"train": 1}, "examples": {"train": 3}, "drops": {}}
+    report["manifests"] += [{**tokens, "seconds": 1.0}]
+    for shown in (write_page(report), write_markdown(report)):
+        assert "train 1 tree of 3 rows" in shown and "train 5" in shown
