@@ -206,8 +206,19 @@ def test_training_facts_leave_out_what_is_unknown():
     )
     assert found["method"] == "LoRA, r 4, alpha 8" and found["trained parameters"] == "1,200"
     assert "validation loss" not in found and "steps" not in found
+    assert "parts of that loss" not in found
     named = {name: training_facts({}, {"method": name}, 0, None)["method"] for name in ("full", "prompt", "prefix")}
     assert named == {"full": "all weights", "prompt": "prompt tuning", "prefix": "prefix tuning"}
+
+
+def test_training_facts_tell_the_parts_of_an_auxiliary_loss():
+    parts = {"loss_mixture": 0.29268, "loss_alone_image": 0.48034, "loss_alone_joint": 0.2}
+    facts = {"method": "full", "loss": 0.3, "auxiliary_loss": 0.25, "loss_parts": parts}
+    found = training_facts({}, facts, 0, None)
+    said = "0.75 × mixture 0.2927, 0.25 × the mean of each pass alone (image 0.4803, joint 0.2000)"
+    assert found["last training loss"] == "0.3000" and found["parts of that loss"] == said
+    whole = training_facts({}, {**facts, "auxiliary_loss": 1.0}, 0, None)
+    assert whole["parts of that loss"] == "1 × the mean of each pass alone (image 0.4803, joint 0.2000)"
 
 
 def test_tables_of_what_answers_rest_on_are_the_same_everywhere(root):
