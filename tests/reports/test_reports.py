@@ -135,7 +135,7 @@ def test_markdown_says_the_same_and_stays_one_table():
     text = write_markdown(report)
     row = next(line for line in text.splitlines() if line.startswith("| Exact match"))
     assert "| 0.00 | 75.00 | **+75.00** |" in row and "30 / 0" in row and "< 0.001" in row
-    assert headline(report).startswith("Tuning raised Exact match from 0.00 to 75.00")
+    assert headline(report).startswith("Tuning raised exact match from 0.00 to 75.00")
     assert escape("a|b\n<c>") == "a\\|b \\<c\\>"
     for line in text.splitlines():
         if line.startswith("| "):
@@ -290,7 +290,7 @@ def shown_with_exemplars(split="val"):
 def test_the_headline_is_tuning_at_equal_exemplars():
     report = shown_with_exemplars()
     said = headline(report)
-    assert said.startswith("Tuning (4 retrieval exemplars) raised Exact match from 25.00 to 75.00, a difference of +50")
+    assert said.startswith("Tuning (4 retrieval exemplars) raised exact match from 25.00 to 75.00, a difference of +50")
     assert "on 40 held-out rows" in said
     (compared,) = extra_tables(report)
     assert [row[:3] for row in compared.rows] == [
@@ -310,7 +310,7 @@ def test_the_headline_says_what_the_exemplars_alone_would_answer():
 
 def test_rows_too_few_for_any_outcome_are_no_missing_effect():
     few, enough = make_report(count=3), make_report(count=8)
-    assert headline(few).startswith("Too few rows to tell: tuning moved Exact match from 0.00 to")
+    assert headline(few).startswith("Too few rows to tell: tuning moved exact match from 0.00 to")
     assert headline(enough).startswith("Tuning raised")
     entry = few["metrics"]["exact_match"]
     level = {**entry, "media_groups": 40, "difference": {**entry["difference"], "low": -5.0, "p": 0.4}}
@@ -318,6 +318,18 @@ def test_rows_too_few_for_any_outcome_are_no_missing_effect():
     # Many rows of which four differ: the interval excludes 0, the test cannot pass.
     level["difference"] = {**level["difference"], "low": 5.0, "p": 0.125}
     assert headline({**few, "metrics": {"exact_match": level}}).startswith("Too few rows to tell")
+
+
+def test_equal_scores_are_not_said_to_move():
+    report = make_report()
+    entry = report["metrics"]["exact_match"]
+    same = {**entry, "models": {name: {"value": 62.5, "low": 50.0, "high": 75.0} for name in entry["models"]}}
+    same["difference"] = {**entry["difference"], "value": 0.0, "low": -5.0, "high": 5.0, "p": 1.0}
+    said = headline({**report, "metrics": {"exact_match": same}})
+    assert said == (
+        "No clear effect: tuning left exact match unchanged at 62.50"
+        " (95 % interval of the difference −5.00 to +5.00, p = 1.000) on 40 held-out rows."
+    )
 
 
 def test_groups_of_few_rows_stay_in_the_document():
