@@ -172,7 +172,7 @@ def said(recipe: Recipe) -> dict[str, list[str]]:
     return found
 
 
-def test_soft_prompts_of_other_seeds_answer_together(tuned, tmp_path: Path):
+def test_soft_prompts_of_other_seeds_answer_together(tuned, tmp_path: Path, recwarn):
     other = tuned[1].run_dir / "adapter"
     recipe = joined(tuned[0], tmp_path / "both", [other], compare=["base", "tuned"])
     found = said(recipe)
@@ -186,6 +186,7 @@ def test_soft_prompts_of_other_seeds_answer_together(tuned, tmp_path: Path):
     # Of two members that disagree the surer one wins: the mean tells, not the vote.
     alone = said(joined(tuned[0], tmp_path / "free", [other], answer="generate", max_new_tokens=3))
     assert alone["tuned, ensemble"] == alone["tuned"]
+    assert not [str(one.message) for one in recwarn if issubclass(one.category, UserWarning)]
 
 
 def test_two_copies_of_an_adapter_are_that_adapter(tuned, tmp_path: Path):
