@@ -32,6 +32,8 @@ def describe(path: Path, *, row: int = 0, split: str | None = None) -> dict[str,
     if not stages and not any(step is not None for step in stopped.values()):
         if is_finished(path.resolve().parent):
             raise DataError(f"{path} is a part of a stage", f"mmtune show {path.parent}", "nothing_there")
+        if not path.exists():
+            raise DataError(f"{path} does not exist", "give a stage folder or a run_dir", "nothing_there")
         raise DataError(f"{path} holds no finished stage", "give a stage folder or a run_dir", "nothing_there")
     return {"run_dir": str(path), "stages": stages, **stopped}
 

@@ -29,6 +29,8 @@ def test_a_training_that_stopped_is_named(tmp_path: Path, command: str) -> None:
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no finished stage"):
         describe(tmp_path)
+    with pytest.raises(DataError, match="nope does not exist"):
+        describe(tmp_path / "nope")
 
 
 def test_a_part_of_a_stage_names_the_stage(tmp_path: Path) -> None:
