@@ -14,7 +14,7 @@ from mmtune.reports.markdown import escape, write_markdown
 from mmtune.reports.page import write_page
 from mmtune.reports.plots import loss_plot, marks_of, ticks
 from mmtune.reports.samples import Shown, choose_rows, make_sample, picture
-from mmtune.reports.tables import table_rows
+from mmtune.reports.tables import perplexity_rows, table_rows
 from mmtune.reports.wording import answers_said, headline, rows_said
 
 EVIL = "<img src=x onerror=alert(1)> \"' & | `x` {{ 7*7 }}"
@@ -407,7 +407,10 @@ def test_many_answerers_stand_below_each_other_and_no_word_is_broken():
     }
     head, rows = table_rows(report)
     assert head == ["metric", "answers by", "score", "95 % interval", "rows"]
-    assert [row[1] for row in rows] == [*report["run"]["compare"], *report["run"]["compare"][1:]]
+    assert [row[1] for row in rows] == report["run"]["compare"]
+    head, losses = perplexity_rows(report["perplexity"])
+    assert head == ["answers by", "perplexity", "95 % interval", "rows"]
+    assert losses == [[name, "2.00", "1.50 to 2.50", "40"] for name in report["run"]["compare"][1:]]
     assert rows[0][:3] == ["Exact match", "vote, 4 retrieval", "100.00"] and rows[1][:3] == ["", "base", "0.00"]
     assert max(sum(len(cell) + 3 for cell in row) for row in rows) <= 80
     lines = write_markdown(report).splitlines()
