@@ -90,8 +90,12 @@ def test_a_value_from_elsewhere_is_named_by_where_it_comes_from(tmp_path):
         load(tmp_path, text, ["finetune.epochs=soon"])
     with pytest.raises(RecipeError, match=r": the environment's MMTUNE_FINETUNE__EPOCHS: `finetune.epochs`: "):
         load(tmp_path, text, environ={"MMTUNE_FINETUNE__EPOCHS": "-1"})
-    with pytest.raises(RecipeError, match=r"--set finetune.lora.z: unknown key `finetune.lora.z`"):
+    with pytest.raises(RecipeError, match=r"--set finetune.lora.z: unknown key `finetune.lora.z`") as error:
         load(tmp_path, text, ["finetune.lora.z=1"])
+    assert error.value.hint.startswith("mend what was given beside the recipe"), "the recipe itself is sound"
+    with pytest.raises(RecipeError, match=r"finetune.lora.z.*epocs") as error:
+        load(tmp_path, text + "  epocs: 1\n", ["finetune.lora.z=1"])
+    assert error.value.hint.startswith("mend the recipe")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ their count. Shapes: B batch, T tokens, K kept positions, V vocabulary.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -131,15 +132,19 @@ def generate_texts(
         pad_token_id=pad_id,
     )
     texts = [""] * len(sizes)
-    for chosen, batch in model_batches(
+    made = model_batches(
         model, rows, collate, sizes=sizes, batch_rows=batch_rows, advance=advance, should_stop=should_stop
-    ):
-        batch.pop("labels", None)
-        with torch.inference_mode():
-            out_BT = model.generate(**batch, generation_config=config, logits_processor=LogitsProcessorList([seen]))
-        new_BT = out_BT[:, batch["input_ids"].shape[1] :].tolist()
-        for index, ids in zip(chosen, new_BT, strict=True):
-            texts[index] = _decode(tokenizer, ids, stops)
+    )
+    with warnings.catch_warnings():
+        # transformers gives positions to every model, and PEFT says of each virtual prompt that it counts its own.
+        warnings.filterwarnings("ignore", "Position ids are not supported")
+        for chosen, batch in made:
+            batch.pop("labels", None)
+            with torch.inference_mode():
+                out_BT = model.generate(**batch, generation_config=config, logits_processor=LogitsProcessorList([seen]))
+            new_BT = out_BT[:, batch["input_ids"].shape[1] :].tolist()
+            for index, ids in zip(chosen, new_BT, strict=True):
+                texts[index] = _decode(tokenizer, ids, stops)
     return texts
 
 

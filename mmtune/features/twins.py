@@ -39,11 +39,13 @@ class Twins:
     Attributes:
         found: The nearest first.
         asked: Split to its units that are no training units.
+        shared: Split to its units that are training units themselves.
         median: Middle of the cosines of all of them to the nearest training unit; None where nothing was compared.
     """
 
     found: tuple[Twin, ...]
     asked: Counter[str]
+    shared: Counter[str]
     median: float | None
 
     def facts(self) -> dict[str, Any]:
@@ -69,13 +71,15 @@ def near_twins(table: FeatureTable, least: float) -> Twins:
     trained = np.array(["train" in own for own in splits], bool)
     held = np.flatnonzero(~trained)
     asked = Counter(split for row in held for split in splits[row])
-    if not held.size or not trained.any():
-        return Twins((), asked, None)
-    vectors, pool = table.pooled(), np.flatnonzero(trained)
+    pool = np.flatnonzero(trained)
+    shared = Counter(split for row in pool for split in splits[row] if split != "train")
+    if not held.size or not pool.size:
+        return Twins((), asked, shared, None)
+    vectors = table.pooled()
     rows, cosines = nearest(vectors[pool], vectors[held], 1)
     found = [
         Twin(table.ids[own], tuple(splits[own]), table.ids[pool[row]], float(cosine))
         for own, row, cosine in zip(held, rows[:, 0], cosines[:, 0], strict=True)
         if cosine >= least - _ROUNDING
     ]
-    return Twins(tuple(sorted(found, key=lambda twin: -twin.cosine)), asked, float(np.median(cosines)))
+    return Twins(tuple(sorted(found, key=lambda twin: -twin.cosine)), asked, shared, float(np.median(cosines)))

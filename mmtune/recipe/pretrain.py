@@ -44,7 +44,7 @@ class Fusion(Section):
     """pretrain.build.fusion: how modalities meet."""
 
     mode: Literal["early", "late", "hybrid"] = "early"
-    """early puts features into the sequence; late mixes one run per modality under a gate; hybrid adds a joint run."""
+    """early puts features into the sequence; late mixes a pass per modality under a gate; hybrid adds one of all."""
     attention: Literal["none", "self", "cross", "co"] = "none"
     """self: media and question see each other both ways (MMBT); cross: gated cross-attention (Flamingo); co: two
     streams (ViLBERT)."""

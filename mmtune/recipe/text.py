@@ -131,12 +131,15 @@ def check_recipe(values: Mapping[str, Any], path: Path, given: Mapping[tuple[str
     try:
         return Recipe.model_validate(dict(values))
     except ValidationError as error:
-        places = {key: f"line {line}" for key, line in _key_lines(path).items()} | dict(given or {})
+        outside = dict(given or {})
+        places = {key: f"line {line}" for key, line in _key_lines(path).items()} | outside
         problems = [_describe(item, places) for item in error.errors()]
         unique = list(dict.fromkeys(problems))
-        raise RecipeError(
-            f"{path}: " + "; ".join(unique), "mend the recipe; `mmtune init` lists working ones", "bad_recipe"
-        ) from error
+        hint = "mend the recipe; `mmtune init` lists working ones"
+        if all(any(one.startswith(f"{source}: ") for source in outside.values()) for one in unique):
+            # The recipe may be sound.
+            hint = "mend what was given beside the recipe; `mmtune keys` lists all keys"
+        raise RecipeError(f"{path}: " + "; ".join(unique), hint, "bad_recipe") from error
 
 
 def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:

@@ -36,11 +36,23 @@ def training_facts(
         "rows": f"{rows:,}" if rows else "",
         "steps": f"{facts['steps']:,}" if facts.get("steps") else "",
         "last training loss": _decimals(facts.get("loss")),
+        "parts of that loss": _loss_parts(facts),
         "validation loss": _decimals(facts.get("val_loss")),
         "peak learning rate": f"{settings['learning_rate']:g}" if settings.get("learning_rate") else "",
         "seconds": _decimals(seconds, 1),
     }
     return {key: value for key, value in shown.items() if value}
+
+
+def _loss_parts(facts: Mapping[str, Any]) -> str:
+    """Returns what a training loss with an auxiliary share is made of; empty for any other."""
+    share, parts = facts.get("auxiliary_loss"), facts.get("loss_parts", {})
+    if not share:
+        return ""
+    alone = {name.removeprefix("loss_alone_"): value for name, value in parts.items() if name != "loss_mixture"}
+    passes = ", ".join(f"{name} {_decimals(value)}" for name, value in alone.items())
+    mixture = f"{1 - share:g} × mixture {_decimals(parts.get('loss_mixture'))}, " if share < 1 else ""
+    return f"{mixture}{share:g} × the mean of each pass alone ({passes})"
 
 
 def _decimals(value: Any, places: int = 4) -> str:

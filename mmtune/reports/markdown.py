@@ -20,6 +20,7 @@ from mmtune.reports.wording import (
     p_value,
     perplexity,
     perplexity_interval,
+    rows_or_trees,
     rows_said,
     short_hash,
     signed,
@@ -62,7 +63,7 @@ def write_markdown(report: Mapping[str, Any]) -> str:
                 (
                     item["stage"],
                     f"`{short_hash(item['hash'])}`",
-                    ", ".join(f"{split} {count:,}" for split, count in item["rows"].items()),
+                    rows_or_trees(item["rows"], item.get("examples", {})),
                     ", ".join(f"{reason} {count:,}" for reason, count in item["drops"].items()) or "none",
                 )
                 for item in report["manifests"]

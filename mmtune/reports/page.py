@@ -12,9 +12,11 @@ from mmtune.reports.extras import extra_tables
 from mmtune.reports.page_source import PAGE, STYLE
 from mmtune.reports.plots import interval_plot, loss_plot, marks_of
 from mmtune.reports.samples import KINDS, Sample
-from mmtune.reports.tables import group_lines, left_out
+from mmtune.reports.tables import group_lines, is_turned, left_out, turned_head, turned_lines
 
 _MOST_VALUES = 16
+_MOST_OPEN = 8
+"""Lines of a group table above which it is folded."""
 
 
 def write_page(
@@ -43,7 +45,10 @@ def write_page(
         verdict=wording.verdict,
         brief=wording.short_hash,
         model=wording.model_name,
+        rows_or_trees=wording.rows_or_trees,
+        turned_parts=_turned_parts,
     )
+    environment.tests["turned"] = is_turned
     leading = next(iter(report["metrics"].values()), None)
     titles = wording.kind_titles(report["run"]["pair"])
     shown = {kind: [sample for sample in samples if sample.kind == kind] for kind in KINDS}
@@ -62,6 +67,7 @@ def write_page(
         loss=loss_plot(loss_rows),
         validated=any("val_loss" in row for row in loss_rows),
         dots=_dots,
+        turned_head=turned_head,
         marks=marks_of(list(leading["models"])) if leading else {},
     )
 
@@ -72,6 +78,19 @@ def _dots(models: Mapping[str, Mapping[str, float]], entries: Sequence[Mapping[s
     return interval_plot(models, max(100.0, highest))
 
 
+def _turned_parts(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the lines of an entry with a line per answerer: its cells, whom its plot shows, and how it looks."""
+    out: list[dict[str, Any]] = []
+    last = None
+    for (answerer, found), (_, *cells) in zip(entry["models"].items(), turned_lines("", entry), strict=True):
+        model = answerer.partition(", ")[0]
+        place = "entry" if last is None else "" if model == last else "other-model"
+        style = f"{place} together" if wording.is_together(answerer) else place
+        out.append({"cells": cells, "models": {answerer: found}, "style": style.strip()})
+        last = model
+    return out
+
+
 def _facets(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns the group tables that say more than the table of all rows."""
     out = []
@@ -80,10 +99,12 @@ def _facets(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         if not lines:
             continue
         rows = [{"value": value, "metric": metric, "entry": entry} for value, metric, entry in lines]
+        answerers = list(lines[0][2]["models"])
         out.append(
             {
                 "label": wording.FACET_LABELS.get(facet, facet),
                 "rows": rows[:_MOST_VALUES],
+                "open": len(rows) * (len(answerers) if is_turned(answerers) else 1) <= _MOST_OPEN,
                 "entries": [row["entry"] for row in rows[:_MOST_VALUES]],
                 "more": left_out(len(rows) - _MOST_VALUES, few),
                 "several": len({row["metric"] for row in rows}) > 1,

@@ -27,7 +27,12 @@ code { font: .92em ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas, mo
   border-left: 3px solid var(--base); border-radius: 6px; font-size: 18px; line-height: 1.5; }
 .finding p { margin: 0; max-width: none; }
 .finding.better { border-left-color: var(--better); } .finding.worse { border-left-color: var(--worse); }
-.scroll { overflow-x: auto; }
+/* Where a table is wider than the page, a shadow at the edge says that it goes on. */
+.scroll { overflow-x: auto; background:
+  linear-gradient(to right, var(--paper) 40%, transparent) left / 40px 100% no-repeat local,
+  linear-gradient(to left, var(--paper) 40%, transparent) right / 40px 100% no-repeat local,
+  linear-gradient(to right, var(--line), transparent) left / 14px 100% no-repeat scroll,
+  linear-gradient(to left, var(--line), transparent) right / 14px 100% no-repeat scroll; }
 table { border-collapse: collapse; width: 100%; font-size: 14.5px; font-variant-numeric: tabular-nums; }
 th, td { padding: 8px 12px 8px 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { font-weight: 500; color: var(--soft); font-size: 13px; vertical-align: bottom; }
@@ -36,6 +41,11 @@ td:last-child, th:last-child { padding-right: 0; }
 td.left, th.left { text-align: left; }
 td small { color: var(--soft); font-size: 13px; }
 tr:last-child td { border-bottom: 0; }
+table.turned td { border: 0; padding-top: 4px; padding-bottom: 4px; }
+table.turned td.left { white-space: nowrap; } table.turned td small { display: block; } table.turned td[rowspan] { vertical-align: top; }
+table.turned tr.entry ~ tr.entry td { border-top: 1px solid var(--line); }
+table.turned tr.other-model td { border-top: 1px dotted var(--line); }
+table.turned tr.together td { font-weight: 640; }
 .better { color: var(--better); } .worse { color: var(--worse); } .finding.better, .finding.worse { color: var(--ink); }
 td.better, td.worse { font-weight: 600; }
 .key i { display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin: 0 6px 0 0; }
@@ -64,19 +74,30 @@ dt { font-size: 13px; color: var(--soft); } dd { margin: 0; overflow-wrap: anywh
 .row .id { margin-top: auto; font-size: 12px; color: var(--soft); overflow-wrap: anywhere; }
 details { margin-top: 26px; } summary { cursor: pointer; font-weight: 600; font-size: 15px; margin-bottom: 12px; }
 footer { margin-top: 56px; padding-top: 18px; border-top: 1px solid var(--line); color: var(--soft); font-size: 13.5px; }
-@media (max-width: 640px) { main { padding: 32px 16px 48px; } h1 { font-size: 23px; } .finding { font-size: 16px; } }
+@media (max-width: 640px) { main { padding: 32px 16px 48px; } h1 { font-size: 23px; } .finding { font-size: 16px; }
+  table.turned { font-size: 13px; } table.turned td, table.turned th { padding-right: 8px; } }
 @media print { main { max-width: none; padding: 0; } .row { break-inside: avoid; } }
 """
 
 PAGE = """\
 {% macro head(what, entry) %}
+{% if entry.models | list is turned %}
+<tr>{% for cell in turned_head(what) %}<th{% if loop.index == 2 %} class="left"{% endif %}>{{ cell }}</th>{% endfor %}<th></th></tr>
+{% else %}
 <tr><th>{{ what }}</th>
 {% for model in entry.models %}<th>{{ model }}</th>{% endfor %}
 {% if entry.difference is defined %}<th>difference</th><th>95 % interval</th><th>p</th><th>won / lost</th>
 {% else %}<th>{{ entry.models | list | interval_head }}</th>{% endif %}
 <th>rows</th><th></th></tr>
+{% endif %}
 {% endmacro %}
-{% macro line(name, entry, entries, detail="") %}
+{% macro lines(name, entry, entries, detail="") %}
+{% if entry.models | list is turned %}
+{% for one in entry | turned_parts %}
+<tr class="{{ one.style }}">{% if loop.first %}<td rowspan="{{ loop.length }}">{{ name }}{% if detail %} <small>{{ detail }}</small>{% endif %}</td>{% endif %}
+<td class="left">{{ one.cells[0] }}</td>{% for cell in one.cells[1:] %}<td>{{ cell }}</td>{% endfor %}<td>{{ dots(one.models, entries) }}</td></tr>
+{% endfor %}
+{% else %}
 <tr><td>{{ name }}{% if detail %} <small>{{ detail }}</small>{% endif %}</td>
 {% for found in entry.models.values() %}<td>{{ found.value | number }}</td>{% endfor %}
 {% if entry.difference is defined %}
@@ -84,6 +105,7 @@ PAGE = """\
 <td>{{ entry.difference.p | p }}</td><td>{{ entry.difference.wins }} / {{ entry.difference.losses }}</td>
 {% else %}<td>{{ (entry.models.values() | list | last) | span }}</td>{% endif %}
 <td>{{ "{:,}".format(entry.n) }}</td><td>{{ dots(entry.models, entries) }}</td></tr>
+{% endif %}
 {% endmacro %}
 <!doctype html>
 <html lang="en">
@@ -106,21 +128,22 @@ PAGE = """\
 
 {% if report.metrics %}
 <h2>Scores</h2>
-<div class="scroll"><table>
+<div class="scroll"><table{% if leading.models | list is turned %} class="turned"{% endif %}>
 <thead>{{ head("metric", leading) }}</thead>
 <tbody>
-{% for name, entry in report.metrics.items() %}{{ line(name | label, entry, report.metrics.values() | list, entry.normaliser) }}{% endfor %}
+{% for name, entry in report.metrics.items() %}{{ lines(name | label, entry, report.metrics.values() | list, entry.normaliser) }}{% endfor %}
 </tbody></table></div>
-<p class="note key">{% for model in leading.models %}<span><i class="{{ marks[model] }}"></i>{{ model }}</span> {% endfor %}
-scores on a common axis from 0, from top to bottom, with 95 % intervals</p>
+<p class="note key">{% if leading.models | list is turned %}Scores on a common axis from 0, with 95 % intervals{% else %}
+{% for model in leading.models %}<span><i class="{{ marks[model] }}"></i>{{ model }}</span> {% endfor %}
+scores on a common axis from 0, from top to bottom, with 95 % intervals{% endif %}</p>
 {% endif %}
 
 {% for facet in facets %}
-{% if loop.first %}<h3>By {{ facet.label }}</h3>{% else %}<details{{ " open" if facet.rows | length <= 8 }}><summary>By {{ facet.label }}</summary>{% endif %}
-<div class="scroll"><table>
+{% if loop.first %}<h3>By {{ facet.label }}</h3>{% else %}<details{{ " open" if facet.open }}><summary>By {{ facet.label }}</summary>{% endif %}
+<div class="scroll"><table{% if facet.entries[0].models | list is turned %} class="turned"{% endif %}>
 <thead>{{ head(facet.label, facet.entries[0]) }}</thead>
 <tbody>
-{% for row in facet.rows %}{{ line(row.value, row.entry, facet.entries, (row.metric | label) if facet.several else "") }}{% endfor %}
+{% for row in facet.rows %}{{ lines(row.value, row.entry, facet.entries, (row.metric | label) if facet.several else "") }}{% endfor %}
 </tbody></table></div>
 {% if facet.more %}<p class="note">{{ facet.more }} in metrics.json.</p>{% endif %}
 {% if not loop.first %}</details>{% endif %}
@@ -181,7 +204,7 @@ per answer token, over optimizer steps</p>{% endif %}
 <thead><tr><th>stage</th><th class="left">hash</th><th class="left">rows</th><th class="left">refused</th><th>seconds</th></tr></thead>
 <tbody>{% for item in report.manifests %}
 <tr><td>{{ item.stage }}</td><td class="left"><code>{{ item.hash | brief }}</code></td>
-<td class="left">{% for split, count in item.rows.items() %}{{ ", " if not loop.first }}{{ split }} {{ "{:,}".format(count) }}{% endfor %}</td>
+<td class="left">{{ item.rows | rows_or_trees(item.examples | default({})) }}</td>
 <td class="left">{% for reason, count in item.drops.items() %}{{ ", " if not loop.first }}{{ reason }} {{ "{:,}".format(count) }}{% else %}none{% endfor %}</td>
 <td>{{ "%.1f" | format(item.seconds) }}</td></tr>
 {% endfor %}</tbody></table></div>

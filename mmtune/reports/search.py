@@ -50,7 +50,7 @@ def _before(scores: Sequence[Mapping[str, Any]], at: int) -> float:
 
 
 def sparkline(rises: Sequence[Mapping[str, Any]], calls: int, width: int = _WIDTH) -> str:
-    """Returns the best score over the calls as one line of bars, from the first score to the last.
+    """Returns the best score over the calls as one line of bars from 0, so that a small rise looks small.
 
     Args:
         rises: Of ``search_facts``.
@@ -59,7 +59,7 @@ def sparkline(rises: Sequence[Mapping[str, Any]], calls: int, width: int = _WIDT
     """
     if not rises:
         return ""
-    low, high = rises[0]["best"], rises[-1]["best"]
+    low, high = min(0.0, rises[0]["best"]), max(0.0, rises[-1]["best"])
     bars = []
     for column in range(width):
         reached = [one["best"] for one in rises if one["calls"] <= calls * (column + 1) / width]

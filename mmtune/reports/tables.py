@@ -77,10 +77,9 @@ def table_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         entries += [
             (f"  {value} · {label(name)}", entry) for value, found in sources.items() for name, entry in found.items()
         ]
-    models, losses = report["run"]["compare"], report.get("perplexity")
+    models = report["run"]["compare"]
     if is_turned(models):
-        lines = [line for name, entry in entries for line in turned_lines(name, entry)]
-        return turned_head("metric"), lines + (_turned_perplexity(losses) if losses else [])
+        return turned_head("metric"), [line for name, entry in entries for line in turned_lines(name, entry)]
     compared = any("difference" in entry for _, entry in entries)
     head = ["metric", *models, *(["difference", "p"] if compared else [interval_head(models)]), "rows"]
     rows = []
@@ -91,14 +90,11 @@ def table_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         else:
             cells += [interval(list(entry["models"].values())[-1])]
         rows.append([*cells, f"{entry['n']:,}"])
-    if losses:
-        given = losses["models"]
-        cells = ["perplexity", *(perplexity(given[model]["value"]) if model in given else "" for model in models)]
-        rows.append([*cells, *[""] * (len(head) - len(cells) - 1), f"{losses['n']:,}"])
     return head, rows
 
 
-def _turned_perplexity(losses: Mapping[str, Any]) -> list[list[str]]:
+def perplexity_rows(losses: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Returns head and rows of the table of perplexities for a terminal."""
     found = losses["models"].items()
-    lines = [[model, perplexity(one["value"]), perplexity_interval(one), f"{losses['n']:,}"] for model, one in found]
-    return [["" if at else "perplexity", *line] for at, line in enumerate(lines)]
+    rows = [[model, perplexity(one["value"]), perplexity_interval(one), f"{losses['n']:,}"] for model, one in found]
+    return ["answers by", "perplexity", "95 % interval", "rows"], rows

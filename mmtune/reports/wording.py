@@ -35,6 +35,12 @@ def label(metric: str) -> str:
     return LABELS.get(metric, metric)
 
 
+def named(metric: str) -> str:
+    """Returns a metric's name inside a sentence: in small letters, unless it opens with an abbreviation."""
+    told = label(metric)
+    return told if told[1:2].isupper() else told[:1].lower() + told[1:]
+
+
 def number(value: float) -> str:
     """Returns a score with two decimals, large ones with thousands separators."""
     return f"{value:,.2f}"
@@ -97,16 +103,17 @@ def headline(report: Mapping[str, Any]) -> str:
         return alone + _vote_said(entry)
     found = leading_test(entry, pair)
     before, after = (number(entry["models"][who]["value"]) for who in pair)
-    sure = (
-        f"a difference of {signed(found['value'])} (95 % interval {interval(found, sign=True)},"
-        f" p {_p(found['p'])}) on {rows}"
-    )
-    change, subject = f"{label(name)} from {before} to {after}", _subject(*pair)
+    sure = f"{interval(found, sign=True)}, p {_p(found['p'])}) on {rows}"
+    change, subject = f"{named(name)} from {before} to {after}", _subject(*pair)
+    by = f"a difference of {signed(found['value'])} (95 % interval {sure}"
     if outcome(report) == "unclear":
         said = "Too few rows to tell" if _too_few(entry, found) else "No clear effect"
-        return f"{said}: {subject} moved {change}, {sure}.{_vote_said(entry)}"
+        moved = f"moved {change}, {by}"
+        if before == after:
+            moved = f"left {named(name)} unchanged at {after} (95 % interval of the difference {sure}"
+        return f"{said}: {subject} {moved}.{_vote_said(entry)}"
     verb = "raised" if found["value"] > 0 else "lowered"
-    return f"{subject[0].upper()}{subject[1:]} {verb} {change}, {sure}.{_vote_said(entry)}"
+    return f"{subject[0].upper()}{subject[1:]} {verb} {change}, {by}.{_vote_said(entry)}"
 
 
 def _too_few(entry: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
@@ -134,6 +141,21 @@ def rows_said(report: Mapping[str, Any]) -> str:
     whole, read, count = report["run"]["split_rows"], report["read"], report["n"]
     said = f"{count:,} {'row' if count == 1 else 'rows'}" if count == read else f"{count:,} of {read:,} rows"
     return said + (f", a sample of {whole:,}" if read < whole else "")
+
+
+def rows_or_trees(rows: Mapping[str, int], examples: Mapping[str, int]) -> str:
+    """Returns the rows of every split, as trees of rows where those that share media are one.
+
+    Args:
+        rows: Split to the rows of the stage.
+        examples: Split to the rows that they hold, where that was counted.
+    """
+    said = []
+    for split, count in rows.items():
+        own = examples.get(split, count)
+        trees = f"{count:,} {'tree' if count == 1 else 'trees'} of {own:,} {'row' if own == 1 else 'rows'}"
+        said.append(f"{split} {count:,}" if own == count else f"{split} {trees}")
+    return ", ".join(said)
 
 
 def answers_said(report: Mapping[str, Any]) -> str:
@@ -194,6 +216,11 @@ def _subject(first: str, second: str) -> str:
     if (before, after) == ("base", "tuned") and way == other:
         return f"tuning ({way} exemplars)" if way else "tuning"
     return f"{second!r} against {first!r}"
+
+
+def is_together(answerer: str) -> bool:
+    """Says whether an answerer is an ensemble of others."""
+    return answerer.endswith(", ensemble")
 
 
 def _who(answerer: str) -> str:

@@ -15,6 +15,8 @@ from mmtune.storage import is_finished, open_split, read_manifest, verify_files
 
 _STAGES = ("features", "instructions", "prompt", "start", "tokens", "base", "adapter", "report")
 _TRAINED = ("pretrain", "finetune")
+_LONGEST = 140
+"""Characters of a fact or a value on one line."""
 
 
 def describe(path: Path, *, row: int = 0, split: str | None = None) -> dict[str, Any]:
@@ -30,6 +32,8 @@ def describe(path: Path, *, row: int = 0, split: str | None = None) -> dict[str,
     if not stages and not any(step is not None for step in stopped.values()):
         if is_finished(path.resolve().parent):
             raise DataError(f"{path} is a part of a stage", f"mmtune show {path.parent}", "nothing_there")
+        if not path.exists():
+            raise DataError(f"{path} does not exist", "give a stage folder or a run_dir", "nothing_there")
         raise DataError(f"{path} holds no finished stage", "give a stage folder or a run_dir", "nothing_there")
     return {"run_dir": str(path), "stages": stages, **stopped}
 
@@ -134,19 +138,17 @@ def render(result: dict[str, Any]) -> str:
     lines: list[str] = []
     if "stages" in result:
         for name, stage in result["stages"].items():
-            rows = ", ".join(f"{split} {count:,}" for split, count in stage["rows"].items())
-            lines.append(f"{name:13} {stage['hash']}  {rows}{_drops(stage['drops'])}")
+            lines.append(f"{name:13} {stage['hash']}  {_rows(stage)}{_drops(stage['drops'])}")
         for command in _TRAINED:
             step = result[f"{command}_stopped_after_step"]
             if step is not None:
                 lines.append(f"{command:13} not finished; the newest checkpoint is after step {step:,}")
         return "\n".join(lines)
     lines.append(f"{result['path']}  ({result['stage']}, {result['bytes'] / 1e6:.1f} MB, {result['hash'][:12]})")
-    lines.append("rows      " + ", ".join(f"{split} {count:,}" for split, count in result["rows"].items()))
+    lines.append("rows      " + _rows(result))
     if result["drops"]:
         lines.append(f"refused   {_counts(result['drops'])}")
-    told = {name: _words(value) for name, value in result["facts"].items()}
-    lines += [f"{name:9} {_cut(words)}" for name, words in told.items() if words]
+    lines += [line for name, value in _facts(result).items() for line in _fact_lines(name, value)]
     if "searches" in result:
         from mmtune.reports.search import search_lines
 
@@ -171,6 +173,49 @@ def render(result: dict[str, Any]) -> str:
             lines.append(f"  delimiters {delimiters}: the exemplars are encoded as text of the last question")
         lines.append(f"  references {row['references']}")
     return "\n".join(lines)
+
+
+def _rows(stage: Mapping[str, Any]) -> str:
+    """Returns the rows of every split; what a prompt was judged by goes by the name of its split."""
+    from mmtune.reports.wording import rows_or_trees
+
+    named = {_split_name(stage["facts"], split): count for split, count in stage["rows"].items()}
+    return rows_or_trees(named, stage["facts"].get("examples", {}))
+
+
+def _split_name(facts: Mapping[str, Any], name: str) -> str:
+    return str(facts.get("test_split") or name) if name == "test" else name
+
+
+def _facts(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the facts that the lines above them have not told."""
+    facts = {name: value for name, value in result["facts"].items() if name not in ("examples", "test_split")}
+    if "test_split" in result["facts"]:
+        facts["scores"] = {
+            who: {_split_name(result["facts"], split): found for split, found in own.items()}
+            for who, own in facts["scores"].items()
+        }
+    return facts
+
+
+def _fact_lines(name: str, value: Any, width: int = 9, indent: str = "") -> list[str]:
+    """Returns a fact on one line, or a line for each part where it would be cut or a name has a comma."""
+    words = _words(value)
+    if not words:
+        return []
+    parts = list(value.items()) if isinstance(value, dict) else []
+    if isinstance(value, list) and isinstance(value[0], dict | str):
+        parts = [("-", part) for part in value]
+    if not parts or (len(words) <= _LONGEST and not _says_commas(value)):
+        return [f"{indent}{name:{width}} {_cut(words)}"]
+    longest = max(len(part) for part, _ in parts)
+    told = [_fact_lines(part, own, longest, indent + "  ") for part, own in parts]
+    return [f"{indent}{name}", *(line for lines in told for line in lines)]
+
+
+def _says_commas(value: Any) -> bool:
+    """Says whether a name inside a fact has a comma, which then parts nothing."""
+    return isinstance(value, dict) and any("," in name or _says_commas(own) for name, own in value.items())
 
 
 def _drops(drops: dict[str, int]) -> str:
@@ -211,4 +256,4 @@ def _short(value: Any) -> str:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= 140 else text[:137] + "..."
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."

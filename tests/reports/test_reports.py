@@ -14,7 +14,7 @@ from mmtune.reports.markdown import escape, write_markdown
 from mmtune.reports.page import write_page
 from mmtune.reports.plots import loss_plot, marks_of, ticks
 from mmtune.reports.samples import Shown, choose_rows, make_sample, picture
-from mmtune.reports.tables import table_rows
+from mmtune.reports.tables import perplexity_rows, table_rows
 from mmtune.reports.wording import answers_said, headline, rows_said
 
 EVIL = "<img src=x onerror=alert(1)> \"' & | `x` {{ 7*7 }}"
@@ -135,7 +135,7 @@ def test_markdown_says_the_same_and_stays_one_table():
     text = write_markdown(report)
     row = next(line for line in text.splitlines() if line.startswith("| Exact match"))
     assert "| 0.00 | 75.00 | **+75.00** |" in row and "30 / 0" in row and "< 0.001" in row
-    assert headline(report).startswith("Tuning raised Exact match from 0.00 to 75.00")
+    assert headline(report).startswith("Tuning raised exact match from 0.00 to 75.00")
     assert escape("a|b\n<c>") == "a\\|b \\<c\\>"
     for line in text.splitlines():
         if line.startswith("| "):
@@ -206,8 +206,19 @@ def test_training_facts_leave_out_what_is_unknown():
     )
     assert found["method"] == "LoRA, r 4, alpha 8" and found["trained parameters"] == "1,200"
     assert "validation loss" not in found and "steps" not in found
+    assert "parts of that loss" not in found
     named = {name: training_facts({}, {"method": name}, 0, None)["method"] for name in ("full", "prompt", "prefix")}
     assert named == {"full": "all weights", "prompt": "prompt tuning", "prefix": "prefix tuning"}
+
+
+def test_training_facts_tell_the_parts_of_an_auxiliary_loss():
+    parts = {"loss_mixture": 0.29268, "loss_alone_image": 0.48034, "loss_alone_joint": 0.2}
+    facts = {"method": "full", "loss": 0.3, "auxiliary_loss": 0.25, "loss_parts": parts}
+    found = training_facts({}, facts, 0, None)
+    said = "0.75 × mixture 0.2927, 0.25 × the mean of each pass alone (image 0.4803, joint 0.2000)"
+    assert found["last training loss"] == "0.3000" and found["parts of that loss"] == said
+    whole = training_facts({}, {**facts, "auxiliary_loss": 1.0}, 0, None)
+    assert whole["parts of that loss"] == "1 × the mean of each pass alone (image 0.4803, joint 0.2000)"
 
 
 def test_tables_of_what_answers_rest_on_are_the_same_everywhere(root):
@@ -279,7 +290,7 @@ def shown_with_exemplars(split="val"):
 def test_the_headline_is_tuning_at_equal_exemplars():
     report = shown_with_exemplars()
     said = headline(report)
-    assert said.startswith("Tuning (4 retrieval exemplars) raised Exact match from 25.00 to 75.00, a difference of +50")
+    assert said.startswith("Tuning (4 retrieval exemplars) raised exact match from 25.00 to 75.00, a difference of +50")
     assert "on 40 held-out rows" in said
     (compared,) = extra_tables(report)
     assert [row[:3] for row in compared.rows] == [
@@ -299,7 +310,7 @@ def test_the_headline_says_what_the_exemplars_alone_would_answer():
 
 def test_rows_too_few_for_any_outcome_are_no_missing_effect():
     few, enough = make_report(count=3), make_report(count=8)
-    assert headline(few).startswith("Too few rows to tell: tuning moved Exact match from 0.00 to")
+    assert headline(few).startswith("Too few rows to tell: tuning moved exact match from 0.00 to")
     assert headline(enough).startswith("Tuning raised")
     entry = few["metrics"]["exact_match"]
     level = {**entry, "media_groups": 40, "difference": {**entry["difference"], "low": -5.0, "p": 0.4}}
@@ -307,6 +318,18 @@ def test_rows_too_few_for_any_outcome_are_no_missing_effect():
     # Many rows of which four differ: the interval excludes 0, the test cannot pass.
     level["difference"] = {**level["difference"], "low": 5.0, "p": 0.125}
     assert headline({**few, "metrics": {"exact_match": level}}).startswith("Too few rows to tell")
+
+
+def test_equal_scores_are_not_said_to_move():
+    report = make_report()
+    entry = report["metrics"]["exact_match"]
+    same = {**entry, "models": {name: {"value": 62.5, "low": 50.0, "high": 75.0} for name in entry["models"]}}
+    same["difference"] = {**entry["difference"], "value": 0.0, "low": -5.0, "high": 5.0, "p": 1.0}
+    said = headline({**report, "metrics": {"exact_match": same}})
+    assert said == (
+        "No clear effect: tuning left exact match unchanged at 62.50"
+        " (95 % interval of the difference −5.00 to +5.00, p = 1.000) on 40 held-out rows."
+    )
 
 
 def test_groups_of_few_rows_stay_in_the_document():
@@ -336,8 +359,8 @@ def test_every_answerer_has_a_mark_of_its_own():
         marks["base"] == "base" and marks["base, 4 retrieval"] == "base hollow" and marks["vote, 4 retrieval"] == "vote"
     )
     assert marks_of(["tuned"]) == {"tuned": "tuned"}
-    page = write_page(shown_with_exemplars())
-    for mark in marks_of(shown_with_exemplars()["run"]["compare"]).values():
+    page = write_page(make_report())
+    for mark in marks_of(make_report()["run"]["compare"]).values():
         assert f'<i class="{mark}"></i>' in page and f'<circle class="own {mark}"' in page
     odd = marks_of(['"><script>'])
     assert odd == {'"><script>': "base"}
@@ -384,9 +407,64 @@ def test_many_answerers_stand_below_each_other_and_no_word_is_broken():
     }
     head, rows = table_rows(report)
     assert head == ["metric", "answers by", "score", "95 % interval", "rows"]
-    assert [row[1] for row in rows] == [*report["run"]["compare"], *report["run"]["compare"][1:]]
+    assert [row[1] for row in rows] == report["run"]["compare"]
+    head, losses = perplexity_rows(report["perplexity"])
+    assert head == ["answers by", "perplexity", "95 % interval", "rows"]
+    assert losses == [[name, "2.00", "1.50 to 2.50", "40"] for name in report["run"]["compare"][1:]]
     assert rows[0][:3] == ["Exact match", "vote, 4 retrieval", "100.00"] and rows[1][:3] == ["", "base", "0.00"]
     assert max(sum(len(cell) + 3 for cell in row) for row in rows) <= 80
     lines = write_markdown(report).splitlines()
     assert "| metric | answers by | score | 95 % interval | rows |" in lines
     assert all(len(line) < 120 for line in lines if line.startswith("|"))
+
+
+class Cells(HTMLParser):
+    """Collects the cells of the first table with what their lines look like."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines, self.tables, self.inside = [], 0, False
+
+    def handle_starttag(self, tag, attrs):
+        self.tables += tag == "table"
+        if tag == "tr" and self.tables == 1:
+            self.lines.append((dict(attrs).get("class", ""), []))
+        self.inside = tag in {"td", "th"} and self.tables == 1
+        if self.inside:
+            self.lines[-1][1].append("")
+
+    def handle_data(self, data):
+        if self.inside:
+            self.lines[-1][1][-1] += data.strip()
+
+    def handle_endtag(self, tag):
+        self.inside = self.inside and tag not in {"td", "th"}
+
+
+def test_the_page_has_a_line_per_answerer_and_sets_an_ensemble_off():
+    report = make_report()
+    rows = [ScoredRow(f"r{n}", "plain", "vqa", f"g{n}", ("exact_match",), ("yes",)) for n in range(40)]
+    ways = ("", ", choice_list", ", choice_among", ", choice_flan", ", ensemble")
+    names = [f"{model}{way}" for model in ("base", "tuned") for way in ways]
+    found = compare(rows, {name: ["yes"] * (4 * at) + ["no"] * (40 - 4 * at) for at, name in enumerate(names)})
+    run = {**report["run"], "compare": names, "pair": None}
+    report = {**report, "run": run, "metrics": found.metrics, "groups": {}}
+    page = write_page(report)
+    cells, tags = Cells(), Tags()
+    cells.feed(page), tags.feed(page)
+    assert tags.open == []
+    (_, head), *lines = cells.lines
+    assert head == ["metric", "answers by", "score", "95 % interval", "rows", ""]
+    assert [texts[-5] for _, texts in lines] == names and lines[0][1][0] == "Exact match"
+    assert [texts[-4] for _, texts in lines] == [f"{10 * at:.2f}" for at in range(10)]
+    assert [style for style, _ in lines if style] == ["entry", "together", "other-model", "together"]
+    assert page.count('<svg class="dots"') == 10, "a plot of one answerer in every line"
+    assert 'class="turned"' not in write_page(make_report())
+
+
+def test_the_report_says_trees_of_rows():
+    report = make_report()
+    tokens = {"stage": "tokenize", "hash": "cd" * 32, "rows": {"train": 1}, "examples": {"train": 3}, "drops": {}}
+    report["manifests"] += [{**tokens, "seconds": 1.0}]
+    for shown in (write_page(report), write_markdown(report)):
+        assert "train 1 tree of 3 rows" in shown and "train 5" in shown

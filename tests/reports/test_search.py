@@ -1,4 +1,4 @@
-"""The course of a search as bars: one per share of the calls, rising from the first score to the last."""
+"""The course of a search as bars: one per share of the calls, each as high as the best score by then."""
 
 from mmtune.reports.search import search_facts, search_lines, sparkline
 
@@ -27,8 +27,12 @@ def test_facts_are_those_of_the_trace():
 
 
 def test_bars_rise_where_the_score_did():
-    assert sparkline(search_facts(LINES)["rises"], 100, width=10) == "▁▁▁▁██████"
-    assert sparkline([{"calls": 50, "best": 0.5}], 100, width=4) == " ▁▁▁"
+    assert sparkline(search_facts(LINES)["rises"], 100, width=10) == "▃▃▃▃██████"
+    assert sparkline([{"calls": 50, "best": 0.5}], 100, width=4) == " ███"
+    small = [{"calls": 25, "best": 0.1249}, {"calls": 75, "best": 0.125}]
+    assert sparkline(small, 100, width=4) == "████", "a rise that cannot be seen is not drawn"
+    below = [{"calls": 25, "best": -2.0}, {"calls": 75, "best": -1.0}]
+    assert sparkline(below, 100, width=4) == "▁▁▅▅", "of rewards below 0 the axis ends there"
     assert sparkline([], 0) == ""
 
 

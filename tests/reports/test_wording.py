@@ -2,7 +2,7 @@
 
 import pytest
 
-from mmtune.reports.wording import p_value, perplexity, verdict
+from mmtune.reports.wording import named, p_value, perplexity, verdict
 
 
 def test_verdict_needs_interval_and_test():
@@ -32,3 +32,18 @@ def test_verdict_needs_interval_and_test():
 )
 def test_a_perplexity_has_three_significant_digits(value, said):
     assert perplexity(value) == said and perplexity(float("inf")) == "inf"
+
+
+@pytest.mark.parametrize(
+    ("metric", "said"),
+    [
+        ("exact_match", "exact match"),
+        ("token_f1", "token F1"),
+        ("vqa_accuracy", "VQA accuracy"),
+        ("rouge_l", "ROUGE-L"),
+        ("cider", "CIDEr"),
+        ("wer", "word error rate"),
+    ],
+)
+def test_a_metric_inside_a_sentence_keeps_its_abbreviation(metric, said):
+    assert named(metric) == said

@@ -192,7 +192,7 @@ def said(recipe: Recipe) -> dict[str, list[str]]:
     return found
 
 
-def test_soft_prompts_of_other_seeds_answer_together(tuned, tmp_path: Path):
+def test_soft_prompts_of_other_seeds_answer_together(tuned, tmp_path: Path, recwarn):
     other = tuned[1].run_dir / "adapter"
     recipe = joined(tuned[0], tmp_path / "both", [other], compare=["base", "tuned"])
     found = said(recipe)
@@ -208,6 +208,7 @@ def test_soft_prompts_of_other_seeds_answer_together(tuned, tmp_path: Path):
     shutil.copytree(other, copy)
     alone = said(joined(tuned[0], tmp_path / "free", [other, copy], answer="generate", max_new_tokens=3))
     assert alone["tuned, ensemble"] == alone["tuned, seed1"]
+    assert not [str(one.message) for one in recwarn if issubclass(one.category, UserWarning)]
 
 
 def test_two_copies_of_an_adapter_are_that_adapter(tuned, tmp_path: Path):

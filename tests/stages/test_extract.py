@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -287,3 +288,22 @@ def test_a_stopped_run_goes_on_after_its_last_part(number, code, tmp_path):
     name = "features/image/data-00000-of-00001.arrow"
     assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     assert not (tmp_path / "run" / ".features.journal").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_rate_leaves_out_what_loading_took(tmp_path, monkeypatch, workers):
+    def slowly(*args, **settings):
+        time.sleep(2)
+        return load_unimodal(*args, **settings)
+
+    monkeypatch.setattr("mmtune.models.unimodal.load_unimodal", slowly)
+    monkeypatch.setattr(filling, "_INLINE_BATCHES", 0)
+    talk = Talk(quiet=True)
+    asked = recipe(tmp_path, pictures(tmp_path / "media", 8), workers=workers)
+    extract(asked, console=talk)
+    whole = read_manifest(asked.run_dir / "features").timings["image_seconds"]
+    rate, start = re.search(r"([\d.,]+) rows/s after ([\d.]+) s of start-up", "\n".join(talk.lines)).groups()
+    assert 2 <= float(start) < whole
+    # Both are told rounded.
+    working, told = whole - float(start), float(rate.replace(",", ""))
+    assert 8 / (working + 0.06) - 0.1 <= told <= 8 / max(working - 0.06, 0.01) + 0.1

@@ -143,6 +143,7 @@ def test_from_sources_to_scores(ran):
         assert set(metric["models"]) == {"base", "tuned"}
     adapter = read_manifest(recipe.run_dir / "adapter")
     assert adapter.facts["model"] == str(recipe.run_dir / "base") and adapter.facts["steps"] == 2
+    assert ("mixture" in report["training"].get("parts of that loss", "")) == mixes
 
 
 def test_the_base_is_transformers_own(ran):

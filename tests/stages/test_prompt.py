@@ -524,7 +524,8 @@ def test_show_draws_a_search(recipe):
     assert course["calls"] == document(given)["calls"]["search"]
     assert course["rises"][-1]["best"] == course["prompts"][0]["score"] == document(given)["rewards"]["best"]
     text = render(found)
-    assert "▁" in text and repr(document(given)["prompt"]["instruction"])[:40] in text
+    assert "█|" in text and "rows      dev 8, val 10" in text
+    assert repr(document(given)["prompt"]["instruction"])[:40] in text
     assert "prompt" in describe(given.run_dir)["stages"]
 
 

@@ -29,6 +29,8 @@ def test_a_training_that_stopped_is_named(tmp_path: Path, command: str) -> None:
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no finished stage"):
         describe(tmp_path)
+    with pytest.raises(DataError, match="nope does not exist"):
+        describe(tmp_path / "nope")
 
 
 def test_a_part_of_a_stage_names_the_stage(tmp_path: Path) -> None:
@@ -72,4 +74,34 @@ def test_facts_are_told_in_words() -> None:
         "loss      0.123457",
         "exact     yes",
         "kinds     image, text",
+    ]
+
+
+def test_no_name_with_a_comma_runs_into_the_next_and_no_score_is_cut() -> None:
+    scores = {f"tuned, choice_{letter}": 10.0 + at for at, letter in enumerate("abcdefghij")}
+    facts = {"scores": {"exact_match": {"tuned": 40.0, **scores}}, "sources": [{"id": "easy", "path": "x" * 90}] * 2}
+    stage = {"path": "p", "stage": "eval", "bytes": 0, "hash": "h", "rows": {"test": 200}, "drops": {}, "facts": facts}
+    lines = render(stage).splitlines()[2:]
+    assert lines[:4] == ["scores", "  exact_match", "    tuned           40", "    tuned, choice_a 10"]
+    assert lines[12] == "    tuned, choice_j 19"
+    assert lines[13:] == ["sources", *[f"  - id easy, path {'x' * 90}"] * 2]
+    two = {**stage, "facts": {"scores": {"wer": {"base": 1.5, "tuned": 0.5}}}}
+    assert render(two).splitlines()[2:] == ["scores    wer (base 1.5, tuned 0.5)"]
+
+
+def test_trees_are_not_taken_for_rows() -> None:
+    tokens = {"rows": {"train": 189, "val": 1, "test": 5}, "drops": {}, "hash": "h"}
+    tokens["facts"] = {"examples": {"train": 200, "val": 1, "test": 1300}}
+    said = "train 189 trees of 200 rows, val 1, test 5 trees of 1,300 rows"
+    run = {"stages": {"tokens": tokens}, "pretrain_stopped_after_step": None, "finetune_stopped_after_step": None}
+    assert render(run) == f"tokens        h  {said}"
+    assert render({**tokens, "path": "p", "stage": "tokenize", "bytes": 0}).splitlines()[1:] == [f"rows      {said}"]
+
+
+def test_a_prompts_last_rows_go_by_the_name_of_their_split() -> None:
+    facts = {"scores": {"best": {"dev": {"value": 50.0}, "test": {"value": 40.0}}}, "test_split": "val"}
+    stage = {"path": "p", "stage": "prompt", "bytes": 0, "hash": "h", "drops": {}, "rows": {"dev": 16, "test": 40}}
+    assert render({**stage, "facts": facts}).splitlines()[1:] == [
+        "rows      dev 16, val 40",
+        "scores    best (dev (value 50), val (value 40))",
     ]

@@ -80,11 +80,22 @@ def test_without_twins_nothing_is_looked_for(photos, tmp_path: Path):
     places, _ = photos
     assert extract(made(tmp_path / "run", places), console=Talk(quiet=True))["twins"] == {}
     assert not (tmp_path / "run/features/twins.jsonl").exists()
-    # Train alone leaves nothing to compare, and says so.
+
+
+@pytest.mark.parametrize(
+    ("splits", "said"),
+    [
+        (("train",), "train alone shows any"),
+        (("val",), "train shows none"),
+        (("train", "val"), "all that val (3) shows is in train itself, which build-data counts as shared"),
+    ],
+)
+def test_where_there_is_nothing_to_compare_it_is_said_why(photos, tmp_path: Path, splits, said):
+    places, _ = photos
     talk = Talk(quiet=True)
-    alone = made(tmp_path / "alone", {"train": places["test"]}, twins={"image": 0.9})
-    assert extract(alone, console=talk)["twins"]["image"]["median_cosine"] is None
-    assert any("nothing to compare" in line for line in talk.lines)
+    recipe = made(tmp_path / "run", dict.fromkeys(splits, places["val"]), twins={"image": 0.9})
+    assert extract(recipe, console=talk)["twins"]["image"]["median_cosine"] is None
+    assert any(f"image: {said}, so there is nothing to compare" in line for line in talk.lines)
 
 
 def test_what_cannot_be_compared_is_refused(photos, tmp_path: Path):

@@ -34,6 +34,7 @@ def test_a_run_says_what_it_will_do_and_what_it_does(said: tuple[Path, str]) -> 
     tokens = json.loads((folder / "tokens" / "manifest.json").read_text())["facts"]
     saved = 1 - tokens["tokens"] / tokens["tokens_apart"]
     assert saved > 0.2 and any("saved by sharing" in line for line in course.values())
+    assert re.fullmatch(r"1 on [a-z]+", course["processes"]), "of a device no number: every process has its own"
     assert {"processes", "memory at its peak", "time"} <= course.keys()
     assert re.search(r"llm +│ lora", text) and re.search(r"vision +│ frozen", text)
     lines = re.findall(

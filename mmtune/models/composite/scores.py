@@ -91,8 +91,13 @@ def branches_of_config(config: Any) -> tuple[str, ...]:
 
 def has_auxiliary_loss(model: Any) -> bool:
     """Says whether the branches of a model also train by what they answer alone, see ``auxiliary``."""
+    return auxiliary_share(model) > 0
+
+
+def auxiliary_share(model: Any) -> float:
+    """Returns the share of the training loss that is what the branches of a model lose alone, in [0, 1]."""
     config = base_of(model).config
-    return isinstance(config, CompositeConfig) and bool(config.fusion["auxiliary_loss"])
+    return float(config.fusion["auxiliary_loss"]) if isinstance(config, CompositeConfig) else 0.0
 
 
 def sees_by_mask(model: Any) -> bool:

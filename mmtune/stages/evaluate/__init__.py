@@ -88,11 +88,13 @@ def _finish(plan: Plan, report: Mapping[str, Any], target: Path, console: Talk, 
     """Prints the table and checks the gates; returns the result document."""
     from mmtune.evaluation.comparison import failed_gates
     from mmtune.reports.extras import extra_tables
-    from mmtune.reports.tables import table_rows
+    from mmtune.reports.tables import perplexity_rows, table_rows
     from mmtune.reports.wording import headline, rows_said
 
     head, rows = table_rows(report)
     console.table(f"{plan.settings.split}, {rows_said(report)}", head, rows)
+    if report["perplexity"]:
+        console.table("perplexity of the reference answers", *perplexity_rows(report["perplexity"]))
     for extra in extra_tables(report, every_metric=False):
         console.table(extra.title, extra.head, extra.rows)
     console.say(f"eval: {headline(report)}")

@@ -135,6 +135,7 @@ def _said_of_itself(name: str, made: Manifest) -> dict[str, Any]:
         "folder": name,
         "hash": made.hash,
         "rows": made.rows,
+        **({"examples": made.facts["examples"]} if "examples" in made.facts else {}),
         "drops": made.drops,
         "seconds": made.timings.get("total_seconds", 0.0),
         "parents": made.parents,

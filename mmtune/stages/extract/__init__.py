@@ -248,9 +248,11 @@ def _story(filled: Filled, units: int) -> str:
         parts.append(f"{filled.kept:,} kept, {filled.resumed:,} from the run before, {made:,} made")
     if filled.changed:
         parts.append(f"{filled.changed:,} of a file that changed")
-    if filled.seconds:
-        share = filled.encoder_seconds / filled.seconds
-        parts.append(f"{made / filled.seconds:,.1f} rows/s, {share:.0%} of the time in the encoder")
+    working = filled.seconds - filled.starting_seconds
+    if working > 0:
+        rate, share = made / working, filled.encoder_seconds / working
+        start = f"after {filled.starting_seconds:.1f} s of start-up"
+        parts.append(f"{rate:,.1f} rows/s {start}, {share:.0%} of that time in the encoder")
     return "; ".join(parts)
 
 

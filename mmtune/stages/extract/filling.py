@@ -54,6 +54,7 @@ class Filled:
         changed: Units whose file was another when their earlier features were made.
         rejects: Units without features, as rows of ``rejects.jsonl``.
         seconds: What making took; 0 when nothing was made.
+        starting_seconds: Of them, until the encoder was loaded and processes had begun.
         encoder_seconds: Of them, within the encoder.
         width: D.
         tokens: Tokens of all units.
@@ -66,6 +67,7 @@ class Filled:
     changed: int = 0
     rejects: tuple[dict[str, str], ...] = ()
     seconds: float = 0.0
+    starting_seconds: float = 0.0
     encoder_seconds: float = 0.0
     width: int = 0
     tokens: int = 0
@@ -104,6 +106,7 @@ class Filler:
         self._root, self._journal, self._offline, self._console = media_root, journal / kind, offline, console
         self._dtype = settings.dtype if settings.tokens else None
         self._encoder: Unimodal | None = None
+        self._ready = 0.0
 
     def fill(
         self, units: Sequence[Unit], splits: Mapping[str, Sequence[str]], old: FeatureTable | None, target: Path
@@ -173,7 +176,7 @@ class Filler:
 
     def _make(self, parts: Mapping[str, list[list[Unit]]], splits: Mapping[str, Sequence[str]], filled: Filled) -> None:
         batches = [batch for own in parts.values() for batch in own]
-        started = time.monotonic()
+        self._ready = started = time.monotonic()
         prepared = self._started(batches)
         with self._console.progress(sum(map(len, batches)), f"extract {self._kind}") as bar:
             for name, own in parts.items():
@@ -188,19 +191,19 @@ class Filler:
                     rejects += refused
                     bar.advance(len(batch))
                 write_part(self._part(name), record_batch(rows, splits, self._dtype) if rows else None, rejects)
-        filled.seconds = time.monotonic() - started
+        filled.seconds, filled.starting_seconds = time.monotonic() - started, self._ready - started
 
     def _started(self, batches: list[list[Unit]]) -> Iterator[list[Prepared]]:
         """Yields prepared batches, the encoder loaded; processes start while it is."""
         prepared = self._prepared(batches)
         if self._processes(batches) == 1:
-            self._encoder = self._load()
+            self._encoder, self._ready = self._load(), time.monotonic()
             yield from prepared
             return
         with ThreadPoolExecutor(1) as beside:
             loading = beside.submit(self._load)
             first = next(prepared)
-            self._encoder = loading.result()
+            self._encoder, self._ready = loading.result(), time.monotonic()
         yield first
         yield from prepared
 

@@ -40,9 +40,7 @@ def find_twins(bounds: Mapping[FeatureKind, float], folder: Path, target: Path, 
 
 def _say(kind: str, least: float, twins: Twins, target: Path, console: Talk) -> None:
     if twins.median is None:
-        console.note(
-            f"extract.twins: {kind} needs units of train and others of val or test; there is nothing to compare"
-        )
+        console.note(f"extract.twins: {kind}: {_why_not(twins)}, so there is nothing to compare")
         return
     splits = twins.facts()["splits"]
     counts = ", ".join(f"{split} {own['twins']:,} of {own['units']:,}" for split, own in splits.items())
@@ -52,3 +50,13 @@ def _say(kind: str, least: float, twins: Twins, target: Path, console: Talk) -> 
         console.note(f"{said}; what is scored on them may be remembered: {target}/{LIST}")
     else:
         console.say(f"extract: {said}")
+
+
+def _why_not(twins: Twins) -> str:
+    """Returns why nothing was compared."""
+    if twins.asked:
+        return "train shows none"
+    if not twins.shared:
+        return "train alone shows any"
+    counts = " and ".join(f"{split} ({count:,})" for split, count in sorted(twins.shared.items()))
+    return f"all that {counts} shows is in train itself, which build-data counts as shared"

@@ -118,13 +118,15 @@ def _publish(run: Run, outcome: Any, state: Any, console: Talk, staging: Staging
     run.processor.save_pretrained(str(staging.path))
     (staging.path / "metrics.jsonl").write_text(outcome.metrics, "utf-8")
     rows = [json.loads(line) for line in outcome.metrics.splitlines()]
+    last: dict[str, Any] = next((row for row in reversed(rows) if "loss" in row), {})
     facts = {
         "model": run.tokens.facts.get("model"),
         "method": run.settings.method,
         "batches": run.identity["batches"],
         "towers": towers,
         "steps": outcome.step,
-        "loss": next((row["loss"] for row in reversed(rows) if "loss" in row), None),
+        "loss": last.get("loss"),
+        **_auxiliary(run.model, last),
         "val_loss": next((row["val_loss"] for row in reversed(rows) if "val_loss" in row), None),
         # A run that had only to publish took no step to have shares of.
         **(shares(outcome.seconds) if outcome.rows else {}),
@@ -140,6 +142,15 @@ def _publish(run: Run, outcome: Any, state: Any, console: Talk, staging: Staging
     losses = [f"{name} {facts[key]:.4f}" for name, key in (("loss", "loss"), ("val loss", "val_loss")) if facts[key]]
     console.say(f"finetune: wrote {staging.target} ({', '.join(losses) or 'no loss logged'})")
     return {"stage": "finetune", "cached": False, "target": str(staging.target), **facts}
+
+
+def _auxiliary(model: Any, last: dict[str, Any]) -> dict[str, Any]:
+    """Returns share and parts of the last training loss where passes of a fusion also learn by their own answers."""
+    from mmtune.models.composite.scores import auxiliary_share
+
+    share = auxiliary_share(model)
+    parts = {name: value for name, value in last.items() if name.startswith(("loss_mixture", "loss_alone_"))}
+    return {"auxiliary_loss": share, "loss_parts": parts} if share and parts else {}
 
 
 def launch(

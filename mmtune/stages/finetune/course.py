@@ -133,7 +133,7 @@ def _show_course(run: Run, largest: Any, start: int, console: Talk) -> None:
         ("rows", f"{rows:,}" + (f" in {units:,} trees" if units != rows else "")),
         ("tokens per epoch", f"{own:,}" + (f", {1 - own / apart:.0%} saved by sharing" if own < apart else "")),
         ("steps", f"{plan.total_steps:,}" + (f", {start:,} of them done" if start else "")),
-        ("processes", f"{world} on {run.accelerator.device}"),
+        ("processes", f"{world} on {run.accelerator.device.type}"),
         ("largest micro batch", f"{counted(largest.rows, 'row')}, {counted(largest.tokens, 'token')}"),
         ("memory at its peak", f"{largest.peak_bytes / (1 << 30):.2f} GiB"),
         ("time", f"about {timedelta(seconds=round(seconds))} by that batch alone"),

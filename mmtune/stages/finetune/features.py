@@ -167,7 +167,11 @@ def _worth_it(
     if problem:
         means.console.note(f"no features are kept: {problem}")
         return False
-    return wish.use == "on" or runs >= _LEAST_RUNS * distinct
+    worth = wish.use == "on" or runs >= _LEAST_RUNS * distinct
+    if not worth:
+        rule = f"features pay where {_MEDIA[wanted.kind]} are seen {_LEAST_RUNS:g} times or more"
+        means.console.say(f"finetune: it goes on without them; {rule}")
+    return worth
 
 
 def _fill(shelf: Any, missing: Mapping[int, range], maker: Any, means: Means) -> str:

@@ -87,7 +87,7 @@ def _show_course(run: Run, largest: Any, start: int, console: Talk) -> None:
         ("rows", f"{int(plan.sizes.rows.sum()):,}"),
         ("steps", f"{plan.total_steps:,}" + (f", {start:,} of them done" if start else "")),
         ("objectives", ", ".join(f"{name} {weight:g}" for name, weight in run.learner.settings.weights.items())),
-        ("processes", f"{world} on {run.accelerator.device}"),
+        ("processes", f"{world} on {run.accelerator.device.type}"),
         ("largest micro batch", f"{counted(largest.rows, 'row')}, {counted(largest.tokens, 'token')}"),
         ("memory at its peak", f"{largest.peak_bytes / (1 << 30):.2f} GiB"),
         ("time", f"about {timedelta(seconds=round(seconds))} by that batch alone"),

@@ -127,7 +127,8 @@ def _publish(staging: Staging, document: Mapping[str, Any], kept: Path, instruct
         shutil.copy(trace, staging.path / trace.name)
     if document["soft"]:
         shutil.copytree(kept / document["soft"], staging.path / document["soft"])
-    facts = {key: document[key] for key in ("method", "model", "calls", "scores", "gap_dev_test", "media_root", "soft")}
+    told = ("method", "model", "calls", "scores", "gap_dev_test", "test_split", "media_root", "soft")
+    facts = {key: document[key] for key in told}
     rows = {"dev": document["scores"]["best"]["dev"]["n"], "test": document["scores"]["best"]["test"]["n"]}
     staging.publish(
         rows=rows, drops=document["refused"], facts={**facts, "instruction": document["prompt"]["instruction"]}
