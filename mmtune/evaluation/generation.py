@@ -50,14 +50,17 @@ def stop_ids(model: Any, tokenizer: Any, examples: Sequence[Any] = ()) -> list[i
     return sorted(int(value) for value in found if value is not None)
 
 
-def batches(sizes: Sequence[int], batch_rows: int) -> Iterator[list[int]]:
-    """Yields row numbers in batches of similar size, the longest first.
+def batches(sizes: Sequence[int], batch_rows: int, *, equal: bool = False) -> Iterator[list[int]]:
+    """Yields row numbers in batches of similar size, or of ``equal`` size, the longest first.
 
     The longest come first so that a model that does not fit fails at once.
     """
-    order = np.argsort(-np.asarray(sizes, dtype=np.int64), kind="stable")
-    for start in range(0, len(order), batch_rows):
-        yield [int(index) for index in order[start : start + batch_rows]]
+    lengths = np.asarray(sizes, dtype=np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    cuts = np.flatnonzero(np.diff(lengths[order])) + 1
+    for group in np.split(order, cuts) if equal else [order]:
+        for start in range(0, len(group), batch_rows):
+            yield [int(index) for index in group[start : start + batch_rows]]
 
 
 def model_batches(
@@ -69,13 +72,16 @@ def model_batches(
     batch_rows: int,
     advance: Callable[[int], None],
     should_stop: Callable[[], bool],
+    equal: bool = False,
 ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
     """Yields row numbers and their batch on the model's device, and counts a batch once the next one is asked for.
+
+    With ``equal`` no batch has padding.
 
     Raises:
         Stopped: ``should_stop`` returned True.
     """
-    for chosen in batches(sizes, batch_rows):
+    for chosen in batches(sizes, batch_rows, equal=equal):
         if should_stop():
             raise Stopped
         yield chosen, to_model(collate(rows(chosen)), model)
@@ -133,7 +139,15 @@ def generate_texts(
     )
     texts = [""] * len(sizes)
     made = model_batches(
-        model, rows, collate, sizes=sizes, batch_rows=batch_rows, advance=advance, should_stop=should_stop
+        model,
+        rows,
+        collate,
+        sizes=sizes,
+        batch_rows=batch_rows,
+        advance=advance,
+        should_stop=should_stop,
+        # Virtual tokens stand before the padding, and PEFT counts it: a short row would see them from further away.
+        equal=bool(virtual_tokens(model)),
     )
     with warnings.catch_warnings():
         # transformers gives positions to every model, and PEFT says of each virtual prompt that it counts its own.

@@ -1,10 +1,12 @@
 """Batched greedy answers and losses equal those of one row at a time."""
 
+import copy
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch.nn import functional
 
 from mmtune.encoding.render import EncodedRow
@@ -85,6 +87,21 @@ def generate(model, rows, batch_rows, **more):
         batch_rows=batch_rows,
         **more,
     )
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_virtual_tokens_stand_as_near_to_a_short_row_as_to_a_long_one(model, rows, kind):
+    torch.manual_seed(1)
+    behind = get_peft_model(copy.deepcopy(model), kind(task_type="CAUSAL_LM", num_virtual_tokens=5)).eval()
+    for parameter in behind.prompt_encoder.parameters():
+        torch.nn.init.normal_(parameter)
+    found = []
+    for batch_rows in (1, 4):
+        peaks = []
+        # Of one batch after the other; the end is never said, so that every row has as many.
+        generate(behind, rows, batch_rows, stops=[], look=lambda own, peaks=peaks: peaks.extend(own))
+        found.append(np.sort(peaks))
+    np.testing.assert_allclose(*found, rtol=1e-5)
 
 
 def losses(model, rows, batch_rows, **more):
