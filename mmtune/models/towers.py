@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmtune.errors import RecipeError
 
@@ -105,7 +105,7 @@ def linear_names(model: nn.Module, towers: Iterable[str], targets: Iterable[str]
         targets: Last parts of module names, or None for every linear layer but the output head.
 
     Raises:
-        RecipeError: Nothing matches, or one of the targets matches nothing.
+        RecipeError: Nothing matches, one of the targets matches nothing, or one is a head that mixes passes.
     """
     import difflib
 
@@ -127,6 +127,7 @@ def linear_names(model: nn.Module, towers: Iterable[str], targets: Iterable[str]
             matched.update(hits)
             if hits:
                 found.append(name)
+                _refuse_mixing_head(model, name, module is head)
     lost = [] if names is None else [target for target in names if target not in matched]
     if lost or not found:
         what = (
@@ -136,6 +137,16 @@ def linear_names(model: nn.Module, towers: Iterable[str], targets: Iterable[str]
         hint = f"near: {', '.join(near)}" if near else f"there are: {', '.join(sorted(known))}"
         raise RecipeError(f"{what} in {', '.join(sorted(wanted))}", hint, "no_targets")
     return sorted(found)
+
+
+def _refuse_mixing_head(model: Any, name: str, is_head: bool) -> None:
+    """Raises RecipeError for the head of late and hybrid fusion: what it takes is several passes, side by side."""
+    if is_head and len(getattr(model.config, "branches", ())) > 1:
+        raise RecipeError(
+            f"finetune.lora.targets: {name} mixes the passes of the fusion and takes no adapter",
+            "leave it out",
+            "mixing_head",
+        )
 
 
 def whole_modules(model: nn.Module, tower: str) -> list[str]:

@@ -14,6 +14,8 @@ import torch
 from mmtune.encoding.collate import Collator
 from mmtune.encoding.render import MediaSpan
 from mmtune.encoding.tree import build_trees, tree_rows
+from mmtune.errors import RecipeError
+from mmtune.models.towers import linear_names
 from mmtune.records import Medium
 from mmtune.training.loss import answer_loss
 from mmtune.training.tree_batch import TreeCollator, asking_tokens
@@ -121,3 +123,13 @@ def test_modality_dropout_leaves_the_loss_finite(tiny_family: Any, media: Any, s
     torch.manual_seed(5)
     found = [float(answer_loss(family.model, batch, rules)[0]) for _ in range(3)]
     assert np.isfinite(found).all() and len({round(loss, 3) for loss in [*found, whole]}) > 1
+
+
+@pytest.mark.parametrize(("name", "refused"), [("composite", False), ("composite_late", True)])
+def test_a_head_that_mixes_passes_takes_no_adapter(name: str, refused: bool, tiny_family: Any) -> None:
+    model = tiny_family(name).model
+    if not refused:
+        assert linear_names(model, ["llm"], ["lm_head"]) == ["lm_head"]
+        return
+    with pytest.raises(RecipeError, match="lm_head mixes the passes of the fusion and takes no adapter"):
+        linear_names(model, ["llm"], ["q_proj", "lm_head"])
