@@ -1,6 +1,7 @@
 """Fixtures for all tests: no network, and real data where it is at hand."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,11 @@ def tiny_vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     LlavaForConditionalGeneration(maker.make_config(tokenizer)).save_pretrained(folder)
     return folder
+
+
+def pytest_configure() -> None:
+    """Hears signals as a terminal's process does: whoever runs the tests in the background has some of them ignored."""
+    usual = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    for number, handler in usual.items():
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)

@@ -37,7 +37,8 @@ def load_processor(
     """
     check_folder(path)
     _refuse_own_code(Path(path))
-    look_here_without_hub(path)
+    if not offline:
+        look_here_without_hub(path)
     options: dict[str, Any] = {
         "revision": revision,
         "local_files_only": offline,

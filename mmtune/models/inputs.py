@@ -54,7 +54,8 @@ def load_preparation(path: str, kind: Kind, *, revision: str | None = None, offl
     options: dict[str, Any] = {"revision": revision, "local_files_only": offline, "trust_remote_code": False}
     if kind == "behaviour":
         return Preparation(partial(history_inputs, known_items(Path(path))))
-    look_here_without_hub(path)
+    if not offline:
+        look_here_without_hub(path)
     processor = _load(path, kind, options)
     if kind == "image":
         return Preparation(partial(_image, processor))
