@@ -99,8 +99,19 @@ def test_init_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
     assert ended.value.code == 0 and json.loads(out.out)["dry_run"] and not list(tmp_path.iterdir())
 
 
+@pytest.fixture
+def handlers():
+    """Puts back what answers signals."""
+    before = {each: signal.getsignal(each) for each in STOPS}
+    yield
+    for each, handler in before.items():
+        signal.signal(each, handler)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)])
-def test_a_signal_ends_any_command_with_its_code_and_one_document(tmp_path, monkeypatch, capsys, number, code):
+def test_a_signal_ends_any_command_with_its_code_and_one_document(
+    tmp_path, monkeypatch, capsys, handlers, number, code
+):
     def stage(*_, **__):
         signal.raise_signal(number)
 
@@ -108,13 +119,8 @@ def test_a_signal_ends_any_command_with_its_code_and_one_document(tmp_path, monk
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps({"run_dir": "run", "model": {"path": "m"}}))
     monkeypatch.setattr("sys.argv", ["mmtune", "tokenize", str(path), "--json"])
-    before = {each: signal.getsignal(each) for each in STOPS}
-    try:
-        with pytest.raises(SystemExit) as ended:
-            main()
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+    with pytest.raises(SystemExit) as ended:
+        main()
     out = capsys.readouterr()
     assert ended.value.code == code and "Traceback" not in out.err
     assert json.loads(out.out)["error"]["exit_code"] == code
@@ -168,7 +174,7 @@ def test_a_signal_after_the_end_changes_nothing():
 
 
 @pytest.mark.parametrize("number", STOPS)
-def test_a_second_signal_while_the_first_is_answered_changes_nothing(tmp_path, monkeypatch, capsys, number):
+def test_a_second_signal_while_the_first_is_answered_changes_nothing(tmp_path, monkeypatch, capsys, handlers, number):
     def said(document):
         signal.raise_signal(number)
         return json_line(document)
@@ -178,13 +184,8 @@ def test_a_second_signal_while_the_first_is_answered_changes_nothing(tmp_path, m
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps({"run_dir": "run", "model": {"path": "m"}}))
     monkeypatch.setattr("sys.argv", ["mmtune", "tokenize", str(path), "--json"])
-    before = {each: signal.getsignal(each) for each in STOPS}
-    try:
-        with pytest.raises(SystemExit) as ended:
-            main()
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+    with pytest.raises(SystemExit) as ended:
+        main()
     assert ended.value.code == json.loads(capsys.readouterr().out)["error"]["exit_code"]
 
 

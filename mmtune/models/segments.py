@@ -18,7 +18,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from mmtune.models.strips import Span, Strip, attend
+from mmtune.models.strips import Span, Strip, attend, spans_of
 
 _PIECES = "mmtune_pieces"
 _STRIP = 128
@@ -62,7 +62,7 @@ class _Row:
         return [
             None
             if self.causal and piece.causal
-            else _keys_of(self.mask_11TT[:, :, slice(*piece.queries)], piece.keys, 3)
+            else spans_of(self.mask_11TT[:, :, slice(*piece.queries)], piece.keys, 3)
             for piece in self.pieces
         ]
 
@@ -71,7 +71,7 @@ class _Row:
         """The row as it is multiplied out."""
         found = [strip for piece in self.pieces for strip in _strips(piece)]
         mask_TT = self.mask_11TT[0, 0]
-        return tuple(Strip(queries, keys, _keys_of(mask_TT[slice(*queries)], keys, 1)) for queries, keys in found)
+        return tuple(Strip(queries, keys, spans_of(mask_TT[slice(*queries)], keys, 1)) for queries, keys in found)
 
     @cached_property
     def products(self) -> int:
@@ -108,14 +108,6 @@ def _strips(piece: Piece) -> Iterator[tuple[Span, tuple[Span, ...]]]:
         yield queries, ((first, queries[1]),) if piece.causal else piece.keys
 
 
-def _keys_of(values: torch.Tensor, keys: Sequence[Span], axis: int) -> torch.Tensor:
-    """Returns what of an axis of keys stands in some spans."""
-    if tuple(keys) == ((0, values.shape[axis]),):
-        return values  # a slice of all would cost a copy in the backward pass
-    parts = [values.narrow(axis, first, end - first) for first, end in keys]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
-
-
 def _attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:
     """Transformers' SDPA, in pieces where the mask brings them; ``(B, T, heads, width)`` and no weights."""
     cut = getattr(attention_mask, _PIECES, None)
@@ -145,5 +137,5 @@ def _is_multiplied(query_1HTD: torch.Tensor, row: _Row, options: dict[str, Any])
 
 def _of_piece(module: Any, asked: Any, key: Any, value: Any, piece: Piece, mask: Any, options: dict[str, Any]) -> Any:
     own = {**options, "is_causal": mask is None}
-    key, value = (_keys_of(values, piece.keys, 2) for values in (key, value))
+    key, value = (spans_of(values, piece.keys, 2) for values in (key, value))
     return sdpa_attention_forward(module, asked, key, value, mask, **own)[0]

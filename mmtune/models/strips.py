@@ -35,13 +35,20 @@ class Strip:
 
     def keys_of(self, values_GTD: torch.Tensor) -> torch.Tensor:
         """Returns ``(G, K, D)``, what of all tokens' keys or values belongs to the strip."""
-        parts = [values_GTD[:, first:end] for first, end in self.keys]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return spans_of(values_GTD, self.keys, 1)
 
     def queries_of(self, asked_HTD: torch.Tensor, groups: int) -> torch.Tensor:
         """Returns ``(G, H / G * Q, D)``, the strip's queries side by side where they ask the same heads."""
         asked_HQD = asked_HTD[:, slice(*self.queries)]
         return asked_HQD.reshape(groups, -1, asked_HQD.shape[-1])
+
+
+def spans_of(values: torch.Tensor, spans: Sequence[Span], axis: int) -> torch.Tensor:
+    """Returns what of an axis stands in some spans, side by side."""
+    if tuple(spans) == ((0, values.shape[axis]),):
+        return values  # a slice of all would cost a copy in the backward pass
+    parts = [values.narrow(axis, first, end - first) for first, end in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
 
 
 def attend(
