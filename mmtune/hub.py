@@ -13,15 +13,16 @@ _SECONDS = 5.0
 _PORTS = {"https": 443, "http": 80}
 
 
-def look_here_without_hub(name: str) -> None:
+def look_here_without_hub(name: str, offline: bool = False) -> None:
     """Lets the hub's library look on this machine alone, from here on, where the hub cannot be reached.
 
     Args:
         name: Hub id or folder; for a folder nothing is asked.
+        offline: Whoever loads it never reaches for the network: nothing is asked either.
     """
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE or Path(name).is_dir() or _is_reached(constants.ENDPOINT):
+    if offline or constants.HF_HUB_OFFLINE or Path(name).is_dir() or _is_reached(constants.ENDPOINT):
         return
     constants.HF_HUB_OFFLINE = True
     # For the processes that are started from here, and for libraries that are imported later.

@@ -37,8 +37,7 @@ def load_processor(
     """
     check_folder(path)
     _refuse_own_code(Path(path))
-    if not offline:
-        look_here_without_hub(path)
+    look_here_without_hub(path, offline)
     options: dict[str, Any] = {
         "revision": revision,
         "local_files_only": offline,

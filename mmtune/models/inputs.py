@@ -54,8 +54,7 @@ def load_preparation(path: str, kind: Kind, *, revision: str | None = None, offl
     options: dict[str, Any] = {"revision": revision, "local_files_only": offline, "trust_remote_code": False}
     if kind == "behaviour":
         return Preparation(partial(history_inputs, known_items(Path(path))))
-    if not offline:
-        look_here_without_hub(path)
+    look_here_without_hub(path, offline)
     processor = _load(path, kind, options)
     if kind == "image":
         return Preparation(partial(_image, processor))

@@ -56,8 +56,7 @@ def load_config(path: str, *, revision: str | None = None, offline: bool = False
             "check its path in the recipe: a relative one is relative to the recipe's folder",
             "model_missing",
         )
-    if not offline:
-        look_here_without_hub(path)
+    look_here_without_hub(path, offline)
     try:
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False, local_files_only=offline)
     except (OSError, ValueError) as error:
