@@ -18,6 +18,7 @@ from mmtune.encoding.render import EncodedRow
 from mmtune.errors import RecipeError
 from mmtune.records import READ_BY
 from mmtune.training.batching import Batches, WithColumns
+from mmtune.training.tasks import by_id
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -108,9 +109,7 @@ def together_of(tables: Iterable[pa.Table], sources: Sequence[str]) -> Together:
     """
     if not sources:
         return Together(None)
-    source_of: dict[str, str] = {}
-    for table in tables:
-        source_of.update(zip(table["id"].to_pylist(), table["source"].to_pylist(), strict=True))
+    source_of = by_id(tables, "source")
     there = sorted(set(source_of.values()))
     strange = sorted(set(sources) - set(there))
     if strange:

@@ -47,6 +47,14 @@ def _task_column(tasks: Tasks, batches: Batches, units: Any, step: int | None) -
     return {"tasks": torch.tensor([tasks.of_example[one] for one in batches.ids(units)])}
 
 
+def by_id(tables: Iterable[pa.Table], column: str) -> dict[str, str]:
+    """Returns what stands in a column of some splits, by the id of the row."""
+    found: dict[str, str] = {}
+    for table in tables:
+        found.update(zip(table["id"].to_pylist(), table[column].to_pylist(), strict=True))
+    return found
+
+
 def tasks_of(tables: Iterable[pa.Table], weights: Mapping[str, float], section: str) -> Tasks:
     """Returns the tasks of some splits.
 
@@ -58,9 +66,7 @@ def tasks_of(tables: Iterable[pa.Table], weights: Mapping[str, float], section: 
     Raises:
         RecipeError: A weight is that of no task, or all are 0.
     """
-    named: dict[str, str] = {}
-    for table in tables:
-        named.update(zip(table["id"].to_pylist(), table["task"].to_pylist(), strict=True))
+    named = by_id(tables, "task")
     names = sorted(set(named.values()))
     strange = sorted(set(weights) - set(names))
     if strange:
