@@ -1,15 +1,17 @@
 """Training a Qwen2.5-VL-3B shape on one GPU against TRL's SFTTrainer, and what FlexAttention costs per token.
 
     python tests/bench/bench_gpu.py                       # a CUDA machine with TRL; about 10 GB in $TMPDIR
+    python tests/bench/bench_gpu.py --quick               # one setting of each side
     python tests/bench/bench_gpu.py --tiny --device cpu   # the same script over a toy, to see that it runs
 
 Random weights made on the device, bf16, five questions per 448-px image (256 tokens), LoRA r=16 on the
 language model. Both sides get the same model folder, rows, LoRA and rows per step, and each run is a
-process of its own; mmtune runs its real stages. TRL takes turns with and without activation checkpointing, with
-SDPA and, where flash-attn is installed, FlashAttention 2, with Liger's kernels where installed (packing
-and padding-free batches it refuses for images). A setting that fails is printed with its error. The ratio is
-the best of each side. MFU counts the language model's weights (PaLM, appendix B) over the tokens that a side
-computes: a tree has fewer than its rows, so rows/s is what compares.
+process of its own; mmtune runs its real stages. TRL takes turns with and without activation checkpointing,
+with micro batches of all, a half and a quarter of a step's rows, with SDPA and, where flash-attn is
+installed, FlashAttention 2, with Liger's kernels where installed (packing and padding-free batches it
+refuses for images). A setting that fails is printed with its error. The ratio is the best of each side. MFU
+counts the language model's weights (PaLM, appendix B) over the tokens that a side computes: a tree has
+fewer than its rows, so rows/s is what compares.
 """
 
 from __future__ import annotations
@@ -48,10 +50,24 @@ class Size(NamedTuple):
     image_px: int
     bin_tokens: int
 
+    @property
+    def workers(self) -> int:
+        """Processes that make batches ahead of the step."""
+        return 0 if self.tiny else 8
+
 
 def size_of(tiny: bool, device: str, rows: int) -> Size:
     """A toy, or the full size."""
-    return Size(tiny, device, rows, *((2, 6, 56, 512) if tiny else (10, 40, 448, 8192)))
+    return Size(tiny, device, rows, *((2, 6, 56, 512) if tiny else (8, 32, 448, 8192)))
+
+
+class Setting(NamedTuple):
+    """How a side runs: its attention, whether activations are computed again, and rows of a micro batch."""
+
+    side: str
+    attention: str
+    checkpointing: bool
+    micro: int
 
 
 def base_maker() -> Any:
@@ -124,19 +140,19 @@ def make_rows(folder: Path, size: Size) -> None:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def recipe_of(folder: Path, size: Size, attention: str, checkpointing: bool) -> Path:
+def recipe_of(folder: Path, size: Size, setting: Setting) -> Path:
     """Writes mmtune's recipe and returns its path."""
     columns = {name: name for name in ("question", "answer", "image")}
     source = {"id": "rows", "reader": "table", "path": str(folder / "rows.jsonl"), "columns": columns}
     source |= {"template": "vqa_plain", "images": str(folder / "images")}
     finetune = {
-        "lora": LORA, "max_steps": size.steps, "batch_rows": size.rows, "batch_tokens": 1 << 20, "log_every": size.warm,
-        "precision": "bf16" if size.device == "cuda" else "fp32", "features": {"use": "off"},
-        "checkpointing": checkpointing, "workers": 0 if size.tiny else 4,
+        "lora": LORA, "max_steps": size.steps, "batch_rows": setting.micro, "batch_tokens": 1 << 20,
+        "log_every": size.warm, "precision": "bf16" if size.device == "cuda" else "fp32", "features": {"use": "off"},
+        "accumulate": size.rows // setting.micro, "checkpointing": setting.checkpointing, "workers": size.workers,
     }  # fmt: skip
     recipe = {
         "run_dir": str(folder / "run"),
-        "model": {"path": str(folder / "model"), "attn": attention},
+        "model": {"path": str(folder / "model"), "attn": setting.attention},
         "sources": [source],
         "build": {"templates": "first"},
         "tokenize": {"max_length": 4096, "workers": 1},
@@ -147,11 +163,11 @@ def recipe_of(folder: Path, size: Size, attention: str, checkpointing: bool) -> 
     return path
 
 
-def mmtune_side(folder: Path, size: Size, attention: str, checkpointing: bool) -> dict[str, float]:
+def mmtune_side(folder: Path, size: Size, setting: Setting) -> dict[str, float]:
     """Runs `mmtune finetune` in this process; returns rows, tokens per second and the peak memory in GiB."""
     from mmtune.__main__ import main
 
-    recipe = recipe_of(folder, size, attention, checkpointing)
+    recipe = recipe_of(folder, size, setting)
     sys.argv = ["mmtune", "finetune", str(recipe), "--force", "-q"]
     try:
         main()
@@ -166,7 +182,7 @@ def mmtune_side(folder: Path, size: Size, attention: str, checkpointing: bool) -
     return {"rows": rates["rows"], "tokens": rates["tokens"], "peak": peak_gib(size.device)}
 
 
-def trl_side(folder: Path, size: Size, attention: str, checkpointing: bool) -> dict[str, float]:
+def trl_side(folder: Path, size: Size, setting: Setting) -> dict[str, float]:
     """Runs TRL's trainer in this process; returns what ``mmtune_side`` does."""
     from datasets import Dataset, Image, Sequence
     from peft import LoraConfig
@@ -191,11 +207,11 @@ def trl_side(folder: Path, size: Size, attention: str, checkpointing: bool) -> d
     trainer = SFTTrainer(
         model=str(folder / "model"),
         args=SFTConfig(
-            output_dir=str(folder / "trl"), max_steps=size.steps, per_device_train_batch_size=size.rows,
-            max_length=None, learning_rate=1e-4, use_cpu=not cuda, bf16=cuda, report_to=[], save_strategy="no",
-            gradient_checkpointing=checkpointing, logging_steps=size.warm, dataloader_num_workers=4 if cuda else 0,
-            use_liger_kernel=cuda and is_liger_kernel_available(),
-            model_init_kwargs={"dtype": "bfloat16" if cuda else "float32", "attn_implementation": attention},
+            output_dir=str(folder / "trl"), max_steps=size.steps, per_device_train_batch_size=setting.micro,
+            gradient_accumulation_steps=size.rows // setting.micro, max_length=None, learning_rate=1e-4,
+            use_cpu=not cuda, bf16=cuda, report_to=[], save_strategy="no", gradient_checkpointing=setting.checkpointing, logging_steps=size.warm,
+            dataloader_num_workers=size.workers, use_liger_kernel=cuda and is_liger_kernel_available(),
+            model_init_kwargs={"dtype": "bfloat16" if cuda else "float32", "attn_implementation": setting.attention},
         ),
         train_dataset=Dataset.from_dict(table).cast_column("images", Sequence(Image())),
         processing_class=processor_of(folder / "model"),
@@ -238,7 +254,7 @@ def peak_gib(device: str) -> float:
     return torch.cuda.max_memory_allocated() / (1 << 30)
 
 
-def flex_side(folder: Path, size: Size, attention: str, checkpointing: bool) -> dict[str, float]:
+def flex_side(folder: Path, size: Size, setting: Setting) -> dict[str, float]:
     """Times the language model over one long row; returns seconds by kind of attention.
 
     ``trees``: FlexAttention over a bin of real trees. ``causal``: SDPA without a mask, which is plain causal
@@ -285,16 +301,17 @@ def flex_side(folder: Path, size: Size, attention: str, checkpointing: bool) -> 
 SIDES = {"mmtune": mmtune_side, "trl": trl_side, "flex": flex_side}
 
 
-def apart(folder: Path, size: Size, python: str, side: str, attention: str, checkpointing: bool) -> dict[str, Any]:
+def apart(folder: Path, size: Size, python: str, setting: Setting, logs: Path | None) -> dict[str, Any]:
     """Runs a side in a process of its own; returns its numbers, or ``error``."""
     out = folder / "numbers.json"
     out.unlink(missing_ok=True)
-    child = {"folder": str(folder), "side": side, "attention": attention, "checkpointing": checkpointing}
-    child |= {"tiny": size.tiny, "device": size.device, "rows": size.rows}
+    asked = {"folder": str(folder), "tiny": size.tiny, "device": size.device, "rows": size.rows, "setting": setting}
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    command = [python, __file__, "--child", json.dumps(child)]
+    command = [python, __file__, "--child", json.dumps(asked)]
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if logs is not None:
+        (logs / ("-".join(map(str, setting)) + ".log")).write_text(ended.stdout + ended.stderr)
     if ended.returncode == 0:
         return dict(json.loads(out.read_text()))
     said = [line for line in ended.stderr.splitlines() if line.strip()] or ["no word"]
@@ -304,16 +321,22 @@ def apart(folder: Path, size: Size, python: str, side: str, attention: str, chec
 def child(asked: dict[str, Any]) -> None:
     """The process of one side."""
     folder, size = Path(asked["folder"]), size_of(asked["tiny"], asked["device"], asked["rows"])
-    numbers = SIDES[asked["side"]](folder, size, asked["attention"], asked["checkpointing"])
-    (folder / "numbers.json").write_text(json.dumps(numbers))
+    setting = Setting(*asked["setting"])
+    (folder / "numbers.json").write_text(json.dumps(SIDES[setting.side](folder, size, setting)))
 
 
-def settings_of(size: Size) -> list[tuple[str, str, bool]]:
-    """Returns side, attention and checkpointing of every run."""
+def settings_of(size: Size, quick: bool) -> list[Setting]:
+    """Returns every run, the likely best of each side first."""
     flash = ["flash_attention_2"] if importlib.util.find_spec("flash_attn") and size.device == "cuda" else []
-    ours = ["auto", "sdpa"] if size.device == "cuda" else ["auto"]
-    kinds = [("mmtune", attention) for attention in ours] + [("trl", attention) for attention in ["sdpa", *flash]]
-    return [(side, attention, checkpointing) for side, attention in kinds for checkpointing in (False, True)]
+    ours = [Setting("mmtune", "auto", again, size.rows) for again in (False, True)]
+    if size.device == "cuda":
+        ours.append(Setting("mmtune", "sdpa", False, size.rows))
+    theirs = [
+        Setting("trl", attention, again, max(size.rows // part, 1))
+        for attention in [*flash, "sdpa"]
+        for again, part in ((False, 2), (False, 4), (True, 1), (True, 2))
+    ]
+    return [ours[0], theirs[0]] if quick else [*ours, *theirs]
 
 
 def flops_of_token(folder: Path) -> float:
@@ -329,7 +352,7 @@ def flops_of_token(folder: Path) -> float:
         return flops_per_token(add_lora(model_class(config)(config), towers=("llm",), targets=None, **LORA))
 
 
-def show(size: Size, folder: Path, found: list[tuple[tuple[str, str, bool], list[dict[str, Any]]]]) -> None:
+def show(size: Size, folder: Path, found: list[tuple[Setting, list[dict[str, Any]]]]) -> None:
     """Prints the table and the ratio of the best."""
     import torch
 
@@ -340,10 +363,13 @@ def show(size: Size, folder: Path, found: list[tuple[tuple[str, str, bool], list
     print(
         f"{device}, torch {torch.__version__}, {size.rows} rows per step, {tokens_per_row(folder):.0f} tokens per row"
     )
-    print("| side | attention | checkpointing | rows/s | tokens/s | MFU | peak GiB |\n|---|---|---|---|---|---|---|")
+    print("| side | attention | checkpointing | micro batch | rows/s | tokens/s | MFU | peak GiB |")
+    print("|---|---|---|---|---|---|---|---|")
     best: dict[str, float] = {}
-    for (side, attention, checkpointing), runs in found:
-        start = f"| {side} | {attention} | {'on' if checkpointing else 'off'} |"
+    for setting, runs in found:
+        start = (
+            f"| {setting.side} | {setting.attention} | {'on' if setting.checkpointing else 'off'} | {setting.micro} |"
+        )
         wrong = next((run["error"] for run in runs if "error" in run), None)
         if wrong is not None:
             print(f"{start} {wrong} | | | |")
@@ -351,9 +377,21 @@ def show(size: Size, folder: Path, found: list[tuple[tuple[str, str, bool], list
         rows, tokens, memory = (statistics.median(run[name] for run in runs) for name in ("rows", "tokens", "peak"))
         mfu = f"{tokens * per_token / peak:.0%}" if peak else "-"
         print(f"{start} {rows:.1f} | {tokens:.0f} | {mfu} | {memory:.2f} |")
-        best[side] = max(best.get(side, 0.0), rows)
+        best[setting.side] = max(best.get(setting.side, 0.0), rows)
     if len(best) == 2:
-        print(f"best of each: {best['mmtune'] / best['trl']:.2f} x rows/s (wanted: 3)")
+        print(f"best of each: {best['mmtune'] / best['trl']:.2f} x rows/s (wanted: 3)", flush=True)
+
+
+def show_flex(size: Size, cost: dict[str, Any]) -> None:
+    """Prints what FlexAttention costs per token."""
+    if "error" in cost:
+        raise SystemExit(f"FlexAttention: {cost['error']}")
+    kind = "forward and backward" if size.device == "cuda" else "forward only, no backward pass on a CPU"
+    print(
+        f"language model, {size.bin_tokens} tokens, {kind}: {cost['trees']:.3f} s with FlexAttention over trees,"
+        f" {cost['causal']:.3f} s with plain causal attention: {cost['trees'] / cost['causal'] - 1:+.0%} per token"
+        " (wanted: under +15%)"
+    )
 
 
 def main() -> None:
@@ -364,35 +402,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--tiny", action="store_true", help="a toy model and few steps")
-    parser.add_argument("--rows", type=int, default=0, help="rows per step; default 40, with --tiny 10")
+    parser.add_argument("--quick", action="store_true", help="one setting of each side")
+    parser.add_argument("--rows", type=int, default=0, help="rows per step; default 80, with --tiny 20")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--logs", type=Path, help="an existing folder for what each run prints")
     parser.add_argument("--python", default=sys.executable, help="the interpreter that has TRL; mmtune's libraries too")
     asked = parser.parse_args()
-    size = size_of(asked.tiny, asked.device, asked.rows or (10 if asked.tiny else 40))
+    size = size_of(asked.tiny, asked.device, asked.rows or (20 if asked.tiny else 80))
     if size.device == "cpu" and not size.tiny:
         parser.error("a CPU is for --tiny alone")
     with tempfile.TemporaryDirectory(prefix="bench-gpu-") as name:
         folder = Path(name)
         make_rows(folder, size)
         make_model(folder / "model", size)
+        settings = settings_of(size, asked.quick)
         for stage in ("build-data", "tokenize"):
-            recipe = recipe_of(folder, size, "auto", False)
+            recipe = recipe_of(folder, size, settings[0])
             subprocess.run([sys.executable, "-m", "mmtune", stage, str(recipe), "-q"], check=True, cwd=ROOT)
-        found: list[tuple[tuple[str, str, bool], list[dict[str, Any]]]] = [(each, []) for each in settings_of(size)]
+        found: list[tuple[Setting, list[dict[str, Any]]]] = [(each, []) for each in settings]
         for _ in range(asked.rounds):
-            for (side, attention, checkpointing), runs in found:
-                python = asked.python if side == "trl" else sys.executable
-                runs.append(apart(folder, size, python, side, attention, checkpointing))
+            for setting, runs in found:
+                python = asked.python if setting.side == "trl" else sys.executable
+                runs.append(apart(folder, size, python, setting, asked.logs))
         show(size, folder, found)
-        cost = apart(folder, size, sys.executable, "flex", "", False)
-        if "error" in cost:
-            raise SystemExit(f"FlexAttention: {cost['error']}")
-        kind = "forward and backward" if size.device == "cuda" else "forward only, no backward pass on a CPU"
-        print(
-            f"language model, {size.bin_tokens} tokens, {kind}: {cost['trees']:.3f} s with FlexAttention over trees,"
-            f" {cost['causal']:.3f} s with plain causal attention: {cost['trees'] / cost['causal'] - 1:+.0%} per token"
-            " (wanted: under +15%)"
-        )
+        show_flex(size, apart(folder, size, sys.executable, Setting("flex", "", False, size.rows), asked.logs))
 
 
 if __name__ == "__main__":

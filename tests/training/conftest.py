@@ -103,7 +103,9 @@ def _llava_onevision(processor: Any, tokenizer: Any) -> Any:
 
 
 def _mrope(tokenizer: Any) -> dict[str, Any]:
-    return _text(tokenizer, rope_parameters={"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4})
+    quarter = TEXT["head_dim"] // 8
+    section = [2 * quarter, quarter, quarter]
+    return _text(tokenizer, rope_parameters={"rope_type": "default", "mrope_section": section, "rope_theta": 1e4})
 
 
 def _qwen_ids(tokenizer: Any) -> dict[str, int]:
@@ -346,6 +348,14 @@ def tiny(name: str) -> SimpleNamespace:
 @pytest.fixture(scope="session")
 def tiny_family() -> Any:
     return tiny
+
+
+@pytest.fixture
+def wide_family(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The same with heads of 16 channels: FlexAttention on a GPU takes none narrower."""
+    for name, value in {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}.items():
+        monkeypatch.setitem(TEXT, name, value)
+    return tiny.__wrapped__
 
 
 @pytest.fixture(scope="session")
