@@ -209,7 +209,8 @@ def trl_side(folder: Path, size: Size, setting: Setting) -> dict[str, float]:
         args=SFTConfig(
             output_dir=str(folder / "trl"), max_steps=size.steps, per_device_train_batch_size=setting.micro,
             gradient_accumulation_steps=size.rows // setting.micro, max_length=None, learning_rate=1e-4,
-            use_cpu=not cuda, bf16=cuda, report_to=[], save_strategy="no", gradient_checkpointing=setting.checkpointing, logging_steps=size.warm,
+            use_cpu=not cuda, bf16=cuda, report_to=[], save_strategy="no", logging_steps=size.warm,
+            gradient_checkpointing=setting.checkpointing,
             dataloader_num_workers=size.workers, use_liger_kernel=cuda and is_liger_kernel_available(),
             model_init_kwargs={"dtype": "bfloat16" if cuda else "float32", "attn_implementation": setting.attention},
         ),
