@@ -89,3 +89,5 @@ def _root(
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     # PEFT loads it wherever it is installed, and on some processors it tells at once what would make it faster.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # It names every part of a model that it leaves alone, and every backend that is not installed.
+    logging.getLogger("liger_kernel").setLevel(logging.ERROR)

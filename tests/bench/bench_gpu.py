@@ -1,7 +1,7 @@
 """Training a Qwen2.5-VL-3B shape on one GPU against TRL's SFTTrainer, and what FlexAttention costs per token.
 
     python tests/bench/bench_gpu.py                       # a CUDA machine with TRL; about 10 GB in $TMPDIR
-    python tests/bench/bench_gpu.py --quick               # one setting of each side
+    python tests/bench/bench_gpu.py --only 'mmtune-auto-off|trl-sdpa-off-40'
     python tests/bench/bench_gpu.py --tiny --device cpu   # the same script over a toy, to see that it runs
 
 Random weights made on the device, bf16, five questions per 448-px image (256 tokens), LoRA r=16 on the
@@ -17,11 +17,13 @@ fewer than its rows, so rows/s is what compares.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import math
 import os
 import random
+import re
 import resource
 import statistics
 import subprocess
@@ -58,7 +60,7 @@ class Size(NamedTuple):
 
 def size_of(tiny: bool, device: str, rows: int) -> Size:
     """A toy, or the full size."""
-    return Size(tiny, device, rows, *((2, 6, 56, 512) if tiny else (8, 32, 448, 8192)))
+    return Size(tiny, device, rows, *((2, 6, 56, 512) if tiny else (6, 24, 448, 8192)))
 
 
 class Setting(NamedTuple):
@@ -68,6 +70,11 @@ class Setting(NamedTuple):
     attention: str
     checkpointing: bool
     micro: int
+
+    @property
+    def name(self) -> str:
+        """Such as ``trl-sdpa-off-40``."""
+        return f"{self.side}-{self.attention}-{'on' if self.checkpointing else 'off'}-{self.micro}"
 
 
 def base_maker() -> Any:
@@ -187,7 +194,6 @@ def trl_side(folder: Path, size: Size, setting: Setting) -> dict[str, float]:
     from datasets import Dataset, Image, Sequence
     from peft import LoraConfig
     from transformers import TrainerCallback
-    from transformers.utils import is_liger_kernel_available
     from trl import SFTConfig, SFTTrainer
 
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
@@ -211,7 +217,7 @@ def trl_side(folder: Path, size: Size, setting: Setting) -> dict[str, float]:
             gradient_accumulation_steps=size.rows // setting.micro, max_length=None, learning_rate=1e-4,
             use_cpu=not cuda, bf16=cuda, report_to=[], save_strategy="no", logging_steps=size.warm,
             gradient_checkpointing=setting.checkpointing,
-            dataloader_num_workers=size.workers, use_liger_kernel=cuda and is_liger_kernel_available(),
+            dataloader_num_workers=size.workers, use_liger_kernel=cuda and liger_fits(),
             model_init_kwargs={"dtype": "bfloat16" if cuda else "float32", "attn_implementation": setting.attention},
         ),
         train_dataset=Dataset.from_dict(table).cast_column("images", Sequence(Image())),
@@ -224,6 +230,15 @@ def trl_side(folder: Path, size: Size, setting: Setting) -> dict[str, float]:
     trainer.train()
     rate = size.rows * (size.steps - size.warm) / (ends[-1] - ends[size.warm - 1])
     return {"rows": rate, "tokens": rate * tokens_per_row(folder), "peak": peak_gib(size.device)}
+
+
+def liger_fits() -> bool:
+    """Whether Liger's kernels are installed and can be put into this family: some releases expect another one."""
+    try:
+        importlib.import_module("liger_kernel.transformers.model.qwen2_5_vl")
+    except ImportError:
+        return False
+    return True
 
 
 def processor_of(folder: Path) -> Any:
@@ -312,7 +327,7 @@ def apart(folder: Path, size: Size, python: str, setting: Setting, logs: Path | 
     command = [python, __file__, "--child", json.dumps(asked)]
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if logs is not None:
-        (logs / ("-".join(map(str, setting)) + ".log")).write_text(ended.stdout + ended.stderr)
+        (logs / f"{setting.name}.log").write_text(ended.stdout + ended.stderr)
     if ended.returncode == 0:
         return dict(json.loads(out.read_text()))
     said = [line for line in ended.stderr.splitlines() if line.strip()] or ["no word"]
@@ -326,18 +341,14 @@ def child(asked: dict[str, Any]) -> None:
     (folder / "numbers.json").write_text(json.dumps(SIDES[setting.side](folder, size, setting)))
 
 
-def settings_of(size: Size, quick: bool) -> list[Setting]:
+def settings_of(size: Size) -> list[Setting]:
     """Returns every run, the likely best of each side first."""
     flash = ["flash_attention_2"] if importlib.util.find_spec("flash_attn") and size.device == "cuda" else []
-    ours = [Setting("mmtune", "auto", again, size.rows) for again in (False, True)]
-    if size.device == "cuda":
-        ours.append(Setting("mmtune", "sdpa", False, size.rows))
-    theirs = [
-        Setting("trl", attention, again, max(size.rows // part, 1))
-        for attention in [*flash, "sdpa"]
-        for again, part in ((False, 2), (False, 4), (True, 1), (True, 2))
-    ]
-    return [ours[0], theirs[0]] if quick else [*ours, *theirs]
+    found = [("mmtune", "auto", False, 1)]
+    found += [("trl", attention, False, 2) for attention in [*flash, "sdpa"]]
+    found += [("trl", "sdpa", True, 1), ("mmtune", "sdpa", False, 1), ("mmtune", "auto", True, 1)]
+    found += [("trl", "sdpa", False, 4), ("trl", "sdpa", True, 2)]
+    return [Setting(side, kernel, again, max(size.rows // part, 1)) for side, kernel, again, part in found]
 
 
 def flops_of_token(folder: Path) -> float:
@@ -353,34 +364,34 @@ def flops_of_token(folder: Path) -> float:
         return flops_per_token(add_lora(model_class(config)(config), towers=("llm",), targets=None, **LORA))
 
 
-def show(size: Size, folder: Path, found: list[tuple[Setting, list[dict[str, Any]]]]) -> None:
-    """Prints the table and the ratio of the best."""
+def show_head(size: Size, folder: Path) -> None:
+    """Prints what is measured and the table's head."""
     import torch
 
-    from mmtune.training.flops import peak_flops
-
     device = torch.cuda.get_device_name() if size.device == "cuda" else "cpu"
-    peak, per_token = peak_flops(device), flops_of_token(folder)
     print(
         f"{device}, torch {torch.__version__}, {size.rows} rows per step, {tokens_per_row(folder):.0f} tokens per row"
     )
     print("| side | attention | checkpointing | micro batch | rows/s | tokens/s | MFU | peak GiB |")
-    print("|---|---|---|---|---|---|---|---|")
-    best: dict[str, float] = {}
-    for setting, runs in found:
-        start = (
-            f"| {setting.side} | {setting.attention} | {'on' if setting.checkpointing else 'off'} | {setting.micro} |"
-        )
-        wrong = next((run["error"] for run in runs if "error" in run), None)
-        if wrong is not None:
-            print(f"{start} {wrong} | | | |")
-            continue
-        rows, tokens, memory = (statistics.median(run[name] for run in runs) for name in ("rows", "tokens", "peak"))
-        mfu = f"{tokens * per_token / peak:.0%}" if peak else "-"
-        print(f"{start} {rows:.1f} | {tokens:.0f} | {mfu} | {memory:.2f} |")
-        best[setting.side] = max(best.get(setting.side, 0.0), rows)
-    if len(best) == 2:
-        print(f"best of each: {best['mmtune'] / best['trl']:.2f} x rows/s (wanted: 3)", flush=True)
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+
+
+def show_setting(size: Size, folder: Path, setting: Setting, runs: list[dict[str, Any]]) -> float:
+    """Prints a row of the table; returns rows per second, 0 where the setting failed."""
+    import torch
+
+    from mmtune.training.flops import peak_flops
+
+    start = f"| {setting.side} | {setting.attention} | {'on' if setting.checkpointing else 'off'} | {setting.micro} |"
+    wrong = next((run["error"] for run in runs if "error" in run), None)
+    if wrong is not None:
+        print(f"{start} {wrong} | | | |", flush=True)
+        return 0.0
+    rows, tokens, memory = (statistics.median(run[name] for run in runs) for name in ("rows", "tokens", "peak"))
+    peak = peak_flops(torch.cuda.get_device_name()) if size.device == "cuda" else None
+    mfu = f"{tokens * flops_of_token(folder) / peak:.0%}" if peak else "-"
+    print(f"{start} {rows:.1f} | {tokens:.0f} | {mfu} | {memory:.2f} |", flush=True)
+    return rows
 
 
 def show_flex(size: Size, cost: dict[str, Any]) -> None:
@@ -403,7 +414,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--tiny", action="store_true", help="a toy model and few steps")
-    parser.add_argument("--quick", action="store_true", help="one setting of each side")
+    parser.add_argument("--only", default="", help="a pattern of the settings to run, such as trl-sdpa-off-40 and flex")
     parser.add_argument("--rows", type=int, default=0, help="rows per step; default 80, with --tiny 20")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--logs", type=Path, help="an existing folder for what each run prints")
@@ -416,17 +427,25 @@ def main() -> None:
         folder = Path(name)
         make_rows(folder, size)
         make_model(folder / "model", size)
-        settings = settings_of(size, asked.quick)
+        settings = [each for each in settings_of(size) if re.search(asked.only, each.name)]
         for stage in ("build-data", "tokenize"):
-            recipe = recipe_of(folder, size, settings[0])
+            recipe = recipe_of(folder, size, Setting("mmtune", "auto", False, size.rows))
             subprocess.run([sys.executable, "-m", "mmtune", stage, str(recipe), "-q"], check=True, cwd=ROOT)
         found: list[tuple[Setting, list[dict[str, Any]]]] = [(each, []) for each in settings]
-        for _ in range(asked.rounds):
+        show_head(size, folder)
+        best: dict[str, float] = {}
+        for number in range(asked.rounds):
             for setting, runs in found:
                 python = asked.python if setting.side == "trl" else sys.executable
                 runs.append(apart(folder, size, python, setting, asked.logs))
-        show(size, folder, found)
-        show_flex(size, apart(folder, size, sys.executable, Setting("flex", "", False, size.rows), asked.logs))
+                if number == asked.rounds - 1:
+                    rate = show_setting(size, folder, setting, runs)
+                    best[setting.side] = max(best.get(setting.side, 0.0), rate)
+        if all(best.values()):
+            print(f"best of each: {best['mmtune'] / best['trl']:.2f} x rows/s (wanted: 3)", flush=True)
+        flex = Setting("flex", "trees", False, size.rows)
+        if re.search(asked.only, flex.name):
+            show_flex(size, apart(folder, size, sys.executable, flex, asked.logs))
 
 
 if __name__ == "__main__":

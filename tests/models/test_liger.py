@@ -9,6 +9,8 @@ import transformers.integrations.liger as integration
 import transformers.utils as utils
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mmtune.errors import CapabilityError
+from mmtune.models import liger
 from mmtune.models.liger import use_liger
 
 
@@ -42,6 +44,30 @@ def test_a_family_that_liger_does_not_know(asked):
     model = tiny()
     model.config.model_type = "another"
     assert not use_liger(model) and not asked
+
+
+def test_kernels_of_another_transformers(asked, monkeypatch):
+    def apply(model, **options):
+        raise ImportError("cannot import name 'LlamaOutput'")
+
+    monkeypatch.setattr(sys.modules["liger_kernel.transformers"], "_apply_liger_kernel_to_instance", apply)
+    monkeypatch.setattr(liger, "version", lambda name: "1.0")
+    with pytest.raises(CapabilityError, match=r"liger-kernel 1.0 does not go with llama .*'LlamaOutput'"):
+        liger.use_liger(tiny())
+
+
+def test_training_goes_on_without_them(monkeypatch):
+    from mmtune.recipe.finetune import Finetune
+    from mmtune.stages.finetune.base import _set_course
+    from mmtune.talk import Talk
+
+    def refuse(model):
+        raise CapabilityError("liger-kernel 1.0 does not go with llama")
+
+    monkeypatch.setattr(liger, "use_liger", refuse)
+    console = Talk(quiet=True)
+    _set_course(tiny(), Finetune(), 20.0, console)
+    assert any("the model trains with its own operations" in line for line in console.lines)
 
 
 def test_without_a_gpu(asked, monkeypatch):

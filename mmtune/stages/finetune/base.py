@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from mmtune.errors import RecipeError
+from mmtune.errors import CapabilityError, RecipeError
 from mmtune.recipe import Finetune, Recipe
 from mmtune.stages.finetune.virtual import start_of
 from mmtune.talk import Talk
@@ -97,8 +97,11 @@ def _set_course(model: Any, settings: Finetune, row_tokens: float, console: Talk
     from mmtune.models.adapter import add_noise_to_embeddings
     from mmtune.models.liger import use_liger
 
-    if settings.liger == "auto" and use_liger(model):
-        console.say("finetune: Liger's kernels are in use")
+    try:
+        if settings.liger == "auto" and use_liger(model):
+            console.say("finetune: Liger's kernels are in use")
+    except CapabilityError as error:
+        console.note(f"{error.message}; the model trains with its own operations")
     if settings.neftune_alpha:
         add_noise_to_embeddings(model, settings.neftune_alpha, row_tokens)
     if settings.checkpointing:
