@@ -13,6 +13,9 @@ settings.load_profile("mmtune")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The oracles are made on a CPU. A GPU is shown to the tests, and to their *_on_gpu files, only when asked for.
+if not os.environ.get("MMTUNE_TEST_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 for name in [name for name in os.environ if name.startswith("MMTUNE_") and not name.startswith("MMTUNE_TEST_")]:
     del os.environ[name]
 

@@ -19,7 +19,9 @@ from mmtune.training.tree_blocks import BLOCK
 from mmtune.training.tree_check import check_trees
 from tests.training.test_tree_batch import READ_THE_MASK, trees_of
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU is shown to the tests (MMTUNE_TEST_GPU=1 does)"
+)
 
 
 @pytest.fixture(autouse=True)
