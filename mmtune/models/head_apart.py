@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from mmtune.models.attention import attention_by, is_flex, text_attention
 from mmtune.models.composite.scores import branches_of_config
 from mmtune.models.label_tokens import unwrapped
 from mmtune.models.spread import is_sharded
@@ -27,7 +28,8 @@ _MEDIA_IDS = ("image_token_id", "image_token_index", "video_token_id", "audio_to
 def head_to_run_apart(model: Any) -> nn.Module | None:
     """Returns the output head of a model; None where it has to run inside.
 
-    Found out once per head, by a forward pass over two tokens that leaves random numbers as they were.
+    Found out once per head, by a forward pass over two tokens that leaves random numbers as they were. FlexAttention,
+    which wants the masks of packed trees, stands back for it.
 
     Args:
         model: With whatever wraps it.
@@ -72,7 +74,12 @@ def _is_handed_on(model: Any, head: nn.Module, config: Any) -> bool:
     word = next(number for number in range(len(media) + 1) if number not in media)
     device = next(head.parameters()).device
     ids = torch.full((1, 2), word, device=device)
-    own = [device] if device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices=own), left_out(head) as given:
+    own, bare = [device] if device.type == "cuda" else [], unwrapped(model)
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng(devices=own),
+        attention_by(bare, "eager" if is_flex(bare) else text_attention(bare)),
+        left_out(head) as given,
+    ):
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     return len(given) == 1 and logits is given[0]

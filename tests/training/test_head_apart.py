@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
 
+from mmtune.models.adapter import add_lora
+from mmtune.models.attention import FLEX, text_attention, use_text_attention
 from mmtune.models.head_apart import head_to_run_apart, left_out
 from mmtune.training import cross_entropy
 from mmtune.training.loss import answer_loss
@@ -45,6 +48,14 @@ def test_families_hand_on_what_the_head_makes(
 )
 def test_a_head_whose_logits_are_shaped_stays_inside(model: Any) -> None:
     assert head_to_run_apart(model) is None
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
+def test_where_trees_train_by_flex_attention(name: str, tiny_family: Any) -> None:
+    model = add_lora(deepcopy(tiny_family(name).model), towers=("llm",), targets=None, r=2, alpha=4)
+    use_text_attention(model, FLEX)
+    assert head_to_run_apart(model) is model.get_output_embeddings()
+    assert text_attention(model) == FLEX
 
 
 def test_a_forward_of_its_own_comes_back() -> None:
