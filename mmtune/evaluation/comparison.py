@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -169,53 +169,47 @@ def _entry(
     resamples: int,
     seed: int,
 ) -> dict[str, Any]:
-    names = [media[place] for place in chosen]
-    models = {
-        model: bootstrap(
-            found.values[chosen],
-            weights=found.weights[chosen],
-            groups=names,
-            most=found.most,
-            resamples=resamples,
-            seed=seed,
-        )
+    """Returns a metric over the ``chosen`` rows, for the report: the interval of every model, and how pairs differ."""
+    own = {
+        model: replace(found, values=found.values[chosen], weights=found.weights[chosen])
         for model, found in measured.items()
     }
-    first = next(iter(measured.values()))
-    any_interval = next(iter(models.values()))
+    drawn: dict[str, Any] = {"groups": [media[place] for place in chosen], "resamples": resamples, "seed": seed}
+    intervals = {
+        model: bootstrap(found.values, weights=found.weights, most=found.most, **drawn) for model, found in own.items()
+    }
+    first, any_interval = next(iter(own.values())), next(iter(intervals.values()))
     entry: dict[str, Any] = {
         "n": any_interval.n,
         "media_groups": any_interval.groups,
         "higher_is_better": first.higher_is_better,
         "normaliser": NORMALISERS.get(first.name, ""),
-        "models": {model: _rounded(interval) for model, interval in models.items()},
+        "models": {model: _rounded(interval) for model, interval in intervals.items()},
     }
-
-    def difference(first: str, second: str) -> dict[str, Any]:
-        before, after = measured[first], measured[second]
-        found = paired_difference(
-            before.values[chosen],
-            after.values[chosen],
-            first_weights=before.weights[chosen],
-            second_weights=after.weights[chosen],
-            groups=names,
-            higher_is_better=before.higher_is_better,
-            resamples=resamples,
-            seed=seed,
-        )
-        return {
-            key: round(value, 6) if key.startswith("p") else round(value, 4)
-            for key, value in asdict(found).items()
-            if key != "n"
-        }
-
-    if len(measured) == 2 and pairs:
-        entry["difference"] = difference(*pairs[0])
+    differences = [_difference(own[one], own[two], drawn) for one, two in pairs]
+    if len(own) == 2 and pairs:
+        entry["difference"] = differences[0]
     elif pairs:
-        tested = [{"first": one, "second": two, **difference(one, two)} for one, two in pairs]
-        adjusted = holm([one["p"] for one in tested])
-        entry["steps"] = [{**one, "p_holm": round(p, 6)} for one, p in zip(tested, adjusted, strict=True)]
+        adjusted = holm([found["p"] for found in differences])
+        entry["steps"] = [
+            {"first": one, "second": two, **found, "p_holm": round(p, 6)}
+            for (one, two), found, p in zip(pairs, differences, adjusted, strict=True)
+        ]
     return entry
+
+
+def _difference(before: Measured, after: Measured, drawn: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the paired difference of two models over the same rows, as the report writes it."""
+    found = paired_difference(
+        before.values,
+        after.values,
+        first_weights=before.weights,
+        second_weights=after.weights,
+        higher_is_better=before.higher_is_better,
+        **drawn,
+    )
+    numbers = {key: value for key, value in asdict(found).items() if key != "n"}
+    return {key: round(value, 6 if key.startswith("p") else 4) for key, value in numbers.items()}
 
 
 def _rounded(interval: Interval) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Training a Qwen2.5-VL-3B shape on one GPU against TRL's SFTTrainer, and what FlexAttention costs per token.
+"""Training a Qwen2.5-VL-3B shape on one GPU against TRL's SFTTrainer.
 
     python tests/bench/bench_gpu.py                       # a CUDA machine with TRL; about 10 GB in $TMPDIR
     python tests/bench/bench_gpu.py --only 'mmtune-auto-off|trl-sdpa-off-40'
@@ -42,7 +42,7 @@ WORDS = ("what", "colour", "is", "the", "left", "right", "dog", "cat", "how", "m
 
 
 class Size(NamedTuple):
-    """How large a run is: of the model, the image, the steps, and the bins of FlexAttention's measure."""
+    """How large a run is: of the model, the image and the steps, and the tokens of ``bench_flex.py``'s row."""
 
     tiny: bool
     device: str
@@ -270,51 +270,7 @@ def peak_gib(device: str) -> float:
     return torch.cuda.max_memory_allocated() / (1 << 30)
 
 
-def flex_side(folder: Path, size: Size, setting: Setting) -> dict[str, float]:
-    """Times the language model over one long row; returns seconds by kind of attention.
-
-    ``trees``: FlexAttention over a bin of real trees. ``causal``: SDPA without a mask, which is plain causal
-    flash attention on a GPU, over as many tokens. On a CPU the forward pass alone, which is all PyTorch has.
-    """
-    import torch
-
-    from mmtune.models.adapter import add_lora
-    from mmtune.models.attention import FLEX, use_text_attention
-    from mmtune.models.load import load_model
-    from mmtune.storage import open_split
-    from mmtune.training.data import Trees
-    from mmtune.training.packing import pack, tree_lengths
-    from mmtune.training.tree_batch import packed_layout
-    from mmtune.training.tree_blocks import block_mask, flex_parts
-
-    table = open_split(folder / "run" / "tokens" / "train")
-    fullest = pack(tree_lengths(table).tokens, size.bin_tokens)[0]
-    layout = packed_layout([Trees(table).trees(fullest)], size.bin_tokens, None)
-    parts = {name: value[0].to(size.device) for name, value in flex_parts(layout, (None,)).items()}
-    dtype = torch.bfloat16 if size.device == "cuda" else torch.float32
-    model: Any = load_model(str(folder / "model"), dtype=dtype).to(size.device)
-    model = add_lora(model, towers=("llm",), targets=None, **LORA).train()
-    hidden = torch.randn(
-        1, size.bin_tokens, model.config.get_text_config().hidden_size, device=size.device, dtype=dtype
-    )
-
-    def run(kernel: str) -> float:
-        use_text_attention(model, kernel)
-        began = time.perf_counter()
-        # The mask is made anew, as for every batch.
-        mask = block_mask(parts["spans"], parts["tiles"]) if kernel == FLEX else None
-        with torch.set_grad_enabled(size.device == "cuda"):
-            made = model.get_base_model().get_decoder()(inputs_embeds=hidden, attention_mask=mask, use_cache=False)
-            if size.device == "cuda":
-                made.last_hidden_state.float().mean().backward()
-                torch.cuda.synchronize()
-        return time.perf_counter() - began
-
-    rounds = [(run(FLEX), run("sdpa")) for _ in range(3 if size.tiny else 13)][2:]
-    return {"trees": statistics.median(a for a, _ in rounds), "causal": statistics.median(b for _, b in rounds)}
-
-
-SIDES = {"mmtune": mmtune_side, "trl": trl_side, "flex": flex_side}
+SIDES = {"mmtune": mmtune_side, "trl": trl_side}
 
 
 def apart(folder: Path, size: Size, python: str, setting: Setting, logs: Path | None) -> dict[str, Any]:
@@ -394,16 +350,13 @@ def show_setting(size: Size, folder: Path, setting: Setting, runs: list[dict[str
     return rows
 
 
-def show_flex(size: Size, cost: dict[str, Any]) -> None:
-    """Prints what FlexAttention costs per token."""
-    if "error" in cost:
-        raise SystemExit(f"FlexAttention: {cost['error']}")
-    kind = "forward and backward" if size.device == "cuda" else "forward only, no backward pass on a CPU"
-    print(
-        f"language model, {size.bin_tokens} tokens, {kind}: {cost['trees']:.3f} s with FlexAttention over trees,"
-        f" {cost['causal']:.3f} s with plain causal attention: {cost['trees'] / cost['causal'] - 1:+.0%} per token"
-        " (wanted: under +15%)"
-    )
+def make(folder: Path, size: Size) -> None:
+    """Writes pictures, rows, model and tokens into a folder."""
+    make_rows(folder, size)
+    make_model(folder / "model", size)
+    recipe = str(recipe_of(folder, size, Setting("mmtune", "auto", False, size.rows)))
+    for stage in ("build-data", "tokenize"):
+        subprocess.run([sys.executable, "-m", "mmtune", stage, recipe, "-q"], check=True, cwd=ROOT)
 
 
 def main() -> None:
@@ -414,7 +367,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--tiny", action="store_true", help="a toy model and few steps")
-    parser.add_argument("--only", default="", help="a pattern of the settings to run, such as trl-sdpa-off-40 and flex")
+    parser.add_argument("--only", default="", help="a pattern of the settings to run, such as trl-sdpa-off-40")
     parser.add_argument("--rows", type=int, default=0, help="rows per step; default 80, with --tiny 20")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--logs", type=Path, help="an existing folder for what each run prints")
@@ -425,12 +378,8 @@ def main() -> None:
         parser.error("a CPU is for --tiny alone")
     with tempfile.TemporaryDirectory(prefix="bench-gpu-") as name:
         folder = Path(name)
-        make_rows(folder, size)
-        make_model(folder / "model", size)
+        make(folder, size)
         settings = [each for each in settings_of(size) if re.search(asked.only, each.name)]
-        for stage in ("build-data", "tokenize"):
-            recipe = recipe_of(folder, size, Setting("mmtune", "auto", False, size.rows))
-            subprocess.run([sys.executable, "-m", "mmtune", stage, str(recipe), "-q"], check=True, cwd=ROOT)
         found: list[tuple[Setting, list[dict[str, Any]]]] = [(each, []) for each in settings]
         show_head(size, folder)
         best: dict[str, float] = {}
@@ -443,9 +392,6 @@ def main() -> None:
                     best[setting.side] = max(best.get(setting.side, 0.0), rate)
         if all(best.values()):
             print(f"best of each: {best['mmtune'] / best['trl']:.2f} x rows/s (wanted: 3)", flush=True)
-        flex = Setting("flex", "trees", False, size.rows)
-        if re.search(asked.only, flex.name):
-            show_flex(size, apart(folder, size, sys.executable, flex, asked.logs))
 
 
 if __name__ == "__main__":
