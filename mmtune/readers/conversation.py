@@ -45,6 +45,10 @@ def role_of(value: Any, pointer: str) -> Role:
     return ROLE_NAMES[value]
 
 
+# Where ms-swift fills in names and boxes of a row's `objects`, in a form that depends on the model.
+_OBJECT_MARKS = ("<ref-object>", "<bbox>")
+
+
 def media_columns(source: SourceFiles, row: Mapping[str, Any]) -> dict[Modality, list[Medium]]:
     """Returns the media that a row lists beside its turns, by modality."""
     strip = str(source.columns.get("strip", ""))
@@ -167,7 +171,7 @@ def taught_turns(source: SourceFiles, row: Mapping[str, Any], spellings: Sequenc
         spellings: Other keys that are looked for, the format's own first.
 
     Raises:
-        Refused: The row is marked as not to be learned, or has no turns.
+        Refused: The row is marked as not to be learned, has no turns, or marks for objects that nobody fills in.
     """
     if row.get("label") is False:
         raise Refused("not_preferred", "/label: false; this answer is not one to learn")
@@ -180,6 +184,12 @@ def taught_turns(source: SourceFiles, row: Mapping[str, Any], spellings: Sequenc
     if key not in row:
         raise _missing(key, row)
     turns = list(as_list(row[key], f"/{key}"))
+    if row.get("objects") and any(mark in str(turns) for mark in _OBJECT_MARKS):
+        raise Refused(
+            "bad_field",
+            f"/objects: {' and '.join(_OBJECT_MARKS)} would be taught as these words: write the objects' names and"
+            " boxes into the text, in the model's own form",
+        )
     if row.get("chosen") is not None and not (turns and _is_answer(turns[-1])):
         turns += _turns_of(row["chosen"], "chosen", "assistant")
     return key, turns
