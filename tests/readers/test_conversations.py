@@ -276,3 +276,28 @@ def test_alpaca(tmp_path: Path):
     assert shown.media == (Medium("image", "c.jpg"),) and shown.id == "s/train-2"
     assert marked.messages[0].parts == (TextPart("Is "), Medium("image", "c.jpg"), TextPart(" red?"))
     assert reasons(items) == ["media_mismatch", "empty_answer", "bad_field", "bad_field"]
+
+
+@pytest.mark.parametrize(
+    ("row", "reader", "fits"),
+    [
+        ({"messages": [], "x": 1}, "alpaca", " (reader: messages or sharegpt)"),
+        ({"conversations": []}, "messages", " (reader: sharegpt)"),
+        ({"instruction": "a", "output": "b"}, "sharegpt", " (reader: alpaca)"),
+        ({"question": "a", "answer": "b"}, "llava", " (reader: table, columns: {question: question, answer: answer})"),
+        ({"instruction": "a", "x": "b"}, "alpaca", ""),
+        ({"x": 1}, "messages", ""),
+    ],
+)
+def test_a_row_of_another_format_is_told_of_its_reader(tmp_path: Path, row: dict, reader: str, fits: str):
+    (item,) = read(reader, path=write(tmp_path / "t.jsonl", [row]))
+    assert item.detail.endswith(f"missing; the row has {', '.join(row)}{fits}")
+
+
+def test_the_reader_that_is_told_reads_the_row(tmp_path: Path):
+    rows = [{"query": "What?", "response": "A cat.", "history": [["Hi", "Hello"]], "system": "Be short."}]
+    path = write(tmp_path / "t.jsonl", rows)
+    (told,) = read("sharegpt", path=path)
+    assert "(reader: alpaca, columns: {instruction: query, output: response})" in told.detail
+    (item,) = read("alpaca", path=path, columns={"instruction": "query", "output": "response"})
+    assert [message.text for message in item.messages] == ["Be short.", "Hi", "Hello", "What?", "A cat."]
