@@ -140,6 +140,13 @@ TABLE = {"id": "t", "reader": "table", "path": "chat.jsonl", "columns": {"answer
     [
         (lines_of(turns("a", id="x"), turns("b", id="x")), CHAT, "duplicate_id", "'chat/x' stands twice"),
         (lines_of(turns("a", ""), turns("b", "")), CHAT, "no_rows", "empty_answer 2; the first at chat.jsonl:1: "),
+        (
+            lines_of("1", turns("a", ""), turns("b", "")),
+            CHAT,
+            "no_rows",
+            "the first at chat.jsonl:2: /messages/1: the ",
+        ),
+        (lines_of({"query": "a", "response": "b"}), CHAT, "no_rows", "columns: {instruction: query, output: response}"),
         (lines_of(shown("gone.jpg")), CHAT, "no_rows", "check `images`, `audios` and `videos` of the sources"),
         ("", CHAT, "empty_input", "holds no rows"),
         (lines_of("[1", "2]"), {**CHAT, "path": "gone.jsonl"}, "file_missing", "gone.jsonl is not there"),

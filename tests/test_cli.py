@@ -317,3 +317,8 @@ def test_what_is_gone_is_named(tmp_path: Path):
     for command in ("init omni", "build-data"):
         found = shell(f"mkdir '{tmp_path}/here' && cd '{tmp_path}/here' && rmdir '{tmp_path}/here' && mmtune {command}")
         assert found.returncode in (2, 3) and found.stderr.startswith("error: ")
+
+
+def test_every_command_is_told_in_full_in_the_list_of_commands():
+    told = shell("mmtune --help", COLUMNS="80").stdout.partition("Commands:\n")[2].partition("\n\n")[0]
+    assert len(told.splitlines()) >= 13 and "..." not in told

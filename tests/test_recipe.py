@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmtune.errors import RecipeError
+from mmtune.recipe.elsewhere import ELSEWHERE
 from mmtune.recipe.text import load_recipe
+from mmtune.stages.keys import list_keys
 
 
 def write(folder, text, name="r.yaml"):
@@ -200,3 +202,36 @@ def test_a_section_that_is_no_section_is_told_its_keys(tmp_path):
         RecipeError, match=r"line 2: `extract.index`: expected keys of its own: .*kind, .*\(found 'exact'\)"
     ):
         load_recipe(path, environ={})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("finetune: {lora_rank: 8}", "unknown key `finetune.lora_rank`; that is `finetune.lora.r` here"),
+        ("lora_rank: 8", "unknown key `lora_rank`; that is `finetune.lora.r` here"),
+        ("pretrain: {build: {text: a}, num_train_epochs: 1}", "that is `epochs` here"),
+        ("finetune: {max_length: 8}", "unknown key `finetune.max_length`; there is `tokenize.max_length`"),
+        ("learning_rate: 1", "there is `pretrain.learning_rate` and `finetune.learning_rate`"),
+        ("sources: [{id: a, reader: llava, strip: /x/}]", "`sources.0.strip`; there is `sources[].columns.strip`"),
+        ("model: {paths: 8}", "did you mean `path`?"),
+    ],
+)
+def test_keys_of_other_trainers_and_other_sections_are_told_by_name(tmp_path, text, expected):
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, f"run_dir: x\n{text}\n")
+    assert expected in caught.value.message
+
+
+def test_what_other_trainers_keys_are_called_here_exists():
+    keys = {key.path for key in list_keys()}
+    heads = {path.partition(".")[0].partition("[")[0] for path in keys}
+    assert set(ELSEWHERE.values()) <= keys | heads
+    assert not set(ELSEWHERE) & heads, "a section of a recipe is no key of others"
+
+
+def test_known_keys_are_listed_once(tmp_path):
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, "run_dir: x\nfinetune: {xxxx: 1, yyyy: 2}\nzzzz: 3\n")
+    told = caught.value.message
+    assert told.count("known keys: accumulate, ") == 1 and told.count("known keys: build, ") == 1
+    assert all(f"unknown key `{name}`" in told for name in ("finetune.xxxx", "finetune.yyyy", "zzzz"))

@@ -1,4 +1,4 @@
-"""The shipped recipes, the README's commands and recipes, and the wheel that carries them."""
+"""The shipped recipes, the commands and recipes of README and guides, and the wheel that carries them."""
 
 import os
 import re
@@ -16,6 +16,7 @@ import yaml
 
 from mmtune.cli import app
 from mmtune.order import run_stages, stages_of
+from mmtune.recipe.elsewhere import ELSEWHERE
 from mmtune.recipe.text import load_recipe
 from mmtune.stages.init import copy_recipe, list_recipes
 from mmtune.stages.keys import list_keys
@@ -24,13 +25,15 @@ from mmtune.talk import Talk
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 README = (ROOT / "README.md").read_text("utf-8")
+GUIDES = [ROOT / "README.md", *sorted((ROOT / "recipes").glob("*.md"))]
+WORDS = "\n".join(path.read_text("utf-8") for path in GUIDES)
 COMMANDS = typer.main.get_command(app)
 # A figure with its unit, or a plain word on why there is none.
 TIME = r"# time\b[^:]*: (.*\d[a-z ]* (s|min|minutes|hours)\b|not yet measured|depends on your data)"
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", WORDS, re.DOTALL)
 
 
 def assert_parses(line: str) -> None:
@@ -92,20 +95,60 @@ def test_a_copy_of_a_recipe_finds_the_bundled_data(path: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("text", blocks("yaml"))
-def test_recipes_of_the_readme_load(text: str, tmp_path: Path):
+def test_recipes_of_the_guides_load(text: str, tmp_path: Path):
     path = tmp_path / "recipe.yaml"
     path.write_text(text, "utf-8")
     assert load_recipe(path, environ={}).sources
 
 
 @pytest.mark.parametrize("line", [line for block in blocks("bash") for line in block.splitlines() if line.strip()])
-def test_commands_of_the_readme_parse(line: str):
+def test_commands_of_the_guides_parse(line: str):
     assert_parses(line)
 
 
-def test_commands_named_in_the_readme_exist():
-    named = set(re.findall(r"`mmtune ([a-z-]+)", README))
+def test_commands_and_recipes_named_in_the_guides_exist():
+    named = set(re.findall(r"`mmtune ([a-z-]+)", WORDS))
     assert named and named <= set(COMMANDS.commands)  # type: ignore[attr-defined]
+    files = set(re.findall(r"`(?:python )?((?:recipes|tests|data)/[\w/.-]+\.[a-z]+)", WORDS))
+    assert files and not [name for name in files if not (ROOT / name).is_file()]
+
+
+def anchors(path: Path) -> set[str]:
+    """Returns the names by which a page's headings are linked to."""
+    heads = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", path.read_text("utf-8"), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_of_the_guides_lead_somewhere(path: Path):
+    links = re.findall(r"\]\(([^)\s]+)\)", path.read_text("utf-8"))
+    for link in links:
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        assert target.exists() and target.is_relative_to(ROOT), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_readme_is_short_and_leads_to_every_guide_and_every_recipe_is_listed():
+    assert len(README.splitlines()) <= 260
+    linked = {link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", README)}
+    assert {str(path.relative_to(ROOT)) for path in GUIDES[1:]} <= linked
+    index = (ROOT / "recipes" / "README.md").read_text("utf-8")
+    assert set(re.findall(r"\]\((\w+\.yaml)\)", index)) == {path.name for path in RECIPES}
+
+
+def table_under(heading: str) -> list[list[list[str]]]:
+    """Returns the quoted names in every cell of the README's table whose head begins so, by row and column."""
+    lines = README[README.index(f"| {heading} |") :].split("\n\n")[0].splitlines()[2:]
+    return [[re.findall(r"`([^`]+)`", cell) for cell in line.split("|")[1:-1]] for line in lines]
+
+
+def test_keys_of_other_trainers_are_told_as_the_readme_has_them():
+    rows = table_under("LLaMA-Factory")
+    assert len(rows) > 10
+    for *theirs, ours in rows:
+        for name in {name for cell in theirs for name in cell} - {"model"}:
+            assert any(ELSEWHERE.get(name) == key or key.rpartition(".")[2] == name for key in ours), name
 
 
 def given_keys(value: object, path: str = "") -> Iterator[str]:
@@ -119,12 +162,12 @@ def given_keys(value: object, path: str = "") -> Iterator[str]:
 def test_every_key_is_shown_somewhere_and_set_by_a_test():
     shown = [*(path.read_text("utf-8") for path in RECIPES), *blocks("yaml")]
     given = {key for text in shown for key in given_keys(yaml.load(text, yaml.BaseLoader))}
-    said = " ".join(re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL)))
+    said = " ".join(re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", WORDS, flags=re.DOTALL)))
     mine = Path(__file__).parent
     tests = "\n".join(path.read_text("utf-8") for path in mine.rglob("test_*.py") if path != Path(__file__))
     names = {key.path.replace("[]", ""): key.path.rpartition(".")[2] for key in list_keys()}
     hidden = [path for path, name in names.items() if path not in given and not re.search(rf"\b{name}\b", said)]
-    assert not hidden, f"in no recipe and not in the README: {hidden}"
+    assert not hidden, f"in no recipe and no guide: {hidden}"
     untested = [path for path, name in names.items() if not re.search(rf"\b{name}[\"']?\s*[:=]", tests)]
     assert not untested, f"set by no test: {untested}"
 

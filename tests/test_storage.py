@@ -46,8 +46,10 @@ def test_a_changed_setting_rebuilds_and_says_what_changed(tmp_path):
 def test_a_changed_setting_is_refused_where_asked(tmp_path):
     target = tmp_path / "demo"
     make(target, {"k": 1}, "old")
-    with pytest.raises(IntegrityError, match=r"config\.k: 1 -> 2"):
+    with pytest.raises(IntegrityError, match=r"config\.k: 1 -> 2") as refused:
         make(target, {"k": 2}, on_change="refuse")
+    # Of a whole run --force would redo the stages before it, too.
+    assert "mmtune demo --force" in refused.value.hint
     assert (target / "data.txt").read_text() == "old"
 
 

@@ -39,7 +39,7 @@ def extract(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Media, texts and histories to features/ by frozen encoders, with a search index.
+    """Media, texts and histories to features/. Frozen encoders make them, beside a search index.
 
     Example: mmtune extract recipes/features.yaml --limit 100
     """
@@ -61,7 +61,7 @@ def tokenize(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """instructions/ to tokens/: ids, loss mask and media spans, without decoding a pixel.
+    """instructions/ to tokens/. Ids, loss mask and media spans, without decoding a pixel.
 
     Example: mmtune tokenize recipes/quickstart.yaml
     """

@@ -46,7 +46,7 @@ def show(
     split: Annotated[str | None, typer.Option("--split", help="Which split; default the first.")] = None,
     as_json: Json = False,
 ) -> None:
-    """What is in a stage folder: manifest, counts, rejects and one row with its loss mask.
+    """What is in a stage folder or a run. Manifest, counts, rejects and one row with its loss mask.
 
     Example: mmtune show runs/quickstart/tokens --row 3
     """
@@ -60,7 +60,7 @@ def show(
 
 
 def doctor(as_json: Json = False) -> None:
-    """Versions, devices and decoders; what is missing and how to install it.
+    """Versions, devices, decoders and what is missing. It says how to install that.
 
     Example: mmtune doctor --json
     """

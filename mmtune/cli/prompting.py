@@ -40,7 +40,7 @@ def prompt(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Searches for a better prompt with a frozen model: instructions/ to prompt/.
+    """A better prompt to prompt/. The search asks a frozen model rows of instructions/.
 
     Example: mmtune prompt recipes/prompt_blackbox.yaml --method gepa
     """

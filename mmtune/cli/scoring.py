@@ -22,7 +22,7 @@ def evaluate(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Models and instructions/ to report/: the same rows on base and tuned model, with intervals.
+    """Base and tuned model to report/. Both answer the same rows, and scores have intervals.
 
     Example: mmtune eval recipes/quickstart.yaml --json
     """

@@ -46,7 +46,7 @@ def pretrain(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Encoders and a language model, joined and trained on instructions/, to base/ with exact resume.
+    """Encoders and a language model to base/. They are joined and trained on instructions/, with exact resume.
 
     Example: mmtune pretrain recipes/represent.yaml
     """
@@ -90,7 +90,7 @@ def finetune(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """tokens/ to adapter/: LoRA or full tuning with exact resume.
+    """tokens/ to adapter/. LoRA, full tuning or soft prompts, with exact resume.
 
     Example: mmtune finetune recipes/quickstart.yaml --gpus 4
     """

@@ -17,7 +17,7 @@ def run(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Every stage that the recipe names, in order; finished ones are skipped.
+    """Every stage that the recipe names, in order. Finished ones are skipped.
 
     Example: mmtune run recipes/quickstart.yaml
     """

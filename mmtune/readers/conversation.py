@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmtune.readers.fields import as_list, as_object, kind, media_of, record_id, scalar_text
+from mmtune.readers.fields import as_list, as_object, kind, media_of, missing, record_id, scalar_text
 from mmtune.readers.histories import history_items
 from mmtune.readers.source import Refused, Row, SourceFiles
 from mmtune.records import MODALITIES, Medium, Message, Modality, Part, Record, Role, TextPart, ToolCall, history
@@ -43,6 +43,10 @@ def role_of(value: Any, pointer: str) -> Role:
         said = repr(value) if isinstance(value, str) else kind(value)
         raise Refused("bad_field", f"{pointer}: unknown role {said}; known: {', '.join(sorted(ROLE_NAMES))}")
     return ROLE_NAMES[value]
+
+
+# Where ms-swift fills in names and boxes of a row's `objects`, in a form that depends on the model.
+_OBJECT_MARKS = ("<ref-object>", "<bbox>")
 
 
 def media_columns(source: SourceFiles, row: Mapping[str, Any]) -> dict[Modality, list[Medium]]:
@@ -167,7 +171,7 @@ def taught_turns(source: SourceFiles, row: Mapping[str, Any], spellings: Sequenc
         spellings: Other keys that are looked for, the format's own first.
 
     Raises:
-        Refused: The row is marked as not to be learned, or has no turns.
+        Refused: The row is marked as not to be learned, has no turns, or marks for objects that nobody fills in.
     """
     if row.get("label") is False:
         raise Refused("not_preferred", "/label: false; this answer is not one to learn")
@@ -178,8 +182,14 @@ def taught_turns(source: SourceFiles, row: Mapping[str, Any], spellings: Sequenc
         return _answered(row, answer)
     key = key or spellings[0]
     if key not in row:
-        raise _missing(key, row)
+        raise missing(row, key)
     turns = list(as_list(row[key], f"/{key}"))
+    if row.get("objects") and any(mark in str(turns) for mark in _OBJECT_MARKS):
+        raise Refused(
+            "bad_field",
+            f"/objects: {' and '.join(_OBJECT_MARKS)} would be taught as these words: write the objects' names and"
+            " boxes into the text, in the model's own form",
+        )
     if row.get("chosen") is not None and not (turns and _is_answer(turns[-1])):
         turns += _turns_of(row["chosen"], "chosen", "assistant")
     return key, turns
@@ -193,7 +203,7 @@ def _is_answer(turn: Any) -> bool:
 def _answered(row: Mapping[str, Any], answer: str) -> tuple[str, list[Any]]:
     said, prompt = row[answer], row.get("prompt")
     if prompt is None and isinstance(said, str):
-        raise _missing("prompt", row)
+        raise missing(row, "prompt")
     if prompt is None or (isinstance(prompt, str) and isinstance(said, list | tuple)):
         return answer, _turns_of(said, answer, "assistant")
     return f"prompt+{answer}", [*_turns_of(prompt, "prompt", "user"), *_turns_of(said, answer, "assistant")]
@@ -203,10 +213,6 @@ def _turns_of(value: Any, key: str, role: Role) -> list[Any]:
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     return [value] if isinstance(value, Mapping) else as_list(value, f"/{key}")
-
-
-def _missing(key: str, row: Mapping[str, Any]) -> Refused:
-    return Refused("bad_field", f"/{key}: missing; the row has {', '.join(map(str, row)) or 'nothing'}")
 
 
 def conversation(

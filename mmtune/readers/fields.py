@@ -22,6 +22,23 @@ def wrong(pointer: str, expected: str, value: Any) -> Refused:
     return Refused("bad_field", f"{pointer or '/'}: expected {expected}, found {kind(value)}")
 
 
+# Keys of a row -> how it is read, for whoever named another reader; the first that a row has all of is told.
+_READ_BY = (
+    (("conversations",), "sharegpt"),
+    (("messages",), "messages or sharegpt"),
+    (("instruction", "output"), "alpaca"),
+    (("query", "response"), "alpaca, columns: {instruction: query, output: response}"),
+    (("question", "answer"), "table, columns: {question: question, answer: answer}"),
+)
+
+
+def missing(row: Mapping[str, Any], key: str, pointer: str = "") -> Refused:
+    """Returns the refusal of a row without a field: what it has instead, and how such rows are read."""
+    has = f"the row has {', '.join(map(str, row)) or 'nothing'}"
+    fits = next((reader for keys, reader in _READ_BY if key not in keys and all(name in row for name in keys)), None)
+    return Refused("bad_field", f"{pointer}/{key}: missing; {has}" + (f" (reader: {fits})" if fits else ""))
+
+
 def as_object(value: Any, pointer: str = "") -> Mapping[str, Any]:
     """Returns a value that must be an object."""
     if not isinstance(value, Mapping):
@@ -46,7 +63,7 @@ def as_text(value: Any, pointer: str) -> str:
 def text_field(row: Mapping[str, Any], key: str, pointer: str = "") -> str:
     """Returns a string field that must be there."""
     if key not in row:
-        raise Refused("bad_field", f"{pointer}/{key}: missing; the row has {', '.join(map(str, row)) or 'nothing'}")
+        raise missing(row, key, pointer)
     return as_text(row[key], f"{pointer}/{key}")
 
 

@@ -69,7 +69,9 @@ def _record(
     if modality is None:
         return Reject(path, own, "not_media", "not the name of an image, sound or video")
     if found is None or not found[0].strip():
-        return Reject(path, own, "no_label", "no label in its path")
+        return Reject(
+            path, own, "no_label", "no label in its path: neither a folder of its own nor columns.label names one"
+        )
     return Record(
         id=own,
         source=source.id,

@@ -8,17 +8,19 @@ r"""Any dataset of the ``datasets`` library: a saved folder, a local folder, or 
 
 With ``columns`` the rows are read like those of ``table``. Without, a ``messages`` or
 ``conversations`` column is read like the formats of these names, a ``chosen`` or ``completion`` column as ``messages``
-does. Media are never decoded here;
-their stored bytes travel with the rows.
+does; ``messages`` that are strings with ``<image>`` beside media, as LLaMA-Factory has them, as ``sharegpt`` does.
+Media are never decoded here; their stored bytes travel with the rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mmtune.errors import CapabilityError, DataError, RecipeError
 from mmtune.hub import look_here_without_hub
+from mmtune.readers.conversation import PLACEHOLDER, media_columns
+from mmtune.readers.fields import as_object
 from mmtune.readers.messages import message_record
 from mmtune.readers.sharegpt import sharegpt_record
 from mmtune.readers.source import Row, SourceFiles, read_rows
@@ -42,7 +44,7 @@ def read_hf(source: SourceFiles) -> Iterator[Record | Reject]:
     names = dataset.column_names
     teach = {"answer", "output", "target", "references"} & set(source.columns)
     if not teach and "messages" in names:
-        make = message_record
+        make = _messages_record
     elif not teach and "conversations" in names:
         make = sharegpt_record
     elif not teach and {"chosen", "completion"} & set(names):
@@ -53,6 +55,16 @@ def read_hf(source: SourceFiles) -> Iterator[Record | Reject]:
     own = "" if make is table_record else "id"
     rows = _rows(dataset, str(source.path))
     yield from read_rows(rows, lambda row: [make(source, row)], source=source, id_column=own)
+
+
+def _messages_record(source: SourceFiles, row: Row) -> Record:
+    """Returns the conversation of a row whose ``messages`` mark media by parts or by placeholders in strings."""
+    value = as_object(row.value)
+    turns = value.get("messages")
+    strings = [turn.get("content") for turn in turns if isinstance(turn, Mapping)] if isinstance(turns, list) else []
+    marked = all(isinstance(text, str) for text in strings) and any(PLACEHOLDER.search(str(text)) for text in strings)
+    listed = any(media_columns(source, value).values())
+    return sharegpt_record(source, row) if marked and listed else message_record(source, row)
 
 
 def _rows(dataset: Any, name: str) -> Iterator[Row]:

@@ -21,9 +21,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mmtune.readers.conversation import conversation, row_metadata
-from mmtune.readers.fields import as_list, as_object
+from mmtune.readers.fields import as_list, as_object, missing
 from mmtune.readers.sharegpt import turns_of
-from mmtune.readers.source import Refused, Row, SourceFiles, read_rows
+from mmtune.readers.source import Row, SourceFiles, read_rows
 from mmtune.readers.strict_json import iter_items
 from mmtune.records import Record, Reject
 
@@ -37,7 +37,7 @@ def _record(source: SourceFiles, row: Row) -> Record:
     value = as_object(row.value)
     key = str(source.columns.get("messages", "conversations"))
     if key not in value:
-        raise Refused("bad_field", f"/{key}: missing; the row has {', '.join(map(str, value)) or 'nothing'}")
+        raise missing(value, key)
     messages = turns_of(as_list(value[key], f"/{key}"), f"/{key}", value, source)
     named = source.columns.get("id")
     own = value.get(str(named)) if named is not None else None

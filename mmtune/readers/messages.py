@@ -13,7 +13,8 @@ A part is text (``text`` or ``value``), an image (``{"type": "image", "image"|"p
 or ``{"type": "image_url", "image_url": {"url": ...}}``), ``input_audio``, ``audio``, ``video``,
 ``behaviour`` (a user's history, ``{"type": "behaviour", "behaviour": ["318", "50"]}``), ``reasoning`` or
 ``tool_call``. A part that names no file takes the next of the row's ``images``, ``audios``, ``videos`` or
-``histories``. Content may be a plain string, whose ``<image>`` is just text.
+``histories``. Content may be a plain string, whose ``<image>`` is just text; where no turn marks a place for the
+row's ``images``, they stand before the user's first words, as with TRL.
 A pair of ``chosen_messages`` and ``rejected_messages`` is read as its chosen conversation, and TRL's rows
 (``prompt`` with ``chosen`` or ``completion``, or ``chosen`` alone) as the conversation that they prefer::
 
@@ -30,9 +31,11 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mmtune.readers.conversation import (
+    PLACEHOLDER,
     conversation,
     media_columns,
     role_of,
@@ -74,6 +77,7 @@ def message_record(source: SourceFiles, row: Row) -> Record:
     key, turns = taught_turns(source, value, ("messages", "chosen_messages", "conversation"))
     queue = MediaQueue(media_columns(source, value), str(source.columns.get("strip", "")))
     messages = [read_turn(turn, f"/{key}/{at}", queue) for at, turn in enumerate(turns)]
+    messages = queue.before_first_question(messages)
     queue.check(messages)
     own = value.get(str(source.columns.get("id", "id")))
     return conversation(
@@ -105,6 +109,21 @@ class MediaQueue:
                 f"{pointer}: part {at + 1} of type {modality} but {len(self._media[modality])} {modality} file(s)",
             )
         return self._media[modality][at]
+
+    def before_first_question(self, messages: Sequence[Message]) -> list[Message]:
+        """Returns the messages, the row's images before the user's first words where no turn marks a place for any.
+
+        So TRL shows them (``trl.data_utils.prepare_multimodal_messages``). Media of other kinds, and images
+        beside a turn that shows or names one, keep the row as it is.
+        """
+        first = next((at for at, message in enumerate(messages) if message.role == "user"), None)
+        marked = any(message.media or PLACEHOLDER.search(message.text) for message in messages)
+        if first is None or marked or not self._media["image"]:
+            return list(messages)
+        self._used["image"] = len(self._media["image"])
+        asked = messages[first]
+        shown = replace(asked, parts=(*self._media["image"], *asked.parts))
+        return [*messages[:first], shown, *messages[first + 1 :]]
 
     def check(self, messages: Sequence[Message]) -> None:
         """Raises Refused when some media were never shown."""

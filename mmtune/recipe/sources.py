@@ -8,6 +8,9 @@ from pydantic import Field, field_validator
 
 from mmtune.recipe.section import Section, SplitName
 
+# Names of `columns` that people look for beside it.
+COLUMN_PATHS = ("sources[].columns.strip", "sources[].columns.delimiter", "sources[].columns.rows")
+
 
 class Source(Section):
     """One raw dataset."""

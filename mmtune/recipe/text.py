@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mmtune.errors import RecipeError
+from mmtune.recipe.elsewhere import advice
 from mmtune.recipe.paths import resolve_paths
 from mmtune.recipe.schema import Recipe
+from mmtune.recipe.sources import COLUMN_PATHS
 
 DEFAULT_NAME = "mmtune.yaml"
 ENV_PREFIX = "MMTUNE_"
@@ -134,7 +135,7 @@ def check_recipe(values: Mapping[str, Any], path: Path, given: Mapping[tuple[str
         outside = dict(given or {})
         places = {key: f"line {line}" for key, line in _key_lines(path).items()} | outside
         problems = [_describe(item, places) for item in error.errors()]
-        unique = list(dict.fromkeys(problems))
+        unique = _told_once(list(dict.fromkeys(problems)))
         hint = "mend the recipe; `mmtune init` lists working ones"
         if all(any(one.startswith(f"{source}: ") for source in outside.values()) for one in unique):
             # The recipe may be sound.
@@ -232,10 +233,8 @@ def _describe(item: Any, places: Mapping[tuple[str, ...], str]) -> str:
     place = places.get(location) or places.get(location[:-1])
     where = f"{place}: " if place else ""
     if item["type"] == "extra_forbidden":
-        known = sorted(_known_keys(location[:-1]))
-        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.6)
-        advice = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}"
-        return f"{where}unknown key `{name}`; {advice}"
+        told = advice(location[-1], _known_keys(location[:-1]), [*_paths(Recipe), *COLUMN_PATHS])
+        return f"{where}unknown key `{name}`; {told}"
     if item["type"] == "missing":
         return f"{where}`{name}` is required"
     message = item["msg"].removeprefix("Value error, ")
@@ -247,6 +246,25 @@ def _describe(item: Any, places: Mapping[tuple[str, ...], str]) -> str:
     given = item.get("input")
     found = f" (found {given!r})" if isinstance(given, str | int | float | bool) else ""
     return f"{where}`{name}`: {message[0].lower()}{message[1:]}{found}" if name else f"{where}{message}"
+
+
+def _told_once(problems: Sequence[str]) -> list[str]:
+    """Returns the problems, each list of known keys behind the first that names it alone."""
+    lists = [problem.partition("; known keys: ")[2] for problem in problems]
+    return [
+        problem.removesuffix(f"; known keys: {keys}") if keys and keys in lists[:at] else problem
+        for at, (problem, keys) in enumerate(zip(problems, lists, strict=True))
+    ]
+
+
+def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yields the whole path of every key below a section."""
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}"
+        inner = _inner_model(field.annotation)
+        if inner is not None:
+            many = "[]" if inner.__name__ in str(field.annotation) and "tuple[" in str(field.annotation) else ""
+            yield from _paths(inner, f"{prefix}{name}{many}.")
 
 
 def _known_keys(location: tuple[str, ...]) -> list[str]:

@@ -49,7 +49,7 @@ table.turned tr.together td { font-weight: 640; }
 .better { color: var(--better); } .worse { color: var(--worse); } .finding.better, .finding.worse { color: var(--ink); }
 td.better, td.worse { font-weight: 600; }
 .key i { display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin: 0 6px 0 0; }
-.key span { margin-right: 18px; white-space: nowrap; }
+.key { max-width: none; } .key span { margin-right: 18px; white-space: nowrap; }
 .base { --own: var(--base); } .tuned { --own: var(--tuned); } .best_prompt { --own: var(--best-prompt); }
 .tuned_best_prompt { --own: var(--tuned-best-prompt); } .vote { --own: var(--ink); }
 .key i { background: var(--own); border: 1.5px solid var(--own); } .key i.hollow { background: none; } .pale { opacity: .5; }
@@ -190,7 +190,7 @@ per answer token, over optimizer steps</p>{% endif %}
 {% for one in row.other_media %}<p class="note">{{ one }}</p>{% endfor %}
 <dl class="answers">
 {% for answer in row.answers %}<dt>{{ answer.model }}</dt><dd>{{ answer.text or "(empty)" }}</dd><dd class="score">{{ "%.0f" | format(answer.score) }}</dd>{% endfor %}
-<dt>reference</dt><dd>{% for text, count in row.references %}{{ ", " if not loop.first }}{{ text }}{% if count > 1 %} ×{{ count }}{% endif %}{% endfor %}</dd><dd></dd>
+<dt>reference</dt><dd>{% for text, count in row.references %}{{ " · " if not loop.first }}{{ text }}{% if count > 1 %} ×{{ count }}{% endif %}{% endfor %}</dd><dd></dd>
 </dl>
 <div class="id"><code>{{ row.id }}</code> · {{ row.metric | label }}</div>
 </article>

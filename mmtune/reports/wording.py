@@ -100,9 +100,10 @@ def headline(report: Mapping[str, Any]) -> str:
     if pair is None:
         who, last = list(entry["models"].items())[-1]
         alone = f"{label(name)} of {_who(who)} is {number(last['value'])} (95 % interval {interval(last)}) on {rows}."
-        return alone + _vote_said(entry)
+        return alone + _vote_said(entry) + _alike_said(report, (who,))
     found = leading_test(entry, pair)
     before, after = (number(entry["models"][who]["value"]) for who in pair)
+    beside = _vote_said(entry) + _alike_said(report, pair)
     sure = f"{interval(found, sign=True)}, p {_p(found['p'])}) on {rows}"
     change, subject = f"{named(name)} from {before} to {after}", _subject(*pair)
     by = f"a difference of {signed(found['value'])} (95 % interval {sure}"
@@ -111,9 +112,9 @@ def headline(report: Mapping[str, Any]) -> str:
         moved = f"moved {change}, {by}"
         if before == after:
             moved = f"left {named(name)} unchanged at {after} (95 % interval of the difference {sure}"
-        return f"{said}: {subject} {moved}.{_vote_said(entry)}"
+        return f"{said}: {subject} {moved}.{beside}"
     verb = "raised" if found["value"] > 0 else "lowered"
-    return f"{subject[0].upper()}{subject[1:]} {verb} {change}, {by}.{_vote_said(entry)}"
+    return f"{subject[0].upper()}{subject[1:]} {verb} {change}, {by}.{beside}"
 
 
 def _too_few(entry: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
@@ -134,6 +135,23 @@ def _vote_said(entry: Mapping[str, Any]) -> str:
     best = max(found["value"] for model, found in entry["models"].items() if model not in votes)
     place = "as much as" if value == best else "more than" if value > best else "less than"
     return f" The exemplars' majority alone ({name!r}) scores {number(value)}, {place} the best model ({number(best)})."
+
+
+def _alike_said(report: Mapping[str, Any], shown: Sequence[str]) -> str:
+    """Returns which of the shown models give one answer to nearly all rows; empty where none does."""
+    told: dict[tuple[str, int, int], list[str]] = {}
+    for name in shown:
+        found = report.get("alike", {}).get(name)
+        if found:
+            told.setdefault((found["answer"], found["rows"], found["among_references"]), []).append(_who(name))
+    said = ""
+    for (answer, rows, wanted), names in told.items():
+        short, who = answer if len(answer) <= 60 else f"{answer[:57]}...", " and ".join(names)
+        said += (
+            f" {who[:1].upper()}{who[1:]} answer{'s' if len(names) == 1 else ''} {short!r} to {rows:,} of"
+            f" {report['n']:,} rows, whatever they show; it is a reference of {wanted:,}."
+        )
+    return said
 
 
 def rows_said(report: Mapping[str, Any]) -> str:

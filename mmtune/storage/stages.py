@@ -223,7 +223,7 @@ def _check_target(
     if on_change == "refuse" and not force:
         raise IntegrityError(
             f"{target} was made with other settings or data: " + "; ".join(different),
-            "use --force to replace it, or another run_dir to keep both",
+            f"replace it alone: mmtune {identity['stage']} --force, or keep both: another run_dir",
             "changed",
         )
     return different

@@ -205,17 +205,55 @@ def test_trl_rows_with_pictures(tmp_path: Path):
 
 
 def test_a_picture_that_is_marked_in_the_text_is_told_of_the_reader_that_takes_it(tmp_path: Path):
-    rows = [
-        {"images": ["c.jpg"], "messages": [said("<image>What?", "user"), said("A cat.")]},
-        {"images": ["c.jpg"], "messages": [said("What?", "user"), said("A cat.")]},
-    ]
+    rows = [{"images": ["c.jpg"], "messages": [said("<image>What?", "user"), said("A cat.")]}]
     path = write(tmp_path / "t.jsonl", rows)
-    marked, bare = read("messages", path=path)
-    assert bare.detail == "0 image part(s) but 1 image file(s)"
-    assert (
-        marked.detail == bare.detail + "; <image> in a text is words here, and stands for a file with reader: sharegpt"
+    (marked,) = read("messages", path=path)
+    assert marked.detail == (
+        "0 image part(s) but 1 image file(s)"
+        "; <image> in a text is words here, and stands for a file with reader: sharegpt"
     )
     assert read("sharegpt", path=path)[0].messages[0].media == (Medium("image", "c.jpg"),)
+
+
+def test_pictures_without_a_place_stand_where_trl_puts_them(tmp_path: Path):
+    trl = pytest.importorskip("trl.data_utils")
+    system, asked, answer, again = said("Hi.", "system"), said("What?", "user"), said("A cat."), said("Sure?", "user")
+    rows = [
+        {"images": ["c.jpg", "d.jpg"], "messages": [system, asked, answer, again, answer]},
+        {"images": ["c.jpg"], "prompt": [asked], "completion": [answer]},
+        {"image": "c.jpg", "prompt": [asked], "completion": [answer]},
+    ]
+    for row, item in zip(rows, read("messages", path=write(tmp_path / "t.jsonl", rows)), strict=True):
+        turns = row.get("messages") or [asked, answer]
+        wanted = trl.prepare_multimodal_messages(turns, row.get("images", ["c.jpg"]))
+        shown = [
+            [part.path if isinstance(part, Medium) else part.text for part in message.parts]
+            for message in item.messages
+        ]
+        assert shown == [[part.get("image", part.get("text")) for part in turn["content"]] for turn in wanted]
+
+
+def test_other_media_and_places_that_are_marked_for_some_pictures_are_not_guessed(tmp_path: Path):
+    rows = [
+        {"audios": ["c.wav"], "messages": [said("What?", "user"), said("A cat.")]},
+        {"images": ["c.jpg", "d.jpg"], "messages": [user({"type": "image"}), said("A cat.")]},
+        {"images": ["c.jpg"], "messages": [said("A cat.")]},
+    ]
+    items = read("messages", path=write(tmp_path / "t.jsonl", rows))
+    assert [item.reason for item in items] == ["media_mismatch"] * 3
+
+
+@pytest.mark.parametrize("reader", ["sharegpt", "messages"])
+def test_marks_for_objects_are_not_taught_as_words(tmp_path: Path, reader: str):
+    boxes = {"ref": ["dog"], "bbox": [[1, 2, 3, 4]]}
+    rows = [
+        {"objects": boxes, "messages": [said("Find <ref-object>", "user"), said("<bbox>")]},
+        {"objects": boxes, "messages": [said("Find the dog", "user"), said("(1,2),(3,4)")]},
+        {"messages": [said("What does <bbox> mean?", "user"), said("A box.")]},
+    ]
+    refused, *kept = read(reader, path=write(tmp_path / "t.jsonl", rows))
+    assert refused.detail.startswith("/objects: <ref-object> and <bbox> would be taught as these words")
+    assert [item.messages[0].text for item in kept] == ["Find the dog", "What does <bbox> mean?"]
 
 
 def test_alpaca(tmp_path: Path):
@@ -238,3 +276,28 @@ def test_alpaca(tmp_path: Path):
     assert shown.media == (Medium("image", "c.jpg"),) and shown.id == "s/train-2"
     assert marked.messages[0].parts == (TextPart("Is "), Medium("image", "c.jpg"), TextPart(" red?"))
     assert reasons(items) == ["media_mismatch", "empty_answer", "bad_field", "bad_field"]
+
+
+@pytest.mark.parametrize(
+    ("row", "reader", "fits"),
+    [
+        ({"messages": [], "x": 1}, "alpaca", " (reader: messages or sharegpt)"),
+        ({"conversations": []}, "messages", " (reader: sharegpt)"),
+        ({"instruction": "a", "output": "b"}, "sharegpt", " (reader: alpaca)"),
+        ({"question": "a", "answer": "b"}, "llava", " (reader: table, columns: {question: question, answer: answer})"),
+        ({"instruction": "a", "x": "b"}, "alpaca", ""),
+        ({"x": 1}, "messages", ""),
+    ],
+)
+def test_a_row_of_another_format_is_told_of_its_reader(tmp_path: Path, row: dict, reader: str, fits: str):
+    (item,) = read(reader, path=write(tmp_path / "t.jsonl", [row]))
+    assert item.detail.endswith(f"missing; the row has {', '.join(row)}{fits}")
+
+
+def test_the_reader_that_is_told_reads_the_row(tmp_path: Path):
+    rows = [{"query": "What?", "response": "A cat.", "history": [["Hi", "Hello"]], "system": "Be short."}]
+    path = write(tmp_path / "t.jsonl", rows)
+    (told,) = read("sharegpt", path=path)
+    assert "(reader: alpaca, columns: {instruction: query, output: response})" in told.detail
+    (item,) = read("alpaca", path=path, columns={"instruction": "query", "output": "response"})
+    assert [message.text for message in item.messages] == ["Be short.", "Hi", "Hello", "What?", "A cat."]

@@ -10,7 +10,7 @@ import pytest
 from mmtune.errors import CapabilityError, DataError, RecipeError
 from mmtune.readers.table import _KNOWN
 from mmtune.recipe import Source
-from mmtune.records import Medium, Record, Reject
+from mmtune.records import Medium, Record, Reject, TextPart
 from tests.readers.reading import read, reasons, write
 
 
@@ -254,6 +254,26 @@ def test_hf_from_a_saved_folder(tmp_path: Path):
         with pytest.raises(DataError) as error:
             read("hf", path=tmp_path / folder, columns={"answer": "a"})
         assert error.value.code == code
+
+
+def test_hf_reads_placeholders_in_strings_as_files_and_parts_as_they_are(tmp_path: Path):
+    import datasets
+
+    def rows(*contents) -> list[dict]:
+        turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), contents, strict=True)]
+        return [{"messages": turns, "images": ["a.jpg"]}, {"messages": turns, "images": []}]
+
+    text = [{"type": "text", "text": "A cat."}]
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": "Is <image> a word?"}]
+    for name, made in (("marked", rows("<image>What?", "A cat.")), ("parts", rows(parts, text))):
+        datasets.Dataset.from_list(made).save_to_disk(tmp_path / name)
+    shown, words = read("hf", path=tmp_path / "marked")
+    assert shown.messages[0].parts == (Medium("image", "a.jpg"), TextPart("What?"))
+    # No file is listed: the characters are words.
+    assert words.messages[0].parts == (TextPart("<image>What?"),)
+    shown, refused = read("hf", path=tmp_path / "parts")
+    assert shown.messages[0].parts == (Medium("image", "a.jpg"), TextPart("Is <image> a word?"))
+    assert isinstance(refused, Reject) and refused.reason == "media_mismatch"
 
 
 def test_a_row_without_its_image_is_refused_and_images_may_be_none(tmp_path: Path):

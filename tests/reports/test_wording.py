@@ -2,7 +2,7 @@
 
 import pytest
 
-from mmtune.reports.wording import named, p_value, perplexity, verdict
+from mmtune.reports.wording import headline, named, p_value, perplexity, verdict
 
 
 def test_verdict_needs_interval_and_test():
@@ -47,3 +47,25 @@ def test_a_perplexity_has_three_significant_digits(value, said):
 )
 def test_a_metric_inside_a_sentence_keeps_its_abbreviation(metric, said):
     assert named(metric) == said
+
+
+def test_the_finding_tells_of_models_that_answer_all_rows_alike():
+    entry = {
+        "n": 20,
+        "media_groups": 20,
+        "higher_is_better": True,
+        "models": {"base": {"value": 40.0}, "tuned": {"value": 65.0}},
+        "difference": {"value": 25.0, "low": 5.0, "high": 45.0, "p": 0.01},
+    }
+    report = {
+        "run": {"split": "val", "pair": ["base", "tuned"]},
+        "n": 20,
+        "metrics": {"accuracy": entry},
+        "alike": {"tuned": {"answer": "joy", "rows": 19, "among_references": 13}},
+    }
+    said = "The tuned model answers 'joy' to 19 of 20 rows, whatever they show; it is a reference of 13."
+    assert headline(report).endswith(f"on 20 held-out rows. {said}")
+    assert headline({**report, "alike": {}}).endswith("on 20 held-out rows.")
+    assert headline({**report, "alike": {"tuned": {**report["alike"]["tuned"], "answer": "x" * 99}}}).count("x") == 57
+    both = dict.fromkeys(("base", "tuned"), report["alike"]["tuned"])
+    assert "The base model and the tuned model answer 'joy' to 19 of 20" in headline({**report, "alike": both})

@@ -159,7 +159,7 @@ def save_vit(folder: Path, seed: int) -> None:
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
 
 
-def test_bad_media_are_refused_by_name_and_all_is_counted(tmp_path):
+def test_bad_media_are_refused_by_name_and_all_is_counted(tmp_path, capsys):
     folder = pictures(tmp_path / "media", 3)
     bad = folder / "b"
     picture(bad / "one_pixel.png", 0, (1, 1))
@@ -181,6 +181,10 @@ def test_bad_media_are_refused_by_name_and_all_is_counted(tmp_path):
     assert result["rows"]["image"] + result["failed"]["image"] == result["distinct"]["image"]
     assert result["failed"]["audio"] == result["distinct"]["audio"] == 1
     assert sum(result["drops"].values()) == len(rejects)
+    assert "note: refused 1 row and 3 units: " in capsys.readouterr().err
+    (bad / "cut.png").unlink(), (bad / "empty.png").unlink(), (bad / "text.wav").unlink()
+    run(recipe(tmp_path, folder))
+    assert "note: refused 1 row: not_media 1" in capsys.readouterr().err
 
 
 def test_pooled_vectors_alone(tmp_path):

@@ -16,6 +16,7 @@ from mmtune.models.towers import tower_of
 from mmtune.recipe import Finetune, Model, Recipe, Source
 from mmtune.stages.build_data import build_data
 from mmtune.stages.finetune import finetune
+from mmtune.stages.finetune.course import few_steps
 from mmtune.stages.tokenize import tokenize
 from mmtune.talk import Talk
 
@@ -186,3 +187,28 @@ def test_a_staged_run_that_stops_ends_with_the_same_bytes(fresh, monkeypatch):
 def test_what_it_does_not_go_with_is_named(settings, said):
     with pytest.raises(ValidationError, match=said):
         Finetune.model_validate(settings)
+
+
+@pytest.mark.parametrize(
+    ("steps", "rows", "epochs", "micro_batches", "batch_rows", "said"),
+    [
+        (30, 9000, 1, 1, None, ""),
+        (8, 300, 2, 1, None, "8 steps are few to learn from: finetune.batch_rows=16 makes 38 or more of them"),
+        (1, 40, 2, 2, None, "1 step is few to learn from: finetune.batch_rows=4 makes 10 or more of them"),
+        (2, 8, 1, 1, 4, "2 steps are few to learn from: raise finetune.epochs"),
+        (2, 5, 1, 1, None, "2 steps are few to learn from: raise finetune.epochs"),
+        (10, 320, 1, 1, 32, "10 steps are few to learn from: finetune.batch_rows=8 makes 40 or more of them"),
+    ],
+)
+def test_few_steps_are_told_with_what_makes_more(steps, rows, epochs, micro_batches, batch_rows, said):
+    assert few_steps(steps, rows, epochs, micro_batches, batch_rows) == said
+
+
+def test_a_run_of_few_steps_says_so_and_one_of_a_given_number_does_not(fresh, capsys):
+    finetune(fresh(max_steps=None, epochs=1, batch_rows=None), force=True, console=Talk())
+    few = capsys.readouterr().err
+    assert re.search(r"note: \d steps? (is|are) few to learn from", few)
+    # Towers that the model has not are none of the table's rows.
+    assert "vision" in few and "absent" not in few
+    finetune(fresh(max_steps=2), force=True, console=Talk())
+    assert "few to learn from" not in capsys.readouterr().err

@@ -11,6 +11,7 @@ from typing import Any
 from mmtune.evaluation.comparison import AnsweredRow, Comparison, ScoredRow, answered_rows, compare, perplexities
 from mmtune.evaluation.looking import looked_report
 from mmtune.evaluation.pairs import Answerer, leading_pair, pairs_of
+from mmtune.evaluation.sameness import alike
 from mmtune.reports.facts import training_facts
 from mmtune.reports.folder import write_report
 from mmtune.reports.samples import Sample, Shown, choose_rows, make_sample
@@ -77,6 +78,7 @@ def _document(
         "groups": _without(_members(plan, questions), found.groups),
         "perplexity": perplexities(losses, [row.group for row in scored], **sure) if losses else None,
         **seen,
+        "alike": alike(scored, texts),
         "filling": answers.filling,
         "training": _training_facts(plan),
         "manifests": _chain(plan),

@@ -161,8 +161,9 @@ class _Run:
         shutil.rmtree(self._journal, ignore_errors=True)
         if drops:
             refused_rows, of_all = manifest.facts["refused_rows"], sum(drops.values())
-            said = f"{counted(refused_rows, 'row')} and {counted(of_all - refused_rows, 'unit')} were refused"
-            self._console.note(f"{said}: {_listed(drops)} ({staging.target}/rejects.jsonl)")
+            refused = ((refused_rows, "row"), (of_all - refused_rows, "unit"))
+            said = " and ".join(counted(count, what) for count, what in refused if count)
+            self._console.note(f"refused {said}: {_listed(drops)} ({staging.target}/rejects.jsonl)")
         self._console.say(f"extract: {_listed(rows)} in {staging.target}")
         return manifest
 

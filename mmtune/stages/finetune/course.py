@@ -8,6 +8,8 @@ from typing import Any
 from mmtune.stages.finetune.preparation import Run
 from mmtune.talk import Talk, counted
 
+_FEW_STEPS = 30
+
 
 def follow(run: Run, resume: str, console: Talk) -> Any:
     """Trains from the newest checkpoint to the last step; returns the loop's outcome.
@@ -139,3 +141,29 @@ def _show_course(run: Run, largest: Any, start: int, console: Talk) -> None:
         ("time", f"about {timedelta(seconds=round(seconds))} by that batch alone"),
     ]
     console.table("the course", ("what", "how much"), table)
+    if not start and run.settings.max_steps is None:
+        few = few_steps(plan.total_steps, rows, run.settings.epochs, plan.micro_batches, run.settings.batch_rows)
+        if few:
+            console.note(few)
+
+
+def few_steps(steps: int, rows: int, epochs: float, micro_batches: int, batch_rows: int | None) -> str:
+    """Returns what to do where a run has few steps because they are large; empty where it has not.
+
+    A step takes up to ``batch_tokens`` by default, which is all of a small dataset.
+
+    Args:
+        steps: Of the whole run.
+        rows: Of an epoch.
+        epochs: Of the run.
+        micro_batches: Per step, over all processes.
+        batch_rows: The limit that is set, if any.
+    """
+    if steps >= _FEW_STEPS:
+        return ""
+    smaller = next((size for size in (16, 8, 4) if size * micro_batches * _FEW_STEPS <= rows * epochs), 4)
+    wanted = -(-rows // (smaller * micro_batches)) * epochs
+    told = f"{counted(steps, 'step')} {'is' if steps == 1 else 'are'} few to learn from"
+    if (batch_rows is None or batch_rows > smaller) and wanted >= 2 * steps:
+        return f"{told}: finetune.batch_rows={smaller} makes {wanted:,.0f} or more of them"
+    return f"{told}: raise finetune.epochs"

@@ -132,7 +132,7 @@ def _model(recipe: Recipe, start: str, offline: bool, console: Talk) -> Any:
     trains = {*chosen, *(("fusion",) if "projector" in chosen else ())}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in trains)
-    rows = [(row.tower, row.state, row.parameters, row.trainable) for row in tower_table(model)]
+    rows = [(row.tower, row.state, row.parameters, row.trainable) for row in tower_table(model) if row.parameters]
     console.table("what trains", ("tower", "state", "parameters", "trainable"), rows)
     return model
 
