@@ -74,6 +74,11 @@ def wordings_text(
     return json.dumps(found, ensure_ascii=False)
 
 
+def names_kept(metadata: Mapping[str, str]) -> list[str]:
+    """Returns the templates whose wordings the metadata of a row keep."""
+    return list(json.loads(metadata.get(WORDINGS, "{}")))
+
+
 def wordings_of(example: Example) -> dict[str, Wording]:
     """Returns the wordings that a row keeps, by template."""
     kept: Mapping[str, Any] = json.loads(example.metadata.get(WORDINGS, "{}"))

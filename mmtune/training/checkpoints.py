@@ -1,12 +1,14 @@
 """Checkpoints: safetensors and JSON, written aside, verified before older ones go.
 
 A checkpoint is ``step-00000200/`` with ``trainable.safetensors``, ``optimizer.safetensors``,
-``metrics.jsonl`` and ``state.json`` (written last, with the sha256 of the others). There is
+``metrics.jsonl`` and ``state.json`` (written last, with the sha256 of the others and of what
+it says itself: no flipped byte counts steps or sums anew). There is
 no random state to keep: every step draws its own seed from (seed, step, rank).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -19,6 +21,7 @@ from mmtune.errors import IntegrityError
 from mmtune.files import disk_errors, file_digest, replace_folder, sync, write_json, write_tensors
 
 STATE = "state.json"
+_DIGEST = "sha256"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +77,14 @@ class CheckpointFolder:
         with disk_errors(f"the checkpoint of step {step} needs {size:,} bytes"):
             try:
                 aside.mkdir()
-                for name, state in tensors.items():
-                    write_tensors(aside / f"{name}.safetensors", state)
+                for name, own in tensors.items():
+                    write_tensors(aside / f"{name}.safetensors", own)
                 (aside / "metrics.jsonl").write_text(metrics, "utf-8")
                 sync(aside / "metrics.jsonl")
                 files = {file.name: file_digest(file) for file in sorted(aside.iterdir())}
                 about = {"step": step, "identity": dict(identity), "sums": dict(sums or {})}
-                write_json(aside / STATE, {**about, "surroundings": dict(surroundings or {}), "files": files})
+                state = {**about, "surroundings": dict(surroundings or {}), "files": files}
+                write_json(aside / STATE, {**state, _DIGEST: _digest(state)})
                 replace_folder(aside, target)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -161,12 +165,21 @@ class CheckpointFolder:
     def _read(self, folder: Path) -> Checkpoint:
         try:
             state = json.loads((folder / STATE).read_text("utf-8"))
+            digest = state.pop(_DIGEST)
             files, step, identity, sums = (state[name] for name in ("files", "step", "identity", "sums"))
             surroundings = state["surroundings"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise IntegrityError(f"{folder} has no readable {STATE}", "", "damaged_checkpoint") from error
+        if digest != _digest(state):
+            raise IntegrityError(f"{folder / STATE} is damaged", "", "damaged_checkpoint")
         for name, expected in files.items():
             path = folder / name
             if not path.is_file() or file_digest(path) != expected:
                 raise IntegrityError(f"{path} is missing or damaged", "", "damaged_checkpoint")
         return Checkpoint(folder, step, identity, sums, surroundings)
+
+
+def _digest(state: Mapping[str, Any]) -> str:
+    """Returns the sha256 of what a state says, which stays the same when it is written and read."""
+    plain = json.loads(json.dumps(state, default=str))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

@@ -28,7 +28,8 @@ class Tasks:
     """The tasks of a run.
 
     Attributes:
-        weights: Of every task by its name, in the order of the numbers; empty where there is one.
+        weights: Of every task by its name, in the order of the numbers; empty where there is one and the recipe
+            gives it none.
         of_example: Example ids to the numbers.
     """
 
@@ -38,7 +39,7 @@ class Tasks:
     def told(self, batches: Batches) -> Batches:
         """Returns the batches with ``tasks`` ``(C,)``, the number of every conversation's task in order.
 
-        They stay as they are where there is one task.
+        They stay as they are where nothing is weighed.
         """
         return WithColumns(batches, partial(_task_column, self, batches)) if self.weights else batches
 
@@ -78,7 +79,7 @@ def tasks_of(tables: Iterable[pa.Table], weights: Mapping[str, float], section: 
     found = {name: weights.get(name, 1.0) for name in names}
     if not any(found.values()):
         raise RecipeError(f"{section}.task_weights leaves no task a weight above 0", "give one", "no_weight")
-    if len(names) < 2:
+    if len(names) < 2 and not weights:
         return Tasks({}, {})
     index = {name: number for number, name in enumerate(names)}
     return Tasks(found, {example: index[task] for example, task in named.items()})
@@ -92,7 +93,7 @@ class NamedLoss:
     auxiliary losses lose alone is noted by their names.
 
     Attributes:
-        tasks: Of the run; where there is one, every label token counts 1.
+        tasks: Of the run; without weights every label token counts 1.
         rules: The model's attention, for packed trees.
         ledger: Where they are noted.
     """

@@ -13,6 +13,7 @@ from mmtune.recipe import Recipe
 from mmtune.recipe.paths import resolve_paths
 from mmtune.stages.build_data import build_data
 from mmtune.stages.evaluate import evaluate
+from mmtune.stages.evaluate.plan import check_rows
 from mmtune.talk import Talk
 from tests.stages.test_ranked_eval import QUIET, likelihood, recipe
 
@@ -71,6 +72,15 @@ def test_every_fitting_template_is_a_member_and_calibration_is_its_own(recipe):
     assert len(found) > 8
     alone = answers(recipe(source={"template": "sentiment_tone"}, build={"content_free": "N/A"}))["base"]
     assert [row["prediction"] for row in found["base, sentiment_tone"]] == [row["prediction"] for row in alone]
+
+
+def test_wordings_that_fit_no_row_are_refused_before_a_model_is_loaded(recipe):
+    """Such an ensemble has no members, and what it answers would be called its answer."""
+    made = recipe(ensemble={"wordings": ["sentiment_label", "vqa_plain"]})
+    build_data(made, console=QUIET)
+    with pytest.raises(DataError, match="no row of val has options and is asked under vqa_plain") as error:
+        check_rows(made.run_dir, made.eval)
+    assert error.value.code == "no_wordings" and "name some of: sentiment_label" in error.value.hint
 
 
 def test_wordings_that_were_not_built_or_do_not_exist_are_refused(recipe):

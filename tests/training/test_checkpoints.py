@@ -53,6 +53,19 @@ def test_a_damaged_one_is_an_error_that_offers_the_one_before(tmp_path):
     assert checkpoints.newest() is None
 
 
+def test_no_byte_of_a_state_changes_unnoticed(tmp_path):
+    checkpoints = folder(tmp_path / "c")
+    checkpoints.save(20, {"trainable": {"w": torch.ones(2)}}, "", {"seed": 1}, {"nll": 2.5}, {"threads": 1})
+    file = tmp_path / "c" / "step-00000020" / "state.json"
+    whole = file.read_bytes()
+    for place in range(len(whole)):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(IntegrityError):
+            checkpoints.newest()
+    file.write_bytes(whole)
+    assert checkpoints.newest().sums == {"nll": 2.5}
+
+
 def test_a_full_disk_leaves_the_checkpoints_before_as_they_were(tmp_path):
     """The system's own limit on the size of a file stands for a full disk."""
     work = """

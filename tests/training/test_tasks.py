@@ -103,6 +103,19 @@ def test_held_out_rows_are_noted_apart(known: Any) -> None:
     assert ledger.line() == {} and set(ledger.held_out_line()) == {f"val_loss_task_{name}" for name in NAMES}
 
 
+def test_the_weight_of_an_only_task_counts_too(known: Any) -> None:
+    family, split, told, _ = known
+    alone = told.set_column(told.column_names.index("task"), "task", [["vqa"] * len(told)])
+    plain, ledger = batching_of(family, split, "trees"), Ledger()
+    made = by_parts(plain, tasks_of([alone], {"vqa": 0.25}, "finetune"), ledger, apart=False)
+    units = plain.plan.epoch_batches(0)[0]
+    with torch.no_grad():
+        (whole, _), (quarter, _) = (one.loss(family.model, one.batches.batch(units)) for one in (plain, made))
+    assert float(quarter) == pytest.approx(0.25 * float(whole), rel=1e-5)
+    ledger.counted()
+    assert set(ledger.held_out_line() | ledger.line()) <= {"val_loss_task_vqa", "loss_task_vqa"}
+
+
 def test_weights_of_no_task_are_refused(known: Any) -> None:
     family, split, told, _ = known
     with pytest.raises(RecipeError, match="task_weights names the task vqq, of which there is no row"):

@@ -28,6 +28,7 @@ _LAYERS = {
     "behaviour": (),
 }
 _INPUTS = {"image": {"pixel_values"}, "audio": {"input_features", "input_values"}, "behaviour": {"input_ids"}}
+_STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _NORMAL = ("image_mean", "image_std")
 
 
@@ -93,11 +94,18 @@ def assemble(
         audio_convolutions=None if audio is None else convolutions_of(audio.config),
         projectors={name: dict(own) for name, own in (projectors or {}).items()},
         fusion=dict(fusion or {}),
-        **{"frame_times": "image" in parts, **_as_before(encoders, offline), **settings},
+        **{"frame_times": "image" in parts, **_last_of_maps(parts), **_as_before(encoders, offline), **settings},
     )
     model = CompositeForConditionalGeneration(config)
     _fill(model, language, parts)
     return model.eval(), _processor(model, tokenizer, given)
+
+
+def _last_of_maps(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns that the last layer is read of an image encoder whose layers are of several widths."""
+    from mmtune.models.composite.encoders import makes_maps
+
+    return {"vision_feature_layer": None} if "image" in parts and makes_maps(parts["image"].config) else {}
 
 
 def _language_model(text: str | PretrainedConfig, offline: bool) -> Any:
@@ -165,15 +173,26 @@ def _encoder(modality: str, source: str | PretrainedConfig, offline: bool) -> An
 
 
 def _of_modality(encoder: Any, modality: str, name: str) -> Any:
-    """Returns the encoder, unless it takes other things than those of the modality."""
-    takes = set(inspect.signature(encoder.forward).parameters)
-    wanted = _INPUTS[modality]
+    """Returns the encoder, unless it takes other things than those of the modality, or more, or has no one width."""
+    from mmtune.models.composite.encoders import encoder_width
+
+    parameters = inspect.signature(encoder.forward).parameters
+    takes, wanted = set(parameters), _INPUTS[modality]
     other = sorted(takes & (set().union(*_INPUTS.values()) | {"input_ids"}) - wanted)
     if other and not takes & wanted:
         raise RecipeError(
             f"{name} is no encoder of {modality}: {type(encoder).__name__} takes {other[0]}",
             f"name one that takes {' or '.join(sorted(wanted))}",
             "other_modality",
+        )
+    needs = [name for name, own in parameters.items() if own.default is own.empty and own.kind not in _STARRED]
+    more = [name for name in needs if name not in wanted]
+    if more or not encoder_width(encoder.config):
+        why = f"wants {' and '.join(more)} too" if more else "names no width of what it makes"
+        raise CapabilityError(
+            f"{name} cannot be the {modality} encoder of a composite model: {type(encoder).__name__} {why}",
+            "choose another one, such as CLIP, SigLIP, DINOv2 or ViT for images, Whisper or wav2vec2 for sounds",
+            "encoder_unsupported",
         )
     return encoder
 

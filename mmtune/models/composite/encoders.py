@@ -1,6 +1,6 @@
 """Any AutoModel encoder as the tower of one modality.
 
-Shapes: N media, F tokens of an encoder, D its width.
+Shapes: N media, F tokens of an encoder, D its width; C, Y, X channels and places of a map.
 """
 
 from __future__ import annotations
@@ -24,8 +24,14 @@ def build_encoder(config: Any) -> nn.Module:
 
 
 def encoder_width(config: Any) -> int:
-    """Returns D."""
-    return int(getattr(config, "hidden_size", None) or config.d_model)
+    """Returns D, of convolutions the channels of their last map; 0 where the config names none."""
+    maps = getattr(config, "hidden_sizes", None) or [0]
+    return int(getattr(config, "hidden_size", None) or getattr(config, "d_model", None) or maps[-1])
+
+
+def makes_maps(config: Any) -> bool:
+    """Says whether an encoder is one of convolutions (ResNet, ConvNeXt), whose layers are of several widths."""
+    return bool(getattr(config, "hidden_sizes", None)) and not getattr(config, "hidden_size", None)
 
 
 def leading_tokens(config: Any) -> int:
@@ -45,7 +51,8 @@ def hidden_states(encoder: nn.Module, layer: int | None, inputs: torch.Tensor, *
     """
     if layer is None:
         found: torch.Tensor = encoder(inputs, return_dict=True, **options).last_hidden_state
-        return found
+        # A map (N, C, Y, X) has a token per place.
+        return found.flatten(2).transpose(1, 2) if found.ndim == 4 else found
     # transformers captures only what is asked for by index; older encoders give all of them.
     made = encoder(inputs, return_dict=True, output_hidden_states=layer, **options)
     picked: torch.Tensor = made.hidden_states[layer]

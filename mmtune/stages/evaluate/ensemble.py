@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,10 +12,10 @@ from mmtune.errors import DataError, IntegrityError
 from mmtune.evaluation.asking import Heard, answerer
 from mmtune.evaluation.ensemble import together
 from mmtune.evaluation.rows import EvalRows, question_of
-from mmtune.prompts.wordings import WORDINGS, worded, wordings_of
+from mmtune.prompts.wordings import WORDINGS, names_kept, worded, wordings_of
 from mmtune.recipe import Eval
 from mmtune.records import Example
-from mmtune.storage import Manifest, is_finished, read_manifest
+from mmtune.storage import Manifest, is_finished, open_split, read_manifest
 
 TOGETHER = "ensemble"
 """Behind a model's name: its members together."""
@@ -63,13 +64,35 @@ def members_of(settings: Eval, model: str) -> tuple[Member, ...]:
     return tuple(found)
 
 
-def check_wordings(settings: Eval, instructions: Manifest) -> None:
-    """Raises IntegrityError where instructions/ does not keep the wordings that are asked."""
+def check_wordings(settings: Eval, folder: Path, instructions: Manifest) -> None:
+    """Checks that the wordings of an ensemble are kept, and that each that is named has a row to ask.
+
+    Args:
+        settings: Of eval.
+        folder: instructions/.
+        instructions: Its manifest.
+
+    Raises:
+        IntegrityError: instructions/ does not keep them.
+        DataError: One, or all, fit no row of the split that has options.
+    """
     wanted = settings.ensemble.wordings if settings.ensemble else ()
     kept = instructions.config.get(WORDINGS, [])
     if wanted and kept != (wanted if isinstance(wanted, str) else list(wanted)):
         raise IntegrityError(
             "instructions/ does not keep the wordings of eval.ensemble", "run: mmtune build-data", "other_wordings"
+        )
+    if not wanted:
+        return
+    rows = open_split(folder / settings.split).column("metadata")
+    fit = {name for part in rows.chunks for text in part.to_pylist() for name in names_kept(json.loads(text))}
+    idle = [] if wanted == "all" else [name for name in wanted if name not in fit]
+    if idle or not fit:
+        raise DataError(
+            f"eval.ensemble.wordings: no row of {settings.split} has options and is asked under"
+            f" {' or '.join(idle) or 'any template'}",
+            f"name some of: {', '.join(sorted(fit))}" if fit else "leave eval.ensemble out, or give rows options",
+            "no_wordings",
         )
 
 

@@ -78,7 +78,9 @@ def check_rows(run_dir: Path, settings: Eval) -> Manifest:
     """Returns the manifest of instructions/, which holds what eval asks.
 
     Raises:
-        DataError: They are missing, have no rows in the split, or none with options where eval chooses among these.
+        DataError: They are missing, have no rows in the split, or none with options where eval chooses among these,
+            or none that the wordings of an ensemble fit.
+        IntegrityError: They do not keep those wordings.
     """
     folder, split = run_dir / "instructions", settings.split
     instructions = read_manifest(folder, made_by="build-data")
@@ -93,6 +95,7 @@ def check_rows(run_dir: Path, settings: Eval) -> Manifest:
         options = open_split(folder / split).column("options")
         if not any(bool(row) for part in options.chunks for row in part.to_pylist()):
             raise no_options(settings)
+    check_wordings(settings, folder, instructions)
     return instructions
 
 
@@ -133,6 +136,5 @@ def plan_of(recipe: Recipe, limit: int | None, offline: bool) -> Plan:
     least = [value for value in (limit, settings.limit) if value is not None]
     most, features, model = min(least, default=None), features_of(recipe, settings), made_from or asked
     prompt = prompt_of(recipe, settings, instructions, model)
-    check_wordings(settings, instructions)
     members = members_of(settings, model)
     return Plan(recipe, settings, instructions, adapter, features, prompt, model, most, offline, members)

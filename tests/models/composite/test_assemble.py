@@ -10,7 +10,7 @@ import torch
 import transformers as t
 
 from mmtune.encoding.processor import load_processor
-from mmtune.errors import RecipeError
+from mmtune.errors import CapabilityError, RecipeError
 from mmtune.models.composite.assemble import assemble
 from mmtune.models.encoders import LogMelConfig, PatchesConfig
 from mmtune.models.load import load_model
@@ -99,6 +99,23 @@ def test_parts_that_do_not_fit(language: Path) -> None:
             preprocessors={"image": encoding_tests()._clip(56)},
             vision_feature_layer=None,
         )
+
+
+def test_every_place_of_a_map_is_a_token(language: Path, tmp_path: Path) -> None:
+    """ResNet and its like make maps (N, C, Y, X), each layer of another width; SigLIP 2 wants places too."""
+    resnet = t.ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
+    size = {"height": 32, "width": 32}
+    shown = {"image": t.CLIPImageProcessor(size=size, crop_size=size)}
+    model, processor = assemble(str(language), encoders={"image": resnet}, preprocessors=shown)
+    assert processor.image_tokens == 16
+    pixels = torch.randn(1, 3, 32, 32)
+    tokens = model.model.vision_tower(pixels).last_hidden_state.flatten(2).transpose(1, 2)
+    torch.testing.assert_close(
+        model.get_image_features(pixels).pooler_output[0], model.model.multi_modal_projector(tokens, None, None)[0]
+    )
+    places = t.Siglip2VisionConfig(**SMALL, num_patches=16, patch_size=8)
+    with pytest.raises(CapabilityError, match="Siglip2VisionModel wants pixel_attention_mask and spatial_shapes too"):
+        assemble(str(language), encoders={"image": places}, preprocessors=shown)
 
 
 def test_parts_of_multimodal_models_are_taken(repository: Path) -> None:
