@@ -130,7 +130,7 @@ def test_links_of_the_guides_lead_somewhere(path: Path):
 
 
 def test_readme_is_short_and_leads_to_every_guide_and_every_recipe_is_listed():
-    assert len(README.splitlines()) <= 260
+    assert len(README.splitlines()) <= 270
     linked = {link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", README)}
     assert {str(path.relative_to(ROOT)) for path in GUIDES[1:]} <= linked
     index = (ROOT / "recipes" / "README.md").read_text("utf-8")

@@ -389,3 +389,30 @@ def test_real_files_from_raw_to_rows(tmp_path: Path, shared_datasets: Path):
         for row in rows_of(made, split):
             for medium in row.media:
                 assert medium.size_bytes and (medium.width or medium.seconds)
+
+
+def test_questions_that_are_put_into_wordings_are_told_and_how_they_stay_as_they_are(tmp_path: Path, capsys):
+    turns = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    asked, talk = make_vqa(tmp_path / "vqa", 20, 2), chat(tmp_path / "chat", [turns])
+    named = {**asked, "id": "named", "template": "vqa_plain"}
+
+    def said(*sources: dict, **build) -> str:
+        stage.build_data(recipe(tmp_path, *sources, **build), console=Talk())
+        return capsys.readouterr().err
+
+    told = said(asked, named, talk)
+    assert "build-data: each row of vqa is asked in a wording drawn from a pool; for all in one set build.te" in told
+    assert "(template: vqa_plain of a source)" in told
+
+    def questions(source: str) -> set[str]:
+        return {row.messages[0].text for row in rows_of(recipe(tmp_path)) if row.source == source}
+
+    # The advice keeps what it says.
+    assert (
+        questions("named") == {f"what is {at}?" for at in range(20)} and len(questions("vqa") - questions("named")) > 9
+    )
+    assert "wording" not in said(asked, named, talk, templates="first")
+    assert {text.partition("?")[2] for text in questions("vqa")} == {
+        "\nAnswer the question using a single word or phrase."
+    }
+    assert "wording" not in said(named, talk)

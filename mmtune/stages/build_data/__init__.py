@@ -143,7 +143,7 @@ def build_data(
         rows, drops, facts = _fill(staging, recipe, sources, console)
         facts = {"media_root": media_root, **facts}
         staging.publish(rows=rows, drops=drops, facts=facts)
-    say_result(rows, drops, facts, target, console, recipe.build)
+    say_result(rows, drops, facts, target, console, recipe)
     return _result(target, rows, drops, facts, skipped=False)
 
 

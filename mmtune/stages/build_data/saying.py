@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mmtune.prompts.delimiters import TURNS
-from mmtune.recipe import Build
+from mmtune.prompts.forms import Template
+from mmtune.prompts.template import POOLS
+from mmtune.recipe import Build, Recipe
 from mmtune.talk import Talk, counted
 
 
@@ -17,7 +19,7 @@ def say_result(
     facts: Mapping[str, Any],
     target: Path,
     console: Talk,
-    build: Build,
+    recipe: Recipe,
 ) -> None:
     """Says what became of every source, of the mixture and the exemplars, and what was refused.
 
@@ -27,7 +29,7 @@ def say_result(
         facts: The manifest's.
         target: The finished folder.
         console: Where it is said.
-        build: What was asked for.
+        recipe: What was asked for.
     """
     console.table(
         "build-data",
@@ -45,7 +47,15 @@ def say_result(
         _say_mixture(facts["mixture"], console)
     if "exemplars" in facts:
         _say_exemplars(facts["exemplars"], console)
-    for line in _in_vain(build, facts):
+    drawn = _worded(recipe, facts)
+    if drawn:
+        plain = sorted({one.id for tasks in drawn.values() for task in tasks for one in POOLS[task] if _bare(one)})
+        bare = f", or the question as it stands (template: {' or '.join(plain)} of a source)" if plain else ""
+        console.say(
+            f"build-data: each row of {', '.join(drawn)} is asked in a wording drawn from a pool; for all in one set"
+            f" build.templates=first{bare}"
+        )
+    for line in _in_vain(recipe.build, facts):
         console.note(line)
     if drops:
         listed = ", ".join(f"{reason} {count:,}" for reason, count in drops.items())
@@ -55,6 +65,28 @@ def say_result(
         console.note(f"{pair} share {_shared(shared)}")
     counts = ", ".join(f"{split} {count:,}" for split, count in rows.items())
     console.say(f"build-data: {counts} {'row' if list(rows.values()) == [1] else 'rows'} in {target}")
+
+
+def _worded(recipe: Recipe, facts: Mapping[str, Any]) -> dict[str, set[str]]:
+    """Returns the tasks of every source whose rows are worded by shipped templates, a draw per row."""
+    if recipe.build.prompt is not None:
+        return {}
+    pooled = {
+        (source.id, source.split)
+        for source in recipe.sources
+        if source.template is None and (source.templates or recipe.build.templates) == "pool"
+    }
+    found: dict[str, set[str]] = {}
+    for one in facts["sources"]:
+        # A conversation is as it is, and so is a task with one wording.
+        tasks = {task for task in one["tasks"] if len(POOLS.get(task, ())) > 1}
+        if tasks and (one["id"], one["split"]) in pooled:
+            found.setdefault(one["id"], set()).update(tasks)
+    return found
+
+
+def _bare(template: Template) -> bool:
+    return template.prompt == "{question}"
 
 
 def _shared(found: Mapping[str, int]) -> str:
