@@ -1,6 +1,7 @@
 """Parts to a base model on bundled scenes: parts add up, a weight of 0 is no objective, resume is exact."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -52,11 +53,11 @@ def recipe_at(tmp_path, repository):
     return make
 
 
-def made(recipe, **options):
+def made(recipe, last=None, **options):
     build_data(recipe, console=Talk(quiet=True))
     assemble_stage(recipe, console=Talk(quiet=True))
     tokenize(recipe, console=Talk(quiet=True))
-    pretrain(recipe, console=Talk(quiet=True), **options)
+    pretrain(recipe, console=last or Talk(quiet=True), **options)
     return (recipe.run_dir / "base" / "model.safetensors").read_bytes()
 
 
@@ -64,10 +65,14 @@ def lines(recipe):
     return [json.loads(line) for line in (recipe.run_dir / "base" / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_the_loss_is_the_weighted_sum_of_its_parts(recipe_at):
+def test_the_loss_is_the_weighted_sum_of_its_parts(recipe_at, capsys):
     recipe = recipe_at()
-    made(recipe)
+    made(recipe, last=Talk())
     found = lines(recipe)
+    # The terminal tells the parts of the last line in a table, the sum beside the folder.
+    told, last = capsys.readouterr().err, found[-1]
+    assert re.search(rf"loss_reconstruction +│ {last['loss_reconstruction']:.4f} ", told)
+    assert f"pretrain: wrote {recipe.run_dir / 'base'} (loss {last['loss']:.4f})" in told
     assert len(found) == 6
     for line in found:
         parts = {name: line[f"loss_{name}"] for name in recipe.pretrain.weights}

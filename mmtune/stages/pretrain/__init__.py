@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext, suppress
 from typing import Any
 
@@ -134,10 +135,19 @@ def _publish(run: Run, outcome: Any, console: Talk, staging: Staging) -> dict[st
         run.checkpoints.folder.parent.rmdir()
     for warning in _warnings(last):
         console.note(warning)
+    _show_parts(facts, console)
     losses = [f"{name} {facts[key]:.4f}" for name, key in (("loss", "loss"), ("val loss", "val_loss")) if facts[key]]
-    parts = [f"{name} {value:.4f}" for name, value in facts["last"].items()]
-    console.say(f"pretrain: wrote {staging.target} ({', '.join([*losses, *parts])})")
+    console.say(f"pretrain: wrote {staging.target} ({', '.join(losses)})")
     return {"stage": "pretrain", "cached": False, "target": str(staging.target), **facts}
+
+
+def _show_parts(facts: Mapping[str, Any], console: Talk) -> None:
+    """Prints what the objectives say of the last logged step and of held-out rows, side by side."""
+    seen, kept = facts["last"], facts["held_out"]
+    names = sorted({*seen, *kept})
+    rows = [(name, *(f"{one[name]:.4f}" if name in one else "" for one in (seen, kept))) for name in names]
+    if rows:
+        console.table("what the objectives say", ("what", "last step", "held-out rows"), rows)
 
 
 def _own_of(line: dict[str, Any], *, held_out: bool) -> dict[str, Any]:
