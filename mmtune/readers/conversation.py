@@ -98,14 +98,13 @@ class Placeholders:
                 self._used[modality] += 1
         return tuple(parts)
 
-    def check(self) -> None:
-        """Raises Refused when placeholders and media are not as many."""
+    def check(self, unmarked: str = "") -> None:
+        """Raises Refused when placeholders and media are not as many; ``unmarked`` is told of images without any."""
         for modality in MODALITIES:
             placeholders, media = self._used[modality], len(self._media[modality])
             if placeholders != media:
-                raise Refused(
-                    "media_mismatch", f"{placeholders} <{modality}> placeholders but {media} {modality} file(s)"
-                )
+                detail = f"{placeholders} <{modality}> placeholders but {media} {modality} file(s)"
+                raise Refused("media_mismatch", detail + (unmarked if modality == "image" and not placeholders else ""))
 
 
 def tool_calls_of(value: Any, pointer: str) -> tuple[ToolCall, ...]:

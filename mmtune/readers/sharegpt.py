@@ -70,7 +70,8 @@ def turns_of(turns: list[Any], pointer: str, row: Mapping[str, Any], source: Sou
     messages = [_system(row)] if _system_text(row) else []
     for at, turn in enumerate(turns):
         messages.append(_turn(as_object(turn, f"{pointer}/{at}"), f"{pointer}/{at}", placeholders))
-    placeholders.check()
+    by_role = all("role" in turn for turn in turns)
+    placeholders.check("; reader: messages shows them before the first question" if by_role else "")
     return messages
 
 

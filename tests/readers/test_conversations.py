@@ -233,6 +233,21 @@ def test_pictures_without_a_place_stand_where_trl_puts_them(tmp_path: Path):
         assert shown == [[part.get("image", part.get("text")) for part in turn["content"]] for turn in wanted]
 
 
+def test_pictures_without_a_placeholder_are_told_of_the_reader_that_shows_them(tmp_path: Path):
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat."}]
+    rows = [
+        {"images": ["c.jpg"], "messages": [said("What?", "user"), said("A cat.")]},
+        {"images": ["c.jpg", "d.jpg"], "messages": [said("<image>What?", "user"), said("A cat.")]},
+        {"images": ["c.jpg"], "conversations": turns},
+    ]
+    path = write(tmp_path / "t.jsonl", rows)
+    told, *others = read("sharegpt", path=path)
+    assert told.detail.endswith("1 image file(s); reader: messages shows them before the first question")
+    assert all(item.detail.endswith("image file(s)") for item in others)
+    # The advice does as it says.
+    assert read("messages", path=path)[0].messages[0].media == (Medium("image", "c.jpg"),)
+
+
 def test_other_media_and_places_that_are_marked_for_some_pictures_are_not_guessed(tmp_path: Path):
     rows = [
         {"audios": ["c.wav"], "messages": [said("What?", "user"), said("A cat.")]},
