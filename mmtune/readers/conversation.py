@@ -45,6 +45,28 @@ def role_of(value: Any, pointer: str) -> Role:
     return ROLE_NAMES[value]
 
 
+def is_taught(turn: Mapping[str, Any], pointer: str) -> bool:
+    """Says whether an assistant's turn bears loss: by ``train``, ``loss_weight``, ``weight`` or ms-swift's ``loss``.
+
+    Raises:
+        Refused: It says neither yes nor no, such as a weight of a half.
+    """
+    told = [(key, turn[key]) for key in ("train", "loss", "weight", "loss_weight") if turn.get(key) is not None]
+    for key, value in told:
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise Refused("bad_field", f"{pointer}/{key}: {value!r}; only true, false, 1 and 0 are read")
+    return all(value for _, value in told)
+
+
+def turn_by_turn(turns: list[Any]) -> list[Any]:
+    """Returns the turns, each ``{"human": ..., "assistant": ...}`` of ms-swift's ShareGPT rows as two."""
+    out: list[Any] = []
+    for turn in turns:
+        pair = isinstance(turn, Mapping) and "human" in turn and "assistant" in turn
+        out += [{"from": name, "value": turn[name]} for name in ("human", "assistant")] if pair else [turn]
+    return out
+
+
 # Where ms-swift fills in names and boxes of a row's `objects`, in a form that depends on the model.
 _OBJECT_MARKS = ("<ref-object>", "<bbox>")
 

@@ -14,7 +14,8 @@ or ``{"type": "image_url", "image_url": {"url": ...}}``), ``input_audio``, ``aud
 ``behaviour`` (a user's history, ``{"type": "behaviour", "behaviour": ["318", "50"]}``), ``reasoning`` or
 ``tool_call``. A part that names no file takes the next of the row's ``images``, ``audios``, ``videos`` or
 ``histories``. Content may be a plain string, whose ``<image>`` is just text; where no turn marks a place for the
-row's ``images``, they stand before the user's first words, as with TRL.
+row's ``images``, they stand before the user's first words, as with TRL. An answer whose ``train``, ``loss``,
+``weight`` or ``loss_weight`` is 0 or false bears no loss.
 A pair of ``chosen_messages`` and ``rejected_messages`` is read as its chosen conversation, and TRL's rows
 (``prompt`` with ``chosen`` or ``completion``, or ``chosen`` alone) as the conversation that they prefer::
 
@@ -37,6 +38,7 @@ from typing import Any
 from mmtune.readers.conversation import (
     PLACEHOLDER,
     conversation,
+    is_taught,
     media_columns,
     role_of,
     row_metadata,
@@ -160,12 +162,6 @@ def read_turn(turn: Any, pointer: str, queue: MediaQueue) -> Message:
                 parts.append(_part(part, f"{pointer}/content/{at}", queue))
     elif not (content is None and (calls or role == "assistant")):
         raise wrong(f"{pointer}/content", "a string or a list", content)
-    weight = value.get("loss_weight", value.get("weight", 1.0))
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise wrong(f"{pointer}/loss_weight", "a number", weight)
-    if weight not in (0, 1):
-        raise Refused("bad_field", f"{pointer}/loss_weight: {weight}; only 0 and 1 are read")
-    train = value.get("train", True)
     name = value.get("name") or ""
     return Message(
         role=role,
@@ -173,7 +169,7 @@ def read_turn(turn: Any, pointer: str, queue: MediaQueue) -> Message:
         reasoning=as_text(reasoning, f"{pointer}/reasoning"),
         tool_calls=tuple(calls),
         name=as_text(name, f"{pointer}/name"),
-        train=bool(train) and (weight == 1 or role != "assistant"),
+        train=role != "assistant" or is_taught(value, pointer),
     )
 
 

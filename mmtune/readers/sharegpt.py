@@ -15,9 +15,10 @@ A JSON array (or JSONL)::
       "videos": ["mllm_demo_data/4.mp4"], "audios": ["mllm_demo_data/4.mp3"]}]
 
 ``<image>``, ``<video>`` and ``<audio>`` in the user's and the tools' turns stand for the files
-listed in ``images``, ``videos`` and ``audios``, in order. Preference files are read as what they
-prefer: ``chosen`` is the last answer (DPO), or the answer to ``prompt`` (TRL, see ``messages``);
-a row with ``label: false`` (KTO) is refused as ``not_preferred``.
+listed in ``images``, ``videos`` and ``audios``, in order. ms-swift's turns are read, too: ``"loss": false``
+at an answer that bears none, and ``{"human": ..., "assistant": ...}`` in ``conversation``. Preference
+files are read as what they prefer: ``chosen`` is the last answer (DPO), or the answer to ``prompt`` (TRL,
+see ``messages``); a row with ``label: false`` (KTO) is refused as ``not_preferred``.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ from typing import Any
 from mmtune.readers.conversation import (
     Placeholders,
     conversation,
+    is_taught,
     media_columns,
     role_of,
     row_metadata,
     taught_turns,
     tool_calls_of,
     tools_text,
+    turn_by_turn,
 )
 from mmtune.readers.fields import as_object, text_field
 from mmtune.readers.source import Row, SourceFiles, read_rows
@@ -56,7 +59,7 @@ def sharegpt_record(source: SourceFiles, row: Row) -> Record:
     return conversation(
         source,
         row,
-        turns_of(turns, f"/{key}", value, source),
+        turns_of(turn_by_turn(turns), f"/{key}", value, source),
         pointer=f"/{key}",
         own_id=own if isinstance(own, str | int) else None,
         tools=tools_text(value.get("tools")),
@@ -89,8 +92,9 @@ def _turn(turn: Mapping[str, Any], pointer: str, placeholders: Placeholders) -> 
     raw_role = turn.get(from_key)
     role = role_of(raw_role, f"{pointer}/{from_key}")
     text = text_field(turn, text_key, pointer)
+    taught = role != "assistant" or is_taught(turn, pointer)
     if raw_role == "function_call":
-        return Message("assistant", (), tool_calls=tool_calls_of(text, f"{pointer}/{text_key}"))
+        return Message("assistant", (), tool_calls=tool_calls_of(text, f"{pointer}/{text_key}"), train=taught)
     if role in ("user", "tool"):
         return Message(role, placeholders.parts(text))
-    return Message(role, (TextPart(text),) if text else ())
+    return Message(role, (TextPart(text),) if text else (), train=taught)

@@ -163,6 +163,33 @@ def said(text: str, role: str = "assistant") -> dict:
 
 
 @pytest.mark.parametrize("reader", ["messages", "sharegpt"])
+@pytest.mark.parametrize("no", [{"loss": False}, {"train": False}, {"weight": 0}, {"loss_weight": 0.0}])
+def test_an_answer_that_bears_no_loss_says_so_in_several_ways(tmp_path: Path, reader: str, no: dict):
+    name = next(iter(no))
+    asked, yes, half = said("q", "user"), {**said("b"), name: True}, {**said("c"), name: 0.5}
+    rows = [
+        {"messages": [asked, {**said("a"), **no}, asked, yes, asked, {**said("c"), name: None}]},
+        {"messages": [asked, half]},
+        {"messages": [asked, {**said("a"), **no}]},
+    ]
+    first, *others = read(reader, path=write(tmp_path / "t.jsonl", rows))
+    assert [turn.train for turn in first.messages if turn.role == "assistant"] == [False, True, True]
+    assert reasons(others) == ["bad_field", "no_target"]
+    assert others[0].detail == f"/messages/1/{name}: 0.5; only true, false, 1 and 0 are read"
+
+
+def test_sharegpt_turns_in_pairs(tmp_path: Path):
+    rows = [
+        {"system": "s", "conversation": [{"human": "<image>a", "assistant": "b"}, {"human": "c", "assistant": "d"}]}
+    ]
+    (item,) = read("sharegpt", path=write(tmp_path / "t.jsonl", [{**rows[0], "images": ["x.jpg"]}]))
+    assert [(turn.role, turn.text) for turn in item.messages] == [
+        ("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")
+    ]  # fmt: skip
+    assert item.messages[1].media == (Medium("image", "x.jpg"),)
+
+
+@pytest.mark.parametrize("reader", ["messages", "sharegpt"])
 def test_trl_rows_are_the_conversation_that_they_prefer(tmp_path: Path, reader: str):
     asked, good, bad = said("q", "user"), said("good"), said("bad")
     rows = [
