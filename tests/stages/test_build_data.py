@@ -176,6 +176,15 @@ def test_faults_are_named_and_counted(tmp_path: Path):
     assert all(line["detail"] for line in rejects(made))
 
 
+def test_the_first_row_of_the_commonest_refusal_is_told(tmp_path: Path):
+    talk = Talk(quiet=True)
+    rows = [turns("a"), {"x": 1}, turns("b", ""), turns("c", " ")]
+    stage.build_data(recipe(tmp_path, chat(tmp_path / "c", rows)), console=talk)
+    (told,) = [line for line in talk.lines if "were refused" in line]
+    assert "3 of 4 rows were refused: " in told and "; the first at chat.jsonl:3: /messages/1: " in told
+    assert told.endswith(f"(all in {tmp_path / 'run' / 'instructions' / 'rejects.jsonl'})")
+
+
 @pytest.mark.parametrize(
     ("build", "rows", "code"),
     [

@@ -10,6 +10,7 @@ from mmtune.prompts.delimiters import TURNS
 from mmtune.prompts.forms import Template
 from mmtune.prompts.template import POOLS
 from mmtune.recipe import Build, Recipe
+from mmtune.stages.build_data.tally import first_reject
 from mmtune.talk import Talk, counted
 
 
@@ -60,7 +61,8 @@ def say_result(
     if drops:
         listed = ", ".join(f"{reason} {count:,}" for reason, count in drops.items())
         refused = f"{sum(drops.values()):,} of {counted(facts['read'], 'row')} were refused: {listed}"
-        console.note(f"{refused} ({target}/rejects.jsonl)")
+        log = target / "rejects.jsonl"
+        console.note(f"{refused}{first_reject(log, drops)} (all in {log})")
     for pair, shared in facts["leakage"].items():
         console.note(f"{pair} share {_shared(shared)}")
     counts = ", ".join(f"{split} {count:,}" for split, count in rows.items())

@@ -83,7 +83,7 @@ def check_drops(tallies: Sequence[Tally], drops: Mapping[str, int], most: float,
         DataError: No row is left, or more are refused.
     """
     read, rows = sum(tally.read for tally in tallies), sum(tally.rows for tally in tallies)
-    first = _first_reject(log, drops)
+    first = first_reject(log, drops)
     listed = ", ".join(f"{reason} {count:,}" for reason, count in drops.items())
     if not rows:
         raise DataError(
@@ -107,7 +107,7 @@ def _mend(drops: Mapping[str, int]) -> str:
     return _LOOKED_FOR if "media_missing" in drops else ""
 
 
-def _first_reject(log: Path, drops: Mapping[str, int]) -> str:
+def first_reject(log: Path, drops: Mapping[str, int]) -> str:
     """Returns where the first of the rows stands that were refused for the commonest reason, and what is wrong."""
     common = max(drops, key=lambda reason: drops[reason], default="")
     with open(log, encoding="utf-8") as handle:
