@@ -176,11 +176,8 @@ def _write(
                 groups = _encode_split(_job_of(recipe, parent, split, offline), limit)
                 _write_split(split, groups, staging.path / split, made, rejects, bar.advance)
     if not sum(made.examples.values()):
-        raise DataError(
-            f"no row could be encoded: {_drops(rejects.counts)}",
-            _next_step(rejects.counts, recipe),
-            "no_rows",
-        )
+        none = f"no row could be encoded: {_drops(rejects.counts)}"
+        raise DataError(none, _next_step(rejects.counts, recipe), "no_rows")
     seconds = time.monotonic() - started
     facts = {
         "model": config["model"],
@@ -194,7 +191,10 @@ def _write(
         console.note(note)
     timings = {"encode_seconds": round(seconds, 3)}
     manifest = staging.publish(rows=made.trees, drops=rejects.counts, facts=facts, timings=timings)
-    _tell(made, rejects.counts, seconds, staging.target, console)
+    _tell(made, rejects.counts, seconds, console)
+    if rejects.counts:
+        mend = f"{_next_step(rejects.counts, recipe)} ({staging.target / 'rejects.jsonl'})"
+        console.note(f"tokenize refused {_drops(rejects.counts)}; {mend}")
     return _result(staging.target, manifest, cached=False)
 
 
@@ -234,7 +234,7 @@ def _write_split(
     finish_split(folder, TREE_SCHEMA)
 
 
-def _tell(made: _Encoded, refused: dict[str, int], seconds: float, target: Path, console: Talk) -> None:
+def _tell(made: _Encoded, refused: Mapping[str, int], seconds: float, console: Talk) -> None:
     encoded = sum(made.examples.values())
     count = encoded + sum(refused.values())
     saved = 1 - made.tokens / max(made.tokens_apart, 1)
@@ -244,8 +244,6 @@ def _tell(made: _Encoded, refused: dict[str, int], seconds: float, target: Path,
     )
     for note in _left_out(made.counts):
         console.note(note)
-    if refused:
-        console.say(f"tokenize: refused {_drops(refused)}; see {target / 'rejects.jsonl'}")
 
 
 def _left_out(counts: Counter[str]) -> Iterator[str]:
@@ -268,10 +266,10 @@ def _left_out(counts: Counter[str]) -> Iterator[str]:
 
 
 def _next_step(refused: Iterable[str], recipe: Recipe) -> str:
-    """Returns what may help where every row was refused, by the reasons."""
+    """Returns what may help where rows were refused, by the reasons."""
     steps = []
     if {"too_long", "media_too_long", "answer_cut"} & set(refused):
-        steps.append("--set tokenize.max_length=... may help")
+        steps.append(f"a tokenize.max_length above {recipe.tokenize.max_length} may help, or tokenize.too_long")
     if "modality_unsupported" in refused and recipe.model is not None:
         steps.append(f"{recipe.model.path} reads no such media: name a `model` that does, or leave these sources out")
     return "; ".join(steps) or "look at the reasons"

@@ -77,9 +77,11 @@ def examples_in(root: Path) -> list[Example]:
     return rows
 
 
-def test_rows_out_and_refused_add_up(tmp_path: Path, model: Path) -> None:
+def test_rows_out_and_refused_add_up(tmp_path: Path, model: Path, capsys: Any) -> None:
     prepare(tmp_path, examples_in(tmp_path / "media"))
     result = run(tmp_path, model, workers=1, max_length=400)
+    told = "note: tokenize refused no_target 1, too_long 1; a tokenize.max_length above 400 may help, or tokenize.too"
+    assert told in capsys.readouterr().err
     assert result["rows"]["train"] == 38 and result["drops"] == {"no_target": 1, "too_long": 1}
     rejects = [json.loads(line) for line in (tmp_path / "tokens" / "rejects.jsonl").read_text().splitlines()]
     assert {reject["id"]: reject["reason"] for reject in rejects} == {"vqa/6": "no_target", "vqa/10": "too_long"}
@@ -107,7 +109,7 @@ def test_the_next_step_fits_the_reasons(tmp_path: Path, model: Path) -> None:
     prepare(tmp_path / "long", [example(1, tmp_path / "media", question="why " * 400)])
     with pytest.raises(DataError, match="too_long 1") as error:
         run(tmp_path / "long", model, workers=1, max_length=400)
-    assert error.value.hint == "--set tokenize.max_length=... may help"
+    assert error.value.hint == "a tokenize.max_length above 400 may help, or tokenize.too_long"
 
 
 def test_output_does_not_depend_on_the_number_of_processes(tmp_path: Path, model: Path, monkeypatch: Any) -> None:
