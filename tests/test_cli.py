@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -322,3 +323,10 @@ def test_what_is_gone_is_named(tmp_path: Path):
 def test_every_command_is_told_in_full_in_the_list_of_commands():
     told = shell("mmtune --help", COLUMNS="80").stdout.partition("Commands:\n")[2].partition("\n\n")[0]
     assert len(told.splitlines()) >= 13 and "..." not in told
+
+
+def test_the_list_of_recipes_says_which_are_for_data_of_ones_own():
+    found = shell("mmtune init")
+    told = re.search(r"init NAME copies one; (\w+) and (\w+) are for data of your own", found.stderr)
+    names = [line.split()[0] for line in found.stdout.splitlines()]
+    assert told and set(told.groups()) <= set(names) and "init" not in names

@@ -30,6 +30,7 @@ def init(
         else:
             for item in recipes:
                 print(f"{item['name']:24} {item['about']}")
+            Talk().say("init: mmtune init NAME copies one; own_table and own_messages are for data of your own")
         return
     written = copy_recipe(name, Path.cwd(), force=force, dry_run=dry_run)
     if dry_run:
