@@ -85,6 +85,16 @@ ELSEWHERE: dict[str, str] = {
     "report_to": "finetune.trackers",
 }
 
+# Keys of theirs that need none here -> why.
+NEEDLESS: dict[str, str] = {
+    "template": "the chat template is the model's own; `sources[].template` is a wording of questions",
+    "chat_template": "the chat template is the model's own",
+    "packing": "rows are packed wherever it is exact",
+    "sample_packing": "rows are packed wherever it is exact",
+    "stage": "the recipe's sections say what is done",
+    "do_train": "the recipe's sections say what is done",
+}
+
 
 def advice(name: str, known: Sequence[str], everywhere: Sequence[str]) -> str:
     """Returns what to write in place of an unknown key.
@@ -94,6 +104,8 @@ def advice(name: str, known: Sequence[str], everywhere: Sequence[str]) -> str:
         known: Keys of the section that it stands in.
         everywhere: All keys of a recipe by their whole path, those of lists with ``[]``.
     """
+    if name in NEEDLESS:
+        return NEEDLESS[name]
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
     if not close and name in ELSEWHERE:
         ours = ELSEWHERE[name]
