@@ -2,7 +2,7 @@
 
 A checkpoint is ``step-00000200/`` with ``trainable.safetensors``, ``optimizer.safetensors``,
 ``metrics.jsonl`` and ``state.json`` (written last, with the sha256 of the others and of what
-it says itself: no flipped byte counts steps or sums anew). There is
+it says itself, but for the surroundings, which are only told: no flipped byte counts steps anew). There is
 no random state to keep: every step draws its own seed from (seed, step, rank).
 """
 
@@ -83,8 +83,8 @@ class CheckpointFolder:
                 sync(aside / "metrics.jsonl")
                 files = {file.name: file_digest(file) for file in sorted(aside.iterdir())}
                 about = {"step": step, "identity": dict(identity), "sums": dict(sums or {})}
-                state = {**about, "surroundings": dict(surroundings or {}), "files": files}
-                write_json(aside / STATE, {**state, _DIGEST: _digest(state)})
+                state = {**about, "files": files}
+                write_json(aside / STATE, {**state, "surroundings": dict(surroundings or {}), _DIGEST: _digest(state)})
                 replace_folder(aside, target)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -165,9 +165,8 @@ class CheckpointFolder:
     def _read(self, folder: Path) -> Checkpoint:
         try:
             state = json.loads((folder / STATE).read_text("utf-8"))
-            digest = state.pop(_DIGEST)
+            digest, surroundings = state.pop(_DIGEST), state.pop("surroundings")
             files, step, identity, sums = (state[name] for name in ("files", "step", "identity", "sums"))
-            surroundings = state["surroundings"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise IntegrityError(f"{folder} has no readable {STATE}", "", "damaged_checkpoint") from error
         if digest != _digest(state):
