@@ -48,7 +48,7 @@ def stages_of(recipe: Recipe, limit: int | None, offline: bool) -> Iterator[Stag
     if recipe.eval is not None:
         from mmtune.stages.evaluate.plan import check_eval
 
-        check_eval(recipe)
+        check_eval(recipe, offline=offline)
     if recipe.extract is not None:
         from mmtune.stages.extract import extract as extract_stage
 

@@ -8,31 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmtune.choice import id_hash
-from mmtune.errors import DataError, RecipeError
+from mmtune.errors import DataError
 from mmtune.evaluation.prototypes import Label, SolvedRows
 from mmtune.evaluation.rows import ChosenExamples, EvalRows, answer_of
-from mmtune.models.composite.scores import branches_of_config
-from mmtune.models.load import load_config
 from mmtune.prompts.schema import row_to_example
 from mmtune.prompts.shots import exchange
 from mmtune.records import Example
-from mmtune.stages.evaluate.plan import Plan, no_options
+from mmtune.stages.evaluate.plan import Plan, check_one_state, no_options
 from mmtune.storage import open_split
 from mmtune.talk import Talk
 
 _NAMED = 5
-
-
-def check_one_state(plan: Plan) -> None:
-    """Raises RecipeError where a model reads a row in several passes: it has no one state to compare."""
-    passes = branches_of_config(load_config(plan.model, revision=plan.revision, offline=plan.offline))
-    if len(passes) > 1:
-        raise RecipeError(
-            f"eval.answer {plan.settings.answer} compares one state per row;"
-            f" this model reads rows in passes: {', '.join(passes)}",
-            "set eval.answer to rank or generate",
-            "several_states",
-        )
 
 
 def solved_rows(plan: Plan, asked: EvalRows, make: Callable[..., EvalRows], console: Talk) -> SolvedRows:
@@ -51,7 +37,7 @@ def solved_rows(plan: Plan, asked: EvalRows, make: Callable[..., EvalRows], cons
             with one of them), or one option alone.
         RecipeError: See ``check_one_state``.
     """
-    check_one_state(plan)
+    check_one_state(plan.settings, plan.model, plan.revision, offline=plan.offline)
     examples = [asked.example(row) for row in range(len(asked.kept))]
     wanted = dict.fromkeys((one.source, option) for one in examples for option in one.options)
     most = plan.settings.per_label
