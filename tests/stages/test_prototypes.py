@@ -108,6 +108,13 @@ def test_without_training_rows_of_a_label_there_is_no_prototype(tmp_path: Path, 
     assert error.value.code == "no_prototypes" and not (recipe.run_dir / "report").exists()
 
 
+def test_labels_without_training_rows_are_told_before_anything_is_trained(tmp_path: Path, tiny_vlm: Path):
+    recipe = asked(tmp_path, tiny_vlm, [table(tmp_path, "train", 4), table(tmp_path, "val", 4)], answer="soft")
+    with pytest.raises(DataError, match=r"eval\.answer soft: no training row of 't' answers with 'blue'"):
+        run_stages(recipe, stages_of(recipe, None, True), force=False, dry_run=False, console=QUIET)
+    assert not (recipe.run_dir / "tokens").exists()
+
+
 def test_a_model_of_several_passes_has_no_one_state(tmp_path: Path, repository: Path):
     from mmtune.models.load import load_config
 
