@@ -17,7 +17,7 @@ from types import FrameType
 from typing import TextIO
 
 from mmtune.errors import EXIT_FOLDER, DataError, Interrupted, MmtuneError, RecipeError, ResourceError
-from mmtune.signals import exit_code_of, hear, ignore_stops
+from mmtune.signals import end_where_deaf, exit_code_of, hear, ignore_stops
 from mmtune.talk import json_line
 
 # What the system says of a path that cannot be one, or that is gone while a command works.
@@ -35,6 +35,8 @@ _asked: list[int] = []
 # Signals that came during an import, each sent again a little later, for 20 seconds at most.
 _put_off: list[int] = []
 _PUT_OFF_SECONDS, _PUT_OFF_MOST = 0.02, 1000
+# How long one of several processes may take to hear a signal: torchrun waits 30 seconds before it kills.
+_HEARD_SECONDS = 3.0
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -67,6 +69,8 @@ def main() -> None:
     _put_off.clear()
     _open_streams()
     hear(_stop)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        end_where_deaf(_stop, _asked, _put_off, _end_deaf, _HEARD_SECONDS)
     try:
         code = _answer()
     except BrokenPipeError:
@@ -77,6 +81,17 @@ def main() -> None:
     # What is done is done: while libraries are taken down a signal would still change the exit code.
     atexit.register(ignore_stops)
     sys.exit(code)
+
+
+def _end_deaf(number: int) -> None:
+    """Ends this process at once, from another thread than the one that waits; what stands aside is swept later."""
+    os._exit(_fail(_stopped(number)))
+
+
+def _stopped(number: int) -> Interrupted:
+    stopped = Interrupted("stopped; nothing was half-written", "run the same command again")
+    stopped.exit_code = exit_code_of(number)
+    return stopped
 
 
 def _open_streams() -> None:
@@ -103,9 +118,7 @@ def _answer() -> int:
         # Python keeps in mind that one went through an `exec` of text, and would end by SIGINT: the next one clears it.
         exec("")
         ignore_stops()
-        stopped = Interrupted("stopped; nothing was half-written", "run the same command again")
-        stopped.exit_code = exit_code_of(next((each for each in _asked if each != signal.SIGINT), signal.SIGINT))
-        return _fail(stopped)
+        return _fail(_stopped(next((each for each in _asked if each != signal.SIGINT), signal.SIGINT)))
     except BrokenPipeError:
         raise
     except Exception as error:

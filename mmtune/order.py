@@ -48,7 +48,7 @@ def stages_of(recipe: Recipe, limit: int | None, offline: bool) -> Iterator[Stag
     if recipe.eval is not None:
         from mmtune.stages.evaluate.plan import check_eval
 
-        check_eval(recipe)
+        check_eval(recipe, offline=offline)
     if recipe.extract is not None:
         from mmtune.stages.extract import extract as extract_stage
 
@@ -117,9 +117,11 @@ def run_stages(recipe: Recipe, stages: Iterator[Stage], *, force: bool, dry_run:
             and is_finished(recipe.run_dir / "instructions")
         ):
             from mmtune.stages.evaluate.plan import check_rows
+            from mmtune.stages.evaluate.solved import check_solved
 
             # Where every row of it was refused or has no options, training would come first and this error last.
             check_rows(recipe.run_dir, recipe.eval)
+            check_solved(recipe.run_dir, recipe.eval)
     return results
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -18,6 +21,39 @@ def hear(answer: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
     """
     heard = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
     return {number: signal.signal(number, answer) for number in heard}
+
+
+def end_where_deaf(
+    answer: Any, asked: Sequence[int], put_off: Sequence[int], end: Callable[[int], None], seconds: float
+) -> None:
+    """Ends this process where a signal comes that its main thread does not hear.
+
+    Python answers a signal between two of its instructions. A thread that waits in C++ for another process comes to
+    none, and where the other one heard the same signal and left, it waits for ever.
+
+    Args:
+        answer: What answers signals; what does in its place, such as a loop that saves first, takes its own time.
+        asked: Signals that it has heard and stops for.
+        put_off: Those that it has heard and puts off; it grows for as long as it does.
+        end: Ends the process; is given the signal.
+        seconds: Until then a signal may still be heard.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    # What is forked shares the pipe, and has signals of its own.
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+
+    def watch() -> None:
+        while True:
+            (number,) = os.read(reading, 1)
+            if number in STOPS and signal.getsignal(number) is answer:
+                before = len(put_off)
+                time.sleep(seconds)
+                if not asked and len(put_off) == before and signal.getsignal(number) is answer:
+                    end(number)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def ignore_stops(*others: int) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmtune.errors import RecipeError
+from mmtune.models.head_apart import MEDIA_IDS
 from mmtune.models.save import save_model
 from mmtune.models.soft_prompt import BESIDE, lora_beside
 from mmtune.models.soft_tokens import save_soft_tokens, soft_tokens
@@ -104,7 +105,8 @@ def add_noise_to_embeddings(model: Any, alpha: float, row_tokens: float) -> None
     """Adds uniform noise to the token embeddings while training (NEFTune, arXiv:2310.05914), in place.
 
     The paper draws from +-alpha / sqrt(L H) with H the width and L the length of the row. Here L is the mean
-    length of all rows: the length of what a batch holds is that of padding and packing, not of a row.
+    length of all rows: the length of what a batch holds is that of padding and packing, not of a row. Media tokens
+    keep theirs: features take their places, which a model finds by these embeddings where it is given no ids.
 
     Args:
         model: Its token embeddings are noised.
@@ -113,11 +115,15 @@ def add_noise_to_embeddings(model: Any, alpha: float, row_tokens: float) -> None
     """
     import torch
 
-    def noise(module: torch.nn.Module, _: Any, made_BTH: torch.Tensor) -> torch.Tensor:
+    known = [getattr(model.config, name, None) for name in MEDIA_IDS]
+    media = torch.tensor([number for number in known if number is not None], dtype=torch.long)
+
+    def noise(module: torch.nn.Module, given: tuple[torch.Tensor, ...], made_BTH: torch.Tensor) -> torch.Tensor:
         if not module.training:
             return made_BTH
         most = alpha / math.sqrt(row_tokens * made_BTH.shape[-1])
-        return made_BTH + torch.empty_like(made_BTH).uniform_(-most, most)
+        words_BT = ~torch.isin(given[0], media.to(given[0].device))
+        return made_BTH + torch.empty_like(made_BTH).uniform_(-most, most) * words_BT[..., None]
 
     model.get_input_embeddings().register_forward_hook(noise)
 

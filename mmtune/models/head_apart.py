@@ -22,7 +22,8 @@ from mmtune.models.label_tokens import unwrapped
 from mmtune.models.spread import is_sharded
 
 _KNOWN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-_MEDIA_IDS = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id")
+MEDIA_IDS = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id")
+"""What configs call the ids of media tokens."""
 
 
 def head_to_run_apart(model: Any) -> nn.Module | None:
@@ -70,7 +71,7 @@ def left_out(head: nn.Module | None) -> Iterator[list[torch.Tensor]]:
 
 
 def _is_handed_on(model: Any, head: nn.Module, config: Any) -> bool:
-    media = {getattr(config, name, None) for name in _MEDIA_IDS}
+    media = {getattr(config, name, None) for name in MEDIA_IDS}
     word = next(number for number in range(len(media) + 1) if number not in media)
     device = next(head.parameters()).device
     ids = torch.full((1, 2), word, device=device)

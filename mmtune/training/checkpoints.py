@@ -2,7 +2,7 @@
 
 A checkpoint is ``step-00000200/`` with ``trainable.safetensors``, ``optimizer.safetensors``,
 ``metrics.jsonl`` and ``state.json`` (written last, with the sha256 of the others and of what
-it says itself: no flipped byte counts steps or sums anew). There is
+it says itself, but for the surroundings, which are only told: no flipped byte counts steps anew). There is
 no random state to keep: every step draws its own seed from (seed, step, rank).
 """
 
@@ -21,7 +21,9 @@ from mmtune.errors import IntegrityError
 from mmtune.files import disk_errors, file_digest, replace_folder, sync, write_json, write_tensors
 
 STATE = "state.json"
+_TOLD = ("step", "identity", "sums", "files")
 _DIGEST = "sha256"
+"""Of what is told; surroundings are only spoken of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +84,8 @@ class CheckpointFolder:
                 (aside / "metrics.jsonl").write_text(metrics, "utf-8")
                 sync(aside / "metrics.jsonl")
                 files = {file.name: file_digest(file) for file in sorted(aside.iterdir())}
-                about = {"step": step, "identity": dict(identity), "sums": dict(sums or {})}
-                state = {**about, "surroundings": dict(surroundings or {}), "files": files}
-                write_json(aside / STATE, {**state, _DIGEST: _digest(state)})
+                told = dict(zip(_TOLD, (step, dict(identity), dict(sums or {}), files), strict=True))
+                write_json(aside / STATE, {**told, "surroundings": dict(surroundings or {}), _DIGEST: _digest(told)})
                 replace_folder(aside, target)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -124,11 +125,11 @@ class CheckpointFolder:
         return True
 
     def newest_identity(self) -> dict[str, Any] | None:
-        """Returns the identity in the newest checkpoint, unverified; None where there is none to read."""
+        """Returns the identity in the newest checkpoint, tensors unread; None where there is none or it is damaged."""
         folders = self._folders()
         try:
-            found: dict[str, Any] = json.loads((folders[-1] / STATE).read_text("utf-8"))["identity"]
-        except (IndexError, OSError, ValueError, KeyError, TypeError):
+            found: dict[str, Any] = self._state_of(folders[-1])["identity"]
+        except (IndexError, IntegrityError):
             return None
         return found
 
@@ -162,21 +163,25 @@ class CheckpointFolder:
     def _folders(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
 
-    def _read(self, folder: Path) -> Checkpoint:
+    def _state_of(self, folder: Path) -> dict[str, Any]:
+        """Returns what a checkpoint says of itself, whole."""
         try:
-            state = json.loads((folder / STATE).read_text("utf-8"))
-            digest = state.pop(_DIGEST)
-            files, step, identity, sums = (state[name] for name in ("files", "step", "identity", "sums"))
-            surroundings = state["surroundings"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            state: dict[str, Any] = json.loads((folder / STATE).read_text("utf-8"))
+            told = {name: state[name] for name in _TOLD}
+            digest, surroundings = state[_DIGEST], state["surroundings"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise IntegrityError(f"{folder} has no readable {STATE}", "", "damaged_checkpoint") from error
-        if digest != _digest(state):
+        if digest != _digest(told):
             raise IntegrityError(f"{folder / STATE} is damaged", "", "damaged_checkpoint")
-        for name, expected in files.items():
+        return {**told, "surroundings": surroundings}
+
+    def _read(self, folder: Path) -> Checkpoint:
+        state = self._state_of(folder)
+        for name, expected in state.pop("files").items():
             path = folder / name
             if not path.is_file() or file_digest(path) != expected:
                 raise IntegrityError(f"{path} is missing or damaged", "", "damaged_checkpoint")
-        return Checkpoint(folder, step, identity, sums, surroundings)
+        return Checkpoint(folder, **state)
 
 
 def _digest(state: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -77,6 +77,25 @@ class Standing:
     sums: Mapping[str, float] | None = None
 
 
+def check_same_run(different: Sequence[str], command: str, also: str = "") -> None:
+    """Refuses to go on from the checkpoint of another run.
+
+    Args:
+        different: What differs between the two, in words.
+        command: The command that trains.
+        also: As of ``standing_of``.
+
+    Raises:
+        IntegrityError: Something differs.
+    """
+    if different:
+        raise IntegrityError(
+            "the checkpoint on disk belongs to another run: " + "; ".join(different),
+            f"go back to those settings{also}, or start again: mmtune {command} --resume never",
+            "other_run",
+        )
+
+
 def standing_of(
     course: Course,
     resume: str,
@@ -108,13 +127,7 @@ def standing_of(
     checkpoint = course.checkpoints.newest()
     if checkpoint is None:
         return Standing()
-    different = differences(checkpoint.identity, course.identity)
-    if different:
-        raise IntegrityError(
-            "the checkpoint on disk belongs to another run: " + "; ".join(different),
-            f"go back to those settings{also}, or start again: mmtune {course.command} --resume never",
-            "other_run",
-        )
+    check_same_run(differences(checkpoint.identity, course.identity), course.command, also)
     load_trainable_state(course.model, course.checkpoints.load(checkpoint, "trainable"))
     load_optimizer_state(course.optimizer, course.model, course.checkpoints.load(checkpoint, "optimizer"))
     say(f"{course.command}: resuming after step {checkpoint.step} of {course.train.plan.total_steps}")

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from mmtune.errors import EXIT_FOLDER, CapabilityError, Interrupted, MmtuneError, ResourceError
-from mmtune.signals import hear
+from mmtune.signals import exit_code_of, hear
 
 LAUNCHED = "MMTUNE_LAUNCHED"
 CPU_ONLY = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
@@ -94,6 +94,7 @@ def launch(
     Raises:
         CapabilityError: There are fewer GPUs than asked for.
         ResourceError: A process died without a word of its own.
+        Interrupted: A signal came before the launcher had started one.
         MmtuneError: What the first process to fail said.
     """
     if not cpu:
@@ -116,8 +117,13 @@ def launch(
         code = child.wait()
         said = _errors_in(Path(folder))
     # A launcher that loses one process stops the others. They say that they were stopped, which is not the cause.
-    stopped = all(each.exit_code == Interrupted.exit_code for each in said)
-    lost = not said or (stopped and len(said) < processes and not asked)
+    all_stopped = all(each.exit_code == Interrupted.exit_code for each in said)
+    if code and asked and not said:
+        # Its launcher was stopped before it started one.
+        stopped = Interrupted("stopped before a process was started", "run the same command again")
+        stopped.exit_code = exit_code_of(asked[0])
+        raise stopped
+    lost = not said or (all_stopped and len(said) < processes and not asked)
     if code and lost:
         raise ResourceError(
             f"a process of this run died (the launcher ended with {code})",

@@ -165,6 +165,8 @@ def test_neftune_adds_noise_while_training_only():
     # Of the mean row, whatever stands in this batch.
     bound = 5.0 / (7.5 * plain.shape[-1]) ** 0.5
     assert 0.9 * bound < noise.max() <= bound * 1.0001
+    media = torch.full((1, 2), model.config.image_token_id)
+    assert torch.equal(embeddings(media), embeddings.eval()(media))
     first, again = (run_with_noise() for _ in range(2))
     assert first == again
 

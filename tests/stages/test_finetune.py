@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("own_precision")
     "settings",
     [
         {"method": "ia3"},
-        {"method": "prompt", "virtual_tokens": 4},
+        {"method": "prompt", "virtual_tokens": 4, "neftune_alpha": 5},
         {"method": "full", "train": ["llm", "vision", "projector"], "tower_rates": {"vision": 1e-3}},
         {"lora": {"r": 2, "dora": True, "rslora": True, "plus_ratio": 16}, "train": ["llm", "vision"]},
         {"lora": {"r": 2, "init": "pissa"}},

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from mmtune.errors import Interrupted, RecipeError
+from mmtune.errors import IntegrityError, Interrupted, RecipeError
 from mmtune.models import liger
 from mmtune.models.towers import tower_of
 from mmtune.recipe import Finetune, Model, Recipe, Source
@@ -127,6 +127,18 @@ def test_stopped_and_resumed_it_says_the_same(fresh, monkeypatch):
         with pytest.raises(Interrupted):
             run(recipe)
     assert run(recipe) == whole
+
+
+def test_tokens_of_other_rows_are_refused(fresh):
+    recipe = fresh(max_steps=1)
+    build_data(recipe.model_copy(update={"seed": 1}), console=Talk(quiet=True))
+    with pytest.raises(IntegrityError, match="tokens/ was made of other rows than instructions/ holds") as error:
+        finetune(recipe, console=Talk(quiet=True))
+    assert (error.value.code, error.value.hint) == ("other_rows", "run: mmtune tokenize")
+    # Where a run foresees what it does, tokenize comes first.
+    finetune(recipe, dry_run=True, console=Talk(quiet=True))
+    shutil.rmtree(recipe.run_dir / "instructions")
+    run(recipe)
 
 
 def test_a_task_without_rows_is_named(fresh):

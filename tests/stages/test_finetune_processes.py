@@ -3,6 +3,9 @@
 import os
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import time
 
 import psutil
@@ -22,6 +25,16 @@ def wait_for(path, child):
     while not path.exists() and child.poll() is None and time.monotonic() < limit:
         time.sleep(0.02)
     assert path.exists(), child.communicate()[1][-3000:]
+
+
+def free_port():
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return place.getsockname()[1]
+
+
+def listens(child, port):
+    return any(one.laddr.port == port for one in psutil.Process(child.pid).net_connections() if one.status == "LISTEN")
 
 
 def rank_process(child, rank):
@@ -76,6 +89,30 @@ def test_deepspeed_that_is_missing_is_named(fresh, monkeypatch):
     with pytest.raises(CapabilityError, match="DeepSpeed") as said:
         finetune(fresh(engine="deepspeed", shard="zero2"), console=Talk(quiet=True))
     assert "mmtune[deepspeed]" in said.value.hint
+
+
+@pytest.mark.slow
+def test_a_process_that_waits_for_another_one_can_be_stopped(fresh, tmp_path):
+    """It waits in C++, where Python answers no signal; the other one may have been stopped and gone."""
+    path, port = tmp_path / "recipe.json", free_port()
+    path.write_text(fresh().model_dump_json())
+    place = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "mmtune", "finetune", str(path)],
+        env={**os.environ, **place, "ACCELERATE_USE_CPU": "true"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        while child.poll() is None and not listens(child, port):
+            time.sleep(0.1)
+        time.sleep(1)
+        child.send_signal(signal.SIGTERM)
+        _, talk = child.communicate(timeout=25)
+    finally:
+        child.kill()
+    assert child.returncode == 75 and "error: stopped" in talk, talk[-3000:]
+    assert not (fresh().run_dir / "adapter").exists()
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from mmtune.__main__ import main
 from mmtune.errors import IntegrityError, Interrupted, ResourceError
 from mmtune.models import adapter
 from mmtune.signals import STOPS
-from mmtune.stages.finetune import finetune
+from mmtune.stages.finetune import finetune, preparation
 from mmtune.talk import Talk
 from mmtune.training import loop
 from tests.stages.tree_runs import (
@@ -192,6 +192,25 @@ def test_a_stop_in_a_long_validation_ends_with_75_and_the_next_run_has_the_bytes
 
 
 # What a resumed run is known by, and what it says of its surroundings.
+
+
+@pytest.mark.parametrize(
+    ("changed", "said_of_it"),
+    [
+        ({"learning_rate": 0.5}, r"learning_rate: .+ -> 0\.5$"),
+        ({"accumulate": 3}, r"step_size\.micro_batches: 1 -> 3$"),
+    ],
+)
+def test_another_run_is_refused_before_a_model_is_loaded(fresh, monkeypatch, changed, said_of_it):
+    recipe = fresh()
+    other = recipe.model_copy(update={"finetune": recipe.finetune.model_copy(update=changed)})
+    monkeypatch.setattr(loop.Loop, "stop_wanted", lambda _: True)
+    with pytest.raises(Interrupted):
+        finetune(recipe, console=Talk(quiet=True))
+    monkeypatch.setattr(preparation, "model_to_train", None)
+    with pytest.raises(IntegrityError, match=said_of_it) as error:
+        finetune(other, console=Talk(quiet=True))
+    assert error.value.code == "other_run" and "--resume never" in error.value.hint
 
 
 def test_another_attention_kernel_is_another_run(fresh, unbroken, monkeypatch):

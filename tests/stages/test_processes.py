@@ -115,3 +115,9 @@ def ended(monkeypatch):
 )
 def test_the_cause_of_an_end_is_told_from_what_followed(ended, said, code):
     assert ended(*said) == code
+
+
+def test_a_launcher_that_was_stopped_before_it_started_any_lost_none(ended, monkeypatch):
+    """It has no answer to a signal yet, and dies of it."""
+    monkeypatch.setattr(launch, "hear", lambda hand_on: hand_on(signal.SIGTERM, None))
+    assert ended() == 75

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from mmtune.order import run_stages, stages_of
 from mmtune.recipe import Eval, Recipe
 from mmtune.stages.build_data import build_data
 from mmtune.stages.evaluate import evaluate
-from mmtune.stages.evaluate.solved import check_one_state
+from mmtune.stages.evaluate.plan import check_one_state
 from mmtune.talk import Talk
 
 QUIET = Talk(quiet=True)
@@ -109,17 +108,23 @@ def test_without_training_rows_of_a_label_there_is_no_prototype(tmp_path: Path, 
     assert error.value.code == "no_prototypes" and not (recipe.run_dir / "report").exists()
 
 
+def test_labels_without_training_rows_are_told_before_anything_is_trained(tmp_path: Path, tiny_vlm: Path):
+    recipe = asked(tmp_path, tiny_vlm, [table(tmp_path, "train", 4), table(tmp_path, "val", 4)], answer="soft")
+    with pytest.raises(DataError, match=r"eval\.answer soft: no training row of 't' answers with 'blue'"):
+        run_stages(recipe, stages_of(recipe, None, True), force=False, dry_run=False, console=QUIET)
+    assert not (recipe.run_dir / "tokens").exists()
+
+
 def test_a_model_of_several_passes_has_no_one_state(tmp_path: Path, repository: Path):
     from mmtune.models.load import load_config
 
     omni = load_config(str(repository / "data" / "omni"))
     CompositeConfig(**{**omni.to_dict(), "fusion": {"mode": "late"}}).save_pretrained(tmp_path)
-    plan = SimpleNamespace(model=str(tmp_path), revision=None, offline=True, settings=Eval(answer="soft"))
+    recipe = asked(tmp_path, tmp_path, [table(tmp_path, "val", 4)], answer="soft")
     with pytest.raises(RecipeError, match="answer soft compares one state per row; this model reads rows in") as error:
-        check_one_state(plan)
+        next(stages_of(recipe, None, True))
     assert error.value.exit_code == 2
-    plan.model = str(repository / "data" / "omni")
-    check_one_state(plan)
+    check_one_state(Eval(answer="soft"), str(repository / "data" / "omni"), None, offline=True)
 
 
 @pytest.mark.parametrize(

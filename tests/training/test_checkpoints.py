@@ -55,7 +55,7 @@ def test_a_damaged_one_is_an_error_that_offers_the_one_before(tmp_path):
 
 def test_no_byte_of_a_state_changes_unnoticed(tmp_path):
     checkpoints = folder(tmp_path / "c")
-    checkpoints.save(20, {"trainable": {"w": torch.ones(2)}}, "", {"seed": 1}, {"nll": 2.5}, {"threads": 1})
+    checkpoints.save(20, {"trainable": {"w": torch.ones(2)}}, "", {"seed": 1}, {"nll": 2.5})
     file = tmp_path / "c" / "step-00000020" / "state.json"
     whole = file.read_bytes()
     for place in range(len(whole)):

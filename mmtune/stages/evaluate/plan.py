@@ -52,11 +52,27 @@ def check_scores(settings: Eval) -> None:
     check_bars(settings.fail_under)
 
 
-def check_eval(recipe: Recipe) -> None:
+def check_one_state(settings: Eval, model: str, revision: str | None, *, offline: bool) -> None:
+    """Raises RecipeError where a model reads a row in several passes and eval compares the one state of a row."""
+    from mmtune.models.composite.scores import branches_of_config
+    from mmtune.models.load import load_config
+
+    passes = branches_of_config(load_config(model, revision=revision, offline=offline))
+    if settings.answer in BY_STATES and len(passes) > 1:
+        raise RecipeError(
+            f"eval.answer {settings.answer} compares one state per row;"
+            f" this model reads rows in passes: {', '.join(passes)}",
+            "set eval.answer to rank or generate",
+            "several_states",
+        )
+
+
+def check_eval(recipe: Recipe, *, offline: bool) -> None:
     """Checks, before the first stage of a run, what its last one would end with: scores, split, further adapters.
 
     Raises:
-        RecipeError: As ``check_scores``, or no source has rows of the split.
+        RecipeError: As ``check_scores``, no source has rows of the split, or as ``check_one_state`` for a model that
+            is there.
         DataError: As ``members_of``.
         IntegrityError: As ``members_of``.
     """
@@ -72,6 +88,8 @@ def check_eval(recipe: Recipe) -> None:
         )
     if recipe.model is not None:
         members_of(recipe.eval, recipe.model.path)
+        if recipe.pretrain is None and recipe.eval.answer in BY_STATES:
+            check_one_state(recipe.eval, recipe.model.path, recipe.model.revision, offline=offline)
 
 
 def check_rows(run_dir: Path, settings: Eval) -> Manifest:

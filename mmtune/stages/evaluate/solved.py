@@ -8,31 +8,36 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmtune.choice import id_hash
-from mmtune.errors import DataError, RecipeError
+from mmtune.errors import DataError
 from mmtune.evaluation.prototypes import Label, SolvedRows
 from mmtune.evaluation.rows import ChosenExamples, EvalRows, answer_of
-from mmtune.models.composite.scores import branches_of_config
-from mmtune.models.load import load_config
 from mmtune.prompts.schema import row_to_example
 from mmtune.prompts.shots import exchange
+from mmtune.recipe import Eval
+from mmtune.recipe.evaluation import BY_STATES
 from mmtune.records import Example
-from mmtune.stages.evaluate.plan import Plan, no_options
+from mmtune.stages.evaluate.plan import Plan, check_one_state, no_options
 from mmtune.storage import open_split
 from mmtune.talk import Talk
 
 _NAMED = 5
 
 
-def check_one_state(plan: Plan) -> None:
-    """Raises RecipeError where a model reads a row in several passes: it has no one state to compare."""
-    passes = branches_of_config(load_config(plan.model, revision=plan.revision, offline=plan.offline))
-    if len(passes) > 1:
-        raise RecipeError(
-            f"eval.answer {plan.settings.answer} compares one state per row;"
-            f" this model reads rows in passes: {', '.join(passes)}",
-            "set eval.answer to rank or generate",
-            "several_states",
-        )
+def check_solved(run_dir: Path, settings: Eval) -> None:
+    """Checks, before anything is trained, that the labels of the rows to ask have training rows.
+
+    Raises:
+        DataError: As ``solved_rows``.
+    """
+    if settings.answer not in BY_STATES or settings.limit is not None:
+        return
+    table = open_split(run_dir / "instructions" / settings.split)
+    asked = zip(table.column("source").to_pylist(), table.column("options").to_pylist(), strict=True)
+    wanted = dict.fromkeys((source, option) for source, options in asked for option in options or ())
+    found = _found(run_dir / "instructions" / "train", wanted, 1)
+    counts = Counter((example.source, answer_of(example)) for example in found)
+    for source, own in _by_source(wanted, counts).items():
+        _check_labels(settings.answer, source, own)
 
 
 def solved_rows(plan: Plan, asked: EvalRows, make: Callable[..., EvalRows], console: Talk) -> SolvedRows:
@@ -51,7 +56,7 @@ def solved_rows(plan: Plan, asked: EvalRows, make: Callable[..., EvalRows], cons
             with one of them), or one option alone.
         RecipeError: See ``check_one_state``.
     """
-    check_one_state(plan)
+    check_one_state(plan.settings, plan.model, plan.revision, offline=plan.offline)
     examples = [asked.example(row) for row in range(len(asked.kept))]
     wanted = dict.fromkeys((one.source, option) for one in examples for option in one.options)
     most = plan.settings.per_label
@@ -63,12 +68,19 @@ def solved_rows(plan: Plan, asked: EvalRows, make: Callable[..., EvalRows], cons
     kept = [example for example in rows.examine() if example is not None]
     labels = tuple((example.source, answer_of(example)) for example in kept)
     counts = Counter(labels)
-    for source in dict.fromkeys(source for source, _ in wanted):
-        own = {option: counts[source, option] for name, option in wanted if name == source}
+    for source, own in _by_source(wanted, counts).items():
         _check_labels(plan.settings.answer, source, own)
         listed = ", ".join(f"{option} {count}" for option, count in own.items())
         console.say(f"eval: {'vectors' if soft else 'prototypes'} of {source}: {listed}")
     return SolvedRows(rows, labels, soft)
+
+
+def _by_source(wanted: dict[Label, None], counts: Mapping[Label, int]) -> dict[str, dict[str, int]]:
+    """Returns the training rows of every option, by source."""
+    found: dict[str, dict[str, int]] = {}
+    for source, option in wanted:
+        found.setdefault(source, {})[option] = counts.get((source, option), 0)
+    return found
 
 
 def _check_labels(answer: str, source: str, rows: Mapping[str, int]) -> None:

@@ -11,10 +11,11 @@ from typing import Any
 
 from mmtune.errors import IntegrityError, RecipeError
 from mmtune.models.digest import weights_digest
+from mmtune.prompts.wordings import WORDINGS
 from mmtune.recipe import Finetune, Recipe
 from mmtune.stages.finetune.course import follow
 from mmtune.stages.finetune.preparation import SPREAD, Run, prepare
-from mmtune.storage import Manifest, Staging, foresee, is_made, open_stage, read_manifest
+from mmtune.storage import Manifest, Staging, foresee, is_finished, is_made, open_stage, read_manifest
 from mmtune.talk import Talk
 from mmtune.training import launch as launching
 from mmtune.training.launch import CPU_ONLY, is_launched, is_main, need_gpus
@@ -40,7 +41,7 @@ def finetune(
 
     Raises:
         DataError: tokens/ is missing or empty.
-        IntegrityError: adapter/ or its checkpoints belong to other settings.
+        IntegrityError: adapter/ or its checkpoints belong to other settings, or tokens/ to other rows.
         DivergedError: Loss or gradient is not finite.
         Interrupted: A signal came; the state is saved.
     """
@@ -55,6 +56,7 @@ def finetune(
     if dry_run:
         console.say(foresee(target, **made_of))
         return {"stage": "finetune", "dry_run": True, "target": str(target), "config": config, "rows": tokens.rows}
+    _check_rows(recipe, tokens)
     staging: Staging | None = open_stage(target, **made_of) if is_main() else None
     if staging is None and (is_main() or (not force and is_made(target, config, parents))):
         console.say(f"finetune: {target} is up to date (same settings, same tokens); nothing to do")
@@ -90,6 +92,15 @@ def _config(recipe: Recipe, settings: Finetune, path: str, limit: int | None, of
         "limit": limit,
         "weights": weights_digest(path, revision=revision, offline=offline),
     }
+
+
+def _check_rows(recipe: Recipe, tokens: Manifest) -> None:
+    """Raises IntegrityError where instructions/ was made again since tokens/ was; where it is gone tokens/ will do."""
+    folder = recipe.run_dir / "instructions"
+    if is_finished(folder) and tokens.parents.get("instructions") != read_manifest(folder).hash_without(WORDINGS):
+        raise IntegrityError(
+            "tokens/ was made of other rows than instructions/ holds", "run: mmtune tokenize", "other_rows"
+        )
 
 
 def model_path(recipe: Recipe, tokens: Manifest) -> str:

@@ -60,6 +60,37 @@ class Batched:
     load: Callable[..., Any]
 
 
+def step_sizes(settings: Finetune, processes: int, newest: Any) -> tuple[Any, Any]:
+    """Returns how much makes a step by the settings, and by how much the run is planned, see ``planned_size``.
+
+    Args:
+        settings: finetune part of the recipe.
+        processes: That train.
+        newest: The identity of the checkpoint that is gone on from, or None.
+    """
+    from mmtune.training.step_size import LIMITS, StepSize, planned_size
+
+    own = StepSize(processes * settings.accumulate, **{name: getattr(settings, name) for name in LIMITS})
+    return own, planned_size(own, newest)
+
+
+def said_of_steps(settings: Finetune, processes: int, newest: Any) -> str:
+    """Returns how the steps of a checkpoint go on in the micro batches of these settings, or in as many; else empty."""
+    from mmtune.training.step_size import StepSize
+
+    if not newest:
+        return ""
+    own, _ = step_sizes(settings, processes, newest)
+    before, count = StepSize(**newest["step_size"]), own.micro_batches
+    like, other = before.micro_batches_like(own), before.in_micro_batches(count)
+    if like and like != count and like % processes == 0:
+        return f" (its steps go on with finetune.accumulate={like // processes})"
+    if other is None or other == own:
+        return ""
+    limits = ", ".join(f"finetune.{name}={limit}" for name, limit in other.limits().items() if limit is not None)
+    return f" (its steps go on with {limits})"
+
+
 def batched(
     recipe: Recipe,
     settings: Finetune,
@@ -81,12 +112,9 @@ def batched(
         console: Where notes go.
     """
     from mmtune.training.batching import packed_trees, rows_apart
-    from mmtune.training.step_size import LIMITS, StepSize, planned_size
 
     accelerator, splits = ground.accelerator, ground.splits
-    micro_batches = accelerator.num_processes * settings.accumulate
-    own_size = StepSize(micro_batches, **{name: getattr(settings, name) for name in LIMITS})
-    size = planned_size(own_size, newest)
+    own_size, size = step_sizes(settings, accelerator.num_processes, newest)
     rows = _batching_of(rows_apart, recipe, settings, size, own_size)
     train = with_proved(splits, ground.wanted)["train"]
     attn = recipe.model.attn if recipe.model else "auto"

@@ -26,7 +26,7 @@ def follow(run: Run, resume: str, console: Talk) -> Any:
     from mmtune.training.rehearsal import rehearse
 
     course = _course(run)
-    standing = standing_of(course, resume, changes, console.say, console.note, _also(run))
+    standing = standing_of(course, resume, changes, console.say, console.note, run.also)
     if run.accelerator.is_main_process:
         # Sums of all processes: one of them takes them up.
         run.ledger.restore(standing.sums or {})
@@ -48,25 +48,6 @@ def follow(run: Run, resume: str, console: Talk) -> Any:
     end(course, outcome)
     _say_speed(outcome, run.accelerator.num_processes, is_sharded(run.model), console)
     return outcome
-
-
-def _also(run: Run) -> str:
-    """Returns how the steps of the newest checkpoint go on in the micro batches of this run, or in as many."""
-    from mmtune.training.step_size import LIMITS, StepSize
-
-    kept = (run.checkpoints.newest_identity() or {}).get("step_size")
-    if not kept:
-        return ""
-    before, processes = StepSize(**kept), run.accelerator.num_processes
-    count = processes * run.settings.accumulate
-    own = StepSize(count, **{name: getattr(run.settings, name) for name in LIMITS})
-    like, other = before.micro_batches_like(own), before.in_micro_batches(count)
-    if like and like != count and like % processes == 0:
-        return f" (its steps go on with finetune.accumulate={like // processes})"
-    if other is None or other == own:
-        return ""
-    limits = ", ".join(f"finetune.{name}={limit}" for name, limit in other.limits().items() if limit is not None)
-    return f" (its steps go on with {limits})"
 
 
 def _course(run: Run) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from mmtune import __version__
 from mmtune.errors import CapabilityError, DataError, RecipeError
 from mmtune.recipe import Augment, Finetune, Recipe
 from mmtune.stages.finetune.base import load_base, model_to_train, place, show_towers, weights_dtype
-from mmtune.stages.finetune.batches import Ground, batched
+from mmtune.stages.finetune.batches import Ground, batched, said_of_steps, step_sizes
 from mmtune.stages.finetune.wanted import wanted_features
-from mmtune.storage import Manifest, library_versions, open_split
+from mmtune.storage import Manifest, changes, library_versions, open_split
 from mmtune.talk import Talk
 
 SPREAD = ("shard", "offload", "engine", "liger")
@@ -23,7 +23,7 @@ SPREAD = ("shard", "offload", "engine", "liger")
 
 @dataclass
 class Run:
-    """Everything one process needs for training."""
+    """Everything one process needs for training; ``also`` is advice on a checkpoint, see ``said_of_steps``."""
 
     recipe: Recipe
     settings: Finetune
@@ -40,6 +40,7 @@ class Run:
     load: Callable[..., Any]
     ledger: Any
     unfreezing: Any
+    also: str
 
 
 def prepare(
@@ -68,7 +69,7 @@ def prepare(
 
     Raises:
         DataError: A split is empty.
-        IntegrityError: The processor is not the one of tokens/.
+        IntegrityError: The processor is not the one of tokens/, or the checkpoint belongs to another run.
     """
     from mmtune.models.attention import is_flex
     from mmtune.models.composite.scores import has_auxiliary_loss
@@ -78,9 +79,11 @@ def prepare(
     from mmtune.training.tasks import by_parts
 
     ground = _ground(recipe, settings, tokens, path, identity, limit, offline)
-    model = _model(recipe, settings, path, ground, console)
     checkpoints = CheckpointFolder(recipe.run_dir / "checkpoints" / "finetune", settings.keep)
     newest = checkpoints.newest_identity() if resume == "auto" else None
+    also = said_of_steps(settings, ground.accelerator.num_processes, newest)
+    _check_known(settings, ground, identity, newest, also)
+    model = _model(recipe, settings, path, ground, console)
     rows = batched(recipe, settings, tokens, model, ground, newest, console)
     tasks, ledger = _tasks(recipe, settings, ["train", *([] if rows.validate is None else ["val"])]), Ledger()
     named = partial(by_parts, tasks=tasks, ledger=ledger, apart=has_auxiliary_loss(model))
@@ -111,7 +114,30 @@ def prepare(
         load=rows.load,
         ledger=ledger,
         unfreezing=unfreezing,
+        also=also,
     )
+
+
+def _check_known(settings: Finetune, ground: Ground, identity: dict[str, Any], newest: Any, also: str) -> None:
+    """Refuses, before a model is loaded, to go on from a checkpoint that is seen to belong to another run.
+
+    Args:
+        settings: finetune part of the recipe.
+        ground: What there is before the model.
+        identity: As of ``prepare``.
+        newest: The identity of the checkpoint, or None.
+        also: See ``said_of_steps``.
+
+    Raises:
+        IntegrityError: It belongs to another run.
+    """
+    from mmtune.training.course import check_same_run
+
+    if newest is None:
+        return
+    _, size = step_sizes(settings, ground.accelerator.num_processes, newest)
+    known = _identity(identity, {"step_size": asdict(size), "precision": ground.precision})
+    check_same_run(changes({name: newest.get(name) for name in known}, known), "finetune", also)
 
 
 def _ground(
