@@ -8,12 +8,14 @@ import torch
 from safetensors.torch import load_file
 
 from mmtune.errors import DataError, Interrupted, RecipeError
+from mmtune.models.load import load_model
 from mmtune.recipe.text import load_recipe
 from mmtune.stages.assemble import assemble_stage, join
 from mmtune.stages.build_data import build_data
 from mmtune.stages.pretrain import pretrain
 from mmtune.stages.tokenize import tokenize
 from mmtune.talk import Talk
+from mmtune.training.heads import load_heads
 
 WEIGHTS = "{caption: 1, reconstruction: 0.1, adversarial: 0.05, contrastive: 0.1, masked: 0.5, match: 0.2}"
 TEXT = """
@@ -84,6 +86,13 @@ def test_weight_zero_is_bit_for_bit_no_objective(recipe_at):
     assert made(recipe_at(weights="{caption: 1, contrastive: 0, adversarial: 0}"), force=True) == without
 
 
+def test_the_noise_of_the_game_is_that_of_the_recipe(recipe_at):
+    plain = made(recipe_at())
+    noisy = recipe_at("pretrain.codes.noise=0.5")
+    assert made(noisy, force=True) != plain
+    assert load_heads(load_model(str(noisy.run_dir / "base")), noisy.run_dir / "base").settings.codes.noise == 0.5
+
+
 def test_validation_looks_at_so_many_rows_every_so_many_steps(recipe_at, repository):
     notes = repository / "data" / "scenes" / "annotations"
     asked = f"questions: {notes}/compare_val_questions.json, annotations: {notes}/compare_val_annotations.json"
@@ -103,7 +112,7 @@ def test_validation_looks_at_so_many_rows_every_so_many_steps(recipe_at, reposit
 def test_an_interrupted_run_ends_with_the_same_bytes(recipe_at, monkeypatch):
     import mmtune.training.loop as loop
 
-    staged = recipe_at("pretrain.unfreeze={image: 1}", "pretrain.log_every=4")
+    staged = recipe_at("pretrain.unfreeze={image: 1}", "pretrain.codes.noise=0.5", "pretrain.log_every=4")
     whole = made(staged)
     metrics = [{name: line[name] for name in line if name.startswith("loss")} for line in lines(staged)]
     shutil.rmtree(staged.run_dir / "base")

@@ -250,6 +250,7 @@ def _learner_settings(recipe: Recipe, settings: Pretrain, processor: Any, plan: 
         own.dropout,
         own.game == "alternating",
         own.form,
+        own.noise,
         own.sources,
     )
     return LearnerSettings(settings.weights, codes, _masking(processor), recipe.seed, frozen)
