@@ -133,6 +133,9 @@ class Codes(Section):
     alternating: the discriminators in one step, encoders and generators in the next."""
     form: Literal["minimax", "non_saturating"] = "non_saturating"
     """What encoders and generators minimise in their turn of an alternating game; minimax is flat once they lose."""
+    noise: Annotated[float, Field(ge=0)] = 0.0
+    """Deviation of the noise through which the discriminator of the adversarial game sees codes while it trains; that
+    of their own numbers is 1. It stays unsure of codes that lie apart by less, and so says which way they should go."""
 
 
 class Pretrain(Section):

@@ -3,6 +3,8 @@
 The first hides a code's modality from a discriminator. The second is a conditional adversarial net (Mirza and
 Osindero 2014) with a squared error beside it, as in pix2pix (Isola et al. 2017): from the code of a part that is
 there, and noise, a generator makes the code of one that is missing; a judge that sees both tells real from made.
+In the first, codes may be shown through noise (instance noise, Sonderby et al. 2017, arXiv:1610.04490): codes of two
+modalities seldom lie on the same places, and on what lies apart a discriminator is sure, whatever encoders do.
 Shapes: B rows, N codes, C width of a code, Z width of the noise.
 """
 
@@ -37,7 +39,9 @@ _PLAYER_PACE = Pace(beta1=0.0)
 class GameHeads(nn.Module):
     """The discriminator, and per ordered pair of parts a generator and its judge."""
 
-    def __init__(self, parts: Sequence[str], code_width: int, *, alternating: bool, form: str) -> None:
+    def __init__(
+        self, parts: Sequence[str], code_width: int, *, alternating: bool, form: str, noise: float = 0.0
+    ) -> None:
         """Makes random heads.
 
         Args:
@@ -46,13 +50,21 @@ class GameHeads(nn.Module):
             alternating: The two players move in turns, step by step; else both move in every step, the gradient of
                 the one reversed.
             form: Of the loss in the encoders' and generators' turn, see ``encoder_loss``.
+            noise: Deviation of the Gaussian noise through which the discriminator sees codes while it trains.
         """
         super().__init__()
-        self.parts, self.alternating, self.form = tuple(parts), alternating, form
+        self.parts, self.alternating, self.form, self.noise = tuple(parts), alternating, form, noise
         self.discriminator = Discriminator(code_width, len(self.parts), _INNER)
         pairs = [f"{one}_{other}" for one, other in permutations(self.parts, 2)]
         self.generators = nn.ModuleDict({pair: CodeGenerator(code_width, _NOISE) for pair in pairs})
         self.judges = nn.ModuleDict({pair: Discriminator(2 * code_width, 2) for pair in pairs})
+
+    def shown(self, codes_NC: torch.Tensor) -> torch.Tensor:
+        """Returns ``(N, C)`` codes as the discriminator sees them: in training through noise, which is torch's."""
+        if not (self.training and self.noise):
+            return codes_NC
+        noise_NC = torch.randn(codes_NC.shape, generator=torch.default_generator).to(codes_NC)
+        return codes_NC + self.noise * noise_NC
 
     def fill(self, one: str, other: str, codes_BC: torch.Tensor) -> torch.Tensor:
         """Returns ``(B, C)`` codes of the part ``other`` made from those of ``one``; the noise is torch's."""
@@ -105,7 +117,10 @@ def _modality_game(
     if not len(codes_NC):
         return torch.zeros((), device=codes_NC.device), {}
     part_N = torch.cat([torch.full((len(code),), index, device=codes_NC.device) for index, code in own])
-    loss, logits_NK = _play(heads.discriminator, codes_NC, part_N, turn, heads.form)
+    loss, _ = _play(heads.discriminator, heads.shown(codes_NC), part_N, turn, heads.form)
+    # Where the game stands is told of the codes as they are.
+    with torch.no_grad():
+        logits_NK = heads.discriminator(codes_NC)
     found = game_facts(logits_NK, part_N, codes_NC.detach(), heads.parts)
     facts = {"discriminator_accuracy": found.accuracy, "game_value": found.value}
     return loss, facts | {f"code_variance_{name}": value for name, value in found.variance.items()}

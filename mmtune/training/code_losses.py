@@ -35,6 +35,7 @@ class CodeHeads(nn.Module):
         *,
         alternating: bool = False,
         form: str = "non_saturating",
+        noise: float = 0.0,
     ) -> None:
         """Makes random heads.
 
@@ -46,6 +47,7 @@ class CodeHeads(nn.Module):
             target_widths: D by part, for reconstruction.
             alternating: See ``GameHeads``.
             form: See ``GameHeads``.
+            noise: See ``GameHeads``.
 
         Raises:
             RecipeError: The code is wider than all features together.
@@ -58,8 +60,8 @@ class CodeHeads(nn.Module):
         self.coded = nn.ModuleDict({name: Standard(code_width) for name in parts})
         self.autoencoder = Autoencoder(dict.fromkeys(parts, width), code_width, 2 * code_width, decoded)
         self.temperature = Temperature() if "contrastive" in objectives else None
-        game = "adversarial" in objectives
-        self.game = GameHeads(parts, code_width, alternating=alternating, form=form) if game else None
+        rules: Any = {"alternating": alternating, "form": form, "noise": noise}
+        self.game = GameHeads(parts, code_width, **rules) if "adversarial" in objectives else None
 
     def at(self, name: str, present_BK: torch.Tensor) -> torch.Tensor:
         """Returns ``(B,)`` which rows have a part."""

@@ -47,6 +47,7 @@ class CodeSettings:
         dropout: Chance of a part to be kept from the joint code.
         alternating: The players of the games move in turns.
         form: Of the loss in the encoders' turn.
+        noise: Deviation of the noise through which the discriminator sees codes.
         sources: Whose rows codes are learned from, which ``together`` tells row by row; empty for all.
     """
 
@@ -55,6 +56,7 @@ class CodeSettings:
     dropout: float = 0.0
     alternating: bool = False
     form: str = "non_saturating"
+    noise: float = 0.0
     sources: tuple[str, ...] = ()
 
 
@@ -102,7 +104,7 @@ class Learner(nn.Module):
         heads: dict[str, Callable[[], nn.Module]] = {}
         if set(CODED) & set(weights):
             targets = {name: own for name, own in summary_widths(model.config).items() if name in codes.parts}
-            rules: Any = {"alternating": codes.alternating, "form": codes.form}
+            rules: Any = {"alternating": codes.alternating, "form": codes.form, "noise": codes.noise}
             heads["codes"] = partial(CodeHeads, weights, codes.parts, width, codes.width, targets, **rules)
         if "masked" in weights:
             heads["masked"] = partial(MaskingHeads, width)

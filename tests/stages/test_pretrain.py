@@ -3,18 +3,25 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from mmtune.encoding.collate import Collator
+from mmtune.encoding.processor import load_processor
 from mmtune.errors import DataError, Interrupted, RecipeError
+from mmtune.models.load import load_model
 from mmtune.recipe.text import load_recipe
 from mmtune.stages.assemble import assemble_stage, join
 from mmtune.stages.build_data import build_data
 from mmtune.stages.pretrain import pretrain
 from mmtune.stages.tokenize import tokenize
+from mmtune.storage import open_split, read_manifest
 from mmtune.talk import Talk
+from mmtune.training.batching import Split, rows_apart
+from mmtune.training.heads import codes_of, load_heads
 
 WEIGHTS = "{caption: 1, reconstruction: 0.1, adversarial: 0.05, contrastive: 0.1, masked: 0.5, match: 0.2}"
 TEXT = """
@@ -89,6 +96,29 @@ def test_weight_zero_is_bit_for_bit_no_objective(recipe_at):
     assert made(recipe_at(weights="{caption: 1, contrastive: 0, adversarial: 0}"), force=True) == without
 
 
+def test_the_noise_of_the_game_is_that_of_the_recipe(recipe_at):
+    plain = made(recipe_at())
+    noisy = recipe_at("pretrain.codes.noise=0.5")
+    assert made(noisy, force=True) != plain
+    assert load_heads(load_model(str(noisy.run_dir / "base")), noisy.run_dir / "base").settings.codes.noise == 0.5
+
+
+def test_codes_go_by_what_all_training_rows_are_like(recipe_at):
+    given = {"weights": "{contrastive: 1}"}
+    source = recipe_at(**given).model_dump(mode="json")["sources"][0] | {"limit": 400}
+    recipe = recipe_at(f"sources={json.dumps([source])}", "pretrain.max_steps=1", **given)
+    made(recipe)
+    base, tokens = recipe.run_dir / "base", read_manifest(recipe.run_dir / "tokens")
+    collate = Collator(load_processor(str(base)), media_root=Path(tokens.facts["media_root"]))
+    course = {"batch_tokens": 10**6, "batch_rows": 400, "seed": 0, "micro_batches": 1, "epochs": 1.0}
+    rows = rows_apart(Split(open_split(recipe.run_dir / "tokens" / "train"), collate), course).batches
+    codes = codes_of(load_heads(load_model(str(base)), base), rows.batch(range(400)))
+    # By some of them means would be off, each part's its own way, and tell a picture's code from a text's.
+    for part, code in codes.items():
+        torch.testing.assert_close(code.mean(0), torch.zeros(8), atol=1e-3, rtol=0, msg=part)
+        torch.testing.assert_close(code.std(0, correction=0), torch.ones(8), atol=1e-3, rtol=0, msg=part)
+
+
 def test_validation_looks_at_so_many_rows_every_so_many_steps(recipe_at, repository):
     notes = repository / "data" / "scenes" / "annotations"
     asked = f"questions: {notes}/compare_val_questions.json, annotations: {notes}/compare_val_annotations.json"
@@ -108,7 +138,7 @@ def test_validation_looks_at_so_many_rows_every_so_many_steps(recipe_at, reposit
 def test_an_interrupted_run_ends_with_the_same_bytes(recipe_at, monkeypatch):
     import mmtune.training.loop as loop
 
-    staged = recipe_at("pretrain.unfreeze={image: 1}", "pretrain.log_every=4")
+    staged = recipe_at("pretrain.unfreeze={image: 1}", "pretrain.codes.noise=0.5", "pretrain.log_every=4")
     whole = made(staged)
     metrics = [{name: line[name] for name in line if name.startswith("loss")} for line in lines(staged)]
     shutil.rmtree(staged.run_dir / "base")

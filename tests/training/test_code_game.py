@@ -1,5 +1,7 @@
 """The games over codes: whose turn moves what, and a generator that learns to fill in a missing part."""
 
+import math
+
 import pytest
 import torch
 
@@ -59,6 +61,39 @@ def test_reversal_gives_encoders_the_negated_gradient_of_the_opponent():
         grads.append(own["image"].grad)
     # The opponent's own loss is smoothed; its direction is the same but for that.
     assert torch.nn.functional.cosine_similarity(*(g.flatten() for g in grads), dim=0) > 0.9
+
+
+def test_through_noise_a_discriminator_is_as_unsure_as_bayes_of_codes_that_lie_apart_by_less():
+    place = torch.tensor([0.5, 0.0, 0.0, 0.0, 0.0, 0.0]).expand(256, 6)
+    codes, at = {"image": place, "audio": -place}, {name: torch.ones(256, dtype=torch.bool) for name in PARTS}
+
+    def sure(noise):
+        heads = heads_of(alternating=True, noise=noise)
+        optimizer = torch.optim.Adam(heads.discriminator.parameters(), lr=3e-3)
+        for _ in range(400):
+            loss, facts = game_losses(heads, codes, at, 0)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        # What is logged is of the codes as they are, of which every one is named.
+        assert facts["discriminator_accuracy"] == 1.0
+        return float(heads.discriminator(place[:1]).softmax(-1)[0, 0].detach())
+
+    # Between N(0.5, 1) and N(-0.5, 1) the odds at 0.5 are e ** 0.5; a tenth of the target is spread over both.
+    bayes = 1 / (1 + math.exp(-0.5))
+    assert sure(1.0) == pytest.approx(0.9 * bayes + 0.05, abs=0.03)
+    assert sure(0.0) == pytest.approx(0.95, abs=0.01)
+
+
+def test_held_out_codes_are_seen_without_noise_and_none_draws_nothing():
+    codes, at = rows(16)
+    found = []
+    for noise, training in ((0.0, True), (2.0, False), (2.0, True)):
+        heads = heads_of(noise=noise).train(training)
+        torch.manual_seed(1)
+        loss, _ = game_losses(heads, codes, at, 1)
+        found.append((float(loss.detach()), float(torch.rand(()))))
+    assert found[0] == found[1] != found[2]
 
 
 @pytest.mark.parametrize("alternating", [False, True])

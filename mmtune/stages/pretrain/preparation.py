@@ -15,8 +15,8 @@ from mmtune.talk import Talk
 
 # Media that a part's code is made of, by the number that ``tree_modalities`` gives them.
 _KINDS = {"image": 1 | 2, "audio": 4, "behaviour": 8}
-# Rows that tell what is usual, for codes.
-_MEASURED = 256
+# Rows that tell what is usual, for codes: a mean that is off by a little lies elsewhere for each part, and tells it.
+_MEASURED, _AT_ONCE = 2048, 256
 
 
 @dataclass
@@ -145,7 +145,7 @@ def measure(learner: Any, batches: Any, plan: Any, accelerator: Any) -> None:
         return
     count = plan.sizes.rows.size
     rows = np.unique(np.linspace(0, count - 1, min(count, _MEASURED)).round().astype(int))
-    at_once = plan.batch_rows or _MEASURED
+    at_once = min(plan.batch_rows or _AT_ONCE, _AT_ONCE)
     units = [rows[first : first + at_once] for first in range(0, rows.size, at_once)]
     learner.eval()
     with accelerator.autocast():
@@ -250,6 +250,7 @@ def _learner_settings(recipe: Recipe, settings: Pretrain, processor: Any, plan: 
         own.dropout,
         own.game == "alternating",
         own.form,
+        own.noise,
         own.sources,
     )
     return LearnerSettings(settings.weights, codes, _masking(processor), recipe.seed, frozen)
