@@ -85,7 +85,8 @@ class _Attention(torch.autograd.Function):
             mask = strip.mask_QK.expand(groups, heads // groups, *strip.mask_QK.shape)
             mask = mask.reshape(groups, asked.shape[1], -1)
             chances = torch.baddbmm(mask, asked, key_GKD.mT, alpha=scaling).softmax(-1)
-            _tokens(made_THV, strip.queries).copy_(_heads(chances @ strip.keys_of(value_GTV), heads))
+            made_GQV = torch.bmm(chances, strip.keys_of(value_GTV))
+            _tokens(made_THV, strip.queries).copy_(_heads(made_GQV, heads))
             kept.append(chances)
         ctx.save_for_backward(query_HTD, key_GTD, value_GTV, *kept)
         ctx.strips, ctx.scaling = strips, scaling
@@ -95,22 +96,24 @@ class _Attention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_THV: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query_HTD, key_GTD, value_GTV, *kept = ctx.saved_tensors
-        heads, groups = len(query_HTD), len(key_GTD)
+        heads, groups, grad_HTV = len(query_HTD), len(key_GTD), grad_THV.transpose(0, 1)
         # In the order of memory in which the layers before read them.
-        query_grad = torch.empty_like(query_HTD.transpose(0, 1), memory_format=torch.contiguous_format)
-        key_grad, value_grad = (
-            torch.zeros_like(made.transpose(0, 1), memory_format=torch.contiguous_format)
-            for made in (key_GTD, value_GTV)
+        query_grad, key_grad, value_grad = (
+            torch.empty_like(made.transpose(0, 1), memory_format=torch.contiguous_format)
+            for made in (query_HTD, key_GTD, value_GTV)
         )
-        for strip, chances in zip(ctx.strips, kept, strict=True):
-            grad = strip.queries_of(grad_THV.transpose(0, 1), groups)
+        begun = False
+        for strip, chances in zip(reversed(ctx.strips), reversed(kept), strict=True):
+            grad = strip.queries_of(grad_HTV, groups)
             asked, key_GKD = strip.queries_of(query_HTD, groups), strip.keys_of(key_GTD)
-            _add(value_grad, strip, chances.mT @ grad)
-            scores = torch._softmax_backward_data(grad @ strip.keys_of(value_GTV).mT, chances, -1, chances.dtype).mul_(
-                ctx.scaling
-            )
-            _tokens(query_grad, strip.queries).copy_(_heads(scores @ key_GKD, heads))
-            _add(key_grad, strip, scores.mT @ asked)
+            scores = torch.bmm(grad, strip.keys_of(value_GTV).mT)
+            scores = torch._softmax_backward_data(scores, chances, -1, chances.dtype)
+            made_GQD = torch.bmm(scores, key_GKD)
+            torch.mul(_heads(made_GQD, heads), ctx.scaling, out=_tokens(query_grad, strip.queries))
+            _add(key_grad, strip, torch.bmm(scores.mT, asked), begun)
+            _add(value_grad, strip, torch.bmm(chances.mT, grad), begun)
+            begun = True
+        key_grad.mul_(ctx.scaling)
         return query_grad.transpose(0, 1), key_grad.transpose(0, 1), value_grad.transpose(0, 1), None, None
 
 
@@ -124,8 +127,13 @@ def _heads(made: torch.Tensor, heads: int) -> torch.Tensor:
     return made.reshape(heads, -1, made.shape[-1])
 
 
-def _add(grad_TGD: torch.Tensor, strip: Strip, made_GKD: torch.Tensor) -> None:
-    """Adds the gradient of a strip's keys or values to that of all tokens'."""
+def _add(grad_TGD: torch.Tensor, strip: Strip, made_GKD: torch.Tensor, begun: bool) -> None:
+    """Adds the gradient of a strip's keys or values to that of all tokens', which holds nothing before it has begun."""
+    if not begun and strip.keys == ((0, len(grad_TGD)),):
+        grad_TGD.copy_(made_GKD.transpose(0, 1))
+        return
+    if not begun:
+        grad_TGD.zero_()
     at = 0
     for first, end in strip.keys:
         _tokens(grad_TGD, (first, end)).add_(made_GKD[:, at : at + end - first])
