@@ -214,7 +214,7 @@ def _run(block: Any, hidden_BTH: torch.Tensor, options: Mapping[str, Any]) -> to
     rows = strips_of(options["attention_mask"], attention.config.num_attention_heads, hidden_BTH.dtype)
     halves = _halves(block)
     plain = cos.dtype == hidden_BTH.dtype and cos.shape[2:] == (attention.head_dim,) and not cos.requires_grad
-    if rows is None or halves is None or not plain:
+    if rows is None or len(rows) != len(hidden_BTH) or halves is None or not plain:
         return None
     first, second = halves
     turn = cos[:, :, None], sin[:, :, None]
