@@ -7,16 +7,17 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from mmtune.models.decoder_block import fused_blocks
 from mmtune.models.rms_norm import fused_rms_norms
 from mmtune.models.rotary import fused_rotary
 
 
 @contextmanager
 def fused_parts(model: nn.Module) -> Iterator[None]:
-    """Within this context norms and rotary positions are one operation each, where that is what the model's own do.
+    """Within this context norms, rotary positions and halves of blocks are one operation each, where they can be.
 
     Args:
         model: With whatever wraps it; a context within another changes nothing.
     """
-    with fused_rms_norms(model), fused_rotary(model):
+    with fused_rms_norms(model), fused_rotary(model), fused_blocks(model):
         yield

@@ -82,8 +82,14 @@ def _is_plain(layer: Any) -> bool:
     )
 
 
+def adapts(module: Any) -> bool:
+    """Says whether a module is a LoRA layer with the fused forward whose adapter counts at the moment."""
+    own = getattr(vars(module).get("forward"), "__func__", None)
+    return own is _forward and not module.disable_adapters and not module.merged
+
+
 def _forward(layer: Any, x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-    if args or options or layer.disable_adapters or layer.merged:
+    if args or options or not adapts(layer):
         found: torch.Tensor = type(layer).forward(layer, x, *args, **options)
         return found
     base = layer.base_layer

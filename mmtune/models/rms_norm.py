@@ -24,10 +24,9 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight_H: torch.Tensor, epsilon: float) -> torch.Tensor:
         x_TH = x.reshape(-1, x.shape[-1])
-        norm_T1 = torch.linalg.vector_norm(x_TH, dim=-1, keepdim=True)
-        scale_T1 = norm_T1.square_().div_(x_TH.shape[-1]).add_(epsilon).rsqrt_()
+        made_TH, scale_T1 = normed(x_TH, weight_H, epsilon)
         ctx.save_for_backward(x_TH, weight_H, scale_T1)
-        return (x_TH * scale_T1).mul_(weight_H).view(x.shape)
+        return made_TH.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -37,9 +36,21 @@ class _RmsNorm(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, weight_grad, None
         scaled_TH = grad_TH * weight_H
-        along_T1 = (scaled_TH * x_TH).sum(-1, keepdim=True)
-        along_T1.mul_(scale_T1.pow(3)).div_(-x_TH.shape[-1])
+        along_T1 = along(scaled_TH, x_TH, scale_T1)
         return scaled_TH.mul_(scale_T1).addcmul_(x_TH, along_T1).view(grad.shape), weight_grad, None
+
+
+def normed(x_TH: torch.Tensor, weight_H: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns ``x * r * w`` and ``(T, 1)`` r, which its gradient needs."""
+    norm_T1 = torch.linalg.vector_norm(x_TH, dim=-1, keepdim=True)
+    scale_T1 = norm_T1.square_().div_(x_TH.shape[-1]).add_(epsilon).rsqrt_()
+    return (x_TH * scale_T1).mul_(weight_H), scale_T1
+
+
+def along(scaled_TH: torch.Tensor, x_TH: torch.Tensor, scale_T1: torch.Tensor) -> torch.Tensor:
+    """Returns ``(T, 1)``, the share of x in its gradient, where ``scaled_TH`` is ``g * w``."""
+    along_T1 = (scaled_TH * x_TH).sum(-1, keepdim=True)
+    return along_T1.mul_(scale_T1.pow(3)).div_(-x_TH.shape[-1])
 
 
 @contextmanager

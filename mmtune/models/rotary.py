@@ -29,21 +29,21 @@ class _Rotary(torch.autograd.Function):
         ctx: Any, q_BhTD: torch.Tensor, k_BhTD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         ctx.save_for_backward(cos, sin)
-        return tuple(_turned(x_BhTD, cos, sin, 1) for x_BhTD in (q_BhTD, k_BhTD))
+        return tuple(turned(x_BhTD, cos, sin, 1) for x_BhTD in (q_BhTD, k_BhTD))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return *(_turned(grad_BhTD, cos, sin, -1) for grad_BhTD in grads), None, None
+        return *(turned(grad_BhTD, cos, sin, -1) for grad_BhTD in grads), None, None
 
 
-def _turned(x_BhTD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
-    """Returns what is turned by an angle, or back by it where the sign is -1."""
-    half = x_BhTD.shape[-1] // 2
+def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
+    """Returns ``(..., D)`` turned by an angle, or back by it where the sign is -1."""
+    half = x.shape[-1] // 2
     first, second = (sin[..., :half], sin[..., half:]) if sign > 0 else (sin[..., half:], sin[..., :half])
-    made = x_BhTD * cos
-    made[..., :half].addcmul_(x_BhTD[..., half:], first, value=-sign)
-    made[..., half:].addcmul_(x_BhTD[..., :half], second, value=sign)
+    made = x * cos
+    made[..., :half].addcmul_(x[..., half:], first, value=-sign)
+    made[..., half:].addcmul_(x[..., :half], second, value=sign)
     return made
 
 

@@ -78,6 +78,10 @@ class _Row:
         """Pairs of a query and a key that the strips multiply."""
         return sum(strip.mask_QK.numel() for strip in self.strips)
 
+    def is_short(self, heads: int) -> bool:
+        """Whether the probabilities of so many heads are few enough to be kept."""
+        return self.products * heads * self.mask_11TT.element_size() <= _KEPT_BYTES
+
 
 def with_pieces(mask_B1TT: torch.Tensor, pieces: Sequence[Sequence[Piece]], *, causal: bool) -> torch.Tensor:
     """Returns the mask as one that SDPA takes piece by piece.
@@ -96,6 +100,20 @@ def with_pieces(mask_B1TT: torch.Tensor, pieces: Sequence[Sequence[Piece]], *, c
 def without_pieces(mask: Any) -> Any:
     """Returns the mask as one that SDPA takes whole."""
     return mask.view_as(mask) if hasattr(mask, _PIECES) else mask
+
+
+def strips_of(mask: Any, heads: int, dtype: torch.dtype) -> list[Sequence[Strip]] | None:
+    """Returns the strips of every row where all rows are multiplied out in strips; else None.
+
+    Args:
+        mask: What a layer is given as ``attention_mask``.
+        heads: That ask.
+        dtype: Of queries, keys and values.
+    """
+    cut: list[_Row] | None = getattr(mask, _PIECES, None)
+    if cut is None or mask.dtype != dtype or not all(row.is_short(heads) for row in cut):
+        return None
+    return [row.strips for row in cut]
 
 
 def _strips(piece: Piece) -> Iterator[tuple[Span, tuple[Span, ...]]]:
@@ -130,9 +148,8 @@ def _attention(module: Any, query: Any, key: Any, value: Any, attention_mask: An
 
 def _is_multiplied(query_1HTD: torch.Tensor, row: _Row, options: dict[str, Any]) -> bool:
     """Whether the probabilities of a row are few enough to be kept, and nothing asks more than attention's formula."""
-    kept = row.products * query_1HTD.shape[1] * query_1HTD.element_size()
     plain = not options.get("dropout") and options.get("cache") is None and options.get("softcap") is None
-    return plain and kept <= _KEPT_BYTES and query_1HTD.dtype == row.mask_11TT.dtype
+    return plain and query_1HTD.dtype == row.mask_11TT.dtype and row.is_short(query_1HTD.shape[1])
 
 
 def _of_piece(module: Any, asked: Any, key: Any, value: Any, piece: Piece, mask: Any, options: dict[str, Any]) -> Any:

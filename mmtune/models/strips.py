@@ -77,17 +77,9 @@ class _Attention(torch.autograd.Function):
         strips: Sequence[Strip],
         scaling: float,
     ) -> torch.Tensor:
-        (heads, tokens, _), groups = query_HTD.shape, len(key_GTD)
-        made_THV = query_HTD.new_empty(tokens, heads, value_GTV.shape[-1])
-        kept = []
-        for strip in strips:
-            asked, key_GKD = strip.queries_of(query_HTD, groups), strip.keys_of(key_GTD)
-            mask = strip.mask_QK.expand(groups, heads // groups, *strip.mask_QK.shape)
-            mask = mask.reshape(groups, asked.shape[1], -1)
-            chances = torch.baddbmm(mask, asked, key_GKD.mT, alpha=scaling).softmax(-1)
-            _tokens(made_THV, strip.queries).copy_(_heads(chances @ strip.keys_of(value_GTV), heads))
-            kept.append(chances)
-        ctx.save_for_backward(query_HTD, key_GTD, value_GTV, *kept)
+        made_THV = query_HTD.new_empty(query_HTD.shape[1], len(query_HTD), value_GTV.shape[-1])
+        given = query_HTD, key_GTD, value_GTV
+        ctx.save_for_backward(*given, *attended(given, strips, scaling, made_THV))
         ctx.strips, ctx.scaling = strips, scaling
         return made_THV
 
@@ -95,23 +87,69 @@ class _Attention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_THV: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query_HTD, key_GTD, value_GTV, *kept = ctx.saved_tensors
-        heads, groups = len(query_HTD), len(key_GTD)
+        given = query_HTD, key_GTD, value_GTV
         # In the order of memory in which the layers before read them.
-        query_grad = torch.empty_like(query_HTD.transpose(0, 1), memory_format=torch.contiguous_format)
-        key_grad, value_grad = (
-            torch.zeros_like(made.transpose(0, 1), memory_format=torch.contiguous_format)
-            for made in (key_GTD, value_GTV)
-        )
-        for strip, chances in zip(ctx.strips, kept, strict=True):
-            grad = strip.queries_of(grad_THV.transpose(0, 1), groups)
-            asked, key_GKD = strip.queries_of(query_HTD, groups), strip.keys_of(key_GTD)
-            _add(value_grad, strip, chances.mT @ grad)
-            scores = torch._softmax_backward_data(grad @ strip.keys_of(value_GTV).mT, chances, -1, chances.dtype).mul_(
-                ctx.scaling
-            )
-            _tokens(query_grad, strip.queries).copy_(_heads(scores @ key_GKD, heads))
-            _add(key_grad, strip, scores.mT @ asked)
-        return query_grad.transpose(0, 1), key_grad.transpose(0, 1), value_grad.transpose(0, 1), None, None
+        grads = [torch.empty_like(x.transpose(0, 1), memory_format=torch.contiguous_format) for x in given]
+        attended_back(grad_THV, given, kept, ctx.strips, ctx.scaling, grads)
+        return *(grad.transpose(0, 1) for grad in grads), None, None
+
+
+def attended(
+    given: Sequence[torch.Tensor], strips: Sequence[Strip], scaling: float, made_THV: torch.Tensor
+) -> list[torch.Tensor]:
+    """Writes attention of one row and returns the probabilities of every strip, which its gradient needs.
+
+    Args:
+        given: Queries, keys and values, as ``attend`` takes them.
+        strips: As there.
+        scaling: As there.
+        made_THV: Is written.
+    """
+    query_HTD, key_GTD, value_GTV = given
+    heads, groups = len(query_HTD), len(key_GTD)
+    kept = []
+    for strip in strips:
+        asked, key_GKD = strip.queries_of(query_HTD, groups), strip.keys_of(key_GTD)
+        mask = strip.mask_QK.expand(groups, heads // groups, *strip.mask_QK.shape)
+        mask = mask.reshape(groups, asked.shape[1], -1)
+        chances = torch.baddbmm(mask, asked, key_GKD.mT, alpha=scaling).softmax(-1)
+        made_GQV = torch.bmm(chances, strip.keys_of(value_GTV))
+        _tokens(made_THV, strip.queries).copy_(_heads(made_GQV, heads))
+        kept.append(chances)
+    return kept
+
+
+def attended_back(
+    grad_THV: torch.Tensor,
+    given: Sequence[torch.Tensor],
+    kept: Sequence[torch.Tensor],
+    strips: Sequence[Strip],
+    scaling: float,
+    grads: Sequence[torch.Tensor],
+) -> None:
+    """Writes the gradients of what one row was given.
+
+    Args:
+        grad_THV: Of what came out.
+        given: As ``attended`` took them.
+        kept: What it returned.
+        strips: As there.
+        scaling: As there.
+        grads: ``(T, H, D)`` of queries, ``(T, G, D)`` of keys and ``(T, G, V)`` of values; are written.
+    """
+    (query_HTD, key_GTD, value_GTV), (query_grad, key_grad, value_grad) = given, grads
+    heads, groups, grad_HTV, begun = len(query_HTD), len(key_GTD), grad_THV.transpose(0, 1), False
+    for strip, chances in zip(reversed(strips), reversed(kept), strict=True):
+        grad = strip.queries_of(grad_HTV, groups)
+        asked, key_GKD = strip.queries_of(query_HTD, groups), strip.keys_of(key_GTD)
+        scores = torch.bmm(grad, strip.keys_of(value_GTV).mT)
+        scores = torch._softmax_backward_data(scores, chances, -1, chances.dtype)
+        made_GQD = torch.bmm(scores, key_GKD)
+        torch.mul(_heads(made_GQD, heads), scaling, out=_tokens(query_grad, strip.queries))
+        _add(key_grad, strip, torch.bmm(scores.mT, asked), begun)
+        _add(value_grad, strip, torch.bmm(chances.mT, grad), begun)
+        begun = True
+    key_grad.mul_(scaling)
 
 
 def _tokens(values_THD: torch.Tensor, span: Span) -> torch.Tensor:
@@ -124,8 +162,13 @@ def _heads(made: torch.Tensor, heads: int) -> torch.Tensor:
     return made.reshape(heads, -1, made.shape[-1])
 
 
-def _add(grad_TGD: torch.Tensor, strip: Strip, made_GKD: torch.Tensor) -> None:
-    """Adds the gradient of a strip's keys or values to that of all tokens'."""
+def _add(grad_TGD: torch.Tensor, strip: Strip, made_GKD: torch.Tensor, begun: bool) -> None:
+    """Adds the gradient of a strip's keys or values to that of all tokens', which holds nothing before it has begun."""
+    if not begun and strip.keys == ((0, len(grad_TGD)),):
+        grad_TGD.copy_(made_GKD.transpose(0, 1))
+        return
+    if not begun:
+        grad_TGD.zero_()
     at = 0
     for first, end in strip.keys:
         _tokens(grad_TGD, (first, end)).add_(made_GKD[:, at : at + end - first])

@@ -9,24 +9,31 @@ from torch.nn import functional
 from mmtune.models.strips import Strip, attend
 
 HIDDEN = torch.finfo(torch.float64).min
+Spans = tuple[tuple[int, int], ...]
 
 
-def strips_of(mask_TT: torch.Tensor, cuts: list[tuple[tuple[int, int], tuple[tuple[int, int], ...]]]) -> list[Strip]:
+def strips_of(mask_TT: torch.Tensor, cuts: list[tuple[tuple[int, int], Spans]]) -> list[Strip]:
     return [
         Strip(queries, keys, torch.cat([mask_TT[slice(*queries), slice(*span)] for span in keys], dim=1))
         for queries, keys in cuts
     ]
 
 
+@pytest.mark.parametrize(
+    ("middle", "last"), [(((0, 8),), ((0, 5), (8, 11))), (((0, 8),), ((0, 11),)), (((0, 11),), ((0, 11),))]
+)
 @pytest.mark.parametrize(("heads", "asked"), [(4, 4), (6, 2), (3, 1)])
-def test_values_and_gradients_are_those_of_pytorch(heads: int, asked: int) -> None:
-    """Causal strips of a prefix, and a branch that sees the beginning and itself; values wider than keys."""
+def test_values_and_gradients_are_those_of_pytorch(heads: int, asked: int, middle: Spans, last: Spans) -> None:
+    """Causal strips of a prefix, and a branch that sees the beginning and itself; values wider than keys.
+
+    Strips are asked of what they see, or of the whole row, part of which is hidden.
+    """
     torch.manual_seed(0)
     tokens, at = 11, torch.arange(11)
     seen_TT = at[:, None] >= at
     seen_TT[8:, 5:8] = False
     mask_TT = torch.zeros(tokens, tokens, dtype=torch.float64).masked_fill(~seen_TT, HIDDEN)
-    strips = strips_of(mask_TT, [((0, 3), ((0, 3),)), ((3, 8), ((0, 8),)), ((8, 11), ((0, 5), (8, 11)))])
+    strips = strips_of(mask_TT, [((0, 3), ((0, 3),)), ((3, 8), middle), ((8, 11), last)])
     # As layers give them: tokens before heads in memory.
     given = [
         torch.randn(tokens, count, width, dtype=torch.float64).transpose(0, 1).requires_grad_()

@@ -1,0 +1,288 @@
+"""A block of a Llama-like decoder as two operations, on a CPU: ``x + o(attention(norm(x)))`` and ``x + mlp(norm(x))``.
+
+Autograd walks some thirty small steps of a block, each with tensors of its own. Here each half is one step: what its
+LoRA layers share is multiplied once (``projections``), sums and rotations are written where they are read, and what
+the gradients need is kept, nothing else. Weights are frozen; LoRA's are what trains.
+
+Shapes: B rows, T tokens, N of all rows; H model width, I width of the MLP; q heads that ask, S heads of queries, keys
+and values side by side, D their width; the rest as in ``projections`` and ``strips``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from mmtune.models.projections import Fan, projection_of
+from mmtune.models.rms_norm import along, normed
+from mmtune.models.rotary import turned
+from mmtune.models.segments import Piece, strips_of, with_pieces
+from mmtune.models.spread import is_sharded
+from mmtune.models.strips import Strip, attended, attended_back
+
+_PARTS = {
+    "": {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"},
+    "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
+    "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
+}
+_UNREAD = ("position_ids", "use_cache")
+
+
+@dataclass(frozen=True, slots=True)
+class _Half:
+    """Half a block: a norm, layers of what it makes, something between, and a layer back to the model's width.
+
+    Attributes:
+        norm_H: Weight of the norm.
+        epsilon: Of the norm.
+        first: Layers of what the norm makes.
+        last: The layer whose output is added to the input.
+    """
+
+    norm_H: torch.Tensor
+    epsilon: float
+    first: Fan
+    last: Fan
+
+    @property
+    def adapters(self) -> list[torch.Tensor]:
+        """A and B of every layer."""
+        layers = (*self.first.layers, *self.last.layers)
+        return [value for layer in layers for value in (layer.a_rI, layer.b_Or)]
+
+    def back(
+        self,
+        grad_NH: torch.Tensor,
+        grads: Sequence[torch.Tensor],
+        x_NH: torch.Tensor,
+        normed_NH: torch.Tensor,
+        scale_N1: torch.Tensor,
+        inner_NR: torch.Tensor,
+        *,
+        wanted: bool,
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        """Returns ``(N, H)`` the gradient of the input, where it is wanted, and those of the first layers' adapters.
+
+        Args:
+            grad_NH: Of the half's output.
+            grads: Of what the first layers made.
+            x_NH: The half's input.
+            normed_NH: What its norm made.
+            scale_N1: Of the norm.
+            inner_NR: Of the first layers.
+            wanted: Something before the half trains.
+        """
+        scaled_NH, adapters = self.first.project_back(grads, normed_NH, inner_NR, wanted=wanted)
+        if not wanted:
+            return None, adapters
+        scaled_NH.mul_(self.norm_H)
+        along_N1 = along(scaled_NH, x_NH, scale_N1)
+        return torch.addcmul(grad_NH, scaled_NH, scale_N1).addcmul_(x_NH, along_N1), adapters
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_BTH: torch.Tensor,
+        half: _Half,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        rows: Sequence[Sequence[Strip]],
+        scaling: float,
+        *adapters: torch.Tensor,
+    ) -> torch.Tensor:
+        (batch, tokens, width), head = x_BTH.shape, cos.shape[-1]
+        x_NH, asked = x_BTH.reshape(-1, width), len(half.first.layers[1].weight_OI) // head
+        normed_NH, scale_N1 = normed(x_NH, half.norm_H, half.epsilon)
+        made_NS, inner_NR = half.first.project(normed_NH)
+        made_BTSD = made_NS.view(batch, tokens, -1, head)
+        turned_BTSD = turned(made_BTSD[:, :, :-asked], cos, sin, 1)
+        mixed_BTqD = x_NH.new_empty(batch, tokens, turned_BTSD.shape[2] - asked, head)
+        kept = []
+        for number, strips in enumerate(rows):
+            given = _given(turned_BTSD[number], made_BTSD[number], asked)
+            kept += attended(given, strips, scaling, mixed_BTqD[number])
+        mixed_NI = mixed_BTqD.view(len(x_NH), -1)
+        made_NH, inner_Nr = half.last.project(mixed_NI)
+        saved = x_NH, normed_NH, scale_N1, inner_NR, made_BTSD, turned_BTSD, mixed_NI, inner_Nr, cos, sin
+        ctx.save_for_backward(*saved, *kept)
+        ctx.half, ctx.rows, ctx.scaling = half, rows, scaling
+        return made_NH.add_(x_NH).view(x_BTH.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_BTH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_NH, normed_NH, scale_N1, inner_NR, *more = ctx.saved_tensors
+        made_BTSD, turned_BTSD, mixed_NI, inner_Nr, cos, sin, *rest = more
+        half: _Half = ctx.half
+        grad_NH, kept = grad_BTH.reshape(x_NH.shape), iter(rest)
+        mixed_grad, last = half.last.project_back([grad_NH], mixed_NI, inner_Nr)
+        asked = made_BTSD.shape[2] - turned_BTSD.shape[2]
+        parts, grad_BTSD = [turned_BTSD.shape[2] - asked, asked, asked], torch.empty_like(made_BTSD)
+        mixed_grad_BTqD = mixed_grad.view(*made_BTSD.shape[:2], parts[0], -1)
+        for number, strips in enumerate(ctx.rows):
+            given, into = _given(turned_BTSD[number], made_BTSD[number], asked), grad_BTSD[number]
+            own = [next(kept) for _ in strips]
+            attended_back(mixed_grad_BTqD[number], given, own, strips, ctx.scaling, into.split_with_sizes(parts, 1))
+        turned_grad = turned(grad_BTSD[:, :, :-asked], cos, sin, -1)
+        *_, value_grad = grad_BTSD.split_with_sizes(parts, 2)
+        grads = [grad.flatten(2).flatten(0, 1) for grad in (*turned_grad.split_with_sizes(parts[:2], 2), value_grad)]
+        x_grad, first = half.back(grad_NH, grads, x_NH, normed_NH, scale_N1, inner_NR, wanted=ctx.needs_input_grad[0])
+        return _like(grad_BTH, x_grad), None, None, None, None, None, *first, *last
+
+
+def _given(turned_TSD: torch.Tensor, made_TSD: torch.Tensor, asked: int) -> tuple[torch.Tensor, ...]:
+    """Returns queries, keys and values of a row by heads."""
+    queries, keys = turned_TSD.transpose(0, 1).split_with_sizes([turned_TSD.shape[1] - asked, asked])
+    return queries, keys, made_TSD[:, -asked:].transpose(0, 1)
+
+
+def _like(grad_BTH: torch.Tensor, x_grad: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x_grad is None else x_grad.view(grad_BTH.shape)
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BTH: torch.Tensor, half: _Half, *adapters: torch.Tensor) -> torch.Tensor:
+        x_NH = x_BTH.reshape(-1, x_BTH.shape[-1])
+        normed_NH, scale_N1 = normed(x_NH, half.norm_H, half.epsilon)
+        made_NS, inner_NR = half.first.project(normed_NH)
+        gate_NI, up_NI = made_NS.split_with_sizes(half.first.widths, 1)
+        product_NI = functional.silu(gate_NI).mul_(up_NI)
+        made_NH, inner_Nr = half.last.project(product_NI)
+        ctx.save_for_backward(x_NH, normed_NH, scale_N1, inner_NR, made_NS, product_NI, inner_Nr)
+        ctx.half = half
+        return made_NH.add_(x_NH).view(x_BTH.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_BTH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_NH, normed_NH, scale_N1, inner_NR, made_NS, product_NI, inner_Nr = ctx.saved_tensors
+        half: _Half = ctx.half
+        grad_NH, (gate_NI, up_NI) = grad_BTH.reshape(x_NH.shape), made_NS.split_with_sizes(half.first.widths, 1)
+        product_grad, last = half.last.project_back([grad_NH], product_NI, inner_Nr)
+        up_grad = functional.silu(gate_NI).mul_(product_grad)
+        gate_grad = torch.ops.aten.silu_backward(product_grad.mul_(up_NI), gate_NI)
+        grads, wanted = [gate_grad, up_grad], ctx.needs_input_grad[0]
+        x_grad, first = half.back(grad_NH, grads, x_NH, normed_NH, scale_N1, inner_NR, wanted=wanted)
+        return _like(grad_BTH, x_grad), None, *first, *last
+
+
+@contextmanager
+def fused_blocks(model: nn.Module) -> Iterator[int]:
+    """Within this context every block that computes as Llama's does runs as two operations; gives how many do.
+
+    A call that asks for more than they compute goes the block's own way: other types than fp32, hooks inside, a cache,
+    checkpointing, rows too long for strips.
+    """
+    blocks = [] if is_sharded(model) else [module for module in model.modules() if _is_plain(module)]
+    for block in blocks:
+        block.forward = MethodType(_forward, block)
+    try:
+        yield len(blocks)
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _forward(block: Any, hidden_states: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+    made = None if args else _run(block, hidden_states, options)
+    if made is None:
+        own: torch.Tensor = type(block).forward(block, hidden_states, *args, **options)
+        return own
+    return made
+
+
+def _run(block: Any, hidden_BTH: torch.Tensor, options: Mapping[str, Any]) -> torch.Tensor | None:
+    """Returns what a block makes, in two operations; None where it has to go its own way."""
+    asked = {name for name, value in options.items() if value is not None and name not in _UNREAD}
+    if (
+        asked != {"attention_mask", "position_embeddings"}
+        or options.get("use_cache")
+        or not _is_free(block, hidden_BTH)
+    ):
+        return None
+    attention, (cos, sin) = block.self_attn, options["position_embeddings"]
+    rows = strips_of(options["attention_mask"], attention.config.num_attention_heads, hidden_BTH.dtype)
+    halves = _halves(block)
+    plain = cos.dtype == hidden_BTH.dtype and cos.shape[2:] == (attention.head_dim,) and not cos.requires_grad
+    if rows is None or len(rows) != len(hidden_BTH) or halves is None or not plain:
+        return None
+    first, second = halves
+    turn = cos[:, :, None], sin[:, :, None]
+    made_BTH = _Attention.apply(hidden_BTH, first, *turn, rows, attention.scaling, *first.adapters)
+    found: torch.Tensor = _Mlp.apply(made_BTH, second, *second.adapters)
+    return found
+
+
+def _is_free(block: Any, hidden_BTH: torch.Tensor) -> bool:
+    """Whether nothing else wants to happen inside a block: another type, a hook, dropout, checkpoints."""
+    usual = (
+        hidden_BTH.dtype == torch.float32 and hidden_BTH.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    )
+    dropout = block.training and block.self_attn.attention_dropout
+    if not usual or dropout or getattr(block, "gradient_checkpointing", False):
+        return False
+    called = [block.input_layernorm, block.self_attn, block.post_attention_layernorm, block.mlp, block.mlp.act_fn]
+    return not any(part._forward_hooks or part._forward_pre_hooks for part in (*called, *_layers(block)))
+
+
+def _layers(block: Any) -> list[Any]:
+    attention = [getattr(block.self_attn, f"{name}_proj") for name in "qkvo"]
+    return attention + [getattr(block.mlp, f"{name}_proj") for name in ("gate", "up", "down")]
+
+
+def _halves(block: Any) -> tuple[_Half, _Half] | None:
+    """Returns what a block is made of; None where more than LoRA trains in it."""
+    found = [made for layer in _layers(block) if (made := projection_of(layer)) is not None]
+    norms = [block.input_layernorm, block.post_attention_layernorm]
+    if len(found) < 7 or any(norm.weight.requires_grad for norm in norms):
+        return None
+    (one, first), (two, second) = ((norm.weight, norm.variance_epsilon) for norm in norms)
+    attention, mlp = (Fan(tuple(found[:3])), Fan((found[3],))), (Fan(tuple(found[4:6])), Fan((found[6],)))
+    return _Half(one, first, *attention), _Half(two, second, *mlp)
+
+
+def _is_plain(block: nn.Module) -> bool:
+    """Whether a module is a block as Llama's, by its parts and by what it makes of some numbers while it trains."""
+    if "forward" in vars(block) or not all(_has_parts(block, name, parts) for name, parts in _PARTS.items()):
+        return False
+    attention: Any = block.self_attn
+    norms: list[Any] = [block.input_layernorm, block.post_attention_layernorm]
+    named = all(hasattr(attention, name) for name in ("config", "scaling", "head_dim", "attention_dropout"))
+    if not named or not all(hasattr(norm, "variance_epsilon") for norm in norms) or _halves(block) is None:
+        return False
+    plain = all(value.dtype == torch.float32 and value.device.type == "cpu" for value in block.parameters())
+    return plain and attention.config._attn_implementation == "sdpa" and _computes_as_llamas(block)
+
+
+def _has_parts(block: nn.Module, name: str, parts: set[str]) -> bool:
+    part = getattr(block, name, None) if name else block
+    return isinstance(part, nn.Module) and {own for own, _ in part.named_children()} == parts
+
+
+def _computes_as_llamas(block: Any) -> bool:
+    width, head, tokens, training = len(block.input_layernorm.weight), block.self_attn.head_dim, 3, block.training
+    x_BTH = torch.linspace(-1.0, 40.0, tokens * width).sin().view(1, tokens, width)
+    angles = torch.linspace(0.0, 2.0, tokens * (head // 2)).view(1, tokens, -1).repeat(1, 1, 2)
+    mask = torch.full((1, 1, tokens, tokens), torch.finfo(x_BTH.dtype).min).triu(1)
+    options = {
+        "attention_mask": with_pieces(mask, [[Piece((0, tokens), ((0, tokens),), True)]], causal=True),
+        "position_embeddings": (angles.cos(), angles.sin()),
+    }
+    try:
+        block.train()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            made, own = _run(block, x_BTH, options), type(block).forward(block, x_BTH, **options)
+    finally:
+        block.train(training)
+    # What a block adds to its input is a small part of it, and attention a small part of that.
+    return made is not None and torch.is_tensor(own) and bool((made - own).norm() <= 1e-4 * (own - x_BTH).norm())

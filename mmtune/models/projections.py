@@ -1,0 +1,117 @@
+"""Frozen linear layers of one input with LoRA beside them, multiplied together.
+
+``y_i = x W_i^T + b_i + s_i (x A_i^T) B_i^T`` (Hu et al. 2021, arXiv:2106.09685, equation 3): the thin products of all A
+are one, forward and backward, and what the layers add to the gradient of their input is summed inside the products. A
+layer without LoRA has rank 0.
+
+Shapes: N tokens, I inputs, O outputs of a layer and S of all side by side; r rank of a layer and R of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmtune.models.lora_linear import adapts
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """A frozen linear layer, and LoRA beside it.
+
+    Attributes:
+        weight_OI: Of the layer.
+        bias_O: Of the layer, or None.
+        a_rI: LoRA's A.
+        b_Or: LoRA's B.
+        scaling: Of what LoRA adds.
+    """
+
+    weight_OI: torch.Tensor
+    bias_O: torch.Tensor | None
+    a_rI: torch.Tensor
+    b_Or: torch.Tensor
+    scaling: float
+
+
+def projection_of(module: Any) -> Projection | None:
+    """Returns what a module computes; None where it is more than a frozen linear layer with or without plain LoRA."""
+    if adapts(module):
+        base, scaling = module.base_layer, float(module.scaling["default"])
+        a_rI, b_Or = module.lora_A["default"].weight, module.lora_B["default"].weight
+    elif type(module) is nn.Linear:
+        base, scaling = module, 0.0
+        a_rI, b_Or = module.weight.new_empty(0, module.in_features), module.weight.new_empty(module.out_features, 0)
+    else:
+        return None
+    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+        return None
+    return Projection(base.weight, base.bias, a_rI, b_Or, scaling)
+
+
+@dataclass(frozen=True)
+class Fan:
+    """Layers of one input.
+
+    Attributes:
+        layers: At least one.
+    """
+
+    layers: tuple[Projection, ...]
+
+    @cached_property
+    def widths(self) -> list[int]:
+        """O of every layer."""
+        return [len(layer.weight_OI) for layer in self.layers]
+
+    @cached_property
+    def ranks(self) -> list[int]:
+        """The rank of every layer."""
+        return [len(layer.a_rI) for layer in self.layers]
+
+    @property
+    def all_a_RI(self) -> torch.Tensor:
+        """All A below one another."""
+        return self.layers[0].a_rI if len(self.layers) == 1 else torch.cat([layer.a_rI for layer in self.layers])
+
+    def project(self, x_NI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns ``(N, S)`` what the layers make, and ``(N, R)`` the products with all A."""
+        made_NS, inner_NR = x_NI.new_empty(len(x_NI), sum(self.widths)), torch.mm(x_NI, self.all_a_RI.t())
+        made, inner = made_NS.split_with_sizes(self.widths, 1), inner_NR.split_with_sizes(self.ranks, 1)
+        for layer, y_NO, inner_Nr in zip(self.layers, made, inner, strict=True):
+            if layer.bias_O is None:
+                torch.mm(x_NI, layer.weight_OI.t(), out=y_NO)
+            else:
+                torch.addmm(layer.bias_O, x_NI, layer.weight_OI.t(), out=y_NO)
+            y_NO.addmm_(inner_Nr, layer.b_Or.t(), alpha=layer.scaling)
+        return made_NS, inner_NR
+
+    def project_back(
+        self, grads: Sequence[torch.Tensor], x_NI: torch.Tensor, inner_NR: torch.Tensor, *, wanted: bool = True
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Returns ``(N, I)`` the gradient of the input, and those of A and B of every layer in turn.
+
+        Args:
+            grads: ``(N, O)`` of what each layer made.
+            x_NI: The input.
+            inner_NR: As ``project`` returned it.
+            wanted: The input's gradient is read by someone; else it is what the adapters add to it alone.
+        """
+        inner_grad_NR, found = torch.empty_like(inner_NR), []
+        inner, inner_grads = (value.split_with_sizes(self.ranks, 1) for value in (inner_NR, inner_grad_NR))
+        for grad_NO, layer, inner_Nr, inner_grad_Nr in zip(grads, self.layers, inner, inner_grads, strict=True):
+            # With beta 0 the first argument gives its shape alone.
+            torch.addmm(inner_grad_Nr, grad_NO, layer.b_Or, beta=0, alpha=layer.scaling, out=inner_grad_Nr)
+            # Few rows are multiplied faster than few columns.
+            found.append(torch.mm(inner_Nr.t(), grad_NO).mul_(layer.scaling).t().contiguous())
+        a_grads = torch.mm(inner_grad_NR.t(), x_NI).split_with_sizes(self.ranks)
+        x_grad = torch.mm(inner_grad_NR, self.all_a_RI)
+        if wanted:
+            for grad_NO, layer in zip(grads, self.layers, strict=True):
+                x_grad.addmm_(grad_NO, layer.weight_OI)
+        return x_grad, [grad for pair in zip(a_grads, found, strict=True) for grad in pair]
