@@ -94,18 +94,18 @@ def assemble(
         audio_convolutions=None if audio is None else convolutions_of(audio.config),
         projectors={name: dict(own) for name, own in (projectors or {}).items()},
         fusion=dict(fusion or {}),
-        **{"frame_times": "image" in parts, **_last_of_maps(parts), **_as_before(encoders, offline), **settings},
+        **{"frame_times": "image" in parts, **_last_of_stages(parts), **_as_before(encoders, offline), **settings},
     )
     model = CompositeForConditionalGeneration(config)
     _fill(model, language, parts)
     return model.eval(), _processor(model, tokenizer, given)
 
 
-def _last_of_maps(parts: Mapping[str, Any]) -> dict[str, Any]:
+def _last_of_stages(parts: Mapping[str, Any]) -> dict[str, Any]:
     """Returns that the last layer is read of an image encoder whose layers are of several widths."""
-    from mmtune.models.composite.encoders import makes_maps
+    from mmtune.models.composite.encoders import has_stages
 
-    return {"vision_feature_layer": None} if "image" in parts and makes_maps(parts["image"].config) else {}
+    return {"vision_feature_layer": None} if "image" in parts and has_stages(parts["image"].config) else {}
 
 
 def _language_model(text: str | PretrainedConfig, offline: bool) -> Any:

@@ -29,9 +29,9 @@ def encoder_width(config: Any) -> int:
     return int(getattr(config, "hidden_size", None) or getattr(config, "d_model", None) or maps[-1])
 
 
-def makes_maps(config: Any) -> bool:
-    """Says whether an encoder is one of convolutions (ResNet, ConvNeXt), whose layers are of several widths."""
-    return bool(getattr(config, "hidden_sizes", None)) and not getattr(config, "hidden_size", None)
+def has_stages(config: Any) -> bool:
+    """Says whether an encoder's layers are stages of several widths (ResNet, ConvNeXt, Swin): only the last is read."""
+    return bool(getattr(config, "depths", None))
 
 
 def leading_tokens(config: Any) -> int:

@@ -14,6 +14,7 @@ from mmtune.errors import CapabilityError, RecipeError
 from mmtune.models.composite.assemble import assemble
 from mmtune.models.encoders import LogMelConfig, PatchesConfig
 from mmtune.models.load import load_model
+from mmtune.models.unused_layers import skip_unused_layers
 from tests.training.conftest import encoding_tests
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -113,6 +114,11 @@ def test_every_place_of_a_map_is_a_token(language: Path, tmp_path: Path) -> None
     torch.testing.assert_close(
         model.get_image_features(pixels).pooler_output[0], model.model.multi_modal_projector(tokens, None, None)[0]
     )
+    swin = t.SwinConfig(image_size=32, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4)
+    model, _ = assemble(str(language), encoders={"image": swin}, preprocessors=shown)
+    # Of its stages none is left out as unused: they hand on more than one tensor.
+    assert skip_unused_layers(model) == 0
+    model.get_image_features(pixels)
     places = t.Siglip2VisionConfig(**SMALL, num_patches=16, patch_size=8)
     with pytest.raises(CapabilityError, match="Siglip2VisionModel wants pixel_attention_mask and spatial_shapes too"):
         assemble(str(language), encoders={"image": places}, preprocessors=shown)
