@@ -208,6 +208,8 @@ def test_a_section_that_is_no_section_is_told_its_keys(tmp_path):
     ("text", "expected"),
     [
         ("finetune: {lora_rank: 8}", "unknown key `finetune.lora_rank`; that is `finetune.lora.r` here"),
+        ("finetune: {lora: {rank: 8}}", "unknown key `finetune.lora.rank`; that is `r` here"),
+        ("finetune: {neat_packing: true}", "`finetune.neat_packing`; rows are packed wherever it is exact"),
         ("lora_rank: 8", "unknown key `lora_rank`; that is `finetune.lora.r` here"),
         ("pretrain: {build: {text: a}, num_train_epochs: 1}", "that is `epochs` here"),
         ("finetune: {max_length: 8}", "unknown key `finetune.max_length`; there is `tokenize.max_length`"),
