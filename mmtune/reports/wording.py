@@ -104,11 +104,16 @@ def headline(report: Mapping[str, Any]) -> str:
     found = leading_test(entry, pair)
     before, after = (number(entry["models"][who]["value"]) for who in pair)
     beside = _vote_said(entry) + _alike_said(report, pair)
+    unclear = outcome(report) == "unclear"
+    few = unclear and _too_few(entry, found)
+    if few and entry["media_groups"] < entry["n"]:
+        groups = entry["media_groups"]
+        rows += f" that share media in {groups:,} {'group' if groups == 1 else 'groups'}"
     sure = f"{interval(found, sign=True)}, p {_p(found['p'])}) on {rows}"
     change, subject = f"{named(name)} from {before} to {after}", _subject(*pair)
     by = f"a difference of {signed(found['value'])} (95 % interval {sure}"
-    if outcome(report) == "unclear":
-        said = "Too few rows to tell" if _too_few(entry, found) else "No clear effect"
+    if unclear:
+        said = "Too few rows to tell" if few else "No clear effect"
         moved = f"moved {change}, {by}"
         if before == after:
             moved = f"left {named(name)} unchanged at {after} (95 % interval of the difference {sure}"

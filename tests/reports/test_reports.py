@@ -315,6 +315,10 @@ def test_rows_too_few_for_any_outcome_are_no_missing_effect():
     entry = few["metrics"]["exact_match"]
     level = {**entry, "media_groups": 40, "difference": {**entry["difference"], "low": -5.0, "p": 0.4}}
     assert headline({**few, "metrics": {"exact_match": level}}).startswith("No clear effect")
+    # Many rows about four pictures: the test has four units, and the sentence says so.
+    shared = {"exact_match": {**entry, "n": 40, "media_groups": 4}}
+    assert "on 40 held-out rows that share media in 4 groups." in headline({**few, "metrics": shared})
+    assert "share media" not in headline(few) and "share media" not in headline(enough)
     # Many rows of which four differ: the interval excludes 0, the test cannot pass.
     level["difference"] = {**level["difference"], "low": 5.0, "p": 0.125}
     assert headline({**few, "metrics": {"exact_match": level}}).startswith("Too few rows to tell")
