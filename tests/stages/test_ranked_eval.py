@@ -71,6 +71,26 @@ def test_the_answer_is_the_likeliest_option(recipe, tiny_vlm: Path):
         assert row["prediction"] == max(scores, key=lambda option: scores[option])
 
 
+def test_rows_whose_options_hold_no_right_answer_are_counted(recipe, capfd):
+    columns = {"text": "q", "answer": "a", "options": "=Yellow.|blue"}
+    made = recipe(source={"columns": columns})
+    build_data(made, console=QUIET)
+    evaluate(made, console=Talk(quiet=True))
+    said = "6 of 12 rows with options hold no right answer among them and score 0 in any case, the first t/val-0"
+    notes = json.loads((made.run_dir / "report" / "metrics.json").read_text())["notes"]
+    assert notes == [f"{said} (reference 'red')."] and said in capfd.readouterr().err
+
+
+def test_options_with_every_right_answer_and_answers_in_own_words_are_not_noted(recipe):
+    for settings in (
+        {},
+        {"answer": "generate", "source": {"columns": {"text": "q", "answer": "a", "options": "=blue|x"}}},
+    ):
+        made = recipe(**settings)
+        answers(made)
+        assert json.loads((made.run_dir / "report" / "metrics.json").read_text())["notes"] == []
+
+
 def test_scores_stand_by_template_too(recipe):
     made = recipe()
     answers(made)

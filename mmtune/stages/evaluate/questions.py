@@ -12,6 +12,7 @@ from mmtune.encoding.render import Renderer
 from mmtune.errors import DataError
 from mmtune.evaluation.comparison import ScoredRow
 from mmtune.evaluation.prototypes import SolvedRows
+from mmtune.evaluation.reach import out_of_reach
 from mmtune.evaluation.rows import ChosenExamples, EvalRows, no_context, question_of, scored_row
 from mmtune.evaluation.vqa import few_references
 from mmtune.prompts.schema import row_to_example
@@ -41,6 +42,7 @@ class Questions:
         rejected: Reason to the number of those that do not fit.
         solved: Training rows whose states answer, or None.
         worded: The rows in further wordings, or None.
+        lost: What to say of rows whose options hold no right answer.
     """
 
     rows: EvalRows
@@ -51,6 +53,7 @@ class Questions:
     rejected: Mapping[str, int]
     solved: SolvedRows | None = None
     worded: Worded | None = None
+    lost: Sequence[str] = ()
 
     def question(self, row: int) -> tuple[str, str]:
         """Returns the question of a kept row in its own words, and in those of the searched prompt if it asks it."""
@@ -69,6 +72,7 @@ class Questions:
     def notes(self) -> list[str]:
         """Returns what a reader of the report must know of them."""
         notes = few_references([row.references for row in self.scored if "vqa_accuracy" in row.metrics])
+        notes += self.lost
         notes += self.prompted.notes() if self.prompted else []
         notes += self.worded.notes() if self.worded else []
         if cut := sum(self.rows.shortened):
@@ -83,7 +87,7 @@ def questions_of(plan: Plan, processor: Any, rejects: Path, console: Talk) -> Qu
         plan: What is evaluated.
         processor: The base model's.
         rejects: That file.
-        console: Shows progress, and says which ways show fewer exemplars than they are named for.
+        console: Shows progress, and says what is amiss: too few exemplars, options without a right answer.
 
     Raises:
         DataError: No row can be asked, or there is nothing to show before them.
@@ -107,12 +111,13 @@ def questions_of(plan: Plan, processor: Any, rejects: Path, console: Talk) -> Qu
     if not scored:
         raise DataError(f"no row can be asked: {log.counts}", "look at tokenize.max_length and the model", "no_rows")
     asked = asked_rows(recipe, settings, rows, make, plan.instructions, plan.features)
-    for line in said_of_fewer(asked.facts, len(scored)):
+    lost = [] if settings.answer == "generate" else out_of_reach(scored)
+    for line in (*said_of_fewer(asked.facts, len(scored)), *(f"eval: {line.rstrip('.')}" for line in lost)):
         console.note(line)
     prompted = prompted_rows(recipe, rows, make, plan.instructions) if plan.prompt is not None else None
     solved = solved_rows(plan, rows, make, console) if settings.answer in BY_STATES else None
     further = worded_rows(rows) if settings.ensemble is not None and settings.ensemble.wordings else None
-    return Questions(rows, scored, asked, prompted, len(examples), log.counts, solved, further)
+    return Questions(rows, scored, asked, prompted, len(examples), log.counts, solved, further, lost)
 
 
 def _scored(rows: EvalRows, chosen: Sequence[str] | None, total: int, console: Talk) -> list[ScoredRow]:
