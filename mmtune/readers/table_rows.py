@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import json
 import re
 import sys
 import zlib
@@ -110,8 +111,15 @@ def _check_head(head: list[str], source: SourceFiles, path: Path) -> None:
             plain = isinstance(one, str) and not one.startswith("=") and "{" not in one
             if plain and one not in head:
                 raise DataError(
-                    f"{path} has no column {one!r} (`columns.{name}`)", f"it has: {', '.join(head)}", "missing_column"
+                    f"{path} has no column {one!r} (`columns.{name}`)", _heading_said(head), "missing_column"
                 )
+
+
+def _heading_said(head: Sequence[str]) -> str:
+    """Returns what columns there are, and the delimiter to name where another one seems to have parted them."""
+    between = next((mark for mark in (";", "\t", "|", ",") if len(head) == 1 and mark in head[0]), None)
+    said = f"it has: {', '.join(head)}"
+    return said if between is None else f"{said}; add `delimiter: {json.dumps(between)}` to `columns` if it parts them"
 
 
 def _check_twice(head: Sequence[str], source: SourceFiles, path: Path) -> None:

@@ -61,6 +61,17 @@ def test_table_columns(tmp_path: Path):
         read("table", path=path)
 
 
+@pytest.mark.parametrize(("mark", "named"), [(";", '";"'), ("\t", r'"\t"'), ("|", '"|"')])
+def test_a_head_in_one_piece_is_told_which_delimiter_to_name(tmp_path: Path, mark: str, named: str):
+    path = tmp_path / "t.csv"
+    path.write_text(f"q{mark}a\nwhat?{mark}red\n")
+    with pytest.raises(DataError) as error:
+        read("table", path=path, columns={"question": "q", "answer": "a"})
+    assert f"add `delimiter: {named}` to `columns`" in error.value.hint
+    (row,) = read("table", path=path, columns={"question": "q", "answer": "a", "delimiter": mark})
+    assert isinstance(row, Record) and row.text == "what?"
+
+
 def test_table_csv_faults(tmp_path: Path):
     path = tmp_path / "t.csv"
     path.write_bytes(b'q,a\nfine,yes\nshort\nbad \xff,yes\n"two\nlines",yes\n\nq,\n')
