@@ -194,8 +194,9 @@ def taught_turns(source: SourceFiles, row: Mapping[str, Any], spellings: Sequenc
     Raises:
         Refused: The row is marked as not to be learned, has no turns, or marks for objects that nobody fills in.
     """
-    if row.get("label") is False:
-        raise Refused("not_preferred", "/label: false; this answer is not one to learn")
+    no = next((key for key in ("label", "loss", "train") if row.get(key) is False), None)
+    if no:
+        raise Refused("not_preferred", f"/{no}: false; this answer is not one to learn")
     named = source.columns.get("messages")
     key = str(named) if named is not None else next((name for name in spellings if name in row), None)
     answer = next((name for name in ("chosen", "completion") if row.get(name) is not None), None)

@@ -207,16 +207,18 @@ def test_trl_rows_are_the_conversation_that_they_prefer(tmp_path: Path, reader: 
         assert [(m.role, m.text, m.train) for m in item.messages] == [("user", "q", True), ("assistant", "good", True)]
     refused = [
         {"prompt": "q", "completion": "good", "label": False},
+        {"messages": [asked, good], "loss": False},
         {"chosen": "good", "rejected": "bad"},
         {"prompt": "q"},
         {"prompt": 3, "chosen": [good]},
         {"prompt": [asked], "completion": [said("")]},
     ]
     items = read(reader, path=write(tmp_path / "r.jsonl", refused))
-    assert reasons(items) == ["not_preferred", "bad_field", "bad_field", "bad_field", "empty_answer"]
-    assert items[1].detail == "/prompt: missing; the row has chosen, rejected"
-    assert items[3].detail == "/prompt: expected a list, found a number"
-    assert items[4].detail == "/prompt+completion/1: the assistant's turn is empty"
+    assert reasons(items) == ["not_preferred", "not_preferred", "bad_field", "bad_field", "bad_field", "empty_answer"]
+    assert items[1].detail == "/loss: false; this answer is not one to learn"
+    assert items[2].detail == "/prompt: missing; the row has chosen, rejected"
+    assert items[4].detail == "/prompt: expected a list, found a number"
+    assert items[5].detail == "/prompt+completion/1: the assistant's turn is empty"
 
 
 def test_trl_rows_with_pictures(tmp_path: Path):
