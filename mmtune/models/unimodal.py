@@ -264,7 +264,7 @@ def _load(path: str, config: Any, revision: str | None, offline: bool) -> Any:
     if folder.is_dir() and not list(folder.glob("*.safetensors")):
         raise DataError(f"{folder} holds no safetensors weights", "convert them to safetensors", "no_weights")
     try:
-        model, info = AutoModel.from_pretrained(
+        model, info = _class_of(config).from_pretrained(
             path,
             config=config,
             revision=revision,
@@ -293,6 +293,14 @@ def _load(path: str, config: Any, revision: str | None, offline: bool) -> Any:
             f"{path} lacks {len(missing)} weights, such as {missing[0]}", "fetch the model again", "missing_weights"
         )
     return model.eval()
+
+
+def _class_of(config: Any) -> Any:
+    """Returns the class that loads an encoder: its own where it was saved without its decoder (T5EncoderModel)."""
+    import transformers
+
+    alone = next((name for name in config.architectures or () if name.endswith("EncoderModel")), "AutoModel")
+    return getattr(transformers, alone, transformers.AutoModel)
 
 
 def _sentence_pool(path: str, pool: Pool) -> Pool:

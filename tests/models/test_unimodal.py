@@ -51,6 +51,11 @@ def llava() -> tf.LlavaForConditionalGeneration:
     return tf.LlavaForConditionalGeneration(config)
 
 
+def t5() -> tf.T5Config:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    return tf.T5Config(**sizes, vocab_size=len(WORDS), pad_token_id=0, decoder_start_token_id=0)
+
+
 WHISPER = tf.WhisperConfig(
     d_model=32, encoder_layers=2, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
     encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
@@ -76,6 +81,8 @@ MAKERS = {
     "log_mel": ("audio", lambda: tf.AutoModel.from_config(LogMelConfig(**SMALL))),
     "bert": ("text", lambda: tf.BertModel(tf.BertConfig(**SMALL, vocab_size=len(WORDS)))),
     "clip_text": ("text", clip),
+    "t5": ("text", lambda: tf.T5Model(t5())),
+    "t5_encoder": ("text", lambda: tf.T5EncoderModel(t5())),
     "llama": ("text", lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**SMALL, vocab_size=len(WORDS)))),
     "llava_text": ("text", llava),
 }
@@ -128,7 +135,8 @@ def test_a_member_has_the_same_features_alone_and_in_a_batch(saved):
 def test_features_are_those_of_the_model_called_by_hand(saved):
     name, kind, folder = saved
     (made,) = load_unimodal(str(folder), kind)([load_preparation(str(folder), kind).inputs(raw(kind)[0])])
-    model = tf.AutoModel.from_pretrained(folder).eval()
+    loads = tf.T5EncoderModel if name.startswith("t5") else tf.AutoModel
+    model = loads.from_pretrained(folder).eval()
     tokens, pooled = by_hand(name, model, raw(kind)[0], folder)
     np.testing.assert_allclose(made.tokens, tokens, atol=1e-6)
     np.testing.assert_allclose(made.pooled, pooled, atol=1e-6)
