@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from mmtune.models.forwards import running_as
 from mmtune.models.projections import Fan, projection_of
 from mmtune.models.rms_norm import along, normed
 from mmtune.models.rotary import turned
@@ -184,13 +185,8 @@ def fused_blocks(model: nn.Module) -> Iterator[int]:
     checkpointing, rows too long for strips.
     """
     blocks = [] if is_sharded(model) else [module for module in model.modules() if _is_plain(module)]
-    for block in blocks:
-        block.forward = MethodType(_forward, block)
-    try:
+    with running_as({block: MethodType(_forward, block) for block in blocks}):
         yield len(blocks)
-    finally:
-        for block in blocks:
-            del block.forward
 
 
 def _forward(block: Any, hidden_states: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from mmtune.models.forwards import running_as
 from mmtune.models.projector_input import Call, behind, enters, watched
 
 _PLURAL = {"image": "images", "audio": "sounds"}
@@ -149,7 +150,7 @@ def _audio_rows(base: Any, tensors: Mapping[str, torch.Tensor], tokens: int) -> 
     def handed_on(**given: Any) -> Any:
         return BaseModelOutputWithPast(last_hidden_state=given["inputs_embeds"])
 
-    with _runs_as(embeddings, no_words), _runs_as(decoder, handed_on):
+    with running_as({embeddings: no_words, decoder: handed_on}):
         made = inner(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -159,18 +160,6 @@ def _audio_rows(base: Any, tensors: Mapping[str, torch.Tensor], tokens: int) -> 
         )
     rows: torch.Tensor = made.last_hidden_state[0]
     return rows
-
-
-@contextmanager
-def _runs_as(module: Any, forward: Any) -> Iterator[None]:
-    own = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
 
 
 def _joined(parts: Any) -> torch.Tensor:

@@ -18,6 +18,7 @@ from torch import nn
 
 from mmtune.models.attention import attention_by, is_flex, text_attention
 from mmtune.models.composite.scores import branches_of_config
+from mmtune.models.forwards import running_as
 from mmtune.models.label_tokens import unwrapped
 from mmtune.models.spread import is_sharded
 
@@ -59,15 +60,8 @@ def left_out(head: nn.Module | None) -> Iterator[list[torch.Tensor]]:
         given.append(hidden)
         return hidden
 
-    own = vars(head).get("forward")
-    head.forward = hand_on
-    try:
+    with running_as({head: hand_on}):
         yield given
-    finally:
-        if own is None:
-            del head.forward
-        else:
-            head.forward = own
 
 
 def _is_handed_on(model: Any, head: nn.Module, config: Any) -> bool:

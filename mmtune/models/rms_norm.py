@@ -19,6 +19,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
+from mmtune.models.forwards import running_as
+
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
@@ -60,13 +62,8 @@ def fused_rms_norms(model: nn.Module) -> Iterator[int]:
     Numbers of another type than fp32, or elsewhere than on a CPU, go the module's own way.
     """
     fused = [module for module in model.modules() if _is_plain(module)]
-    for module in fused:
-        module.forward = MethodType(_forward, module)
-    try:
+    with running_as({module: MethodType(_forward, module) for module in fused}):
         yield len(fused)
-    finally:
-        for module in fused:
-            del module.forward
 
 
 def _is_plain(module: nn.Module) -> bool:
