@@ -48,7 +48,6 @@ class Batched:
         validate: That of held-out rows, or None.
         as_trees: Rows are packed.
         features: Kinds of media whose features are kept.
-        step_size: By which the run is planned.
         load: Loads the base model, whole where a tower was left out.
     """
 
@@ -56,31 +55,28 @@ class Batched:
     validate: Any
     as_trees: bool
     features: Any
-    step_size: dict[str, Any]
     load: Callable[..., Any]
 
 
-def step_sizes(settings: Finetune, processes: int, newest: Any) -> tuple[Any, Any]:
-    """Returns how much makes a step by the settings, and by how much the run is planned, see ``planned_size``.
+def step_size(settings: Finetune, processes: int) -> Any:
+    """Returns how much makes a step by the settings and so many processes."""
+    from mmtune.training.step_size import LIMITS, StepSize
+
+    return StepSize(processes * settings.accumulate, **{name: getattr(settings, name) for name in LIMITS})
+
+
+def said_of_steps(own: Any, processes: int, newest: Any) -> str:
+    """Returns how the steps of a checkpoint go on in micro batches of this run's own size, or in as many; else empty.
 
     Args:
-        settings: finetune part of the recipe.
+        own: See ``step_size``.
         processes: That train.
         newest: The identity of the checkpoint that is gone on from, or None.
     """
-    from mmtune.training.step_size import LIMITS, StepSize, planned_size
-
-    own = StepSize(processes * settings.accumulate, **{name: getattr(settings, name) for name in LIMITS})
-    return own, planned_size(own, newest)
-
-
-def said_of_steps(settings: Finetune, processes: int, newest: Any) -> str:
-    """Returns how the steps of a checkpoint go on in the micro batches of these settings, or in as many; else empty."""
     from mmtune.training.step_size import StepSize
 
     if not newest:
         return ""
-    own, _ = step_sizes(settings, processes, newest)
     before, count = StepSize(**newest["step_size"]), own.micro_batches
     like, other = before.micro_batches_like(own), before.in_micro_batches(count)
     if like and like != count and like % processes == 0:
@@ -97,7 +93,7 @@ def batched(
     tokens: Manifest,
     model: Any,
     ground: Ground,
-    newest: Any,
+    sizes: tuple[Any, Any],
     console: Talk,
 ) -> Batched:
     """Decides how rows become batches.
@@ -108,13 +104,13 @@ def batched(
         tokens: The manifest of tokens/.
         model: On its device.
         ground: What there was before it.
-        newest: The identity of the checkpoint that is gone on from, or None.
+        sizes: How much makes a step by the settings, and by how much the run is planned, see ``planned_size``.
         console: Where notes go.
     """
     from mmtune.training.batching import packed_trees, rows_apart
 
     accelerator, splits = ground.accelerator, ground.splits
-    own_size, size = step_sizes(settings, accelerator.num_processes, newest)
+    own_size, size = sizes
     rows = _batching_of(rows_apart, recipe, settings, size, own_size)
     train = with_proved(splits, ground.wanted)["train"]
     attn = recipe.model.attn if recipe.model else "auto"
@@ -127,7 +123,7 @@ def batched(
         shelves = recipe.run_dir / "features" / "pixels"
         kept = use_pixels(settings, shelves, str(tokens.facts["processor"]), kept, accelerator, console)
     held_out = make(kept["val"], "val") if "val" in kept else None
-    return Batched(make(kept["train"], "train"), held_out, as_trees, kinds, asdict(size), means.load)
+    return Batched(make(kept["train"], "train"), held_out, as_trees, kinds, means.load)
 
 
 def _batching_of(make: Any, recipe: Recipe, settings: Finetune, size: Any, own_size: Any) -> Any:

@@ -12,7 +12,7 @@ from mmtune import __version__
 from mmtune.errors import CapabilityError, DataError, RecipeError
 from mmtune.recipe import Augment, Finetune, Recipe
 from mmtune.stages.finetune.base import load_base, model_to_train, place, show_towers, weights_dtype
-from mmtune.stages.finetune.batches import Ground, batched, said_of_steps, step_sizes
+from mmtune.stages.finetune.batches import Ground, batched, said_of_steps, step_size
 from mmtune.stages.finetune.wanted import wanted_features
 from mmtune.storage import Manifest, changes, library_versions, open_split
 from mmtune.talk import Talk
@@ -75,28 +75,27 @@ def prepare(
     from mmtune.models.composite.scores import has_auxiliary_loss
     from mmtune.training.checkpoints import CheckpointFolder
     from mmtune.training.ledger import Ledger
+    from mmtune.training.step_size import planned_size
     from mmtune.training.surroundings import surroundings
     from mmtune.training.tasks import by_parts
 
     ground = _ground(recipe, settings, tokens, path, identity, limit, offline)
     checkpoints = CheckpointFolder(recipe.run_dir / "checkpoints" / "finetune", settings.keep)
     newest = checkpoints.newest_identity() if resume == "auto" else None
-    also = said_of_steps(settings, ground.accelerator.num_processes, newest)
-    _check_known(settings, ground, identity, newest, also)
+    processes = ground.accelerator.num_processes
+    own_size = step_size(settings, processes)
+    size, also = planned_size(own_size, newest), said_of_steps(own_size, processes, newest)
+    decided: dict[str, Any] = {"step_size": asdict(size), "precision": ground.precision}
+    _check_known(_identity(identity, decided), newest, also)
     model = _model(recipe, settings, path, ground, console)
-    rows = batched(recipe, settings, tokens, model, ground, newest, console)
+    rows = batched(recipe, settings, tokens, model, ground, (own_size, size), console)
     tasks, ledger = _tasks(recipe, settings, ["train", *([] if rows.validate is None else ["val"])]), Ledger()
     named = partial(by_parts, tasks=tasks, ledger=ledger, apart=has_auxiliary_loss(model))
     train, unfreezing = _staged(named(rows.train), model, settings, console)
     optimizer = _optimizer(model, settings, ground.accelerator)
     # Bins are of another length under FlexAttention.
     trees = "trees for FlexAttention" if is_flex(model) else "trees"
-    decided = {
-        "step_size": rows.step_size,
-        "precision": ground.precision,
-        "batches": trees if rows.as_trees else "rows",
-        "features": rows.features,
-    }
+    decided |= {"batches": trees if rows.as_trees else "rows", "features": rows.features}
     spread = {name: getattr(settings, name) for name in SPREAD}
     return Run(
         recipe=recipe,
@@ -118,13 +117,11 @@ def prepare(
     )
 
 
-def _check_known(settings: Finetune, ground: Ground, identity: dict[str, Any], newest: Any, also: str) -> None:
+def _check_known(known: dict[str, Any], newest: Any, also: str) -> None:
     """Refuses, before a model is loaded, to go on from a checkpoint that is seen to belong to another run.
 
     Args:
-        settings: finetune part of the recipe.
-        ground: What there is before the model.
-        identity: As of ``prepare``.
+        known: What a checkpoint must share with this run, as far as it is known without the model.
         newest: The identity of the checkpoint, or None.
         also: See ``said_of_steps``.
 
@@ -135,8 +132,6 @@ def _check_known(settings: Finetune, ground: Ground, identity: dict[str, Any], n
 
     if newest is None:
         return
-    _, size = step_sizes(settings, ground.accelerator.num_processes, newest)
-    known = _identity(identity, {"step_size": asdict(size), "precision": ground.precision})
     check_same_run(changes({name: newest.get(name) for name in known}, known), "finetune", also)
 
 
