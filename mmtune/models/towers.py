@@ -96,6 +96,17 @@ def tower_table(model: nn.Module) -> list[TowerRow]:
     return rows
 
 
+def shown_towers(table: Iterable[TowerRow]) -> tuple[str, tuple[str, ...], list[tuple[str, str, int, int]]]:
+    """Returns title, head and rows of what trains, for a person: of the towers that a model holds."""
+    rows = [(row.tower, row.state, row.parameters, row.trainable) for row in table if row.parameters]
+    return "what trains", ("tower", "state", "parameters", "trainable"), rows
+
+
+def tower_facts(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Returns state and trainable parameters per tower, for a manifest."""
+    return {row.tower: {"state": row.state, "trainable": row.trainable} for row in tower_table(model)}
+
+
 def linear_names(model: nn.Module, towers: Iterable[str], targets: Iterable[str] | None) -> list[str]:
     """Returns the full names of the linear layers to adapt, sorted.
 

@@ -121,10 +121,10 @@ def _publish(run: Run, outcome: Any, state: Any, console: Talk, staging: Staging
     from mmtune.encoding.processor import tokenizer_of
     from mmtune.evaluation.generation import stop_ids
     from mmtune.models.adapter import save_tuned
-    from mmtune.models.towers import tower_table
+    from mmtune.models.towers import tower_facts
     from mmtune.training.meter import shares
 
-    towers = {row.tower: {"state": row.state, "trainable": row.trainable} for row in tower_table(run.model)}
+    towers = tower_facts(run.model)
     save_tuned(run.model, staging.path, state)
     run.processor.save_pretrained(str(staging.path))
     (staging.path / "metrics.jsonl").write_text(outcome.metrics, "utf-8")

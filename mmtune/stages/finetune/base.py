@@ -139,10 +139,9 @@ def place(model: Any, settings: Finetune, accelerator: Any, console: Talk) -> No
 
 def show_towers(model: Any, console: Talk) -> None:
     """Prints what trains of every tower that the model holds, and says so where what fuses them does not."""
-    from mmtune.models.towers import tower_table
+    from mmtune.models.towers import shown_towers, tower_table
 
     table = tower_table(model)
-    rows = [(row.tower, row.state, row.parameters, row.trainable) for row in table if row.parameters]
-    console.table("what trains", ("tower", "state", "parameters", "trainable"), rows)
+    console.table(*shown_towers(table))
     if any(row.tower == "fusion" and row.state == "frozen" for row in table):
         console.note("what fuses the towers stays as it is; add fusion to finetune.train to train it")

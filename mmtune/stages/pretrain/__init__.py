@@ -100,7 +100,7 @@ def _weights(recipe: Recipe) -> dict[str, float]:
 
 def _publish(run: Run, outcome: Any, console: Talk, staging: Staging) -> dict[str, Any]:
     from mmtune.models.save import save_model
-    from mmtune.models.towers import tower_table
+    from mmtune.models.towers import tower_facts
     from mmtune.training.heads import save_heads
     from mmtune.training.meter import shares
 
@@ -116,7 +116,7 @@ def _publish(run: Run, outcome: Any, console: Talk, staging: Staging) -> dict[st
     held_out: dict[str, Any] = next((line for line in reversed(lines) if "val_loss" in line), {})
     last: dict[str, Any] = next((line for line in reversed(lines) if "loss" in line), {})
     facts = {
-        "towers": {row.tower: {"state": row.state, "trainable": row.trainable} for row in tower_table(model)},
+        "towers": tower_facts(model),
         "objectives": dict(run.learner.settings.weights),
         "steps": outcome.step,
         "loss": last.get("loss"),

@@ -119,7 +119,7 @@ def prepare(
 def _model(recipe: Recipe, start: str, offline: bool, console: Talk) -> Any:
     """Returns the model in start/, with what trains of it."""
     from mmtune.models.load import load_model
-    from mmtune.models.towers import check_towers, tower_table
+    from mmtune.models.towers import check_towers, shown_towers, tower_table
     from mmtune.training.learner import part_of
 
     settings = recipe.pretrain
@@ -132,8 +132,7 @@ def _model(recipe: Recipe, start: str, offline: bool, console: Talk) -> Any:
     trains = {*chosen, *(("fusion",) if "projector" in chosen else ())}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in trains)
-    rows = [(row.tower, row.state, row.parameters, row.trainable) for row in tower_table(model) if row.parameters]
-    console.table("what trains", ("tower", "state", "parameters", "trainable"), rows)
+    console.table(*shown_towers(tower_table(model)))
     return model
 
 
