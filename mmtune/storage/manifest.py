@@ -61,7 +61,12 @@ class Manifest:
         """
         config = {name: value for name, value in self.config.items() if name != setting}
         basis = {"stage": self.stage, "config": config, "inputs": self.inputs, "parents": self.parents}
-        return stage_hash({**basis, "code": self.mmtune_version})
+        return folder_hash(basis, self.mmtune_version)
+
+
+def folder_hash(basis: Mapping[str, Any], code: str) -> str:
+    """Returns the hash of a folder by ``stage``, ``config``, ``inputs`` and ``parents``, and by mmtune's version."""
+    return stage_hash({**basis, "code": code})
 
 
 def stage_hash(payload: Mapping[str, Any]) -> str:

@@ -26,10 +26,10 @@ from mmtune.storage.manifest import (
     MANIFEST,
     Manifest,
     changes,
+    folder_hash,
     is_finished,
     library_versions,
     read_manifest,
-    stage_hash,
     verify_files,
 )
 
@@ -188,7 +188,7 @@ def _identity(
 ) -> dict[str, Any]:
     config = json.loads(json.dumps(config, default=str))
     basis = {"stage": stage, "config": config, "inputs": dict(inputs or {}), "parents": dict(parents or {})}
-    return {**basis, "hash": stage_hash({**basis, "code": __version__})}
+    return {**basis, "hash": folder_hash(basis, __version__)}
 
 
 def _check_target(
