@@ -115,14 +115,15 @@ def add_noise_to_embeddings(model: Any, alpha: float, row_tokens: float) -> None
     """
     import torch
 
-    known = [getattr(model.config, name, None) for name in MEDIA_IDS]
-    media = torch.tensor([number for number in known if number is not None], dtype=torch.long)
+    media = {getattr(model.config, name, None) for name in MEDIA_IDS} - {None}
 
     def noise(module: torch.nn.Module, given: tuple[torch.Tensor, ...], made_BTH: torch.Tensor) -> torch.Tensor:
         if not module.training:
             return made_BTH
         most = alpha / math.sqrt(row_tokens * made_BTH.shape[-1])
-        words_BT = ~torch.isin(given[0], media.to(given[0].device))
+        words_BT = torch.ones_like(given[0], dtype=torch.bool)
+        for number in media:
+            words_BT &= given[0] != number
         return made_BTH + torch.empty_like(made_BTH).uniform_(-most, most) * words_BT[..., None]
 
     model.get_input_embeddings().register_forward_hook(noise)
