@@ -83,18 +83,17 @@ def check_drops(tallies: Sequence[Tally], drops: Mapping[str, int], most: float,
         DataError: No row is left, or more are refused.
     """
     read, rows = sum(tally.read for tally in tallies), sum(tally.rows for tally in tallies)
-    first = first_reject(log, drops)
     listed = ", ".join(f"{reason} {count:,}" for reason, count in drops.items())
     if not rows:
         raise DataError(
-            f"no row is left of {read:,}: {listed or 'the sources gave none'}{first}",
+            f"no row is left of {read:,}: {listed or 'the sources gave none'}{first_reject(log, drops)}",
             f"{_mend(drops) or 'mend the data or the paths'}; nothing was written",
             "no_rows",
         )
     if sum(drops.values()) > most * read:
         raise DataError(
             f"{sum(drops.values()):,} of {read:,} rows were refused, more than build.max_drop_fraction "
-            f"({most:g}) allows: {listed}{first}",
+            f"({most:g}) allows: {listed}{first_reject(log, drops)}",
             f"{_mend(drops) or 'mend the data'}, or raise build.max_drop_fraction; nothing was written",
             "too_many_drops",
         )
