@@ -18,7 +18,7 @@ from mmtune.stages.tokenize import tokenize
 from mmtune.storage import read_manifest
 from mmtune.talk import Talk
 from mmtune.training import cross_entropy, tree_kernels
-from tests.stages.tuned import metrics_of, numbers_of, weights_of
+from tests.stages.tuned import left_by, metrics_of, numbers_of, stopped_and_resumed, weights_of
 from tests.training import flex_kernel
 
 pytestmark = pytest.mark.usefixtures("own_precision")
@@ -222,26 +222,15 @@ def test_features_are_refused_where_pixels_or_towers_change(fresh, settings, rea
     ids=lambda settings: "-".join(settings),
 )
 def test_stopped_and_resumed_it_ends_with_the_same_bytes(fresh, settings, monkeypatch):
-    from mmtune.training import loop
-
     if "8bit" in settings.get("optimizer", ""):
         pytest.importorskip("bitsandbytes", reason="adamw_8bit is an extra: pip install mmtune[qlora]")
     recipe = fresh(**settings, max_steps=5, log_every=2)
     finetune(recipe, console=Talk(quiet=True))
-    folder = recipe.run_dir / "adapter"
-    weights = {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
-    losses = numbers_of(recipe)
-    asked = loop.Loop.stop_wanted
-    polls = iter([False, False, True])
-    monkeypatch.setattr(loop.Loop, "stop_wanted", lambda _: next(polls))
-    with pytest.raises(Interrupted):
-        finetune(recipe, force=True, console=Talk(quiet=True))
-    monkeypatch.setattr(loop.Loop, "stop_wanted", asked)
-    console = Talk(quiet=True)
-    finetune(recipe, force=True, console=console)
-    assert any("resuming after step 3" in line for line in console.lines)
-    assert {file.name: file.read_bytes() for file in folder.glob("*.safetensors")} == weights
-    assert numbers_of(recipe) == losses
+    weights, losses = left_by(recipe)
+    assert any("resuming after step 3" in line for line in stopped_and_resumed(recipe, monkeypatch))
+    again, numbers = left_by(recipe)
+    assert again == weights
+    assert numbers == losses
 
 
 @pytest.mark.parametrize("settings", [{}, {"method": "full", "train": ["llm", "vision"]}], ids=["lora", "full"])

@@ -1,18 +1,14 @@
 """The finetune stage on a GPU: the kernel of trees, resumed runs, quantized weights, and near a CPU's numbers."""
 
 import pytest
-import torch
 
-from mmtune.errors import Interrupted
 from mmtune.models.load import load_tuned
 from mmtune.stages.finetune import finetune
 from mmtune.talk import Talk
-from tests.stages.tuned import metrics_of, numbers_of
+from tests.gpu import needs_gpu
+from tests.stages.tuned import left_by, metrics_of, numbers_of, stopped_and_resumed
 
-pytestmark = [
-    pytest.mark.usefixtures("own_precision"),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is shown to the tests (MMTUNE_TEST_GPU=1 does)"),
-]
+pytestmark = [pytest.mark.usefixtures("own_precision"), needs_gpu]
 PACKED = {"batch_rows": None, "batch_tokens": 65536, "features": {"use": "off"}}
 
 
@@ -53,23 +49,15 @@ def test_trees_train_by_flex_attention_as_by_the_models_own(fresh, packed, preci
     ids=lambda settings: "-".join(settings),
 )
 def test_stopped_and_resumed_it_ends_with_the_same_bytes(fresh, packed, settings, monkeypatch):
-    from mmtune.training import loop
-
     if "optimizer" in settings:
         pytest.importorskip("bitsandbytes", reason="adamw_8bit is an extra: pip install mmtune[qlora]")
     recipe = fresh(**settings, max_steps=5)
     finetune(recipe, console=Talk(quiet=True))
-    folder = recipe.run_dir / "adapter"
-    weights = {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
-    losses = numbers_of(recipe)
-    asked, polls = loop.Loop.stop_wanted, iter([False, False, True])
-    monkeypatch.setattr(loop.Loop, "stop_wanted", lambda _: next(polls))
-    with pytest.raises(Interrupted):
-        finetune(recipe, force=True, console=Talk(quiet=True))
-    monkeypatch.setattr(loop.Loop, "stop_wanted", asked)
-    finetune(recipe, force=True, console=Talk(quiet=True))
-    assert numbers_of(recipe) == losses
-    assert {file.name: file.read_bytes() for file in folder.glob("*.safetensors")} == weights
+    weights, losses = left_by(recipe)
+    assert any("resuming after step 3" in line for line in stopped_and_resumed(recipe, monkeypatch))
+    again, numbers = left_by(recipe)
+    assert numbers == losses
+    assert again == weights
 
 
 def test_quantized_weights_train_on_features(fresh):

@@ -17,11 +17,10 @@ from mmtune.models.rope_index import rope_index
 from mmtune.training.tree_batch import TreeCollator
 from mmtune.training.tree_blocks import BLOCK
 from mmtune.training.tree_check import check_trees
+from tests.gpu import needs_gpu
 from tests.training.test_tree_batch import READ_THE_MASK, trees_of
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no GPU is shown to the tests (MMTUNE_TEST_GPU=1 does)"
-)
+pytestmark = needs_gpu
 
 
 @pytest.fixture(autouse=True)
