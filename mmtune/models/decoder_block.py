@@ -1,28 +1,26 @@
 """A block of a Llama-like decoder as two operations, on a CPU: ``x + o(attention(norm(x)))`` and ``x + mlp(norm(x))``.
 
-Autograd walks some thirty small steps of a block, each with tensors of its own. Here each half is one step: what its
-LoRA layers share is multiplied once (``projections``), sums and rotations are written where they are read, and what
-the gradients need is kept, nothing else. Weights are frozen; LoRA's are what trains.
+Autograd walks some thirty small steps of a block, each with tensors of its own. Here each half is one step
+(``half_block``), and rotations are written where they are read.
 
-Shapes: B rows, T tokens, N of all rows; H model width, I width of the MLP; q heads that ask, S heads of queries, keys
-and values side by side, D their width; the rest as in ``projections`` and ``strips``.
+Shapes: B rows, T tokens, N of all rows; H model width; q heads that ask, S heads of queries, keys and values side by
+side, D their width; the rest as in ``projections`` and ``strips``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from mmtune.models.forwards import running_as
-from mmtune.models.projections import Fan, projection_of
-from mmtune.models.rms_norm import along, normed
+from mmtune.models.half_block import Half, halves_of, layers_of, like, run_mlp
+from mmtune.models.label_block import asked_of, run_asked
+from mmtune.models.rms_norm import normed
 from mmtune.models.rotary import turned
 from mmtune.models.segments import Piece, strips_of, with_pieces
 from mmtune.models.spread import is_sharded
@@ -36,64 +34,12 @@ _PARTS = {
 _UNREAD = ("position_ids", "use_cache")
 
 
-@dataclass(frozen=True, slots=True)
-class _Half:
-    """Half a block: a norm, layers of what it makes, something between, and a layer back to the model's width.
-
-    Attributes:
-        norm_H: Weight of the norm.
-        epsilon: Of the norm.
-        first: Layers of what the norm makes.
-        last: The layer whose output is added to the input.
-    """
-
-    norm_H: torch.Tensor
-    epsilon: float
-    first: Fan
-    last: Fan
-
-    @property
-    def adapters(self) -> list[torch.Tensor]:
-        """A and B of every layer."""
-        layers = (*self.first.layers, *self.last.layers)
-        return [value for layer in layers for value in (layer.a_rI, layer.b_Or)]
-
-    def back(
-        self,
-        grad_NH: torch.Tensor,
-        grads: Sequence[torch.Tensor],
-        x_NH: torch.Tensor,
-        normed_NH: torch.Tensor,
-        scale_N1: torch.Tensor,
-        inner_NR: torch.Tensor,
-        *,
-        wanted: bool,
-    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-        """Returns ``(N, H)`` the gradient of the input, where it is wanted, and those of the first layers' adapters.
-
-        Args:
-            grad_NH: Of the half's output.
-            grads: Of what the first layers made.
-            x_NH: The half's input.
-            normed_NH: What its norm made.
-            scale_N1: Of the norm.
-            inner_NR: Of the first layers.
-            wanted: Something before the half trains.
-        """
-        scaled_NH, adapters = self.first.project_back(grads, normed_NH, inner_NR, wanted=wanted)
-        if not wanted:
-            return None, adapters
-        scaled_NH.mul_(self.norm_H)
-        along_N1 = along(scaled_NH, x_NH, scale_N1)
-        return torch.addcmul(grad_NH, scaled_NH, scale_N1).addcmul_(x_NH, along_N1), adapters
-
-
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         x_BTH: torch.Tensor,
-        half: _Half,
+        half: Half,
         cos: torch.Tensor,
         sin: torch.Tensor,
         rows: Sequence[Sequence[Strip]],
@@ -103,7 +49,7 @@ class _Attention(torch.autograd.Function):
         (batch, tokens, width), head = x_BTH.shape, cos.shape[-1]
         x_NH, asked = x_BTH.reshape(-1, width), len(half.first.layers[1].weight_OI) // head
         normed_NH, scale_N1 = normed(x_NH, half.norm_H, half.epsilon)
-        made_NS, inner_NR = half.first.project(normed_NH)
+        made_NS, inner_RN = half.first.project(normed_NH)
         made_BTSD = made_NS.view(batch, tokens, -1, head)
         turned_BTSD = turned(made_BTSD[:, :, :-asked], cos, sin, 1)
         mixed_BTqD = x_NH.new_empty(batch, tokens, turned_BTSD.shape[2] - asked, head)
@@ -112,8 +58,8 @@ class _Attention(torch.autograd.Function):
             given = _given(turned_BTSD[number], made_BTSD[number], asked)
             kept += attended(given, strips, scaling, mixed_BTqD[number])
         mixed_NI = mixed_BTqD.view(len(x_NH), -1)
-        made_NH, inner_Nr = half.last.project(mixed_NI)
-        saved = x_NH, normed_NH, scale_N1, inner_NR, made_BTSD, turned_BTSD, mixed_NI, inner_Nr, cos, sin
+        made_NH, inner_rN = half.last.project(mixed_NI)
+        saved = x_NH, normed_NH, scale_N1, inner_RN, made_BTSD, turned_BTSD, mixed_NI, inner_rN, cos, sin
         ctx.save_for_backward(*saved, *kept)
         ctx.half, ctx.rows, ctx.scaling = half, rows, scaling
         return made_NH.add_(x_NH).view(x_BTH.shape)
@@ -121,11 +67,11 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_BTH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_NH, normed_NH, scale_N1, inner_NR, *more = ctx.saved_tensors
-        made_BTSD, turned_BTSD, mixed_NI, inner_Nr, cos, sin, *rest = more
-        half: _Half = ctx.half
+        x_NH, normed_NH, scale_N1, inner_RN, *more = ctx.saved_tensors
+        made_BTSD, turned_BTSD, mixed_NI, inner_rN, cos, sin, *rest = more
+        half: Half = ctx.half
         grad_NH, kept = grad_BTH.reshape(x_NH.shape), iter(rest)
-        mixed_grad, last = half.last.project_back([grad_NH], mixed_NI, inner_Nr)
+        mixed_grad, last = half.last.project_back([grad_NH], mixed_NI, inner_rN)
         asked = made_BTSD.shape[2] - turned_BTSD.shape[2]
         parts, grad_BTSD = [turned_BTSD.shape[2] - asked, asked, asked], torch.empty_like(made_BTSD)
         mixed_grad_BTqD = mixed_grad.view(*made_BTSD.shape[:2], parts[0], -1)
@@ -136,45 +82,14 @@ class _Attention(torch.autograd.Function):
         turned_grad = turned(grad_BTSD[:, :, :-asked], cos, sin, -1)
         *_, value_grad = grad_BTSD.split_with_sizes(parts, 2)
         grads = [grad.flatten(2).flatten(0, 1) for grad in (*turned_grad.split_with_sizes(parts[:2], 2), value_grad)]
-        x_grad, first = half.back(grad_NH, grads, x_NH, normed_NH, scale_N1, inner_NR, wanted=ctx.needs_input_grad[0])
-        return _like(grad_BTH, x_grad), None, None, None, None, None, *first, *last
+        x_grad, first = half.back(grad_NH, grads, x_NH, normed_NH, scale_N1, inner_RN, wanted=ctx.needs_input_grad[0])
+        return like(grad_BTH, x_grad), None, None, None, None, None, *first, *last
 
 
 def _given(turned_TSD: torch.Tensor, made_TSD: torch.Tensor, asked: int) -> tuple[torch.Tensor, ...]:
     """Returns queries, keys and values of a row by heads."""
     queries, keys = turned_TSD.transpose(0, 1).split_with_sizes([turned_TSD.shape[1] - asked, asked])
     return queries, keys, made_TSD[:, -asked:].transpose(0, 1)
-
-
-def _like(grad_BTH: torch.Tensor, x_grad: torch.Tensor | None) -> torch.Tensor | None:
-    return None if x_grad is None else x_grad.view(grad_BTH.shape)
-
-
-class _Mlp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_BTH: torch.Tensor, half: _Half, *adapters: torch.Tensor) -> torch.Tensor:
-        x_NH = x_BTH.reshape(-1, x_BTH.shape[-1])
-        normed_NH, scale_N1 = normed(x_NH, half.norm_H, half.epsilon)
-        made_NS, inner_NR = half.first.project(normed_NH)
-        gate_NI, up_NI = made_NS.split_with_sizes(half.first.widths, 1)
-        product_NI = functional.silu(gate_NI).mul_(up_NI)
-        made_NH, inner_Nr = half.last.project(product_NI)
-        ctx.save_for_backward(x_NH, normed_NH, scale_N1, inner_NR, made_NS, product_NI, inner_Nr)
-        ctx.half = half
-        return made_NH.add_(x_NH).view(x_BTH.shape)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_BTH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_NH, normed_NH, scale_N1, inner_NR, made_NS, product_NI, inner_Nr = ctx.saved_tensors
-        half: _Half = ctx.half
-        grad_NH, (gate_NI, up_NI) = grad_BTH.reshape(x_NH.shape), made_NS.split_with_sizes(half.first.widths, 1)
-        product_grad, last = half.last.project_back([grad_NH], product_NI, inner_Nr)
-        up_grad = functional.silu(gate_NI).mul_(product_grad)
-        gate_grad = torch.ops.aten.silu_backward(product_grad.mul_(up_NI), gate_NI)
-        grads, wanted = [gate_grad, up_grad], ctx.needs_input_grad[0]
-        x_grad, first = half.back(grad_NH, grads, x_NH, normed_NH, scale_N1, inner_NR, wanted=wanted)
-        return _like(grad_BTH, x_grad), None, *first, *last
 
 
 @contextmanager
@@ -189,16 +104,33 @@ def fused_blocks(model: nn.Module) -> Iterator[int]:
         yield len(blocks)
 
 
+def runs_fused(block: nn.Module) -> bool:
+    """Says whether a module runs as two operations at the moment, where a call lets it."""
+    return getattr(vars(block).get("forward"), "__func__", None) is _forward
+
+
 def _forward(block: Any, hidden_states: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-    made = None if args else _run(block, hidden_states, options)
+    made = None if args else run_fused(block, hidden_states, options)
     if made is None:
         own: torch.Tensor = type(block).forward(block, hidden_states, *args, **options)
         return own
     return made
 
 
-def _run(block: Any, hidden_BTH: torch.Tensor, options: Mapping[str, Any]) -> torch.Tensor | None:
-    """Returns what a block makes, in two operations; None where it has to go its own way."""
+def run_fused(
+    block: Any,
+    hidden_BTH: torch.Tensor,
+    options: Mapping[str, Any],
+    bears: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor | None:
+    """Returns what a block makes, in two operations; None where it has to go its own way.
+
+    Args:
+        block: That computes as Llama's does.
+        hidden_BTH: Its input.
+        options: Of the call, by name.
+        bears: Rows and places of the tokens whose output alone is read, in order; it is zero at all others.
+    """
     asked = {name for name, value in options.items() if value is not None and name not in _UNREAD}
     if (
         asked != {"attention_mask", "position_embeddings"}
@@ -206,17 +138,18 @@ def _run(block: Any, hidden_BTH: torch.Tensor, options: Mapping[str, Any]) -> to
         or not _is_free(block, hidden_BTH)
     ):
         return None
-    attention, (cos, sin) = block.self_attn, options["position_embeddings"]
-    rows = strips_of(options["attention_mask"], attention.config.num_attention_heads, hidden_BTH.dtype)
-    halves = _halves(block)
+    attention, mask, (cos, sin) = block.self_attn, options["attention_mask"], options["position_embeddings"]
+    rows = strips_of(mask, attention.config.num_attention_heads, hidden_BTH.dtype)
+    halves = halves_of(block)
     plain = cos.dtype == hidden_BTH.dtype and cos.shape[2:] == (attention.head_dim,) and not cos.requires_grad
     if rows is None or len(rows) != len(hidden_BTH) or halves is None or not plain:
         return None
-    first, second = halves
     turn = cos[:, :, None], sin[:, :, None]
+    if bears is not None:
+        return run_asked(hidden_BTH, halves, *turn, asked_of(mask[:, 0], *bears), attention.scaling)
+    first, second = halves
     made_BTH = _Attention.apply(hidden_BTH, first, *turn, rows, attention.scaling, *first.adapters)
-    found: torch.Tensor = _Mlp.apply(made_BTH, second, *second.adapters)
-    return found
+    return run_mlp(made_BTH, second)
 
 
 def _is_free(block: Any, hidden_BTH: torch.Tensor) -> bool:
@@ -228,23 +161,7 @@ def _is_free(block: Any, hidden_BTH: torch.Tensor) -> bool:
     if not usual or dropout or getattr(block, "gradient_checkpointing", False):
         return False
     called = [block.input_layernorm, block.self_attn, block.post_attention_layernorm, block.mlp, block.mlp.act_fn]
-    return not any(part._forward_hooks or part._forward_pre_hooks for part in (*called, *_layers(block)))
-
-
-def _layers(block: Any) -> list[Any]:
-    attention = [getattr(block.self_attn, f"{name}_proj") for name in "qkvo"]
-    return attention + [getattr(block.mlp, f"{name}_proj") for name in ("gate", "up", "down")]
-
-
-def _halves(block: Any) -> tuple[_Half, _Half] | None:
-    """Returns what a block is made of; None where more than LoRA trains in it."""
-    found = [made for layer in _layers(block) if (made := projection_of(layer)) is not None]
-    norms = [block.input_layernorm, block.post_attention_layernorm]
-    if len(found) < 7 or any(norm.weight.requires_grad for norm in norms):
-        return None
-    (one, first), (two, second) = ((norm.weight, norm.variance_epsilon) for norm in norms)
-    attention, mlp = (Fan(tuple(found[:3])), Fan((found[3],))), (Fan(tuple(found[4:6])), Fan((found[6],)))
-    return _Half(one, first, *attention), _Half(two, second, *mlp)
+    return not any(part._forward_hooks or part._forward_pre_hooks for part in (*called, *layers_of(block)))
 
 
 def _is_plain(block: nn.Module) -> bool:
@@ -254,7 +171,7 @@ def _is_plain(block: nn.Module) -> bool:
     attention: Any = block.self_attn
     norms: list[Any] = [block.input_layernorm, block.post_attention_layernorm]
     named = all(hasattr(attention, name) for name in ("config", "scaling", "head_dim", "attention_dropout"))
-    if not named or not all(hasattr(norm, "variance_epsilon") for norm in norms) or _halves(block) is None:
+    if not named or not all(hasattr(norm, "variance_epsilon") for norm in norms) or halves_of(block) is None:
         return False
     plain = all(value.dtype == torch.float32 and value.device.type == "cpu" for value in block.parameters())
     return plain and attention.config._attn_implementation == "sdpa" and _computes_as_llamas(block)
@@ -277,7 +194,7 @@ def _computes_as_llamas(block: Any) -> bool:
     try:
         block.train()
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            made, own = _run(block, x_BTH, options), type(block).forward(block, x_BTH, **options)
+            made, own = run_fused(block, x_BTH, options), type(block).forward(block, x_BTH, **options)
     finally:
         block.train(training)
     # What a block adds to its input is a small part of it, and attention a small part of that.

@@ -2,7 +2,8 @@
 
 No other token's output of the last block is read by anything: its keys and values are, so those are
 made for all, while queries, their attention, the output projection and the MLP are made where a label is
-predicted. Loss and gradients are those of the whole block, with fewer products.
+predicted. Loss and gradients are those of the whole block, with fewer products. A block that runs as two operations
+(``decoder_block``) does so here too.
 
 Shapes: B rows, T tokens, N tokens that bear loss, H model width; in attention h heads, Q places that ask, D
 head width.
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +22,13 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from mmtune.models.decoder_block import run_fused, runs_fused
+from mmtune.models.forwards import running_as
 from mmtune.models.segments import without_pieces
+
+Parts = Mapping[str, nn.Module]
+# Rows and places of the tokens that bear loss, ``(N,)`` each.
+Bears = tuple[torch.Tensor, torch.Tensor]
 
 # How many tokens of the rows come in a later call.
 _TO_COME: ContextVar[int] = ContextVar("tokens_to_come", default=0)
@@ -52,12 +60,12 @@ def only_label_tokens(model: Any, bears_BT: torch.Tensor) -> Iterator[None]:
 
     with ExitStack() as hooks:
         hooks.callback(head.register_forward_pre_hook(select).remove)
-        parts = _last_block(inner)
-        for name in _PER_TOKEN:
-            if name in parts:
-                _run_at(parts[name], rows_N, places_N, (bears_BT.shape[0], tokens), hooks)
-        if "self_attn" in parts:
-            _ask_at(parts["self_attn"], torch.unique(places_N), tokens, hooks)
+        last, parts = _last_block(inner)
+        if last is not None and runs_fused(last):
+            forward = partial(_run_fused_at, last, parts, (rows_N, places_N), bears_BT.shape)
+            hooks.enter_context(running_as({last: forward}))
+        else:
+            _run_parts_at(parts, (rows_N, places_N), bears_BT.shape, hooks)
         yield
 
 
@@ -76,7 +84,7 @@ def tokens_to_come(count: int) -> Iterator[None]:
 
 def parts_for_labels(model: Any) -> list[nn.Module]:
     """Returns the parts of a model's last block that run for label tokens alone."""
-    parts = _last_block(unwrapped(model))
+    _, parts = _last_block(unwrapped(model))
     return [parts[name] for name in _PER_TOKEN if name in parts]
 
 
@@ -87,16 +95,18 @@ def unwrapped(model: Any) -> Any:
     return model
 
 
-def _last_block(model: Any) -> Mapping[str, nn.Module]:
-    """Returns the parts of the last block by name; none where the block is of another make."""
+def _last_block(model: Any) -> tuple[nn.Module | None, Parts]:
+    """Returns the last block and its parts by name; none where the block is of another make."""
     layers = getattr(getattr(model, "get_decoder", lambda: None)(), "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
-        return {}
+        return None, {}
     last = layers[-1]
     # By name: a walk over all modules at each step is a share of a short one.
     parts = {name: part for name in _PARTS if (part := _part(last, name)) is not None}
     # A block of experts may count its tokens; a block that is computed again in the backward pass runs without hooks.
-    return {} if getattr(last, "gradient_checkpointing", False) or "mlp.down_proj" not in parts else parts
+    if getattr(last, "gradient_checkpointing", False) or "mlp.down_proj" not in parts:
+        return None, {}
+    return last, parts
 
 
 def _part(block: nn.Module, name: str) -> nn.Module | None:
@@ -104,6 +114,30 @@ def _part(block: nn.Module, name: str) -> nn.Module | None:
     for step in name.split("."):
         found = getattr(found, step, None)
     return found if isinstance(found, nn.Module) else None
+
+
+def _run_fused_at(
+    block: Any, parts: Parts, bears_N: Bears, shape_BT: torch.Size, hidden_BTH: torch.Tensor, *args: Any, **options: Any
+) -> torch.Tensor:
+    """Runs a block for the chosen tokens as two operations, or part by part where the call does not let it."""
+    whole = not args and not _TO_COME.get() and hidden_BTH.shape[:2] == shape_BT and bears_N[0].numel()
+    made = run_fused(block, hidden_BTH, options, bears_N) if whole else None
+    if made is not None:
+        return made
+    with ExitStack() as hooks:
+        _run_parts_at(parts, bears_N, shape_BT, hooks)
+        own: torch.Tensor = type(block).forward(block, hidden_BTH, *args, **options)
+    return own
+
+
+def _run_parts_at(parts: Parts, bears_N: Bears, shape_BT: torch.Size, hooks: ExitStack) -> None:
+    """Lets the parts of the last block see the chosen tokens alone."""
+    rows, tokens = shape_BT
+    for name in _PER_TOKEN:
+        if name in parts:
+            _run_at(parts[name], *bears_N, (rows, tokens), hooks)
+    if "self_attn" in parts:
+        _ask_at(parts["self_attn"], torch.unique(bears_N[1]), tokens, hooks)
 
 
 def _run_at(

@@ -2,7 +2,8 @@
 
 ``y_i = x W_i^T + b_i + s_i (x A_i^T) B_i^T`` (Hu et al. 2021, arXiv:2106.09685, equation 3): the thin products of all A
 are one, forward and backward, and what the layers add to the gradient of their input is summed inside the products. A
-layer without LoRA has rank 0.
+layer without LoRA has rank 0. Thin products are made with the rank as rows: few rows are multiplied up to four times
+faster than few columns.
 
 Shapes: N tokens, I inputs, O outputs of a layer and S of all side by side; r rank of a layer and R of all.
 """
@@ -80,37 +81,38 @@ class Fan:
         return self.layers[0].a_rI if len(self.layers) == 1 else torch.cat([layer.a_rI for layer in self.layers])
 
     def project(self, x_NI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns ``(N, S)`` what the layers make, and ``(N, R)`` the products with all A."""
-        made_NS, inner_NR = x_NI.new_empty(len(x_NI), sum(self.widths)), torch.mm(x_NI, self.all_a_RI.t())
-        made, inner = made_NS.split_with_sizes(self.widths, 1), inner_NR.split_with_sizes(self.ranks, 1)
-        for layer, y_NO, inner_Nr in zip(self.layers, made, inner, strict=True):
+        """Returns ``(N, S)`` what the layers make, and ``(R, N)`` the products with all A."""
+        made_NS, inner_RN = x_NI.new_empty(len(x_NI), sum(self.widths)), torch.mm(self.all_a_RI, x_NI.t())
+        made, inner = made_NS.split_with_sizes(self.widths, 1), inner_RN.split_with_sizes(self.ranks)
+        for layer, y_NO, inner_rN in zip(self.layers, made, inner, strict=True):
             if layer.bias_O is None:
                 torch.mm(x_NI, layer.weight_OI.t(), out=y_NO)
             else:
                 torch.addmm(layer.bias_O, x_NI, layer.weight_OI.t(), out=y_NO)
-            y_NO.addmm_(inner_Nr, layer.b_Or.t(), alpha=layer.scaling)
-        return made_NS, inner_NR
+            y_NO.addmm_(inner_rN.t(), layer.b_Or.t(), alpha=layer.scaling)
+        return made_NS, inner_RN
 
     def project_back(
-        self, grads: Sequence[torch.Tensor], x_NI: torch.Tensor, inner_NR: torch.Tensor, *, wanted: bool = True
+        self, grads: Sequence[torch.Tensor], x_NI: torch.Tensor, inner_RN: torch.Tensor, *, wanted: bool = True
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Returns ``(N, I)`` the gradient of the input, and those of A and B of every layer in turn.
 
         Args:
             grads: ``(N, O)`` of what each layer made.
             x_NI: The input.
-            inner_NR: As ``project`` returned it.
+            inner_RN: As ``project`` returned it.
             wanted: The input's gradient is read by someone; else it is what the adapters add to it alone.
         """
-        inner_grad_NR, found = torch.empty_like(inner_NR), []
-        inner, inner_grads = (value.split_with_sizes(self.ranks, 1) for value in (inner_NR, inner_grad_NR))
-        for grad_NO, layer, inner_Nr, inner_grad_Nr in zip(grads, self.layers, inner, inner_grads, strict=True):
+        inner_grad_RN, found = torch.empty_like(inner_RN), []
+        inner, inner_grads = (value.split_with_sizes(self.ranks) for value in (inner_RN, inner_grad_RN))
+        for grad_NO, layer, inner_rN, inner_grad_rN in zip(grads, self.layers, inner, inner_grads, strict=True):
             # With beta 0 the first argument gives its shape alone.
-            torch.addmm(inner_grad_Nr, grad_NO, layer.b_Or, beta=0, alpha=layer.scaling, out=inner_grad_Nr)
-            # Few rows are multiplied faster than few columns.
-            found.append(torch.mm(inner_Nr.t(), grad_NO).mul_(layer.scaling).t().contiguous())
-        a_grads = torch.mm(inner_grad_NR.t(), x_NI).split_with_sizes(self.ranks)
-        x_grad = torch.mm(inner_grad_NR, self.all_a_RI)
+            torch.addmm(inner_grad_rN, layer.b_Or.t(), grad_NO.t(), beta=0, alpha=layer.scaling, out=inner_grad_rN)
+            b_grad = grad_NO.new_empty(len(inner_rN), grad_NO.shape[1])
+            torch.addmm(b_grad, inner_rN, grad_NO, beta=0, alpha=layer.scaling, out=b_grad)
+            found.append(b_grad.t().contiguous())
+        a_grads = torch.mm(inner_grad_RN, x_NI).split_with_sizes(self.ranks)
+        x_grad = torch.mm(inner_grad_RN.t(), self.all_a_RI)
         if wanted:
             for grad_NO, layer in zip(grads, self.layers, strict=True):
                 x_grad.addmm_(grad_NO, layer.weight_OI)

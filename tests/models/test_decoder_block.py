@@ -72,14 +72,14 @@ def inputs(rows=2):
 @pytest.fixture
 def runs(monkeypatch):
     """Whether each call of a block ran as two operations."""
-    found, own = [], decoder_block._run
+    found, own = [], decoder_block.run_fused
 
     def noted(*given):
         made = own(*given)
         found.append(made is not None)
         return made
 
-    monkeypatch.setattr(decoder_block, "_run", noted)
+    monkeypatch.setattr(decoder_block, "run_fused", noted)
     return found
 
 

@@ -1,0 +1,144 @@
+"""Half a block of a Llama-like decoder as one operation, on a CPU: a norm, layers, something between, a layer, a sum.
+
+What its LoRA layers share is multiplied once (``projections``), sums are written where they are read, and what the
+gradients need is kept, nothing else. Weights are frozen; LoRA's are what trains. The half of the MLP stands here, those
+of attention in ``decoder_block`` and ``label_block``.
+
+Shapes: B rows, T tokens, N of all rows; H model width, I width of the MLP; the rest as in ``projections``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from mmtune.models.projections import Fan, projection_of
+from mmtune.models.rms_norm import along, normed
+
+
+@dataclass(frozen=True, slots=True)
+class Half:
+    """Half a block: a norm, layers of what it makes, something between, and a layer back to the model's width.
+
+    Attributes:
+        norm_H: Weight of the norm.
+        epsilon: Of the norm.
+        first: Layers of what the norm makes.
+        last: The layer whose output is added to the input.
+    """
+
+    norm_H: torch.Tensor
+    epsilon: float
+    first: Fan
+    last: Fan
+
+    @property
+    def adapters(self) -> list[torch.Tensor]:
+        """A and B of every layer."""
+        layers = (*self.first.layers, *self.last.layers)
+        return [value for layer in layers for value in (layer.a_rI, layer.b_Or)]
+
+    def back(
+        self,
+        grad_NH: torch.Tensor,
+        grads: Sequence[torch.Tensor],
+        x_NH: torch.Tensor,
+        normed_NH: torch.Tensor,
+        scale_N1: torch.Tensor,
+        inner_RN: torch.Tensor,
+        *,
+        wanted: bool,
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        """Returns ``(N, H)`` the gradient of the input, where it is wanted, and those of the first layers' adapters.
+
+        Args:
+            grad_NH: Of the half's output.
+            grads: Of what the first layers made.
+            x_NH: The half's input.
+            normed_NH: What its norm made.
+            scale_N1: Of the norm.
+            inner_RN: Of the first layers.
+            wanted: Something before the half trains.
+        """
+        normed_grad_NH, adapters = self.first.project_back(grads, normed_NH, inner_RN, wanted=wanted)
+        return self.norm_back(normed_grad_NH, x_NH, scale_N1, grad_NH) if wanted else None, adapters
+
+    def norm_back(
+        self,
+        normed_grad_NH: torch.Tensor,
+        x_NH: torch.Tensor,
+        scale_N1: torch.Tensor,
+        onto_NH: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Returns ``(N, H)``, the norm's share of the gradient of the half's input, added to something.
+
+        Args:
+            normed_grad_NH: Of what the norm made; is written.
+            x_NH: The half's input.
+            scale_N1: Of the norm.
+            onto_NH: What it is added to; nothing unless given.
+        """
+        scaled_NH = normed_grad_NH.mul_(self.norm_H)
+        along_N1 = along(scaled_NH, x_NH, scale_N1)
+        if onto_NH is None:
+            return scaled_NH.mul_(scale_N1).addcmul_(x_NH, along_N1)
+        return torch.addcmul(onto_NH, scaled_NH, scale_N1).addcmul_(x_NH, along_N1)
+
+
+def run_mlp(x_BTH: torch.Tensor, half: Half) -> torch.Tensor:
+    """Returns ``(B, T, H)``, ``x + mlp(norm(x))``."""
+    made_BTH: torch.Tensor = _Mlp.apply(x_BTH, half, *half.adapters)
+    return made_BTH
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BTH: torch.Tensor, half: Half, *adapters: torch.Tensor) -> torch.Tensor:
+        x_NH = x_BTH.reshape(-1, x_BTH.shape[-1])
+        normed_NH, scale_N1 = normed(x_NH, half.norm_H, half.epsilon)
+        made_NS, inner_RN = half.first.project(normed_NH)
+        gate_NI, up_NI = made_NS.split_with_sizes(half.first.widths, 1)
+        product_NI = functional.silu(gate_NI).mul_(up_NI)
+        made_NH, inner_rN = half.last.project(product_NI)
+        ctx.save_for_backward(x_NH, normed_NH, scale_N1, inner_RN, made_NS, product_NI, inner_rN)
+        ctx.half = half
+        return made_NH.add_(x_NH).view(x_BTH.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_BTH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_NH, normed_NH, scale_N1, inner_RN, made_NS, product_NI, inner_rN = ctx.saved_tensors
+        half: Half = ctx.half
+        grad_NH, (gate_NI, up_NI) = grad_BTH.reshape(x_NH.shape), made_NS.split_with_sizes(half.first.widths, 1)
+        product_grad, last = half.last.project_back([grad_NH], product_NI, inner_rN)
+        up_grad = functional.silu(gate_NI).mul_(product_grad)
+        gate_grad = torch.ops.aten.silu_backward(product_grad.mul_(up_NI), gate_NI)
+        grads, wanted = [gate_grad, up_grad], ctx.needs_input_grad[0]
+        x_grad, first = half.back(grad_NH, grads, x_NH, normed_NH, scale_N1, inner_RN, wanted=wanted)
+        return like(grad_BTH, x_grad), None, *first, *last
+
+
+def like(grad_BTH: torch.Tensor, x_grad: torch.Tensor | None) -> torch.Tensor | None:
+    """Returns a gradient of all tokens by rows, where there is one."""
+    return None if x_grad is None else x_grad.view(grad_BTH.shape)
+
+
+def layers_of(block: Any) -> list[Any]:
+    """Returns the linear layers of a block, with LoRA or without: q, k, v, o, gate, up, down."""
+    attention = [getattr(block.self_attn, f"{name}_proj") for name in "qkvo"]
+    return attention + [getattr(block.mlp, f"{name}_proj") for name in ("gate", "up", "down")]
+
+
+def halves_of(block: Any) -> tuple[Half, Half] | None:
+    """Returns what a block is made of; None where more than LoRA trains in it."""
+    found = [made for layer in layers_of(block) if (made := projection_of(layer)) is not None]
+    norms = [block.input_layernorm, block.post_attention_layernorm]
+    if len(found) < 7 or any(norm.weight.requires_grad for norm in norms):
+        return None
+    (one, first), (two, second) = ((norm.weight, norm.variance_epsilon) for norm in norms)
+    attention, mlp = (Fan(tuple(found[:3])), Fan((found[3],))), (Fan(tuple(found[4:6])), Fan((found[6],)))
+    return Half(one, first, *attention), Half(two, second, *mlp)
