@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import MethodType
 from typing import Any
 
 import torch
@@ -92,64 +91,67 @@ def _given(turned_TSD: torch.Tensor, made_TSD: torch.Tensor, asked: int) -> tupl
     return queries, keys, made_TSD[:, -asked:].transpose(0, 1)
 
 
-@contextmanager
-def fused_blocks(model: nn.Module) -> Iterator[int]:
-    """Within this context every block that computes as Llama's does runs as two operations; gives how many do.
+class FusedBlock:
+    """The forward of a block that computes as Llama's does, as two operations.
 
     A call that asks for more than they compute goes the block's own way: other types than fp32, hooks inside, a cache,
     checkpointing, rows too long for strips.
     """
+
+    def __init__(self, block: Any) -> None:
+        self._block, self._halves = block, halves_of(block)
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        """Returns what the block makes."""
+        made = None if args else self.run(hidden_states, options)
+        if made is None:
+            own: torch.Tensor = type(self._block).forward(self._block, hidden_states, *args, **options)
+            return own
+        return made
+
+    def run(
+        self,
+        hidden_BTH: torch.Tensor,
+        options: Mapping[str, Any],
+        bears: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor | None:
+        """Returns what the block makes in two operations; None where it has to go its own way.
+
+        Args:
+            hidden_BTH: Its input.
+            options: Of the call, by name.
+            bears: Rows and places of the tokens whose output alone is read, in order; it is zero at all others.
+        """
+        asked = {name for name, value in options.items() if value is not None and name not in _UNREAD}
+        named = asked == {"attention_mask", "position_embeddings"} and not options.get("use_cache")
+        if not named or not _is_free(self._block, hidden_BTH):
+            return None
+        attention, mask, (cos, sin) = self._block.self_attn, options["attention_mask"], options["position_embeddings"]
+        rows = strips_of(mask, attention.config.num_attention_heads, hidden_BTH.dtype)
+        plain = cos.dtype == hidden_BTH.dtype and cos.shape[2:] == (attention.head_dim,) and not cos.requires_grad
+        self._halves = halves_of(self._block, self._halves)
+        if rows is None or len(rows) != len(hidden_BTH) or self._halves is None or not plain:
+            return None
+        turn = cos[:, :, None], sin[:, :, None]
+        if bears is not None:
+            return run_asked(hidden_BTH, self._halves, *turn, asked_of(mask[:, 0], *bears), attention.scaling)
+        first, second = self._halves
+        made_BTH = _Attention.apply(hidden_BTH, first, *turn, rows, attention.scaling, *first.adapters)
+        return run_mlp(made_BTH, second)
+
+
+@contextmanager
+def fused_blocks(model: nn.Module) -> Iterator[int]:
+    """Within this context every block that computes as Llama's does runs as two operations; gives how many do."""
     blocks = [] if is_sharded(model) else [module for module in model.modules() if _is_plain(module)]
-    with running_as({block: MethodType(_forward, block) for block in blocks}):
+    with running_as({block: FusedBlock(block) for block in blocks}):
         yield len(blocks)
 
 
-def runs_fused(block: nn.Module) -> bool:
-    """Says whether a module runs as two operations at the moment, where a call lets it."""
-    return getattr(vars(block).get("forward"), "__func__", None) is _forward
-
-
-def _forward(block: Any, hidden_states: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-    made = None if args else run_fused(block, hidden_states, options)
-    if made is None:
-        own: torch.Tensor = type(block).forward(block, hidden_states, *args, **options)
-        return own
-    return made
-
-
-def run_fused(
-    block: Any,
-    hidden_BTH: torch.Tensor,
-    options: Mapping[str, Any],
-    bears: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> torch.Tensor | None:
-    """Returns what a block makes, in two operations; None where it has to go its own way.
-
-    Args:
-        block: That computes as Llama's does.
-        hidden_BTH: Its input.
-        options: Of the call, by name.
-        bears: Rows and places of the tokens whose output alone is read, in order; it is zero at all others.
-    """
-    asked = {name for name, value in options.items() if value is not None and name not in _UNREAD}
-    if (
-        asked != {"attention_mask", "position_embeddings"}
-        or options.get("use_cache")
-        or not _is_free(block, hidden_BTH)
-    ):
-        return None
-    attention, mask, (cos, sin) = block.self_attn, options["attention_mask"], options["position_embeddings"]
-    rows = strips_of(mask, attention.config.num_attention_heads, hidden_BTH.dtype)
-    halves = halves_of(block)
-    plain = cos.dtype == hidden_BTH.dtype and cos.shape[2:] == (attention.head_dim,) and not cos.requires_grad
-    if rows is None or len(rows) != len(hidden_BTH) or halves is None or not plain:
-        return None
-    turn = cos[:, :, None], sin[:, :, None]
-    if bears is not None:
-        return run_asked(hidden_BTH, halves, *turn, asked_of(mask[:, 0], *bears), attention.scaling)
-    first, second = halves
-    made_BTH = _Attention.apply(hidden_BTH, first, *turn, rows, attention.scaling, *first.adapters)
-    return run_mlp(made_BTH, second)
+def fused_forward(block: nn.Module) -> FusedBlock | None:
+    """Returns the forward of a block that runs as two operations at the moment, where a call lets it."""
+    forward = vars(block).get("forward")
+    return forward if isinstance(forward, FusedBlock) else None
 
 
 def _is_free(block: Any, hidden_BTH: torch.Tensor) -> bool:
@@ -194,7 +196,7 @@ def _computes_as_llamas(block: Any) -> bool:
     try:
         block.train()
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            made, own = run_fused(block, x_BTH, options), type(block).forward(block, x_BTH, **options)
+            made, own = FusedBlock(block).run(x_BTH, options), type(block).forward(block, x_BTH, **options)
     finally:
         block.train(training)
     # What a block adds to its input is a small part of it, and attention a small part of that.

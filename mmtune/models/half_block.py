@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from mmtune.models.projections import Fan, projection_of
+from mmtune.models.projections import Fan, is_still, projection_of
 from mmtune.models.rms_norm import along, normed
 
 
@@ -133,12 +133,28 @@ def layers_of(block: Any) -> list[Any]:
     return attention + [getattr(block.mlp, f"{name}_proj") for name in ("gate", "up", "down")]
 
 
-def halves_of(block: Any) -> tuple[Half, Half] | None:
-    """Returns what a block is made of; None where more than LoRA trains in it."""
-    found = [made for layer in layers_of(block) if (made := projection_of(layer)) is not None]
-    norms = [block.input_layernorm, block.post_attention_layernorm]
-    if len(found) < 7 or any(norm.weight.requires_grad for norm in norms):
+def halves_of(block: Any, known: tuple[Half, Half] | None = None) -> tuple[Half, Half] | None:
+    """Returns what a block is made of; None where more than LoRA trains in it.
+
+    Args:
+        block: That computes as Llama's does.
+        known: What was returned before, to be returned again while it holds.
+    """
+    layers, norms = layers_of(block), [block.input_layernorm, block.post_attention_layernorm]
+    if any(norm.weight.requires_grad for norm in norms):
+        return None
+    if known is not None and _hold(known, layers, norms):
+        return known
+    found = [made for layer in layers if (made := projection_of(layer)) is not None]
+    if len(found) < len(layers):
         return None
     (one, first), (two, second) = ((norm.weight, norm.variance_epsilon) for norm in norms)
     attention, mlp = (Fan(tuple(found[:3])), Fan((found[3],))), (Fan(tuple(found[4:6])), Fan((found[6],)))
     return Half(one, first, *attention), Half(two, second, *mlp)
+
+
+def _hold(known: tuple[Half, Half], layers: Sequence[Any], norms: Sequence[Any]) -> bool:
+    made = [projection for half in known for fan in (half.first, half.last) for projection in fan.layers]
+    return all(map(is_still, layers, made)) and all(
+        half.norm_H is norm.weight for half, norm in zip(known, norms, strict=True)
+    )

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from mmtune.models.decoder_block import run_fused, runs_fused
+from mmtune.models.decoder_block import FusedBlock, fused_forward
 from mmtune.models.forwards import running_as
 from mmtune.models.segments import without_pieces
 
@@ -61,8 +61,8 @@ def only_label_tokens(model: Any, bears_BT: torch.Tensor) -> Iterator[None]:
     with ExitStack() as hooks:
         hooks.callback(head.register_forward_pre_hook(select).remove)
         last, parts = _last_block(inner)
-        if last is not None and runs_fused(last):
-            forward = partial(_run_fused_at, last, parts, (rows_N, places_N), bears_BT.shape)
+        if last is not None and (fused := fused_forward(last)) is not None:
+            forward = partial(_run_fused_at, fused, parts, (rows_N, places_N), bears_BT.shape)
             hooks.enter_context(running_as({last: forward}))
         else:
             _run_parts_at(parts, (rows_N, places_N), bears_BT.shape, hooks)
@@ -117,17 +117,23 @@ def _part(block: nn.Module, name: str) -> nn.Module | None:
 
 
 def _run_fused_at(
-    block: Any, parts: Parts, bears_N: Bears, shape_BT: torch.Size, hidden_BTH: torch.Tensor, *args: Any, **options: Any
+    fused: FusedBlock,
+    parts: Parts,
+    bears_N: Bears,
+    shape_BT: torch.Size,
+    hidden_states: torch.Tensor,
+    *args: Any,
+    **options: Any,
 ) -> torch.Tensor:
     """Runs a block for the chosen tokens as two operations, or part by part where the call does not let it."""
-    whole = not args and not _TO_COME.get() and hidden_BTH.shape[:2] == shape_BT and bears_N[0].numel()
-    made = run_fused(block, hidden_BTH, options, bears_N) if whole else None
+    whole = not args and not _TO_COME.get() and hidden_states.shape[:2] == shape_BT and bears_N[0].numel()
+    made = fused.run(hidden_states, options, bears_N) if whole else None
     if made is not None:
         return made
     with ExitStack() as hooks:
+        # Where hooks are, the block goes its own way.
         _run_parts_at(parts, bears_N, shape_BT, hooks)
-        own: torch.Tensor = type(block).forward(block, hidden_BTH, *args, **options)
-    return own
+        return fused(hidden_states, *args, **options)
 
 
 def _run_parts_at(parts: Parts, bears_N: Bears, shape_BT: torch.Size, hooks: ExitStack) -> None:

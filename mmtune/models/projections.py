@@ -55,6 +55,23 @@ def projection_of(module: Any) -> Projection | None:
     return Projection(base.weight, base.bias, a_rI, b_Or, scaling)
 
 
+def is_still(module: Any, projection: Projection) -> bool:
+    """Says whether ``projection_of`` would return the same for a module; in a tenth of its time."""
+    if adapts(module):
+        parts = module._modules
+        base, a, b = parts["base_layer"], *(parts[name]._modules["default"] for name in ("lora_A", "lora_B"))
+        same = a._parameters["weight"] is projection.a_rI and b._parameters["weight"] is projection.b_Or
+        if not same or module.scaling["default"] != projection.scaling:
+            return False
+    elif type(module) is nn.Linear and not projection.scaling:
+        base = module
+    else:
+        return False
+    weight, bias = base._parameters["weight"], base._parameters["bias"]
+    trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+    return weight is projection.weight_OI and bias is projection.bias_O and not trains
+
+
 @dataclass(frozen=True)
 class Fan:
     """Layers of one input.

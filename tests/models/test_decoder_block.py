@@ -20,8 +20,7 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-from mmtune.models import decoder_block
-from mmtune.models.decoder_block import fused_blocks
+from mmtune.models.decoder_block import FusedBlock, fused_blocks
 from mmtune.models.lora_linear import fuse_lora
 from mmtune.models.segments import Piece, with_pieces
 
@@ -72,14 +71,14 @@ def inputs(rows=2):
 @pytest.fixture
 def runs(monkeypatch):
     """Whether each call of a block ran as two operations."""
-    found, own = [], decoder_block.run_fused
+    found, own = [], FusedBlock.run
 
     def noted(*given):
         made = own(*given)
         found.append(made is not None)
         return made
 
-    monkeypatch.setattr(decoder_block, "run_fused", noted)
+    monkeypatch.setattr(FusedBlock, "run", noted)
     return found
 
 

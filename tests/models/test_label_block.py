@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from mmtune.models import label_tokens
-from mmtune.models.decoder_block import fused_blocks
+from mmtune.models.decoder_block import FusedBlock, fused_blocks
 from mmtune.models.label_tokens import only_label_tokens, tokens_to_come
 from tests.models.test_decoder_block import FAMILIES, TOKENS, adapted, assert_same, inputs
 
@@ -12,14 +11,15 @@ from tests.models.test_decoder_block import FAMILIES, TOKENS, adapted, assert_sa
 @pytest.fixture
 def runs(monkeypatch):
     """Whether each call of the last block ran as two operations."""
-    found, own = [], label_tokens.run_fused
+    found, own = [], FusedBlock.run
 
-    def noted(*given):
-        made = own(*given)
-        found.append(made is not None)
+    def noted(fused, hidden, options, bears=None):
+        made = own(fused, hidden, options, bears)
+        if bears is not None:
+            found.append(made is not None)
         return made
 
-    monkeypatch.setattr(label_tokens, "run_fused", noted)
+    monkeypatch.setattr(FusedBlock, "run", noted)
     return found
 
 
