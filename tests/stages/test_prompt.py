@@ -1,6 +1,7 @@
 """prompt from instructions/ to prompt/: rows held apart, calls counted, killed and resumed, put into rows one way."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from mmtune.stages.prompt.outcome import verdict
 from mmtune.stages.prompt.rows import choose_rows
 from mmtune.stages.show import describe, render
 from mmtune.storage import is_finished, open_split, read_manifest
+from mmtune.storage.manifest import write_manifest
 from mmtune.talk import Talk
 from tests.chat_server import Server
 
@@ -536,11 +538,10 @@ def test_rows_that_a_prompt_makes_too_long_count_as_wrong(recipe):
     path = given.run_dir / "prompt" / "prompt.json"
     value = json.loads(path.read_text())
     value["prompt"]["instruction"] = "{prompt} " + "never " * 2000
+    made = read_manifest(path.parent)
     path.write_text(json.dumps(value))
-    manifest = given.run_dir / "prompt" / "manifest.json"
-    made = json.loads(manifest.read_text())
-    made["files"]["prompt.json"] = {"size": path.stat().st_size, "sha256": file_digest(path)}
-    manifest.write_text(json.dumps(made))
+    files = {**made.files, "prompt.json": {"size": path.stat().st_size, "sha256": file_digest(path)}}
+    write_manifest(path.parent, replace(made, files=files))
     result = evaluate(given, console=QUIET)
     assert result["metrics"]["accuracy"]["models"]["best_prompt"]["value"] == 0
     assert result["perplexity"]["models"].keys() == {"base"}
