@@ -45,6 +45,8 @@ def test_floats_and_words_keep_their_meaning(tmp_path):
         ("run_dir: x\nfinetune: {engine: deepspeed}\n", "goes with shard zero2 or zero3"),
         ("run_dir: x\nfinetune: {engine: deepspeed, shard: zero3, method: prompt}\n", "does not go with method prompt"),
         ("run_dir: x\nfinetune: {offload: true, optimizer: muon}\n", "shard and offload do not go with"),
+        ("run_dir: x\nfinetune: {features: {use: on}, augment: {shift: 0.1}}\n", "which augment changes"),
+        ("run_dir: x\nfinetune: {features: {use: on}, train: [llm, vision]}\n", "train names vision: set it to auto"),
         ("run_dir: x\nfinetune: {train: []}\n", "at least one tower"),
         ("run_dir: x\nfinetune: {lora: {r: 0}}\n", "greater than or equal to 1"),
         ("run_dir: [x\n", "not valid YAML"),
