@@ -138,6 +138,15 @@ class CheckpointFolder:
         folders = self._folders()
         return str(folders[-1]) if folders else "none yet"
 
+    def stopped_redo(self, steps: int) -> str:
+        """Says that a finished run of ``steps`` steps was being made again when it was stopped, or nothing."""
+        folders = self._folders()
+        step = int(folders[-1].name.removeprefix("step-")) if folders else steps
+        if step == steps:
+            return ""
+        again = f"mmtune {self._command} --force"
+        return f"{self._command}: a run with --force was stopped after step {step}; it goes on by: {again}"
+
     def load(self, checkpoint: Checkpoint, name: str) -> dict[str, Any]:
         """Returns one of the tensor files of a checkpoint."""
         from safetensors.torch import load_file
