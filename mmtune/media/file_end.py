@@ -17,7 +17,7 @@ _MP4 = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp")
 
 
 def missing_end(handle: IO[bytes]) -> str:
-    """Says what is missing, such as ``its header tells 44,144 bytes, 200 are there``; empty where nothing is known to."""
+    """Says what is missing, such as ``its header tells 44,144 bytes, 200 are there``; empty where nothing is."""
     if not handle.seekable():
         return ""
     size = handle.seek(0, os.SEEK_END)
