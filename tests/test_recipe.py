@@ -88,6 +88,13 @@ def test_what_tunes_a_model_that_is_made_first_is_known_before(tmp_path, mode, t
         load(tmp_path, BUILT % (mode, tower))
 
 
+def test_the_model_that_is_made_first_has_settings_too(tmp_path):
+    made = load(tmp_path, BUILT % ("late", "fusion"), ["model.attn=sdpa"])
+    assert made.model.attn == "sdpa" and made.model.path == str(tmp_path / "x" / "base")
+    with pytest.raises(RecipeError, match=r"leave out model\.path, or pretrain"):
+        load(tmp_path, BUILT % ("late", "fusion"), ["model.path=other"])
+
+
 def test_a_value_from_elsewhere_is_named_by_where_it_comes_from(tmp_path):
     text = "run_dir: x\nfinetune:\n  epochs: 1\n"
     with pytest.raises(RecipeError, match=r": --set finetune.epochs: `finetune.epochs`: "):
