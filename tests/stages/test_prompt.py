@@ -17,6 +17,7 @@ from mmtune.recipe import Finetune, Prompt, Recipe
 from mmtune.records import Example, Message, TextPart
 from mmtune.stages.build_data import build_data
 from mmtune.stages.evaluate import evaluate
+from mmtune.stages.finetune import finetune
 from mmtune.stages.prompt import prompt as search_prompt
 from mmtune.stages.prompt.asking import Asker, gap, metric_of, row_scores
 from mmtune.stages.prompt.outcome import verdict
@@ -503,6 +504,11 @@ def test_base_and_tuned_answer_with_and_without_the_prompt(recipe):
     assert [name for name, *_ in stages_of(later, None, True)] == [*names[:1], *names[2:4], "prompt", "eval"]
     assert search_prompt(later, console=QUIET)["on"] == "tuned"
     assert set(read_manifest(given.run_dir / "prompt").parents) == {"instructions", "adapter"}
+    other = later.model_copy(update={"finetune": Finetune(**{**tuning, "max_steps": 1})})
+    finetune(other, force=True, console=QUIET)
+    with pytest.raises(IntegrityError, match="searched with another adapter") as error:
+        evaluate(other, console=QUIET)
+    assert error.value.hint == "run: mmtune prompt"
 
 
 def test_a_dry_run_of_all_stages_says_what_waits(recipe):
