@@ -26,6 +26,12 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def value_digest(value: Any) -> str:
+    """Returns the sha256 of a JSON value, which stays the same when it is written and read."""
+    plain = json.loads(json.dumps(value, default=str))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file and syncs it."""
     with open(path, "w", encoding="utf-8") as handle:

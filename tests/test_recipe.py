@@ -45,6 +45,8 @@ def test_floats_and_words_keep_their_meaning(tmp_path):
         ("run_dir: x\nfinetune: {engine: deepspeed}\n", "goes with shard zero2 or zero3"),
         ("run_dir: x\nfinetune: {engine: deepspeed, shard: zero3, method: prompt}\n", "does not go with method prompt"),
         ("run_dir: x\nfinetune: {offload: true, optimizer: muon}\n", "shard and offload do not go with"),
+        ("run_dir: x\nfinetune: {features: {use: on}, augment: {shift: 0.1}}\n", "which augment changes"),
+        ("run_dir: x\nfinetune: {features: {use: on}, train: [llm, vision]}\n", "train names vision: set it to auto"),
         ("run_dir: x\nfinetune: {train: []}\n", "at least one tower"),
         ("run_dir: x\nfinetune: {lora: {r: 0}}\n", "greater than or equal to 1"),
         ("run_dir: [x\n", "not valid YAML"),
@@ -84,6 +86,13 @@ def test_what_tunes_a_model_that_is_made_first_is_known_before(tmp_path, mode, t
         RecipeError, match=f"finetune.train names the tower {tower}, which pretrain.build does not make"
     ):
         load(tmp_path, BUILT % (mode, tower))
+
+
+def test_the_model_that_is_made_first_has_settings_too(tmp_path):
+    made = load(tmp_path, BUILT % ("late", "fusion"), ["model.attn=sdpa"])
+    assert made.model.attn == "sdpa" and made.model.path == str(tmp_path / "x" / "base")
+    with pytest.raises(RecipeError, match=r"leave out model\.path, or pretrain"):
+        load(tmp_path, BUILT % ("late", "fusion"), ["model.path=other"])
 
 
 def test_a_value_from_elsewhere_is_named_by_where_it_comes_from(tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import datasets
 import pyarrow as pa
@@ -95,6 +96,33 @@ def test_damage_is_found(tmp_path):
         storage.read_manifest(target)
     (target / "data.txt").unlink()
     with pytest.raises(IntegrityError, match="missing"):
+        storage.read_manifest(target)
+
+
+def test_no_byte_of_a_manifest_changes_unnoticed(tmp_path):
+    target = tmp_path / "demo"
+    made = make(target, {"rate": 1e-4, "name": "Zoë"})
+    whole = (target / "manifest.json").read_bytes()
+    for place, byte in enumerate(whole):
+        for bit in (1, 32):
+            flipped = whole[:place] + bytes([byte ^ bit]) + whole[place + 1 :]
+            (target / "manifest.json").write_bytes(flipped)
+            with pytest.raises(IntegrityError, match=r"demo/manifest\.json") as caught:
+                storage.read_manifest(target, made_by="demo")
+            assert caught.value.hint == "run: mmtune demo --force"
+    (target / "manifest.json").write_bytes(whole)
+    assert storage.read_manifest(target) == made
+
+
+def test_a_manifest_of_the_first_schema_has_no_sha256_of_its_own(tmp_path):
+    target = tmp_path / "demo"
+    made = make(target, {"k": 1})
+    told = json.loads((target / "manifest.json").read_text())
+    del told["sha256"]
+    (target / "manifest.json").write_text(json.dumps({**told, "schema": 1}))
+    assert storage.read_manifest(target) == replace(made, schema=1)
+    (target / "manifest.json").write_text(json.dumps(told))
+    with pytest.raises(IntegrityError, match="recorded bytes"):
         storage.read_manifest(target)
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 import struct
 import wave
 from dataclasses import replace
 from typing import IO, TYPE_CHECKING, Any
 
 from mmtune.errors import CapabilityError
+from mmtune.media.file_end import missing_end
 from mmtune.media.paths import MediaRefused
 from mmtune.records import Medium
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 _BLOCK_FRAMES = 1 << 18
 _MAX_CHANNELS = 64
 _MAX_RATE_HZ = 768_000
-_UNKNOWN_BYTES = 0x7FFF_0000
 
 
 def has_soundfile() -> bool:
@@ -107,33 +106,12 @@ def _count(blocks: Any, medium: Medium, most: int) -> int:
 
 def _open(handle: IO[bytes], medium: Medium) -> tuple[int, int, Any]:
     """Returns rate, frames by the header, and an iterator of float32 blocks (frames, channels)."""
-    _check_whole(handle, medium)
+    cut = missing_end(handle)
+    if cut:
+        raise MediaRefused("decode_error", f"{medium.named} is cut: {cut}")
     if has_soundfile():
         return _open_soundfile(handle, medium)
     return _open_wave(handle, medium)
-
-
-def _check_whole(handle: IO[bytes], medium: Medium) -> None:
-    """Raises MediaRefused for a WAV file whose end is missing; libsndfile reads what is left and says nothing.
-
-    A header written before its length was known (by a pipe) tells a length of 2 GiB or more and is taken as it is.
-    """
-    size = handle.seek(0, os.SEEK_END)
-    handle.seek(0)
-    head = handle.read(12)
-    # RIFF: chunks of a four-letter name, a length (little-endian) and as many bytes, padded to an even number.
-    at = 12 if head[:4] == b"RIFF" and head[8:] == b"WAVE" else size
-    while at + 8 <= size:
-        handle.seek(at)
-        name, length = struct.unpack("<4sI", handle.read(8))
-        if name == b"data":
-            if at + 8 + length > size and length < _UNKNOWN_BYTES:
-                left = size - at - 8
-                detail = f"is cut: its header tells {length:,} bytes of samples, {left:,} are there"
-                raise MediaRefused("decode_error", f"{medium.named} {detail}")
-            break
-        at += 8 + length + length % 2
-    handle.seek(0)
 
 
 def _open_soundfile(handle: IO[bytes], medium: Medium) -> tuple[int, int, Any]:

@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from mmtune.errors import CapabilityError
 from mmtune.media.audio import float32
+from mmtune.media.file_end import missing_end
 from mmtune.media.paths import MediaRefused
 from mmtune.records import Medium
 
@@ -182,6 +183,9 @@ def _seconds(container: Any, stream: Any) -> float:
 def _container(handle: IO[bytes], medium: Medium) -> Iterator[tuple[Any, Any]]:
     import av
 
+    cut = missing_end(handle)
+    if cut:
+        raise MediaRefused("decode_error", f"{medium.named} is cut: {cut}")
     # Its messages go straight to stderr and would break the one-message rule.
     av.logging.set_level(None)
     try:

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 
 # A config.json that names any of these wants code of its own to run.
 _CODE_KEYS = ("auto_map", "_attn_implementation_internal", "kernel_config")
+_TAKEN_BY = {
+    "sdpa": "_supports_sdpa",
+    "flash_attention_2": "_supports_flash_attn",
+    "flash_attention_3": "_supports_flash_attn",
+}
+"""What a class of transformers says of a kernel."""
 
 
 def load_config(path: str, *, revision: str | None = None, offline: bool = False) -> PretrainedConfig:
@@ -129,7 +135,7 @@ def load_model(
     config = load_config(path, revision=revision, offline=offline)
     cls = model_class(config)
     if attn not in ("auto", FLEX):
-        config._attn_implementation = attn
+        _set_kernel(config, attn)
         _check_kernel(cls, config, attn)
     if random_weights:
         return cls(config).to(dtype or torch.float32).eval()
@@ -189,6 +195,18 @@ def _check_weights(folder: Path) -> None:
     raise DataError(
         f"{folder} holds {reason}", "convert them to safetensors", "pickle_refused" if pickled else "no_weights"
     )
+
+
+def _set_kernel(config: PretrainedConfig, attn: str) -> None:
+    """Sets the attention kernel of a model and of those of its towers whose class takes it; others keep their own."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    config._attn_implementation, text = attn, config.get_text_config()
+    for name in config.sub_configs:
+        tower = getattr(config, name, None)
+        cls = None if tower is None or tower is text else MODEL_MAPPING.get(type(tower), None)
+        if tower is not None and cls is not None and not getattr(cls, _TAKEN_BY.get(attn, ""), True):
+            tower._attn_implementation = None
 
 
 def _check_kernel(cls: Any, config: PretrainedConfig, attn: str) -> None:

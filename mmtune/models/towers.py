@@ -37,13 +37,17 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
 _ADAPTERS = ((".lora_", "lora"), (".ia3_", "ia3"), ("prompt_encoder.", "prompt"), ("soft_tokens.", "prompt"))
 # PEFT keeps the weights that a trained copy stands in for.
 _REPLACED = ".original_module."
+_MEDIA_GATE = re.compile(r"(^|\.)model\.media_attention\..*gate$")
 _COMPILED = tuple((tower, re.compile(rf"(^|\.)({pattern})(\.|$)")) for tower, pattern in _PATTERNS)
 
 
 def tower_of(name: str) -> str:
     """Returns the tower of a parameter or module by its dotted name."""
-    clean = name.replace("base_model.model.", "", 1)
-    return next((tower for tower, pattern in _COMPILED if pattern.search(clean)), "llm")
+    return next((tower for tower, pattern in _COMPILED if pattern.search(_clean(name))), "llm")
+
+
+def _clean(name: str) -> str:
+    return name.replace("base_model.model.", "", 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,12 @@ def tower_table(model: nn.Module) -> list[TowerRow]:
             state = states[tower]
         rows.append(TowerRow(tower, state, total[tower], trainable[tower]))
     return rows
+
+
+def shut_gates(model: nn.Module) -> list[str]:
+    """Returns the gates that all media must pass on their way to the text, where every one is 0 and stays so."""
+    gates = {name: own for name, own in model.named_parameters() if _MEDIA_GATE.search(name) and _REPLACED not in name}
+    return [] if any(own.requires_grad or bool(own.any()) for own in gates.values()) else [*map(_clean, gates)]
 
 
 def shown_towers(table: Iterable[TowerRow]) -> tuple[str, tuple[str, ...], list[tuple[str, str, int, int]]]:

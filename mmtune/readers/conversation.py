@@ -37,6 +37,11 @@ _MEDIA_KEYS: dict[Modality, tuple[str, ...]] = {
 }
 
 
+_WEIGHT_KEYS = ("weight", "loss_weight", "loss_scale")
+_LOSS_KEYS = ("train", "loss", *_WEIGHT_KEYS)
+_DETAIL = "train_detail"
+
+
 def role_of(value: Any, pointer: str) -> Role:
     """Returns our role for a format's role name."""
     if not isinstance(value, str) or value not in ROLE_NAMES:
@@ -45,17 +50,24 @@ def role_of(value: Any, pointer: str) -> Role:
     return ROLE_NAMES[value]
 
 
-def is_taught(turn: Mapping[str, Any], pointer: str) -> bool:
+def is_taught(turn: Mapping[str, Any], role: Role, pointer: str) -> bool:
     """Says whether an assistant's turn bears loss: by ``train``, ``loss_weight``, ``weight`` or ms-swift's ``loss``.
 
+    Turns of others bear none, and may say so.
+
     Raises:
-        Refused: It says neither yes nor no, such as a weight of a half.
+        Refused: It says neither yes nor no, such as a weight of a half; a part of it alone bears loss
+            (``train_detail`` of Axolotl); or a turn of somebody else should.
     """
-    told = [(key, turn[key]) for key in ("train", "loss", "weight", "loss_weight") if turn.get(key) is not None]
+    told = [(key, turn[key]) for key in _LOSS_KEYS if turn.get(key) is not None]
     for key, value in told:
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise Refused("bad_field", f"{pointer}/{key}: {value!r}; only true, false, 1 and 0 are read")
-    return all(value for _, value in told)
+        if value and role != "assistant":
+            raise Refused("bad_field", f"{pointer}/{key}: {value!r}; of {role} no turn is taught, only the assistant's")
+    if turn.get(_DETAIL):
+        raise Refused("bad_field", f"{pointer}/{_DETAIL}: a turn is taught as a whole or not at all")
+    return role != "assistant" or all(value for _, value in told)
 
 
 def turn_by_turn(turns: list[Any]) -> list[Any]:
@@ -194,9 +206,7 @@ def taught_turns(source: SourceFiles, row: Mapping[str, Any], spellings: Sequenc
     Raises:
         Refused: The row is marked as not to be learned, has no turns, or marks for objects that nobody fills in.
     """
-    no = next((key for key in ("label", "loss", "train") if row.get(key) is False), None)
-    if no:
-        raise Refused("not_preferred", f"/{no}: false; this answer is not one to learn")
+    _check_row_is_taught(row)
     named = source.columns.get("messages")
     key = str(named) if named is not None else next((name for name in spellings if name in row), None)
     answer = next((name for name in ("chosen", "completion") if row.get(name) is not None), None)
@@ -215,6 +225,19 @@ def taught_turns(source: SourceFiles, row: Mapping[str, Any], spellings: Sequenc
     if row.get("chosen") is not None and not (turns and _is_answer(turns[-1])):
         turns += _turns_of(row["chosen"], "chosen", "assistant")
     return key, turns
+
+
+def _check_row_is_taught(row: Mapping[str, Any]) -> None:
+    no = next((key for key in ("label", "loss", "train") if row.get(key) is False), None)
+    if no:
+        raise Refused("not_preferred", f"/{no}: false; this answer is not one to learn")
+    for key in _WEIGHT_KEYS:
+        value = row.get(key)
+        if not isinstance(value, int | float) or value == 1:
+            continue
+        if value == 0:
+            raise Refused("not_preferred", f"/{key}: {value!r}; this row is not one to learn")
+        raise Refused("bad_field", f"/{key}: {value!r}; rows are taught by a weight of 1 or 0: leave {key} out of them")
 
 
 def _is_answer(turn: Any) -> bool:

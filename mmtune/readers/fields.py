@@ -137,4 +137,9 @@ def _medium_of_object(value: Mapping[str, Any], modality: Modality, pointer: str
         raise wrong(f"{pointer}/bytes", "bytes", data)
     if data is None and not path:
         raise Refused("bad_field", f"{pointer}: names no path and holds no bytes")
-    return Medium(modality, as_text(path, f"{pointer}/path").removeprefix(strip), data=data)
+    named = as_text(path, f"{pointer}/path").removeprefix(strip)
+    if data is None and "bytes" in value and named.startswith("/"):
+        # As `to_parquet` of `datasets` writes a column of images that are files.
+        stored = "to_parquet stores paths alone, save_to_disk the bytes too (reader: hf)"
+        raise Refused("path_escape", f"{pointer}: {named!r} is not relative, and no bytes stand beside it; {stored}")
+    return Medium(modality, named, data=data)

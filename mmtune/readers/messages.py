@@ -15,7 +15,7 @@ or ``{"type": "image_url", "image_url": {"url": ...}}``), ``input_audio``, ``aud
 ``tool_call``. A part that names no file takes the next of the row's ``images``, ``audios``, ``videos`` or
 ``histories``. Content may be a plain string, whose ``<image>`` is just text; where no turn marks a place for the
 row's ``images``, they stand before the user's first words, as with TRL. An answer whose ``train``, ``loss``,
-``weight`` or ``loss_weight`` is 0 or false bears no loss.
+``weight``, ``loss_weight`` or ``loss_scale`` is 0 or false bears no loss.
 A pair of ``chosen_messages`` and ``rejected_messages`` is read as its chosen conversation, and TRL's rows
 (``prompt`` with ``chosen`` or ``completion``, or ``chosen`` alone) as the conversation that they prefer::
 
@@ -169,7 +169,7 @@ def read_turn(turn: Any, pointer: str, queue: MediaQueue) -> Message:
         reasoning=as_text(reasoning, f"{pointer}/reasoning"),
         tool_calls=tuple(calls),
         name=as_text(name, f"{pointer}/name"),
-        train=role != "assistant" or is_taught(value, pointer),
+        train=is_taught(value, role, pointer),
     )
 
 

@@ -92,7 +92,7 @@ def _turn(turn: Mapping[str, Any], pointer: str, placeholders: Placeholders) -> 
     raw_role = turn.get(from_key)
     role = role_of(raw_role, f"{pointer}/{from_key}")
     text = text_field(turn, text_key, pointer)
-    taught = role != "assistant" or is_taught(turn, pointer)
+    taught = is_taught(turn, role, pointer)
     if raw_role == "function_call":
         return Message("assistant", (), tool_calls=tool_calls_of(text, f"{pointer}/{text_key}"), train=taught)
     if role in ("user", "tool"):

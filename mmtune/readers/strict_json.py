@@ -86,14 +86,23 @@ def open_bytes(path: Path) -> IO[bytes]:
     """Returns a file opened for reading, unpacked when its name ends in ``.gz``.
 
     Raises:
-        DataError: It is not there or not a file.
+        DataError: It is not there or not a file, damaged at its beginning, or UTF-16.
     """
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "is not there"
         raise DataError(
             f"{path} {found}; a file is expected", "check the path in the recipe or command", "file_missing"
         )
-    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")  # type: ignore[return-value]
+    handle: Any = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")  # noqa: SIM115
+    try:
+        head = handle.peek(2)[:2]
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        handle.close()
+        raise _cut_gzip(path) from error
+    if head in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        handle.close()
+        raise DataError(f"{path} is UTF-16, and UTF-8 is read", "save it as UTF-8", "utf16")
+    return handle
 
 
 def iter_lines(path: Path) -> Iterator[tuple[int, str | Reject]]:

@@ -204,6 +204,8 @@ class Finetune(Section):
             self._stages()
         if self.lora.init == "pissa" and (self.lora.dora or self.lora.rslora or self.quantize != "none"):
             raise ValueError("lora.init pissa does not go with dora, rslora or quantize")
+        if self.features.use == "on":
+            self._keeps_features()
         if self.soft_prompt is not None:
             self._starts(self.soft_prompt)
         if self.method == "prefix" and self.checkpointing:
@@ -212,6 +214,14 @@ class Finetune(Section):
         if idle:
             raise ValueError(f"tower_rates names {', '.join(idle)}, which does not train")
         return self
+
+    def _keeps_features(self) -> None:
+        """Says what changes the features of a tower from one step to the next."""
+        if self.augment:
+            raise ValueError("features.use on keeps what towers make of images, which augment changes: leave one out")
+        trained = next((tower for tower in self.train if tower in ("vision", "audio")), None)
+        if trained:
+            raise ValueError(f"features.use on keeps what frozen towers make; train names {trained}: set it to auto")
 
     def _starts(self, prompt: SoftPrompt) -> None:
         """Says what a soft prompt does not go with."""

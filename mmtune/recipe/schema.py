@@ -28,7 +28,8 @@ class Model(Section):
     """Branch, tag or commit of a hub model."""
     attn: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] = "auto"
     """Attention kernel. auto: FlexAttention for packed trees on a GPU if it proves exact, else transformers' choice;
-    flex_attention: no other for trees. A flash kernel takes no mask of trees, so rows train apart."""
+    flex_attention: no other for trees. A flash kernel takes no mask of trees, so rows train apart. A tower that has no
+    such kernel keeps its own."""
 
 
 class Recipe(Section):
@@ -65,8 +66,10 @@ class Recipe(Section):
         if not isinstance(values, dict) or not values.get("pretrain") or not values.get("run_dir"):
             return values
         made = str(Path(values["run_dir"]) / "base")
-        model = values.get("model") or {"path": made}
-        path = model.get("path") if isinstance(model, dict) else getattr(model, "path", None)
+        model = values.get("model") or {}
+        if isinstance(model, dict):
+            model = {"path": made, **model}
+        path = model["path"] if isinstance(model, dict) else getattr(model, "path", None)
         if path is not None and str(path) != made:
             raise ValueError(f"pretrain makes the model {made}: leave out model.path, or pretrain")
         return {**values, "model": model}

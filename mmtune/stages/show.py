@@ -22,8 +22,11 @@ _LONGEST = 140
 def describe(path: Path, *, row: int = 0, split: str | None = None) -> dict[str, Any]:
     """Returns manifest, counts and one row of a stage folder, or the state of a run.
 
+    Of a stage folder every file is read and compared with the manifest; where a split is named, that split's alone.
+
     Raises:
         DataError: There is nothing of mmtune there, or no such row.
+        IntegrityError: The folder is damaged.
     """
     if is_finished(path):
         return _stage(path, row, split)
@@ -53,6 +56,7 @@ def _brief(folder: Path) -> dict[str, Any]:
 
 def _stage(path: Path, row: int, split: str | None) -> dict[str, Any]:
     manifest = read_manifest(path)
+    verify_files(path, manifest, split or "")
     result: dict[str, Any] = {
         "path": str(path),
         "stage": manifest.stage,
@@ -65,7 +69,6 @@ def _stage(path: Path, row: int, split: str | None) -> dict[str, Any]:
         "bytes": sum(file["size"] for file in manifest.files.values()),
     }
     if manifest.stage == "prompt":
-        verify_files(path, manifest)
         from mmtune.prompts.search import read_trace
         from mmtune.reports.search import search_facts
 
@@ -73,7 +76,6 @@ def _stage(path: Path, row: int, split: str | None) -> dict[str, Any]:
         result["searches"] = {str(lines[0].get("method", name)): search_facts(lines) for name, lines in traces.items()}
     chosen = split or next((name for name in manifest.rows if (path / name).is_dir()), None)
     if chosen is not None:
-        verify_files(path, manifest, chosen)
         table = open_split(path / chosen)
         if row >= table.num_rows:
             raise DataError(

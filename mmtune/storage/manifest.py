@@ -7,16 +7,18 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mmtune import __version__
 from mmtune.errors import DataError, IntegrityError
-from mmtune.files import file_digest
+from mmtune.files import file_digest, value_digest, write_json
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Of a manifest with the sha256 of what it says; those of 1 have none."""
+_DIGEST_OF_ALL = "sha256"
 _COMMANDS = {"assemble": "pretrain"}
 """Command of a stage that has none of its own."""
 _DIGEST = re.compile("[0-9a-f]{64}")
@@ -69,6 +71,11 @@ def folder_hash(basis: Mapping[str, Any], code: str) -> str:
     return stage_hash({**basis, "code": code})
 
 
+def command_of(stage: str) -> str:
+    """Returns the command that makes a stage's folder."""
+    return _COMMANDS.get(stage, stage)
+
+
 def stage_hash(payload: Mapping[str, Any]) -> str:
     """Returns the sha256 of the canonical JSON form of a payload."""
     text = json.dumps(payload, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
@@ -110,8 +117,14 @@ def is_made(folder: Path, config: Mapping[str, Any], parents: Mapping[str, str])
     return made.config == json.loads(json.dumps(config, default=str)) and made.parents == dict(parents)
 
 
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes the manifest of a folder, with the sha256 of all that it says."""
+    told = asdict(manifest)
+    write_json(folder / MANIFEST, {**told, _DIGEST_OF_ALL: value_digest(told)})
+
+
 def read_manifest(folder: Path, *, made_by: str = "", verify: bool = False) -> Manifest:
-    """Returns the manifest of a finished stage folder, its files' sizes checked.
+    """Returns the manifest of a finished stage folder, what it says and its files' sizes checked.
 
     Args:
         folder: The stage folder.
@@ -126,24 +139,32 @@ def read_manifest(folder: Path, *, made_by: str = "", verify: bool = False) -> M
     hint = f"run: mmtune {made_by}" if made_by else "run the stage that makes it"
     if not path.is_file():
         raise DataError(f"{folder} is not there or not finished", hint, "stage_missing")
-    try:
-        fields = json.loads(path.read_text("utf-8"))
-        if fields.get("schema", 0) > SCHEMA_VERSION:
-            raise IntegrityError(
-                f"{path} was written by a newer mmtune ({fields.get('mmtune_version')})", "upgrade mmtune"
-            )
-        manifest = Manifest(**fields)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise IntegrityError(f"{path} cannot be read as a manifest", f"{hint} --force", "bad_manifest") from error
+    again = f"{hint} --force" if made_by else f"{hint} again, with --force"
+    manifest = _parsed(path, again)
     for name, expected in manifest.files.items():
         file = folder / name
         size = file.stat().st_size if file.is_file() else -1
         if size != expected["size"]:
             found = "missing" if size < 0 else f"{size} bytes instead of {expected['size']}"
-            raise IntegrityError(f"{file} is {found}", f"{hint} --force", "damaged_file")
+            raise IntegrityError(f"{file} is {found}", again, "damaged_file")
     if verify:
         verify_files(folder, manifest)
     return manifest
+
+
+def _parsed(path: Path, again: str) -> Manifest:
+    """Returns what a manifest says, every byte of it as it was written."""
+    try:
+        told = json.loads(path.read_text("utf-8"))
+        schema = told.get("schema", 0)
+        digest = told.pop(_DIGEST_OF_ALL, None)
+        if digest != (None if schema == 1 else value_digest(told)):
+            raise IntegrityError(f"{path} is damaged: it does not have the recorded bytes", again, "bad_manifest")
+        if schema > SCHEMA_VERSION:
+            raise IntegrityError(f"{path} was written by a newer mmtune ({told['mmtune_version']})", "upgrade mmtune")
+        return Manifest(**told)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise IntegrityError(f"{path} cannot be read as a manifest", again, "bad_manifest") from error
 
 
 def verify_files(folder: Path, manifest: Manifest, part: str = "") -> None:
@@ -157,7 +178,7 @@ def verify_files(folder: Path, manifest: Manifest, part: str = "") -> None:
     Raises:
         IntegrityError: A file is missing, or does not have the recorded sha256.
     """
-    command = _COMMANDS.get(manifest.stage, manifest.stage)
+    command = command_of(manifest.stage)
     for name, expected in manifest.files.items():
         if part and not name.startswith(f"{part}/"):
             continue

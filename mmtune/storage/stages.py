@@ -15,22 +15,22 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 from mmtune import __version__
 from mmtune.errors import IntegrityError, LockedError, RecipeError
-from mmtune.files import disk_errors, file_digest, replace_folder, sync, write_json
+from mmtune.files import disk_errors, file_digest, replace_folder, sync
 from mmtune.storage.manifest import (
-    MANIFEST,
     Manifest,
     changes,
+    command_of,
     folder_hash,
     is_finished,
     library_versions,
     read_manifest,
     verify_files,
+    write_manifest,
 )
 
 
@@ -93,7 +93,7 @@ class Staging:
             files=files,
             versions=library_versions(),
         )
-        write_json(self.path / MANIFEST, asdict(manifest))
+        write_manifest(self.path, manifest)
         for folder in [self.path, *(path for path in self.path.rglob("*") if path.is_dir())]:
             sync(folder)
         for name in self._others:
@@ -206,7 +206,7 @@ def _check_target(
             "foreign_folder",
         )
     try:
-        old = read_manifest(target)
+        old = read_manifest(target, made_by=command_of(identity["stage"]))
     except IntegrityError:
         if force or on_change == "rebuild":
             return ["the finished folder is damaged"]
@@ -223,7 +223,7 @@ def _check_target(
     if on_change == "refuse" and not force:
         raise IntegrityError(
             f"{target} was made with other settings or data: " + "; ".join(different),
-            f"replace it alone: mmtune {identity['stage']} --force, or keep both: another run_dir",
+            f"replace it alone: mmtune {command_of(identity['stage'])} --force, or keep both: another run_dir",
             "changed",
         )
     return different

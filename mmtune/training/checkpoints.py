@@ -8,7 +8,6 @@ no random state to keep: every step draws its own seed from (seed, step, rank).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtune.errors import IntegrityError
-from mmtune.files import disk_errors, file_digest, replace_folder, sync, write_json, write_tensors
+from mmtune.files import disk_errors, file_digest, replace_folder, sync, value_digest, write_json, write_tensors
 
 STATE = "state.json"
 _TOLD = ("step", "identity", "sums", "files")
@@ -85,7 +84,8 @@ class CheckpointFolder:
                 sync(aside / "metrics.jsonl")
                 files = {file.name: file_digest(file) for file in sorted(aside.iterdir())}
                 told = dict(zip(_TOLD, (step, dict(identity), dict(sums or {}), files), strict=True))
-                write_json(aside / STATE, {**told, "surroundings": dict(surroundings or {}), _DIGEST: _digest(told)})
+                digest = value_digest(told)
+                write_json(aside / STATE, {**told, "surroundings": dict(surroundings or {}), _DIGEST: digest})
                 replace_folder(aside, target)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -138,6 +138,15 @@ class CheckpointFolder:
         folders = self._folders()
         return str(folders[-1]) if folders else "none yet"
 
+    def stopped_redo(self, steps: int) -> str:
+        """Says that a finished run of ``steps`` steps was being made again when it was stopped, or nothing."""
+        folders = self._folders()
+        step = int(folders[-1].name.removeprefix("step-")) if folders else steps
+        if step == steps:
+            return ""
+        again = f"mmtune {self._command} --force"
+        return f"{self._command}: a run with --force was stopped after step {step}; it goes on by: {again}"
+
     def load(self, checkpoint: Checkpoint, name: str) -> dict[str, Any]:
         """Returns one of the tensor files of a checkpoint."""
         from safetensors.torch import load_file
@@ -171,7 +180,7 @@ class CheckpointFolder:
             digest, surroundings = state[_DIGEST], state["surroundings"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise IntegrityError(f"{folder} has no readable {STATE}", "", "damaged_checkpoint") from error
-        if digest != _digest(told):
+        if digest != value_digest(told):
             raise IntegrityError(f"{folder / STATE} is damaged", "", "damaged_checkpoint")
         return {**told, "surroundings": surroundings}
 
@@ -182,9 +191,3 @@ class CheckpointFolder:
             if not path.is_file() or file_digest(path) != expected:
                 raise IntegrityError(f"{path} is missing or damaged", "", "damaged_checkpoint")
         return Checkpoint(folder, **state)
-
-
-def _digest(state: Mapping[str, Any]) -> str:
-    """Returns the sha256 of what a state says, which stays the same when it is written and read."""
-    plain = json.loads(json.dumps(state, default=str))
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

@@ -56,8 +56,66 @@ def test_a_wav_file_whose_end_is_missing_is_refused(monkeypatch, soundfile: bool
     for left in (1, 956, 7999):
         for decode in (True, False):
             assert refused(sound(whole[: 44 + left]), decode=decode) == "decode_error"
-        with pytest.raises(MediaRefused, match=f"8,000 bytes of samples, {left:,} are there"):
+        with pytest.raises(MediaRefused, match=f"its header tells 8,044 bytes, {44 + left:,} are there"):
             load_audio("/", sound(whole[: 44 + left]), 8000)
+
+
+def encoded(container: str, codec: str, rate: int, **options: str) -> bytes:
+    av = pytest.importorskip("av")
+    out = io.BytesIO()
+    noise = np.random.default_rng(0).normal(0, 0.1, (1, 6 * rate)).astype(np.float32)
+    if container == "ogg":
+        pytest.importorskip("soundfile").write(out, noise[0], rate, format="OGG", subtype="VORBIS")
+        return out.getvalue()
+    with av.open(out, "w", format=container, options=options) as file:
+        stream = file.add_stream(codec, rate=rate)
+        if codec in ("libmp3lame", "pcm_s16be"):
+            whole = av.AudioFrame.from_ndarray(noise, format="fltp", layout="mono")
+            whole.sample_rate = rate
+            resampler = av.AudioResampler(stream.format, stream.layout, rate, stream.codec_context.frame_size or 1024)
+            frames = [*resampler.resample(whole), *resampler.resample(None)]
+        else:
+            stream.width = stream.height = 64
+            pixels = np.random.default_rng(0).integers(0, 255, (20, 64, 64, 3), dtype=np.uint8)
+            frames = [av.VideoFrame.from_ndarray(one, format="rgb24") for one in pixels]
+        for frame in [*frames, None]:
+            file.mux(stream.encode(frame))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("decode", [True, False])
+@pytest.mark.parametrize(
+    ("modality", "container", "codec", "options"),
+    [
+        ("audio", "mp3", "libmp3lame", {}),
+        ("audio", "mp3", "libmp3lame", {"id3v2_version": "0"}),
+        ("audio", "ogg", "vorbis", {}),
+        ("audio", "aiff", "pcm_s16be", {}),
+        ("video", "mp4", "mpeg4", {}),
+        ("video", "mp4", "mpeg4", {"movflags": "frag_keyframe+empty_moov"}),
+        ("video", "matroska", "mpeg4", {}),
+        ("video", "webm", "libvpx", {}),
+        ("video", "avi", "mpeg4", {}),
+    ],
+)
+def test_a_file_whose_end_is_missing_is_refused(modality: str, container: str, codec: str, options, decode: bool):
+    whole = encoded(container, codec, 24 if modality == "video" else 16000, **options)
+    found = probe_medium("/", Medium(modality, "", data=whole), ProbeLimits(decode=decode))
+    assert found.seconds == pytest.approx(20 / 24 if modality == "video" else 6, rel=0.2)
+    for left in (0.3, 0.5, 0.9):
+        cut = Medium(modality, "", data=whole[: int(len(whole) * left)])
+        assert refused(cut, decode=decode) == "decode_error"
+
+
+@pytest.mark.parametrize(("container", "codec"), [("mp3", "libmp3lame"), ("matroska", "mpeg4"), ("webm", "libvpx")])
+def test_a_file_that_tells_no_length_is_taken_as_it_is(container: str, codec: str):
+    options = {"write_xing": "0"} if container == "mp3" else {"live": "1"}
+    whole = encoded(container, codec, 24 if codec != "libmp3lame" else 16000, **options)
+    medium = Medium("audio" if container == "mp3" else "video", "", data=whole[: len(whole) * 3 // 4])
+    assert probe_medium("/", medium, ProbeLimits()).frames > 0
+    # A tag behind the last frame is not counted by the header.
+    tagged = encoded("mp3", "libmp3lame", 16000) + b"TAG" + bytes(125)
+    assert probe_medium("/", sound(tagged), ProbeLimits()).frames == pytest.approx(96000, rel=0.05)
 
 
 def test_a_wav_file_written_to_a_pipe_has_no_length_in_its_header():

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import ConvNextConfig, LlamaConfig
 
 from mmtune.errors import CapabilityError
 from mmtune.models.attention import FLEX, attention_by, is_flex, text_attention, use_text_attention
+from mmtune.models.composite.config import CompositeConfig
+from mmtune.models.composite.model import CompositeForConditionalGeneration
 from mmtune.models.load import load_model
 
 
@@ -21,6 +24,21 @@ def test_towers_keep_theirs(tiny_vlm: Path, tmp_path: Path) -> None:
         model.save_pretrained(tmp_path)
     assert text_attention(model) == "sdpa"
     assert "flex" not in (tmp_path / "config.json").read_text()
+
+
+def test_a_tower_without_the_kernel_keeps_its_own(tmp_path: Path) -> None:
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = CompositeConfig(
+        vision_config=ConvNextConfig(num_stages=2, depths=[1, 1], hidden_sizes=[8, 16], image_size=32),
+        text_config=LlamaConfig(**small, vocab_size=50),
+        image_token_id=1,
+        vision_feature_layer=None,
+        vision_feature_select_strategy="full",
+    )
+    CompositeForConditionalGeneration(config).save_pretrained(tmp_path)
+    for kernel in ("sdpa", "eager"):
+        model: Any = load_model(str(tmp_path), attn=kernel)
+        assert text_attention(model) == kernel and model.config.vision_config._attn_implementation == "eager"
 
 
 def test_a_context_that_fails_puts_the_kernel_back(tiny_vlm: Path) -> None:

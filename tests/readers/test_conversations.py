@@ -178,6 +178,34 @@ def test_an_answer_that_bears_no_loss_says_so_in_several_ways(tmp_path: Path, re
     assert others[0].detail == f"/messages/1/{name}: 0.5; only true, false, 1 and 0 are read"
 
 
+@pytest.mark.parametrize("reader", ["messages", "sharegpt"])
+def test_a_weight_that_is_not_heeded_is_refused(tmp_path: Path, reader: str):
+    asked, good = said("q", "user"), said("a")
+    rows = [
+        {"messages": [asked, good], "weight": 0.5},
+        {"messages": [asked, good], "loss_weight": 0},
+        {"messages": [{**asked, "train": True}, good]},
+        {"messages": [{**asked, "weight": 1}, good]},
+        {"messages": [asked, {**good, "loss_scale": 2.0}]},
+        {"messages": [asked, {**good, "train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}]},
+    ]
+    items = read(reader, path=write(tmp_path / "t.jsonl", rows))
+    assert [(item.reason, item.detail) for item in items] == [
+        ("bad_field", "/weight: 0.5; rows are taught by a weight of 1 or 0: leave weight out of them"),
+        ("not_preferred", "/loss_weight: 0; this row is not one to learn"),
+        ("bad_field", "/messages/0/train: True; of user no turn is taught, only the assistant's"),
+        ("bad_field", "/messages/0/weight: 1; of user no turn is taught, only the assistant's"),
+        ("bad_field", "/messages/1/loss_scale: 2.0; only true, false, 1 and 0 are read"),
+        ("bad_field", "/messages/1/train_detail: a turn is taught as a whole or not at all"),
+    ]
+    heeded = [
+        {"messages": [asked, good], "weight": 1.0, "loss": 2.31},
+        {"messages": [asked, good], "weight": "3 kg"},
+        {"messages": [{**asked, "train": False, "weight": None}, {**good, "train_detail": None}]},
+    ]
+    assert reasons(read(reader, path=write(tmp_path / "h.jsonl", heeded))) == []
+
+
 def test_sharegpt_turns_in_pairs(tmp_path: Path):
     rows = [
         {"system": "s", "conversation": [{"human": "<image>a", "assistant": "b"}, {"human": "c", "assistant": "d"}]}

@@ -140,3 +140,15 @@ def test_memory_stays_flat(tmp_path: Path):
     tracemalloc.stop()
     assert count == 100_000
     assert peak < 12_000_000 < path.stat().st_size
+
+
+@pytest.mark.parametrize("coding", ["utf-16", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.jsonl.gz"])
+def test_a_file_of_another_coding_is_told_as_a_whole(tmp_path: Path, coding: str, name: str):
+    text = ("\ufeff" if coding.endswith("be") else "") + '{"q": "what?"}\n'
+    opened = gzip.open if name.endswith(".gz") else open
+    with opened(tmp_path / name, "wb") as file:
+        file.write(text.encode(coding))
+    with pytest.raises(DataError, match=f"{name} is UTF-16, and UTF-8 is read") as error:
+        list(iter_items(tmp_path / name))
+    assert error.value.hint == "save it as UTF-8"

@@ -267,6 +267,21 @@ def test_hf_from_a_saved_folder(tmp_path: Path):
         assert error.value.code == code
 
 
+def test_files_named_by_a_column_of_images_without_bytes_are_told_how_to_bring_them(tmp_path: Path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path, columns = tmp_path / "t.parquet", {"image": "img", "question": "q", "answer": "a"}
+    # What `datasets.Dataset.to_parquet` writes of a column of images that are files.
+    row = {"img": {"bytes": None, "path": "/data/cats/1.png"}, "q": "what?", "a": "a cat"}
+    pq.write_table(pa.Table.from_pylist([row]), path)
+    (refused,) = read("table", path=path, columns=columns)
+    assert refused.reason == "path_escape" and "/data/cats/1.png" in refused.detail
+    assert refused.detail.endswith("to_parquet stores paths alone, save_to_disk the bytes too (reader: hf)")
+    (record,) = read("table", path=path, columns={**columns, "strip": "/data/"})
+    assert record.media == (Medium("image", "cats/1.png"),)
+
+
 def test_hf_reads_placeholders_in_strings_as_files_and_parts_as_they_are(tmp_path: Path):
     import datasets
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from mmtune.recipe.paths import resolve_paths
 from mmtune.stages.build_data import build_data
 from mmtune.stages.evaluate import evaluate
 from mmtune.stages.evaluate.plan import check_rows
+from mmtune.storage import read_manifest
+from mmtune.storage.manifest import write_manifest
 from mmtune.talk import Talk
 from tests.stages.test_ranked_eval import QUIET, likelihood, recipe
 
@@ -229,9 +232,8 @@ def test_two_copies_of_an_adapter_are_that_adapter(tuned, tmp_path: Path):
 def test_an_adapter_of_another_base_or_none_is_refused(tuned, tmp_path: Path):
     copy = tmp_path / "other" / "adapter"
     shutil.copytree(tuned[1].run_dir / "adapter", copy)
-    manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["facts"]["model"] = "another"
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    manifest = read_manifest(copy)
+    write_manifest(copy, replace(manifest, facts={**manifest.facts, "model": "another"}))
     with pytest.raises(IntegrityError, match="was tuned from another") as error:
         said(joined(tuned[0], tmp_path / "run", [copy]))
     assert error.value.code == "other_model"

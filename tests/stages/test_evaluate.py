@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -217,6 +218,27 @@ def test_base_alone_needs_no_adapter_and_long_rows_are_counted(run, tmp_path, mo
     assert "mmtune finetune" in error.value.hint
 
 
+def test_an_adapter_of_other_rows_is_told(run, tmp_path):
+    folder, *_ = run
+    shutil.copytree(folder / "run", tmp_path / "run")
+    moved = load_recipe(folder / "recipe.yaml", [f"run_dir={tmp_path / 'run'}", "eval.loss=false"])
+
+    def notes(limit: int) -> list[str]:
+        console = Talk(quiet=True)
+        evaluate(moved, limit=limit, console=console)
+        report = json.loads((tmp_path / "run" / "report" / "metrics.json").read_text())
+        return [note for note in report["notes"] if "adapter/ was tuned on" in note and note in console.lines]
+
+    assert notes(3) == []
+    build_data(moved, limit=11, console=QUIET)
+    learned = "it may have learned some of the rows of val that it is asked here."
+    assert notes(4) == [f"adapter/ was tuned on other rows than instructions/ holds by now; {learned}"]
+    tokenize(moved, console=QUIET)
+    assert notes(5) == [f"adapter/ was tuned on tokens/ that were replaced since; {learned}"]
+    shutil.rmtree(tmp_path / "run" / "tokens")
+    assert notes(6) == []
+
+
 def test_wrong_settings_are_named_before_a_model_is_loaded(run, model_folder, tmp_path):
     folder, _, _ = run
     with pytest.raises(RecipeError, match="unknown metric 'vqa_acuracy'") as error:
@@ -231,8 +253,6 @@ def test_wrong_settings_are_named_before_a_model_is_loaded(run, model_folder, tm
 
 
 def test_a_model_that_gives_no_numbers_is_an_integrity_error(tmp_path: Path, model_folder: Path):
-    import shutil
-
     import torch
     from safetensors.torch import load_file, save_file
 

@@ -213,6 +213,23 @@ def test_another_run_is_refused_before_a_model_is_loaded(fresh, monkeypatch, cha
     assert error.value.code == "other_run" and "--resume never" in error.value.hint
 
 
+def test_a_stopped_redo_of_a_finished_run_is_told(fresh, unbroken, monkeypatch):
+    recipe = fresh()
+    shutil.copytree(unbroken / "adapter", recipe.run_dir / "adapter")
+    polls = iter([False, False, True])
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(loop.Loop, "stop_wanted", lambda _: next(polls))
+        AcceleratorState._reset_state()
+        finetune(recipe, force=True, console=Talk(quiet=True))
+    found = said(recipe)
+    assert "is up to date" in found
+    assert "finetune: a run with --force was stopped after step 3; it goes on by: mmtune finetune --force" in found
+    AcceleratorState._reset_state()
+    finetune(recipe, force=True, console=Talk(quiet=True))
+    same(recipe, unbroken)
+    assert "--force" not in said(recipe)
+
+
 def test_another_attention_kernel_is_another_run(fresh, unbroken, monkeypatch):
     recipe = fresh()
     asked = recipe.model_copy(update={"model": recipe.model.model_copy(update={"attn": "eager"})})

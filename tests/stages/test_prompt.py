@@ -1,6 +1,7 @@
 """prompt from instructions/ to prompt/: rows held apart, calls counted, killed and resumed, put into rows one way."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,14 @@ from mmtune.recipe import Finetune, Prompt, Recipe
 from mmtune.records import Example, Message, TextPart
 from mmtune.stages.build_data import build_data
 from mmtune.stages.evaluate import evaluate
+from mmtune.stages.finetune import finetune
 from mmtune.stages.prompt import prompt as search_prompt
 from mmtune.stages.prompt.asking import Asker, gap, metric_of, row_scores
 from mmtune.stages.prompt.outcome import verdict
 from mmtune.stages.prompt.rows import choose_rows
 from mmtune.stages.show import describe, render
 from mmtune.storage import is_finished, open_split, read_manifest
+from mmtune.storage.manifest import write_manifest
 from mmtune.talk import Talk
 from tests.chat_server import Server
 
@@ -501,6 +504,11 @@ def test_base_and_tuned_answer_with_and_without_the_prompt(recipe):
     assert [name for name, *_ in stages_of(later, None, True)] == [*names[:1], *names[2:4], "prompt", "eval"]
     assert search_prompt(later, console=QUIET)["on"] == "tuned"
     assert set(read_manifest(given.run_dir / "prompt").parents) == {"instructions", "adapter"}
+    other = later.model_copy(update={"finetune": Finetune(**{**tuning, "max_steps": 1})})
+    finetune(other, force=True, console=QUIET)
+    with pytest.raises(IntegrityError, match="searched with another adapter") as error:
+        evaluate(other, console=QUIET)
+    assert error.value.hint == "run: mmtune prompt"
 
 
 def test_a_dry_run_of_all_stages_says_what_waits(recipe):
@@ -536,11 +544,10 @@ def test_rows_that_a_prompt_makes_too_long_count_as_wrong(recipe):
     path = given.run_dir / "prompt" / "prompt.json"
     value = json.loads(path.read_text())
     value["prompt"]["instruction"] = "{prompt} " + "never " * 2000
+    made = read_manifest(path.parent)
     path.write_text(json.dumps(value))
-    manifest = given.run_dir / "prompt" / "manifest.json"
-    made = json.loads(manifest.read_text())
-    made["files"]["prompt.json"] = {"size": path.stat().st_size, "sha256": file_digest(path)}
-    manifest.write_text(json.dumps(made))
+    files = {**made.files, "prompt.json": {"size": path.stat().st_size, "sha256": file_digest(path)}}
+    write_manifest(path.parent, replace(made, files=files))
     result = evaluate(given, console=QUIET)
     assert result["metrics"]["accuracy"]["models"]["best_prompt"]["value"] == 0
     assert result["perplexity"]["models"].keys() == {"base"}

@@ -7,11 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from mmtune.errors import DataError
+from mmtune.errors import DataError, IntegrityError
 from mmtune.recipe.text import load_recipe
 from mmtune.stages.build_data import build_data
 from mmtune.stages.doctor import _states
 from mmtune.stages.show import describe, render
+from mmtune.storage import open_stage
 from mmtune.talk import Talk
 from mmtune.training.checkpoints import CheckpointFolder
 
@@ -45,6 +46,19 @@ def test_doctor_names_an_extra_once() -> None:
     found = [("prompt", "cma", True), ("prompt", "optuna", False), ("audio", "soundfile", True), ("fast", "x", False)]
     extras = [{"extra": extra, "module": module, "present": present} for extra, module, present in found]
     assert _states(extras) == {"prompt": "without optuna", "audio": "ok", "fast": "-"}
+
+
+def test_a_damaged_file_of_any_stage_is_named(tmp_path: Path) -> None:
+    with open_stage(tmp_path / "report", stage="eval", config={}) as staging:
+        for name in ("index.html", "train/data.txt", "val/data.txt"):
+            (staging.path / name).parent.mkdir(exist_ok=True)
+            (staging.path / name).write_text("whole")
+        staging.publish(facts={"metrics": {}})
+    assert describe(tmp_path / "report")["stage"] == "eval"
+    (tmp_path / "report" / "index.html").write_text("wHole")
+    with pytest.raises(IntegrityError, match=r"index\.html does not have the recorded bytes") as error:
+        describe(tmp_path / "report")
+    assert error.value.hint == "run: mmtune eval --force"
 
 
 def test_a_row_of_instructions_names_files_and_items(tmp_path: Path) -> None:

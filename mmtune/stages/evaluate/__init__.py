@@ -33,6 +33,8 @@ def evaluate(
         Interrupted: A signal came; nothing was written.
     """
     plan = plan_of(recipe, limit, offline)
+    for note in plan.notes:
+        console.note(note)
     config = {
         "eval": plan.settings.model_dump(mode="json", exclude={"fail_under"}),
         "tokenize": recipe.tokenize.model_dump(mode="json", exclude={"workers", "layout"}),

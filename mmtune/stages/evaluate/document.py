@@ -82,7 +82,7 @@ def _document(
         "filling": answers.filling,
         "training": _training_facts(plan),
         "manifests": _chain(plan),
-        "notes": [*questions.notes(), *answers.learned],
+        "notes": [*plan.notes, *questions.notes(), *answers.learned],
     }
 
 

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmtune.errors import DataError, IntegrityError, RecipeError
+from mmtune.prompts.wordings import WORDINGS
 from mmtune.recipe import Eval, Recipe
 from mmtune.recipe.evaluation import BY_STATES
 from mmtune.stages.evaluate.ensemble import Member, check_wordings, members_of
 from mmtune.stages.evaluate.prompted import prompt_of
 from mmtune.stages.evaluate.shots import features_of
-from mmtune.storage import Manifest, open_split, read_manifest
+from mmtune.storage import Manifest, is_finished, open_split, read_manifest
 
 SCHEMA = "mmtune.report/2"
 """Of the report document."""
@@ -19,7 +20,10 @@ SCHEMA = "mmtune.report/2"
 
 @dataclass(frozen=True)
 class Plan:
-    """What is evaluated, and from what; ``members`` are adapters that answer beside adapter/."""
+    """What is evaluated, and from what.
+
+    ``members`` are adapters that answer beside adapter/, ``notes`` what is to be known of where adapter/ comes from.
+    """
 
     recipe: Recipe
     settings: Eval
@@ -31,6 +35,7 @@ class Plan:
     limit: int | None
     offline: bool
     members: tuple[Member, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def revision(self) -> str | None:
@@ -153,6 +158,19 @@ def plan_of(recipe: Recipe, limit: int | None, offline: bool) -> Plan:
         raise RecipeError("the recipe names no model", "add `model: {path: ...}`")
     least = [value for value in (limit, settings.limit) if value is not None]
     most, features, model = min(least, default=None), features_of(recipe, settings), made_from or asked
-    prompt = prompt_of(recipe, settings, instructions, model)
+    prompt = prompt_of(recipe, settings, instructions, model, adapter)
     members = members_of(settings, model)
-    return Plan(recipe, settings, instructions, adapter, features, prompt, model, most, offline, members)
+    notes = () if adapter is None else _origin(recipe.run_dir, adapter, instructions, settings.split)
+    return Plan(recipe, settings, instructions, adapter, features, prompt, model, most, offline, members, notes)
+
+
+def _origin(run_dir: Path, adapter: Manifest, instructions: Manifest, split: str) -> tuple[str, ...]:
+    """Returns a note where adapter/ is seen to have learned from other rows than instructions/ holds by now."""
+    if not is_finished(run_dir / "tokens"):
+        return ()
+    tokens = read_manifest(run_dir / "tokens")
+    same = adapter.parents.get("tokens") == tokens.hash
+    if same and tokens.parents.get("instructions") == instructions.hash_without(WORDINGS):
+        return ()
+    older = "tokens/ that were replaced since" if not same else "other rows than instructions/ holds by now"
+    return (f"adapter/ was tuned on {older}; it may have learned some of the rows of {split} that it is asked here.",)

@@ -25,7 +25,9 @@ def is_prompted(name: str) -> bool:
     return name.endswith(_PROMPTED)
 
 
-def prompt_of(recipe: Recipe, settings: Eval, instructions: Manifest, model: str) -> Manifest | None:
+def prompt_of(
+    recipe: Recipe, settings: Eval, instructions: Manifest, model: str, adapter: Manifest | None
+) -> Manifest | None:
     """Returns the manifest of prompt/, or None where nothing is asked with it.
 
     Args:
@@ -33,10 +35,12 @@ def prompt_of(recipe: Recipe, settings: Eval, instructions: Manifest, model: str
         settings: Its eval part.
         instructions: The rows that are asked.
         model: The base model.
+        adapter: The tuned model that is asked, if one is.
 
     Raises:
         DataError: It is not there.
-        IntegrityError: It was searched on other rows, some of which may be held out now, or with another model.
+        IntegrityError: It was searched on other rows, some of which may be held out now, or with another model or
+            adapter.
         RecipeError: Its soft tokens stand before the base, and the tuned model is to be asked with them.
     """
     if not any(map(is_prompted, settings.compare)):
@@ -49,6 +53,10 @@ def prompt_of(recipe: Recipe, settings: Eval, instructions: Manifest, model: str
     if found.facts["model"] != model:
         raise IntegrityError(
             f"prompt/ was searched with {found.facts['model']}, eval asks {model}", "run: mmtune prompt", "other_model"
+        )
+    if adapter is not None and found.parents.get("adapter", adapter.hash) != adapter.hash:
+        raise IntegrityError(
+            "prompt/ was searched with another adapter than adapter/ holds", "run: mmtune prompt", "other_adapter"
         )
     if found.facts.get("soft") and "tuned_best_prompt" in settings.compare:
         raise RecipeError(

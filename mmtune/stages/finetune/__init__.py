@@ -18,6 +18,7 @@ from mmtune.stages.finetune.preparation import SPREAD, Run, prepare
 from mmtune.storage import Manifest, Staging, foresee, is_finished, is_made, open_stage, read_manifest
 from mmtune.talk import Talk
 from mmtune.training import launch as launching
+from mmtune.training.checkpoints import CheckpointFolder
 from mmtune.training.launch import CPU_ONLY, is_launched, is_main, need_gpus
 
 __all__ = ["CPU_ONLY", "finetune", "is_launched", "is_main", "launch", "need_gpus"]
@@ -60,7 +61,10 @@ def finetune(
     staging: Staging | None = open_stage(target, **made_of) if is_main() else None
     if staging is None and (is_main() or (not force and is_made(target, config, parents))):
         console.say(f"finetune: {target} is up to date (same settings, same tokens); nothing to do")
-        return {"stage": "finetune", "cached": True, "target": str(target), **read_manifest(target).facts}
+        facts = read_manifest(target).facts
+        if redo := CheckpointFolder(recipe.run_dir / "checkpoints" / "finetune", 1).stopped_redo(facts["steps"]):
+            console.note(redo)
+        return {"stage": "finetune", "cached": True, "target": str(target), **facts}
     with staging or nullcontext(), ExitStack() as stack:
         # torch is imported in here: an interrupt meanwhile leaves no folder aside.
         from mmtune.models.adapter import whole_state

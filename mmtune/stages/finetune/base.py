@@ -138,10 +138,22 @@ def place(model: Any, settings: Finetune, accelerator: Any, console: Talk) -> No
 
 
 def show_towers(model: Any, console: Talk) -> None:
-    """Prints what trains of every tower that the model holds, and says so where what fuses them does not."""
-    from mmtune.models.towers import shown_towers, tower_table
+    """Prints what trains of every tower that the model holds, and says so where what fuses them does not.
+
+    Raises:
+        RecipeError: A tower that trains is behind gates that are shut and stay so.
+    """
+    from mmtune.models.towers import shown_towers, shut_gates, tower_table
 
     table = tower_table(model)
     console.table(*shown_towers(table))
+    behind = [row.tower for row in table if row.trainable and row.tower not in ("llm", "fusion")]
+    if behind and (shut := shut_gates(model)):
+        raise RecipeError(
+            f"finetune.train names {', '.join(behind)}, whose media reach no answer: {shut[0]} and the other gates of"
+            " fusion.attention are 0 and do not train",
+            "add fusion to finetune.train, or take a base whose fusion was trained (mmtune pretrain)",
+            "shut_gates",
+        )
     if any(row.tower == "fusion" and row.state == "frozen" for row in table):
         console.note("what fuses the towers stays as it is; add fusion to finetune.train to train it")

@@ -88,24 +88,21 @@ def wanted_features(
         token = splits["train"].collate.token_id(kind)
         found = (one for split in splits.values() for one in media_items(split.table, kind, token) if token is not None)
         media = distinct_media(found)
-        reason = _changes(settings, kind) if media.items else media.reason
-        if media.items and not reason:
+        if media.items and not _changes(settings, kind):
             text = json.dumps({**source, "kind": kind}, sort_keys=True)
             one = Wanted(kind, media, folder / kind, text, dtype, "projector" in settings.train)
             wanted.append(_with_proof(one, settings, splits["train"].collate.media_root, accelerator))
-        elif reason:
-            reasons.append(reason)
+        elif media.reason:
+            reasons.append(media.reason)
     if wish.use == "on" and (reasons or not wanted):
         reason = reasons[0] if reasons else "no row has a medium"
         raise CapabilityError(f"finetune.features.use is on, but {reason}", "set it to auto")
     return wanted
 
 
-def _changes(settings: Finetune, kind: str) -> str:
-    """Says what would make features of a kind wrong from the second step on, or nothing."""
-    if settings.augment and kind == "image":
-        return "finetune.augment changes the pixels"
-    return f"the {TOWERS[kind]} tower trains" if TOWERS[kind] in settings.train else ""
+def _changes(settings: Finetune, kind: str) -> bool:
+    """Says whether features of a kind would be wrong from the second step on; the recipe refuses ``use: on`` then."""
+    return (settings.augment is not None and kind == "image") or TOWERS[kind] in settings.train
 
 
 def _with_proof(wanted: Wanted, settings: Finetune, root: Path, accelerator: Any) -> Wanted:

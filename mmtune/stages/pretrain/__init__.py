@@ -16,6 +16,7 @@ from mmtune.stages.pretrain.preparation import Run, measure, prepare
 from mmtune.storage import Staging, foresee, is_made, open_stage, read_manifest
 from mmtune.talk import Talk
 from mmtune.training import launch as launching
+from mmtune.training.checkpoints import CheckpointFolder
 from mmtune.training.launch import is_launched, is_main
 
 __all__ = ["is_launched", "is_main", "launch", "pretrain"]
@@ -79,7 +80,11 @@ def pretrain(
     if is_main():
         staging = open_stage(target, **stage, force=force, on_change="refuse", say=console.say)
     if staging is None and (is_main() or (not force and is_made(target, config, parents))):
-        return {"stage": "pretrain", "cached": True, "target": str(target), **read_manifest(target).facts}
+        facts = read_manifest(target).facts
+        checkpoints = CheckpointFolder(recipe.run_dir / "checkpoints" / "pretrain", 1, "pretrain")
+        if redo := checkpoints.stopped_redo(facts["steps"]):
+            console.note(redo)
+        return {"stage": "pretrain", "cached": True, "target": str(target), **facts}
     with staging or nullcontext(), ExitStack() as stack:
         # torch is imported in here: an interrupt meanwhile leaves no folder aside.
         from mmtune.training.ranks import meeting

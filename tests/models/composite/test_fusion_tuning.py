@@ -82,16 +82,34 @@ def test_the_trained_fusion_is_what_answers(tmp_path: Path) -> None:
     assert not torch.allclose(log_probs(model, batch()), before, atol=1e-3)
 
 
-def test_without_its_name_fusion_stays_as_it_is(tmp_path: Path) -> None:
-    model = adapted("cross", ["llm", "projector"], tmp_path / "base")
+@pytest.mark.parametrize("way", ["cross", "co", "hybrid_co"])
+def test_without_its_name_fusion_stays_as_it_is(way: str, tmp_path: Path) -> None:
+    model = adapted(way, ["llm"], tmp_path / "base")
     before = fingerprints(model)
     train(model)
     assert not any(own.requires_grad for name, own in model.named_parameters() if tower_of(name) == "fusion")
-    # Behind gates that stay shut the projectors get no gradient either.
     assert moved_towers(before, model)[0] == {"llm"}
     console = Talk(quiet=True)
     show_towers(model, console)
     assert "add fusion to finetune.train" in console.lines[-1]
+
+
+@pytest.mark.parametrize("way", ["cross", "co", "hybrid_co"])
+def test_what_trains_behind_gates_that_stay_shut_is_refused(way: str, tmp_path: Path) -> None:
+    model = adapted(way, ["llm", "projector"], tmp_path / "base")
+    before = fingerprints(model)
+    train(model)
+    # The projectors get no gradient.
+    assert moved_towers(before, model)[0] == {"llm"}
+    with pytest.raises(RecipeError, match=r"names projector.* model\.media_attention\..*gate and") as refused:
+        show_towers(model, Talk(quiet=True))
+    assert "add fusion to finetune.train" in refused.value.hint
+    show_towers(adapted(way, ["llm", "projector", "fusion"], tmp_path / "base"), Talk(quiet=True))
+    with torch.no_grad():
+        for name, own in model.named_parameters():
+            if name.endswith("gate"):
+                own.fill_(0.1)
+    show_towers(model, Talk(quiet=True))
 
 
 def test_a_model_without_fusion_says_so(tmp_path: Path) -> None:
