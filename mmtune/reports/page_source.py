@@ -135,7 +135,7 @@ PAGE = """\
 </tbody></table></div>
 <p class="note key">{% if leading.models | list is turned %}Scores on a common axis from 0, with 95 % intervals{% else %}
 {% for model in leading.models %}<span><i class="{{ marks[model] }}"></i>{{ model }}</span> {% endfor %}
-scores on a common axis from 0, from top to bottom, with 95 % intervals{% endif %}</p>
+one above the other, on a common axis from 0, with 95 % intervals{% endif %}</p>
 {% endif %}
 
 {% for facet in facets %}
