@@ -114,9 +114,10 @@ def _show_course(run: Run, largest: Any, start: int, console: Talk) -> None:
     plan, world, settings = run.train.plan, run.accelerator.num_processes, run.settings
     rows, units = int(plan.sizes.rows.sum()), plan.sizes.rows.size
     own, apart = run.train.tokens
+    saved = 1 - own / apart
     table = [
         ("rows", f"{rows:,}" + (f" in {units:,} trees" if units != rows else "")),
-        ("tokens per epoch", f"{own:,}" + (f", {1 - own / apart:.0%} saved by sharing" if own < apart else "")),
+        ("tokens per epoch", f"{own:,}" + (f", {saved:.0%} saved by sharing" if saved >= 0.005 else "")),
         *step_rows(plan, start),
         rate_row(plan, settings.learning_rate, settings.schedule, settings.warmup),
         *size_rows(plan, largest, start, world, run.accelerator.device.type),
