@@ -94,7 +94,7 @@ class Talk:
 
     @contextmanager
     def progress(self, total: int | None, label: str, *, done: int = 0) -> Iterator[Counter]:
-        """Shows a bar on a terminal, a line every few seconds elsewhere.
+        """Shows a bar on a terminal, a line every few seconds elsewhere, also where a terminal cannot redraw a line.
 
         Args:
             total: How many there are.
@@ -103,7 +103,7 @@ class Talk:
         """
         if self.quiet:
             yield Counter(lambda n, note: None)
-        elif self.console.is_terminal:
+        elif self.console.is_terminal and not self.console.is_dumb_terminal:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             bar_columns = _BAR_COLUMNS if self.console.width < _WIDE else 2 * _BAR_COLUMNS

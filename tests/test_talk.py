@@ -91,3 +91,13 @@ def test_columns_of_numbers_and_of_intervals_are_set_right():
     first, second = said.getvalue().splitlines()[-2:]
     assert first.split("│")[1:5] == ["  9.52 ", "    +8.23 [−5.30 to +41.13] ", " < 0.001 ", " 7.9 to 12,000 "]
     assert second.split("│")[4:] == ["  18.4 to 72.0 ", " 9      "]
+
+
+def test_a_terminal_that_cannot_redraw_gets_lines(now, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    console = talk.Talk(every_seconds=1.0)
+    console.console = Console(file=(said := io.StringIO()), width=80, force_terminal=True)
+    with console.progress(10, "finetune") as bar:
+        now[0] += 10
+        bar.advance(5, "loss=1.9")
+    assert said.getvalue() == "finetune 5/10 rate=0.5/s eta=00:00:10 loss=1.9\n"

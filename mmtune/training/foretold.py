@@ -23,7 +23,7 @@ def step_rows(plan: Plan, start: int) -> list[tuple[str, str]]:
     rows, targets = plan.sizes.rows.sum() / per_epoch, plan.sizes.targets.sum() / per_epoch
     apart = f", in {plan.micro_batches} micro batches" if plan.micro_batches > 1 else ""
     return [
-        ("steps", f"{plan.total_steps:,} in {_short(epochs)} epoch{'' if epochs == 1 else 's'}{done}"),
+        ("steps", f"{plan.total_steps:,} in {_short(epochs)} epoch{'' if _short(epochs) == '1' else 's'}{done}"),
         ("effective batch", f"{_short(rows)} rows with {targets:,.0f} answer tokens on average{apart}"),
     ]
 
