@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _LOG_COLUMNS = 160
+_WIDE, _BAR_COLUMNS = 120, 16
+"""A terminal of fewer columns gets the short bar, of so many; any other one twice as many."""
 
 
 def plain_colours() -> bool:
@@ -32,6 +35,10 @@ def stderr_console() -> Console:
     plain = plain_colours()
     width = None if sys.stderr.isatty() or "COLUMNS" in os.environ else _LOG_COLUMNS
     return Console(file=sys.stderr, no_color=plain or None, highlight=False, soft_wrap=True, width=width)
+
+
+# A number, an interval, or a number with its interval behind it, as reports write them.
+_NUMBERS = re.compile(r"(?:< )?[+−-]?\d[\d,.]*(?: ?%)?(?:(?: \[| to )[+−-]?[\d,.]+(?: to [+−-]?[\d,.]+)?\]?)?")
 
 
 class Counter:
@@ -71,14 +78,15 @@ class Talk:
         self.console.print(f"note: {line}", style="yellow", markup=False)
 
     def table(self, title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Prints a table; numbers are set right."""
+        """Prints a table; a column of numbers, or of intervals, is set right."""
         if self.quiet:
             return
         from rich.table import Table
 
         table = Table(title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
         for column, name in enumerate(head):
-            number = all(isinstance(row[column], int | float) for row in rows) if rows else False
+            cells = [str(row[column]) for row in rows if row[column] != ""]
+            number = bool(cells) and all(map(_NUMBERS.fullmatch, cells))
             table.add_column(name, justify="right" if number else "left", overflow="fold")
         for row in rows:
             table.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row))
@@ -86,7 +94,7 @@ class Talk:
 
     @contextmanager
     def progress(self, total: int | None, label: str, *, done: int = 0) -> Iterator[Counter]:
-        """Shows a bar on a terminal, a line every few seconds elsewhere.
+        """Shows a bar on a terminal, a line every few seconds elsewhere, also where a terminal cannot redraw a line.
 
         Args:
             total: How many there are.
@@ -95,12 +103,13 @@ class Talk:
         """
         if self.quiet:
             yield Counter(lambda n, note: None)
-        elif self.console.is_terminal:
+        elif self.console.is_terminal and not self.console.is_dumb_terminal:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+            bar_columns = _BAR_COLUMNS if self.console.width < _WIDE else 2 * _BAR_COLUMNS
             columns = (
                 TextColumn("{task.description}"),
-                BarColumn(),
+                BarColumn(bar_columns),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[rate]}"),
                 TimeRemainingColumn(),
@@ -108,12 +117,17 @@ class Talk:
             )
             with Progress(*columns, console=self.console, transient=True) as bar:
                 task = bar.add_task(label, total=total, completed=done, note="", rate="")
-                started = time.monotonic()
+                started, told = time.monotonic(), ""
 
                 def advance(n: int, note: str) -> None:
-                    own = bar.tasks[0].completed + n - done
-                    rate = f"{own / max(time.monotonic() - started, 1e-6):.1f}/s"
-                    bar.update(task, advance=n, note=note, rate=rate)
+                    nonlocal told
+                    # A loop tells something now and then; what it told last stays until there is news.
+                    told = note or told
+                    now = bar.tasks[0].completed + n
+                    rate = f"{(now - done) / max(time.monotonic() - started, 1e-6):.1f}/s"
+                    counts = f"{total or '?'}" * 2
+                    room = self.console.width - len(f"{label} {counts}/ {rate} 0:00:00 ") - bar_columns - 1
+                    bar.update(task, advance=n, rate=rate, note=fitting(told, room))
 
                 yield Counter(advance)
         else:
@@ -152,6 +166,14 @@ class _PlainProgress:
             left = int((self._total - self._done) / rate)
             line += f" eta={left // 3600:02d}:{left // 60 % 60:02d}:{left % 60:02d}"
         self._console.print(f"{line} {self._note}".rstrip(), markup=False)
+
+
+def fitting(note: str, room: int) -> str:
+    """Returns as many words of a note, from its first, as go into so many columns."""
+    words = note.split()
+    while words and len(" ".join(words)) > room:
+        words.pop()
+    return " ".join(words)
 
 
 def counted(count: int, noun: str) -> str:

@@ -382,6 +382,15 @@ def test_a_key_that_the_reader_would_pass_over_is_a_usage_error(folder: Path, mm
     assert left_in(folder) == []
 
 
+def test_a_part_into_which_nothing_falls_is_told_as_that(folder: Path, mmtune):
+    (folder / "chat.jsonl").write_text(lines_of(turns("a")))
+    sources = ({**CHAT, "part": [0, 0.9999]}, {**CHAT, "split": "val", "part": [0.9999, 1]})
+    path = recipe(folder, *sources, model={"path": "."}, eval={"split": "val"})
+    code, out, err = mmtune("run", path, "--json")
+    assert code == 3 and "widen `part`" in json.loads(out)["error"]["hint"], err
+    assert "(val) gave no row: nothing of it falls into part [0.9999, 1.0]" in err and "rejects" not in err
+
+
 def test_a_split_of_which_nothing_is_left_ends_a_run_before_its_training(folder: Path, mmtune):
     (folder / "chat.jsonl").write_text(lines_of(turns("a")))
     (folder / "val.jsonl").write_text(lines_of(turns("a", "")))

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmtune.storage import open_split, read_manifest
 
@@ -307,6 +308,25 @@ def test_adapters_alone_are_stored(recipe):
     weights = load_file(run_dir(recipe) / "adapter" / "adapter_model.safetensors")
     assert weights and all("lora_" in name for name in weights)
     assert not any("vision" in name or "projector" in name for name in weights)
+
+
+def test_the_readme_says_how_an_adapter_answers_and_merges_without_mmtune(
+    recipe, tiny_vlm, repository, tmp_path, monkeypatch, capsys
+):
+    said = (repository / "README.md").read_text("utf-8")
+    code = re.search(r"```python\n(.*?)```", said, re.DOTALL).group(1)
+    places = {"data/base": tiny_vlm, "runs/quickstart": run_dir(recipe), "data/scenes": repository / "data" / "scenes"}
+    for place, here in places.items():
+        assert place in code
+        code = code.replace(place, str(here))
+    monkeypatch.chdir(tmp_path)
+    found: dict = {}
+    exec(compile(code, "README.md", "exec"), found)
+    assert capsys.readouterr().out
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    again = merged.generate(**found["inputs"], max_new_tokens=8)[0, found["inputs"]["input_ids"].shape[1] :]
+    assert again.tolist() == found["answer"].tolist()
+    assert AutoProcessor.from_pretrained(tmp_path / "merged").tokenizer.chat_template
 
 
 def test_labels_in_tokens_are_answers(recipe):

@@ -51,3 +51,53 @@ def test_a_document_is_strict_json_whatever_its_numbers():
     line = talk.json_line({"a": [1.5, nan, (infinity, -infinity)], "b": {"c": nan}, "d": True, "e": "NaN"})
     found = json.loads(line, parse_constant=lambda name: pytest.fail(name))
     assert found == {"a": [1.5, None, [None, None]], "b": {"c": None}, "d": True, "e": "NaN"}
+
+
+def test_what_a_loop_told_last_stays_beside_its_bar(monkeypatch):
+    console = talk.Talk()
+    console.console = Console(file=io.StringIO(), width=200, force_terminal=True)
+    seen = []
+    from rich import progress
+
+    update = progress.Progress.update
+    monkeypatch.setattr(
+        progress.Progress, "update", lambda self, task, **more: seen.append(more["note"]) or update(self, task, **more)
+    )
+    with console.progress(3, "finetune") as bar:
+        bar.advance(1)
+        bar.advance(1, "loss=1.9")
+        bar.advance(1)
+    assert seen == ["", "loss=1.9", "loss=1.9"]
+
+
+@pytest.mark.parametrize(("width", "loss", "all_of_it"), ((50, False, False), (80, True, False), (160, True, True)))
+def test_a_bar_is_one_line_on_a_terminal_of_any_width(width, loss, all_of_it, now):
+    console = talk.Talk()
+    console.console = Console(file=(said := io.StringIO()), width=width, force_terminal=True, color_system=None)
+    note = "loss=1.6700 lr=1.81e-03 rows/s=42 tokens/s=2709 waiting=3%"
+    with console.progress(172, "finetune") as bar:
+        now[0] += 10
+        bar.advance(37, note)
+    last = [line for line in said.getvalue().split("\r") if "37/172" in line][-1]
+    assert ("loss=1.6700" in last, note in last) == (loss, all_of_it) and "…" not in last
+
+
+def test_columns_of_numbers_and_of_intervals_are_set_right():
+    console = talk.Talk()
+    console.console = Console(file=(said := io.StringIO()), width=160, color_system=None)
+    rows = [("Exact match", "9.52", "+8.23 [−5.30 to +41.13]", "< 0.001", "7.9 to 12,000", "16 rows")]
+    rows += [("", "14.52", "+128.23 [+15.30 to +41.13]", "1.000", "18.4 to 72.0", "9")]
+    console.table("scores", ("metric", "base", "difference", "p", "interval", "what"), rows)
+    first, second = said.getvalue().splitlines()[-2:]
+    assert first.split("│")[1:5] == ["  9.52 ", "    +8.23 [−5.30 to +41.13] ", " < 0.001 ", " 7.9 to 12,000 "]
+    assert second.split("│")[4:] == ["  18.4 to 72.0 ", " 9      "]
+
+
+def test_a_terminal_that_cannot_redraw_gets_lines(now, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    console = talk.Talk(every_seconds=1.0)
+    console.console = Console(file=(said := io.StringIO()), width=80, force_terminal=True)
+    with console.progress(10, "finetune") as bar:
+        now[0] += 10
+        bar.advance(5, "loss=1.9")
+    assert said.getvalue() == "finetune 5/10 rate=0.5/s eta=00:00:10 loss=1.9\n"

@@ -1,11 +1,12 @@
-"""Rows whose options hold no right answer: answered by an option, they are wrong whatever the model knows."""
+"""Rows whose options hold no right answer, and answers that are no option."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mmtune.evaluation import METRICS
 from mmtune.evaluation.comparison import ScoredRow
+from mmtune.evaluation.text import label_normalise
 
 
 def out_of_reach(rows: Sequence[ScoredRow]) -> list[str]:
@@ -28,4 +29,24 @@ def out_of_reach(rows: Sequence[ScoredRow]) -> list[str]:
     return [
         f"{len(lost):,} of {len(judged):,} rows with options hold no right answer among them and score 0 in any case,"
         f" the first {first.id} (reference {first.references[0]!r})."
+    ]
+
+
+def beside_options(rows: Sequence[ScoredRow], texts: Mapping[str, Sequence[str]]) -> list[str]:
+    """Returns a note where most answers in a model's own words to rows with options are none of them, else nothing.
+
+    Args:
+        rows: All rows.
+        texts: Answers to them, by model; the last model is judged.
+    """
+    if not texts:
+        return []
+    who, answers = list(texts.items())[-1]
+    judged = [(row, text) for row, text in zip(rows, answers, strict=True) if row.options]
+    beside = sum(label_normalise(text) not in map(label_normalise, row.options) for row, text in judged)
+    if 2 * beside <= len(judged):
+        return []
+    return [
+        f"{beside:,} of {len(judged):,} answers of {who} to rows with options are none of these;"
+        " eval.answer: rank answers by the likeliest option."
     ]

@@ -229,7 +229,7 @@ def _stand(unit: Unit, place: MediaPlace, media_root: str) -> Unit | Reject:
     except MediaRefused as refused:
         return Reject(unit.where, unit.id, refused.code, refused.message)
     except FileNotFoundError:
-        return Reject(unit.where, unit.id, "media_missing", f"{unit.id!r} is not below {Path(media_root).name!r}")
+        return Reject(unit.where, unit.id, "media_missing", f"there is no {unit.id!r} below {Path(media_root).name!r}")
     except OSError as error:
         return Reject(unit.where, unit.id, "bad_path", f"{unit.id!r} cannot be opened: {os.strerror(error.errno or 0)}")
     return replace(unit, size=stat.st_size, mtime_ns=stat.st_mtime_ns)

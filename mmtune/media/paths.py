@@ -64,7 +64,7 @@ def resolve(root: Path | str, path: str) -> str:
         if not real or os.path.islink(real):  # noqa: PTH114 - called for every row
             real = os.path.realpath(f"{top}/{path}", strict=True)
     except FileNotFoundError as error:
-        raise MediaRefused("media_missing", f"{path!r} is not below {Path(root).name!r}") from error
+        raise MediaRefused("media_missing", f"there is no {path!r} below {Path(root).name!r}") from error
     except (OSError, ValueError) as error:
         why = os.strerror(error.errno or 0) if isinstance(error, OSError) else "no name of a file"
         raise MediaRefused("bad_path", f"{path!r} cannot be opened: {why}") from error
@@ -93,7 +93,7 @@ def open_medium(root: Path | str, medium: Medium) -> tuple[IO[bytes], int]:
     except IsADirectoryError as error:
         raise MediaRefused("not_regular_file", f"{medium.path!r} is a folder") from error
     except FileNotFoundError as error:
-        raise MediaRefused("media_missing", f"{medium.path!r} is not below {Path(root).name!r}") from error
+        raise MediaRefused("media_missing", f"there is no {medium.path!r} below {Path(root).name!r}") from error
     except OSError as error:
         raise MediaRefused("bad_path", f"{medium.path!r} cannot be opened: {os.strerror(error.errno or 0)}") from error
     status = os.fstat(descriptor)

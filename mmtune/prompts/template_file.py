@@ -30,6 +30,7 @@ from mmtune.errors import DataError
 from mmtune.prompts.forms import Template
 
 _MOST_BYTES = 4 << 20
+_EXAMPLE = 'give a name its pairs, such as vqa: [["{question} In one word?", "{answer}"]], or PromptSource\'s YAML'
 _ANSWER = {"answer", "target"}
 _SOFT = re.compile(r"\s*[1-9][0-9]{0,2}")
 
@@ -139,6 +140,4 @@ def _names(path: Path, text: str) -> set[str]:
 
 
 def _bad(path: Path, why: str) -> DataError:
-    return DataError(
-        f"{path} {why}", "give PromptSource YAML (templates: ...), or task: [[input, target], ...]", "bad_templates"
-    )
+    return DataError(f"{path} {why}", _EXAMPLE, "bad_templates")

@@ -57,10 +57,11 @@ def unread_keys(name: str, given: Mapping[str, object]) -> list[str]:
     """
     read = _OFFICIAL.get(name, ("path",))
     read += ("columns",) if name in _WITH_COLUMNS else ()
+    read += ("where",) if name in _WITH_COLUMNS and name != "folder" else ()
     read += ("name", "subset") if name == "hf" else ()
     return [
         key
-        for key in ("path", "questions", "annotations", "columns", "name", "subset")
+        for key in ("path", "questions", "annotations", "columns", "where", "name", "subset")
         if given.get(key) and key not in read
     ]
 

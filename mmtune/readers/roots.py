@@ -16,7 +16,7 @@ from mmtune.records import Modality
 
 PATHS = ("path", "questions", "annotations", "images", "audios", "videos")
 """What of a source may be a path."""
-_SAME = ("id", "split", "columns", "tasks", "name", "subset")
+_SAME = ("id", "split", "columns", "tasks", "name", "subset", "where")
 
 
 def files_of(sources: Sequence[Mapping[str, Any]], seed: int, keep_fields: Sequence[bool] = ()) -> list[SourceFiles]:

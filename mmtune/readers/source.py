@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtune.errors import DataError, RecipeError
+from mmtune.readers.wanted import Wanted, wanted_rows
 from mmtune.records import Modality, Record, Reject
 
 ColumnMap = Mapping[str, str | int | list[str | int]]
@@ -31,6 +32,7 @@ class SourceFiles:
         tasks: Keep only these tasks of a reader that makes several; empty keeps all.
         name: Configuration of a hub dataset.
         subset: The split to read of a hub dataset.
+        where: Column to the value, or values, that a row must hold to be read; empty reads all.
         seed: For readers that draw (the negatives of ``coco_instances``).
         keep_fields: Keep the columns of a raw row for templates that name them.
         split_in_id: Files of other folders may have the same names: the split stands before a file's name in its id.
@@ -48,6 +50,7 @@ class SourceFiles:
     tasks: tuple[str, ...] = ()
     name: str | None = None
     subset: str | None = None
+    where: Wanted = field(default_factory=dict)
     seed: int = 0
     keep_fields: bool = False
     split_in_id: bool = False
@@ -140,8 +143,10 @@ def read_rows(
         id_column: Where a row has its id if ``columns`` does not say.
 
     Raises:
-        DataError: There was no row at all (``empty_input``).
+        DataError: There was no row at all (``empty_input``), or none that ``where`` wants (``none_wanted``).
     """
+    if source.where:
+        rows = wanted_rows(rows, source.where, source.id, what or source.path)
     empty = True
     for row in rows:
         empty = False

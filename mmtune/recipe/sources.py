@@ -11,6 +11,8 @@ from mmtune.recipe.section import Section, SplitName
 # Names of `columns` that people look for beside it.
 COLUMN_PATHS = ("sources[].columns.strip", "sources[].columns.delimiter", "sources[].columns.rows")
 
+Value = str | int | float | bool
+
 
 class Source(Section):
     """One raw dataset."""
@@ -39,6 +41,9 @@ class Source(Section):
     "images/{file}.png" or a fixed text such as "=yes|no". Names: question (text, instruction), context, answer (output,
     target), rationale, image, audio, video, references, options, behaviour, history, id, metadata, rows, delimiter,
     strip; of folder label and keep, regular expressions for its paths."""
+    where: dict[str, Value | tuple[Value, ...]] = {}
+    """Rows to read of alpaca, hf, llava, messages, sharegpt and table: a column's name to the value, or list of values,
+    that it must hold, such as {fold: train}; all of them where several are named. The others are not counted."""
     tasks: tuple[str, ...] = ()
     """Keep only these tasks of a reader that makes several."""
     task: str | None = None

@@ -67,6 +67,8 @@ dt { font-size: 13px; color: var(--soft); } dd { margin: 0; overflow-wrap: anywh
 .pictures { display: flex; gap: 8px; flex-wrap: wrap; background: var(--faint); border-radius: 4px; padding: 8px; justify-content: center; }
 .pictures img { height: 150px; max-width: 100%; object-fit: contain; border-radius: 2px; }
 .pictures img.exact { image-rendering: pixelated; }
+.pictures.several img { width: calc(50% - 4px); height: auto; max-height: 150px; }
+.row audio { width: 100%; height: 36px; }
 .question { font-weight: 560; margin: 0; overflow-wrap: anywhere; white-space: pre-line; }
 .row .note { margin: 0; overflow-wrap: anywhere; }
 .answers { display: grid; grid-template-columns: auto 1fr auto; gap: 4px 12px; margin: 0; font-size: 14.5px; }
@@ -111,7 +113,7 @@ PAGE = """\
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{{ run.title }} · mmtune report</title>
@@ -135,7 +137,7 @@ PAGE = """\
 </tbody></table></div>
 <p class="note key">{% if leading.models | list is turned %}Scores on a common axis from 0, with 95 % intervals{% else %}
 {% for model in leading.models %}<span><i class="{{ marks[model] }}"></i>{{ model }}</span> {% endfor %}
-scores on a common axis from 0, from top to bottom, with 95 % intervals{% endif %}</p>
+one above the other, on a common axis from 0, with 95 % intervals{% endif %}</p>
 {% endif %}
 
 {% for facet in facets %}
@@ -184,9 +186,10 @@ per answer token, over optimizer steps</p>{% endif %}
 <div class="rows">
 {% for row in rows %}
 <article class="row">
-{% if row.pictures %}<div class="pictures">{% for uri in row.pictures %}<img src="{{ uri }}" alt="" {% if uri.startswith("data:image/png") %}class="exact"{% endif %}>{% endfor %}</div>{% endif %}
+{% if row.pictures %}<div class="pictures{{ " several" if row.pictures | length > 1 }}">{% for uri in row.pictures %}<img src="{{ uri }}" alt="" {% if uri.startswith("data:image/png") %}class="exact"{% endif %}>{% endfor %}</div>{% endif %}
 <p class="question">{{ row.question }}</p>
 {% if row.searched %}<p class="note">the searched prompt asks: {{ row.searched }}</p>{% endif %}
+{% for uri in row.sounds %}<audio controls preload="metadata" src="{{ uri }}"></audio>{% endfor %}
 {% for one in row.other_media %}<p class="note">{{ one }}</p>{% endfor %}
 <dl class="answers">
 {% for answer in row.answers %}<dt>{{ answer.model }}</dt><dd>{{ answer.text or "(empty)" }}</dd><dd class="score">{{ "%.0f" | format(answer.score) }}</dd>{% endfor %}

@@ -1,25 +1,22 @@
-"""Which rows a report shows, and their pictures as data URIs."""
+"""Which rows a report shows, with their media as data URIs."""
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmtune.errors import DataError
-from mmtune.media.load import load_image
 from mmtune.records import Medium, items_of
+from mmtune.reports.shown_media import SOUND_SECONDS, frames, picture, sound
 
 KINDS = ("won", "lost", "missed", "right", "wrong")
 """What may be said of a shown row: of two answerers the second did better or worse, or both were wrong; of one that it
 was right or wrong."""
-_SIDE_PX = 240
+_PICTURES, _SOUNDS = 4, 2
+"""Most of a row."""
 _ITEMS = 10
-_SMALL_PX = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +35,9 @@ class Sample:
     Attributes:
         question: In the row's own words.
         searched: The question in the words of a searched prompt, empty where that says the same or asks nothing.
-        pictures: Data URIs.
-        other_media: File names of what cannot be shown, and the newest items of histories.
+        pictures: Data URIs of images, and of frames of videos.
+        sounds: Data URIs.
+        other_media: File names of what is no image, and the newest items of histories.
         references: Each distinct reference with how often it was given.
     """
 
@@ -49,6 +47,7 @@ class Sample:
     question: str
     searched: str
     pictures: tuple[str, ...]
+    sounds: tuple[str, ...]
     other_media: tuple[str, ...]
     references: tuple[tuple[str, int], ...]
     answers: tuple[Answer, ...]
@@ -103,7 +102,7 @@ def choose_rows(rows: Sequence[Shown], *, each: int = 12, seed: int = 0) -> dict
 def make_sample(
     row: Shown, kind: str, asked: tuple[str, str], media: Sequence[Medium], answers: Mapping[str, str], root: Path
 ) -> Sample:
-    """Returns a row as the page shows it, with at most four pictures.
+    """Returns a row as the page shows it, with at most four pictures and two sounds.
 
     Args:
         row: The row.
@@ -116,14 +115,15 @@ def make_sample(
     question, searched = asked
     histories = sum(medium.modality == "behaviour" for medium in media)
     names = iter([f"history {at + 1}" for at in range(histories)] if histories > 1 else ["history"])
-    images = [medium for medium in media if medium.modality == "image"][:4]
+    sounds = [medium for medium in media if medium.modality == "audio"][:_SOUNDS]
     return Sample(
         id=row.id,
         kind=kind,
         metric=row.metric,
         question=question,
         searched=searched if searched != question else "",
-        pictures=tuple(uri for medium in images if (uri := picture(root, medium))),
+        pictures=_pictures(media, root),
+        sounds=tuple(uri for medium in sounds if (uri := sound(root, medium))),
         other_media=tuple(_in_words(medium, names) for medium in media if medium.modality != "image"),
         references=counted(row.references),
         answers=tuple(
@@ -132,7 +132,20 @@ def make_sample(
     )
 
 
+def _pictures(media: Sequence[Medium], root: Path) -> tuple[str, ...]:
+    """Returns images, and frames of videos: each video has its share of the places that are left."""
+    seen = [medium for medium in media if medium.modality in ("image", "video")][:_PICTURES]
+    images = sum(medium.modality == "image" for medium in seen)
+    each = (_PICTURES - images) // max(len(seen) - images, 1)
+    found: list[str] = []
+    for medium in seen:
+        found += frames(root, medium, each) if medium.modality == "video" else [picture(root, medium)]
+    return tuple(uri for uri in found if uri)
+
+
 def _in_words(medium: Medium, names: Iterator[str]) -> str:
+    if medium.modality == "audio" and medium.seconds > SOUND_SECONDS:
+        return f"{Path(medium.path).name}, the first {SOUND_SECONDS} of {medium.seconds:.0f} seconds"
     if medium.modality != "behaviour":
         return Path(medium.path).name
     items = items_of(medium)
@@ -151,24 +164,6 @@ def _kind(values: Sequence[float | None], higher_is_better: bool) -> str:
     if known[1] != known[0]:
         return "won" if known[1] > known[0] else "lost"
     return "missed" if known[1] < good else ""
-
-
-def picture(root: Path, medium: Medium) -> str:
-    """Returns an image as a small data URI, or an empty string when it cannot be read."""
-    from PIL import Image
-
-    try:
-        image = load_image(root, medium)
-    except DataError:
-        return ""
-    small = max(image.size) <= _SMALL_PX
-    if not small:
-        image.thumbnail((_SIDE_PX, _SIDE_PX), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    # Tiny pictures stay exact; photographs become JPEGs of a few kilobytes.
-    kind = "png" if small else "jpeg"
-    image.save(buffer, kind, quality=78)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def counted(references: Sequence[str], most: int = 8) -> tuple[tuple[str, int], ...]:

@@ -197,6 +197,8 @@ def _facts(result: Mapping[str, Any]) -> dict[str, Any]:
             who: {_split_name(result["facts"], split): found for split, found in own.items()}
             for who, own in facts["scores"].items()
         }
+    if isinstance(facts.get("towers"), dict):
+        facts["towers"] = {name: own for name, own in facts["towers"].items() if own.get("state") != "absent"}
     return facts
 
 

@@ -191,10 +191,11 @@ def _write(
         console.note(note)
     timings = {"encode_seconds": round(seconds, 3)}
     manifest = staging.publish(rows=made.trees, drops=rejects.counts, facts=facts, timings=timings)
-    _tell(made, rejects.counts, seconds, console)
+    count = _tell(made, rejects.counts, seconds, console)
     if rejects.counts:
         mend = f"{_next_step(rejects.counts, recipe)} ({staging.target / 'rejects.jsonl'})"
-        console.note(f"tokenize refused {_drops(rejects.counts)}; {mend}")
+        of = f"{sum(rejects.counts.values()):,} of {counted(count, 'row')}"
+        console.note(f"tokenize refused {of}: {_drops(rejects.counts)}; {mend}")
     return _result(staging.target, manifest, cached=False)
 
 
@@ -234,16 +235,19 @@ def _write_split(
     finish_split(folder, TREE_SCHEMA)
 
 
-def _tell(made: _Encoded, refused: Mapping[str, int], seconds: float, console: Talk) -> None:
+def _tell(made: _Encoded, refused: Mapping[str, int], seconds: float, console: Talk) -> int:
+    """Says what was encoded; returns how many rows there were, refused ones included."""
     encoded = sum(made.examples.values())
     count = encoded + sum(refused.values())
     saved = 1 - made.tokens / max(made.tokens_apart, 1)
     console.say(
         f"tokenize: {counted(encoded, 'row')} in {counted(sum(made.trees.values()), 'tree')}"
-        f", {counted(made.tokens, 'token')} ({saved:.0%} saved by sharing), {count / max(seconds, 1e-9):,.0f} rows/s"
+        f", {counted(made.tokens, 'token')}{f' ({saved:.0%} saved by sharing)' if saved >= 0.005 else ''}"
+        f", {count / max(seconds, 1e-9):,.0f} rows/s"
     )
     for note in _left_out(made.counts):
         console.note(note)
+    return count
 
 
 def _left_out(counts: Counter[str]) -> Iterator[str]:

@@ -162,3 +162,8 @@ def meter_note(row: dict[str, Any]) -> str:
         f"loss={row['loss']:.4f} lr={row['learning_rate']:.2e} rows/s={row['rows_per_second']:.0f}"
         f" tokens/s={row['tokens_per_second']:.0f}{use} waiting={row['wait_share']:.0%}"
     )
+
+
+def validated(stage: str, row: dict[str, Any]) -> str:
+    """Returns what a line of metrics with a validation loss says to a person."""
+    return f"{stage}: step {row['step']:,}, val loss {row['val_loss']:.4f}"

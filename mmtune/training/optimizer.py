@@ -26,7 +26,7 @@ def learning_rate(step: int, *, peak: float, total: int, warmup: float, schedule
         warmup: Below 1 a share of the steps, else a number of steps.
         schedule: ``cosine`` (to zero), ``linear`` (to zero) or ``constant``.
     """
-    warm = round(warmup * total) if warmup < 1 else int(warmup)
+    warm = warm_steps(warmup, total)
     if step < warm:
         return peak * (step + 1) / (warm + 1)
     progress = (step - warm) / max(total - warm, 1)
@@ -35,6 +35,11 @@ def learning_rate(step: int, *, peak: float, total: int, warmup: float, schedule
     if schedule == "linear":
         return peak * (1.0 - progress)
     return peak
+
+
+def warm_steps(warmup: float, total: int) -> int:
+    """Returns the steps of warm-up: a share of all of them below 1, else their number."""
+    return round(warmup * total) if warmup < 1 else int(warmup)
 
 
 @dataclass(frozen=True)

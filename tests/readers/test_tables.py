@@ -325,3 +325,43 @@ def test_every_name_of_a_column_is_told(repository: Path):
     field = Source.model_fields["columns"].description or ""
     for name in _KNOWN - {"images", "audios", "videos"}:
         assert f"`{name}`" in told and re.search(rf"\b{name}\b", field), name
+
+
+@pytest.mark.parametrize("name", ("t.csv", "t.jsonl"))
+def test_where_keeps_the_rows_whose_columns_hold_what_is_wanted(tmp_path: Path, name: str):
+    folds, rows = ["train", "dev", "train", "test"], []
+    for at, fold in enumerate(folds):
+        rows.append({"q": f"what, {at}?", "a": f"a{at}", "fold": fold, "level": at % 2, "ok": at < 2})
+    if name == "t.csv":
+        with open(tmp_path / name, "w", newline="", encoding="utf-8") as handle:
+            writer = csv.DictWriter(handle, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        write(tmp_path / name, rows)
+
+    def ids(where):
+        found = read("table", path=tmp_path / name, columns={"question": "q", "answer": "a"}, where=where)
+        return [record.id for record in found]
+
+    # A row's id is its place in the file, whatever is read of it.
+    assert ids({"fold": "train"}) == ["s/train-0", "s/train-2"]
+    assert ids({"fold": ("dev", "test")}) == ["s/train-1", "s/train-3"]
+    assert ids({"level": 1, "ok": True}) == ids({"level": "1", "ok": True}) == ["s/train-1"]
+    with pytest.raises(DataError, match=r"no row of .*t\.\w+ is wanted by where: \{fold: trian\}") as wrong:
+        ids({"fold": "trian"})
+    assert wrong.value.hint == "fold holds dev, test, train"
+    with pytest.raises(DataError) as wrong:
+        ids({"flod": "train"})
+    assert wrong.value.hint == "there is no column 'flod'; the first row has q, a, fold, level, ok"
+
+
+def test_where_reads_conversations_and_rows_that_are_lists(tmp_path: Path):
+    path = write(tmp_path / "t.json", [["q0", "a0", "x"], ["q1", "a1", "y"]])
+    (row,) = read("table", path=path, columns={"question": 0, "answer": 1}, where={"2": "y"})
+    assert row.references == ("a1",)
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    rows = [{"messages": turns, "lang": lang} for lang in ("de", "en", "de")]
+    path = write(tmp_path / "m.jsonl", rows)
+    for reader in ("messages", "sharegpt"):
+        assert len(read(reader, path=path, where={"lang": "de"})) == 2

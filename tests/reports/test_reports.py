@@ -1,19 +1,25 @@
 """The page and the Markdown: escaped, self-contained, and saying the same numbers."""
 
+import base64
+import io
 import re
+import wave
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from mmtune.evaluation.comparison import ScoredRow, compare
+from mmtune.media.load import load_audio
 from mmtune.records import Medium, history
 from mmtune.reports.extras import extra_tables
 from mmtune.reports.facts import training_facts
 from mmtune.reports.markdown import escape, write_markdown
 from mmtune.reports.page import write_page
 from mmtune.reports.plots import loss_plot, marks_of, ticks
-from mmtune.reports.samples import Shown, choose_rows, make_sample, picture
+from mmtune.reports.samples import Shown, choose_rows, make_sample
+from mmtune.reports.shown_media import picture
 from mmtune.reports.tables import perplexity_rows, table_rows
 from mmtune.reports.wording import answers_said, headline, rows_said
 
@@ -111,7 +117,7 @@ def test_page_escapes_everything_and_asks_for_nothing(root):
     assert len(sources) == 1 and all(source.startswith("data:image/") for source in sources)
     assert not re.search(r"https?://|url\(|@import", page)
     policy = next(attributes["content"] for tag, attributes in tags.seen if attributes.get("http-equiv"))
-    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    assert policy == "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
     assert "7*7" in page and "&lt;img src=x onerror" in page and "b.wav" in page
     assert "yes ×2" in page and "prefers-color-scheme: dark" in page
     legend = "</i>validation loss"
@@ -472,3 +478,32 @@ def test_the_report_says_trees_of_rows():
     report["manifests"] += [{**tokens, "seconds": 1.0}]
     for shown in (write_page(report), write_markdown(report)):
         assert "train 1 tree of 3 rows" in shown and "train 5" in shown
+
+
+def test_frames_of_a_clip_and_the_beginning_of_a_sound_are_shown(repository, tmp_path):
+    data, answers = repository / "data", {"base": "a", "tuned": "b"}
+    clip = next((data / "clips" / "test").glob("*.mp4")).relative_to(data)
+    spoken = next((data / "sounds" / "test").glob("*.flac")).relative_to(data)
+    whole = load_audio(data, Medium("audio", str(spoken)), 8000)
+    shown = Shown("r1", "g1", "exact_match", (0.0, 100.0), True, ("yes",))
+    media = [Medium("video", str(clip)), Medium("audio", str(spoken), sample_rate_hz=8000), Medium("audio", "gone.wav")]
+    made = make_sample(shown, "won", ("?", "?"), media, answers, data)
+    assert len(made.pictures) == 4 and all(uri.startswith("data:image/") for uri in made.pictures)
+    (uri,) = made.sounds
+    with wave.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:audio/wav;base64,")))) as file:
+        assert (file.getframerate(), file.getnchannels()) == (8000, 1)
+        heard = np.frombuffer(file.readframes(file.getnframes()), "<i2") / 32767
+    assert np.abs(heard - np.clip(whole, -1, 1)).max() < 1e-4
+    page = write_page(make_report(), [made])
+    assert page.count("<audio controls") == 1 and "media-src data:" in page and page.count("<img ") == 4
+
+    # A picture beside two clips leaves them a frame each; of a long sound the beginning is heard, and told.
+    with wave.open(str(tmp_path / "long.wav"), "wb") as file:
+        file.setnchannels(1), file.setsampwidth(2), file.setframerate(8000)
+        file.writeframes(bytes(2 * 8000 * 9))
+    long = Medium("audio", "long.wav", sample_rate_hz=8000, seconds=9.0)
+    scene = next((data / "scenes" / "test").glob("*.png")).relative_to(data)
+    mixed = [Medium("image", str(scene)), Medium("video", str(clip)), Medium("video", str(clip))]
+    made = make_sample(shown, "won", ("?", "?"), [long], answers, tmp_path)
+    assert made.other_media == ("long.wav, the first 4 of 9 seconds",)
+    assert len(make_sample(shown, "won", ("?", "?"), mixed, answers, data).pictures) == 3

@@ -4,14 +4,19 @@ import json
 import os
 import signal
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
 
 from mmtune.__main__ import main
 from mmtune.errors import EXIT_FOLDER, MmtuneError
+from mmtune.order import run_stages
+from mmtune.recipe import Recipe
 from mmtune.signals import STOPS
 from mmtune.stages import finetune as stage
+from mmtune.storage import Manifest
+from mmtune.talk import Talk
 from mmtune.training import launch
 
 
@@ -72,6 +77,46 @@ def test_one_cpu_process_takes_no_gpu(called):
     code, _, seen = called("--cpu-processes", 1, gpus=1)
     assert code == 0 and seen == [launch.CPU_ONLY]
     assert seen[0]["CUDA_VISIBLE_DEVICES"] == "" and seen[0]["ACCELERATE_USE_CPU"] == "true"
+
+
+@pytest.mark.parametrize("command", ["run", "pretrain"])
+def test_every_command_that_trains_refuses_what_is_not_there(called, monkeypatch, tmp_path, capsys, command):
+    for flags, code in ((("--gpus", "2"), 4), (("--gpus", "1", "--cpu-processes", "1"), 2)):
+        monkeypatch.setattr("sys.argv", ["mmtune", command, str(tmp_path / "recipe.yaml"), *flags])
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == code and not (tmp_path / "run").exists()
+
+
+def test_a_run_trains_on_processes_what_is_not_finished(tmp_path, monkeypatch):
+    from mmtune.cli.training import on_processes
+
+    started, alone = [], []
+
+    def launched(what, arguments, processes, **given):
+        started.append((what, arguments, processes, given["cpu"]))
+        (tmp_path / "adapter").mkdir(exist_ok=True)
+        made = asdict(Manifest("finetune", "h", facts={"steps": 7}))
+        (tmp_path / "adapter" / "manifest.json").write_text(json.dumps(made))
+
+    def one(name):
+        return lambda recipe, **given: alone.append(name) or {"cached": True}
+
+    monkeypatch.setattr(launch, "launch", launched)
+    recipe, console = Recipe(run_dir=tmp_path), Talk(quiet=True)
+
+    def stages(force):
+        plain = ((name, one(name), {"offline": True}) for name in ("tokenize", "finetune", "eval"))
+        return on_processes(plain, 2, ["r.yaml", "--set", "a=1"], cpu=True, force=force)
+
+    found = run_stages(recipe, stages(False), force=False, dry_run=False, console=console)
+    asked = ("finetune", ["finetune", "r.yaml", "--set", "a=1", "--cpu-processes", "2"], 2, True)
+    assert started == [asked] and alone == ["tokenize", "eval"] and found["finetune"]["steps"] == 7
+    run_stages(recipe, stages(False), force=False, dry_run=False, console=console)
+    assert started == [asked] and alone[2:] == ["tokenize", "finetune", "eval"], "nothing starts for what is finished"
+    run_stages(recipe, stages(True), force=True, dry_run=False, console=console)
+    assert started == [asked, asked]
 
 
 def test_several_cpu_processes_take_none_either():

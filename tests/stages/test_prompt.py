@@ -155,6 +155,7 @@ def test_the_document_says_what_it_was_worth(recipe):
     assert found["rewards"]["best"] >= found["rewards"]["start"]
     assert any("gap between dev and val" in line for line in talk.lines)
     assert any("best - random on val" in line for line in talk.lines)
+    assert found["changed"] == (found["prompt"]["instruction"] != "{prompt}")
     facts = read_manifest(given.run_dir / "prompt").facts
     assert facts["instruction"] == found["prompt"]["instruction"] and facts["scores"] == found["scores"]
 

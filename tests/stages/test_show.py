@@ -75,7 +75,11 @@ def test_a_row_of_instructions_names_files_and_items(tmp_path: Path) -> None:
 
 def test_facts_are_told_in_words() -> None:
     facts = {
-        "towers": {"llm": {"state": "lora", "parameters": 1024}, "vision": {"state": "frozen"}},
+        "towers": {
+            "llm": {"state": "lora", "parameters": 1024},
+            "vision": {"state": "frozen"},
+            "audio": {"state": "absent"},
+        },
         "val_loss": None,
         "notes": [],
         "loss": 0.123456789,

@@ -80,7 +80,7 @@ def examples_in(root: Path) -> list[Example]:
 def test_rows_out_and_refused_add_up(tmp_path: Path, model: Path, capsys: Any) -> None:
     prepare(tmp_path, examples_in(tmp_path / "media"))
     result = run(tmp_path, model, workers=1, max_length=400)
-    told = "note: tokenize refused no_target 1, too_long 1; a tokenize.max_length above 400 may help, or tokenize.too"
+    told = "note: tokenize refused 2 of 40 rows: no_target 1, too_long 1; a tokenize.max_length above 400 may help"
     assert told in capsys.readouterr().err
     assert result["rows"]["train"] == 38 and result["drops"] == {"no_target": 1, "too_long": 1}
     rejects = [json.loads(line) for line in (tmp_path / "tokens" / "rejects.jsonl").read_text().splitlines()]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from accelerate.state import AcceleratorState
+from datasets import load_from_disk
 
 from mmtune.stages.finetune import finetune
 from mmtune.talk import Talk
@@ -21,7 +22,7 @@ def said(tmp_path: Path, repository: Path, tiny_vlm: Path, capfd: Any) -> tuple[
     AcceleratorState._reset_state()
     made_tokens(tmp_path, repository, tiny_vlm)
     capfd.readouterr()
-    finetune(tree_recipe(tmp_path, repository, tiny_vlm), console=Talk(every_seconds=0.0))
+    finetune(tree_recipe(tmp_path, repository, tiny_vlm, eval_every=4, warmup=2), console=Talk(every_seconds=0.0))
     AcceleratorState._reset_state()
     return tmp_path, capfd.readouterr().err
 
@@ -30,7 +31,10 @@ def test_a_run_says_what_it_will_do_and_what_it_does(said: tuple[Path, str]) -> 
     folder, text = said
     course = dict(re.findall(r"^(\w[\w ]*?) +│ +(.*?) *$", text[text.index("the course") :], re.MULTILINE))
     # Ten pictures with three questions each, six rows per step.
-    assert course["rows"].startswith("30") and course["steps"] == "6"
+    assert course["rows"].startswith("30") and course["steps"] == "6 in 1.2 epochs"
+    answers = sum(label != -100 for labels in load_from_disk(folder / "tokens")["train"]["labels"] for label in labels)
+    assert course["effective batch"] == f"6 rows with {answers / 5:,.0f} answer tokens on average"
+    assert course["learning rate"] == "0.01, cosine after 2 steps of warm-up"
     tokens = json.loads((folder / "tokens" / "manifest.json").read_text())["facts"]
     saved = 1 - tokens["tokens"] / tokens["tokens_apart"]
     assert saved > 0.2 and any("saved by sharing" in line for line in course.values())
@@ -42,6 +46,8 @@ def test_a_run_says_what_it_will_do_and_what_it_does(said: tuple[Path, str]) -> 
     )
     assert len(lines) == 6, "a line per step"
     assert re.search(r"finetune: [\d.,]+ rows/s", text)
+    rows = [json.loads(row) for row in (folder / "adapter" / "metrics.jsonl").read_text().splitlines()]
+    assert re.findall(r"step (\d), val loss (\S+)", text) == [("4", f"{rows[3]['val_loss']:.4f}")]
     for row in (folder / "adapter" / "metrics.jsonl").read_text().splitlines():
         assert 0 <= json.loads(row)["wait_share"] <= 1
 

@@ -119,7 +119,7 @@ def build_data(
     media_root, places = media_places([*roots, *prompt_roots(given)])
     target, slots = recipe.run_dir / "instructions", keeps_slots(recipe)
     config = {
-        "sources": [source.model_dump() for source in recipe.sources],
+        "sources": [source.model_dump(exclude=set() if source.where else {"where"}) for source in recipe.sources],
         "build": recipe.build.model_dump(exclude={"workers"}),
         "seed": recipe.seed,
         "limit": limit,

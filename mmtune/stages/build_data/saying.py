@@ -41,9 +41,12 @@ def say_result(
         ],
     )
     held = {name for names in facts.get("mixture", {}).get("held_out", {}).values() for name in names}
-    for fact in facts["sources"]:
+    for fact, source in zip(facts["sources"], recipe.sources, strict=True):
         if not fact["rows"] and not (fact["split"] == "train" and fact["id"] in held):
-            console.note(f"source {fact['id']!r} ({fact['split']}) gave no row; see rejects.jsonl")
+            part = "; see rejects.jsonl"
+            if not fact["read"] and source.part != (0.0, 1.0):
+                part = f": nothing of it falls into part {list(source.part)}, in which rows of a medium stay together"
+            console.note(f"source {fact['id']!r} ({fact['split']}) gave no row{part}")
     if "mixture" in facts:
         _say_mixture(facts["mixture"], console)
     if "exemplars" in facts:
@@ -60,7 +63,8 @@ def say_result(
         console.note(line)
     if drops:
         listed = ", ".join(f"{reason} {count:,}" for reason, count in drops.items())
-        refused = f"{sum(drops.values()):,} of {counted(facts['read'], 'row')} were refused: {listed}"
+        were = "was" if sum(drops.values()) == 1 else "were"
+        refused = f"{sum(drops.values()):,} of {counted(facts['read'], 'row')} {were} refused: {listed}"
         log = target / "rejects.jsonl"
         console.note(f"{refused}{first_reject(log, drops)} (all in {log})")
     for pair, shared in facts["leakage"].items():

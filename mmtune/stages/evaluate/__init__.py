@@ -71,7 +71,7 @@ def evaluate(
 def _write(plan: Plan, staging: Staging, console: Talk) -> dict[str, Any]:
     from mmtune.encoding.processor import load_processor
     from mmtune.stages.evaluate.answers import answers_of
-    from mmtune.stages.evaluate.document import write_stage
+    from mmtune.stages.evaluate.document import freely_answered, write_stage
     from mmtune.stages.evaluate.questions import questions_of
 
     tokenize = plan.recipe.tokenize
@@ -83,7 +83,10 @@ def _write(plan: Plan, staging: Staging, console: Talk) -> dict[str, Any]:
         max_image_pixels=tokenize.max_image_pixels,
     )
     questions = questions_of(plan, processor, staging.path / "rejects.jsonl", console)
-    return write_stage(plan, questions, answers_of(plan, processor, questions, console), staging)
+    answers = answers_of(plan, processor, questions, console)
+    for line in freely_answered(plan, questions, answers):
+        console.note(line.rstrip("."))
+    return write_stage(plan, questions, answers, staging)
 
 
 def _finish(plan: Plan, report: Mapping[str, Any], target: Path, console: Talk, *, cached: bool) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 from mmtune.evaluation.comparison import AnsweredRow, Comparison, ScoredRow, answered_rows, compare, perplexities
 from mmtune.evaluation.looking import looked_report
 from mmtune.evaluation.pairs import Answerer, leading_pair, pairs_of
+from mmtune.evaluation.reach import beside_options
 from mmtune.evaluation.sameness import alike
 from mmtune.reports.facts import training_facts
 from mmtune.reports.folder import write_report
@@ -82,8 +83,18 @@ def _document(
         "filling": answers.filling,
         "training": _training_facts(plan),
         "manifests": _chain(plan),
-        "notes": [*plan.notes, *questions.notes(), *answers.learned],
+        "notes": [
+            *plan.notes,
+            *questions.notes(),
+            *answers.learned,
+            *freely_answered(plan, questions, answers),
+        ],
     }
+
+
+def freely_answered(plan: Plan, questions: Questions, answers: Answers) -> list[str]:
+    """Returns what there is to say of answers in a model's own words where rows have options."""
+    return beside_options(questions.scored, answers.texts) if plan.settings.answer == "generate" else []
 
 
 def _manifest_facts(plan: Plan, metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -109,9 +109,11 @@ def check_rows(run_dir: Path, settings: Eval) -> Manifest:
     instructions = read_manifest(folder, made_by="build-data")
     if not instructions.rows.get(split):
         have = ", ".join(f"{name} ({count:,})" for name, count in instructions.rows.items() if count)
+        named = any(source["split"] == split for source in instructions.config["sources"])
+        wanted = "widen `part` or mend the rows of its sources" if named else f"add a source with `split: {split}`"
         raise DataError(
             f"instructions/ has no rows in the split {split!r}; it has {have or 'none'}",
-            f"set eval.split, or add a source with `split: {split}` and run: mmtune build-data",
+            f"set eval.split, or {wanted} and run: mmtune build-data",
             "split_missing",
         )
     if settings.answer in BY_STATES:

@@ -169,7 +169,13 @@ def _auxiliary(model: Any, last: dict[str, Any]) -> dict[str, Any]:
 
 
 def launch(
-    arguments: list[str], processes: int, *, cpu: bool, nodes: int, rendezvous: str | None, console: Talk
+    arguments: list[str],
+    processes: int,
+    *,
+    cpu: bool,
+    nodes: int = 1,
+    rendezvous: str | None = None,
+    console: Talk,
 ) -> None:
     """Runs the same command on several processes, of several machines where asked.
 

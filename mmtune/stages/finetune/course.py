@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any
 
 from mmtune.stages.finetune.preparation import Run
@@ -23,6 +22,7 @@ def follow(run: Run, resume: str, console: Talk) -> Any:
     from mmtune.storage import changes
     from mmtune.training.course import end, go_on, standing_of
     from mmtune.training.engine import engine_of
+    from mmtune.training.meter import validated
     from mmtune.training.rehearsal import rehearse
 
     course = _course(run)
@@ -40,6 +40,8 @@ def follow(run: Run, resume: str, console: Talk) -> Any:
     def log(row: dict[str, Any]) -> None:
         if trackers:
             run.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+        if "val_loss" in row and row["step"] < run.train.plan.total_steps:
+            console.say(validated("finetune", row))
 
     with console.progress(run.train.plan.total_steps, "finetune", done=standing.step) as bar:
         outcome = go_on(course, standing, note=console.note, advance=bar.advance, log=log)
@@ -107,23 +109,22 @@ def _say_speed(outcome: Any, processes: int, sharded: bool, console: Talk) -> No
 
 def _show_course(run: Run, largest: Any, start: int, console: Talk) -> None:
     """Prints what will be done, in one table: rows, tokens and what sharing saves of them, steps, time, memory."""
-    plan, world = run.train.plan, run.accelerator.num_processes
+    from mmtune.training.foretold import rate_row, size_rows, step_rows
+
+    plan, world, settings = run.train.plan, run.accelerator.num_processes, run.settings
     rows, units = int(plan.sizes.rows.sum()), plan.sizes.rows.size
     own, apart = run.train.tokens
-    per_step = -(-plan.micro_batches // world)
-    seconds = largest.seconds * largest.mean_share * per_step * (plan.total_steps - start)
+    saved = 1 - own / apart
     table = [
         ("rows", f"{rows:,}" + (f" in {units:,} trees" if units != rows else "")),
-        ("tokens per epoch", f"{own:,}" + (f", {1 - own / apart:.0%} saved by sharing" if own < apart else "")),
-        ("steps", f"{plan.total_steps:,}" + (f", {start:,} of them done" if start else "")),
-        ("processes", f"{world} on {run.accelerator.device.type}"),
-        ("largest micro batch", f"{counted(largest.rows, 'row')}, {counted(largest.tokens, 'token')}"),
-        ("memory at its peak", f"{largest.peak_bytes / (1 << 30):.2f} GiB"),
-        ("time", f"about {timedelta(seconds=round(seconds))} by that batch alone"),
+        ("tokens per epoch", f"{own:,}" + (f", {saved:.0%} saved by sharing" if saved >= 0.005 else "")),
+        *step_rows(plan, start),
+        rate_row(plan, settings.learning_rate, settings.schedule, settings.warmup),
+        *size_rows(plan, largest, start, world, run.accelerator.device.type),
     ]
     console.table("the course", ("what", "how much"), table)
-    if not start and run.settings.max_steps is None:
-        few = few_steps(plan.total_steps, rows, run.settings.epochs, plan.micro_batches, run.settings.batch_rows)
+    if not start and settings.max_steps is None:
+        few = few_steps(plan.total_steps, rows, settings.epochs, plan.micro_batches, settings.batch_rows)
         if few:
             console.note(few)
 

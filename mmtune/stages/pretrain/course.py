@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any
 
 from mmtune.stages.pretrain.preparation import Run
-from mmtune.talk import Talk, counted
+from mmtune.talk import Talk
 
 
 def follow(run: Run, resume: str, console: Talk) -> Any:
@@ -20,6 +19,7 @@ def follow(run: Run, resume: str, console: Talk) -> Any:
     from mmtune.storage import changes
     from mmtune.training.course import end, go_on, standing_of
     from mmtune.training.engine import engine_of
+    from mmtune.training.meter import validated
     from mmtune.training.rehearsal import rehearse
 
     course = _course(run)
@@ -32,7 +32,12 @@ def follow(run: Run, resume: str, console: Talk) -> Any:
         largest = rehearse(run.learner, engine, run.train, run.accelerator, "pretrain")
         _show_course(run, largest, standing.step, console)
     with console.progress(run.train.plan.total_steps, "pretrain", done=standing.step) as bar:
-        outcome = go_on(course, standing, note=console.note, advance=bar.advance)
+
+        def log(row: dict[str, Any]) -> None:
+            if "val_loss" in row and row["step"] < run.train.plan.total_steps:
+                console.say(validated("pretrain", row))
+
+        outcome = go_on(course, standing, note=console.note, advance=bar.advance, log=log)
     end(course, outcome)
     return outcome
 
@@ -80,16 +85,14 @@ def _course(run: Run) -> Any:
 
 def _show_course(run: Run, largest: Any, start: int, console: Talk) -> None:
     """Prints what will be done, in one table."""
-    plan, world = run.train.plan, run.accelerator.num_processes
-    per_step = -(-plan.micro_batches // world)
-    seconds = largest.seconds * largest.mean_share * per_step * (plan.total_steps - start)
+    from mmtune.training.foretold import rate_row, size_rows, step_rows
+
+    plan, settings, weights = run.train.plan, run.settings, run.learner.settings.weights
     table = [
         ("rows", f"{int(plan.sizes.rows.sum()):,}"),
-        ("steps", f"{plan.total_steps:,}" + (f", {start:,} of them done" if start else "")),
-        ("objectives", ", ".join(f"{name} {weight:g}" for name, weight in run.learner.settings.weights.items())),
-        ("processes", f"{world} on {run.accelerator.device.type}"),
-        ("largest micro batch", f"{counted(largest.rows, 'row')}, {counted(largest.tokens, 'token')}"),
-        ("memory at its peak", f"{largest.peak_bytes / (1 << 30):.2f} GiB"),
-        ("time", f"about {timedelta(seconds=round(seconds))} by that batch alone"),
+        *step_rows(plan, start),
+        ("objectives", ", ".join(f"{name} {weight:g}" for name, weight in weights.items())),
+        rate_row(plan, settings.learning_rate, settings.schedule, settings.warmup),
+        *size_rows(plan, largest, start, run.accelerator.num_processes, run.accelerator.device.type),
     ]
     console.table("the course", ("what", "how much"), table)

@@ -247,6 +247,7 @@ def _document(
         "metrics": metric_names(course.rows.test),
         "test_split": course.settings.test_split or course.asked.split,
         "prompt": prompt_facts(prompts["best"]),
+        "changed": prompts["best"] != prompts["start"],
         "instructions": {name: one.instruction for name, one in prompts.items()},
         "media_root": str(course.media_root),
         "rewards": {"start": found["best"].start.score, **{name: one.best.score for name, one in found.items()}},

@@ -77,7 +77,8 @@ def say(document: Mapping[str, Any], console: Talk) -> None:
     ]
     head = (f"{document['method']}, {', '.join(document['metrics'])}", "dev", f"{document['test_split']} (untouched)")
     console.table(f"prompt: {document['calls']['search']:,} model calls", head, rows)
-    console.say(f"prompt: {document['prompt']['instruction']!r}{_more(document['prompt'])}")
+    kept = "" if document["changed"] else "nothing better was found; it stays "
+    console.say(f"prompt: {kept}{document['prompt']['instruction']!r}{_more(document['prompt'])}")
     for other, found in document["differences"].items():
         console.say(f"prompt: {other} on {document['test_split']}: {verdict(found['test'])}")
     console.say(f"prompt: gap between dev and {document['test_split']}: {document['gap_dev_test']:+.2f}")
@@ -102,7 +103,7 @@ def _more(prompt: Mapping[str, Any]) -> str:
 
 
 def _span(found: Mapping[str, float]) -> str:
-    return f"{found['low']:.1f}, {found['high']:.1f}"
+    return f"{found['low']:.2f} to {found['high']:.2f}"
 
 
 def _round(value: float) -> float:
