@@ -126,6 +126,9 @@ class Codes(Section):
     row that asks whether two media fit, and shows two that do not, would teach codes to find what is not theirs."""
     width: Annotated[int, Field(ge=1)] = 32
     """Numbers of a code."""
+    feature_noise: Annotated[float, Field(ge=0)] = 0.0
+    """Deviation of the noise on features before codes are made of them in training; that of their own numbers is 1.
+    Codes of new media, which vary more than those of training media, then lie where those do."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
     """Chance of each part to be kept from the joint code that is decoded, so that others learn to fill it in."""
     game: Literal["reversal", "alternating"] = "reversal"

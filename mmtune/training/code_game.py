@@ -61,16 +61,20 @@ class GameHeads(nn.Module):
 
     def shown(self, codes_NC: torch.Tensor) -> torch.Tensor:
         """Returns ``(N, C)`` codes as the discriminator sees them: in training through noise, which is torch's."""
-        if not (self.training and self.noise):
-            return codes_NC
-        noise_NC = torch.randn(codes_NC.shape, generator=torch.default_generator).to(codes_NC)
-        return codes_NC + self.noise * noise_NC
+        return through_noise(codes_NC, self.noise) if self.training else codes_NC
 
     def fill(self, one: str, other: str, codes_BC: torch.Tensor) -> torch.Tensor:
         """Returns ``(B, C)`` codes of the part ``other`` made from those of ``one``; the noise is torch's."""
         noise_BZ = torch.randn(len(codes_BC), _NOISE, generator=torch.default_generator).to(codes_BC)
         made: torch.Tensor = self.generators[f"{one}_{other}"](codes_BC, noise_BZ)
         return made
+
+
+def through_noise(values_ND: torch.Tensor, deviation: float) -> torch.Tensor:
+    """Returns ``(N, D)`` values with Gaussian noise, which is torch's; a deviation of 0 draws none."""
+    if not deviation:
+        return values_ND
+    return values_ND + deviation * torch.randn(values_ND.shape, generator=torch.default_generator).to(values_ND)
 
 
 def pace_of(name: str) -> Pace:

@@ -17,7 +17,7 @@ from torch.nn import functional
 from mmtune.models.fusion.gate import modality_dropout
 from mmtune.models.objectives.autoencoder import Autoencoder
 from mmtune.models.objectives.contrastive import Temperature, contrastive_loss
-from mmtune.training.code_game import GameHeads, game_losses
+from mmtune.training.code_game import GameHeads, game_losses, through_noise
 from mmtune.training.paired import PARTS
 from mmtune.training.standard import Standard
 
@@ -36,6 +36,7 @@ class CodeHeads(nn.Module):
         alternating: bool = False,
         form: str = "non_saturating",
         noise: float = 0.0,
+        feature_noise: float = 0.0,
     ) -> None:
         """Makes random heads.
 
@@ -48,12 +49,13 @@ class CodeHeads(nn.Module):
             alternating: See ``GameHeads``.
             form: See ``GameHeads``.
             noise: See ``GameHeads``.
+            feature_noise: Deviation of the Gaussian noise on what is encoded while training, whose own is 1.
 
         Raises:
             RecipeError: The code is wider than all features together.
         """
         super().__init__()
-        self.parts = tuple(parts)
+        self.parts, self.feature_noise = tuple(parts), feature_noise
         decoded = dict(target_widths) if "reconstruction" in objectives else {}
         self.seen = nn.ModuleDict({name: Standard(width) for name in parts})
         self.told = nn.ModuleDict({name: Standard(own) for name, own in decoded.items()})
@@ -68,11 +70,17 @@ class CodeHeads(nn.Module):
         return present_BK[:, self.parts.index(name)]
 
     def read(self, pooled: Mapping[str, torch.Tensor], present_BK: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Returns ``(B, H)`` what is encoded by part: the features by the standard of their batch."""
+        """Returns ``(B, H)`` what is encoded by part: the features by the standard of their batch, in training noisy.
+
+        Towers that know the training media say of new ones what varies more. Noise gives encoders features from around
+        those they have, as in denoising autoencoders (Vincent et al. 2008), so that codes of new media lie where those
+        of training media do.
+        """
+        deviation = self.feature_noise if self.training else 0.0
         found = {}
         for name, own in pooled.items():
             standard: Any = self.seen[name]
-            found[name] = standard.of_batch(own, self.at(name, present_BK))
+            found[name] = through_noise(standard.of_batch(own, self.at(name, present_BK)), deviation)
         return found
 
     def codes(self, read: Mapping[str, torch.Tensor], present_BK: torch.Tensor) -> dict[str, torch.Tensor]:

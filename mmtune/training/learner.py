@@ -49,6 +49,7 @@ class CodeSettings:
         form: Of the loss in the encoders' turn.
         noise: Deviation of the noise through which the discriminator sees codes.
         sources: Whose rows codes are learned from, which ``together`` tells row by row; empty for all.
+        feature_noise: Deviation of the noise on features before codes are made of them.
     """
 
     parts: tuple[str, ...] = ()
@@ -58,6 +59,7 @@ class CodeSettings:
     form: str = "non_saturating"
     noise: float = 0.0
     sources: tuple[str, ...] = ()
+    feature_noise: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,12 @@ class Learner(nn.Module):
         heads: dict[str, Callable[[], nn.Module]] = {}
         if set(CODED) & set(weights):
             targets = {name: own for name, own in summary_widths(model.config).items() if name in codes.parts}
-            rules: Any = {"alternating": codes.alternating, "form": codes.form, "noise": codes.noise}
+            rules: Any = {
+                "alternating": codes.alternating,
+                "form": codes.form,
+                "noise": codes.noise,
+                "feature_noise": codes.feature_noise,
+            }
             heads["codes"] = partial(CodeHeads, weights, codes.parts, width, codes.width, targets, **rules)
         if "masked" in weights:
             heads["masked"] = partial(MaskingHeads, width)

@@ -96,11 +96,13 @@ def test_weight_zero_is_bit_for_bit_no_objective(recipe_at):
     assert made(recipe_at(weights="{caption: 1, contrastive: 0, adversarial: 0}"), force=True) == without
 
 
-def test_the_noise_of_the_game_is_that_of_the_recipe(recipe_at):
+@pytest.mark.parametrize("key", ["noise", "feature_noise"])
+def test_the_noise_of_codes_is_that_of_the_recipe(recipe_at, key):
     plain = made(recipe_at())
-    noisy = recipe_at("pretrain.codes.noise=0.5")
+    noisy = recipe_at(f"pretrain.codes.{key}=0.5")
     assert made(noisy, force=True) != plain
-    assert load_heads(load_model(str(noisy.run_dir / "base")), noisy.run_dir / "base").settings.codes.noise == 0.5
+    learner = load_heads(load_model(str(noisy.run_dir / "base")), noisy.run_dir / "base")
+    assert getattr(learner.settings.codes, key) == 0.5
 
 
 def test_codes_go_by_what_all_training_rows_are_like(recipe_at):

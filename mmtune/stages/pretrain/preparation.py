@@ -251,6 +251,7 @@ def _learner_settings(recipe: Recipe, settings: Pretrain, processor: Any, plan: 
         own.form,
         own.noise,
         own.sources,
+        own.feature_noise,
     )
     return LearnerSettings(settings.weights, codes, _masking(processor), recipe.seed, frozen)
 
