@@ -304,6 +304,14 @@ def test_show_marks_the_loss(recipe):
     assert taught and all(text in ("yes<|im_end|>", "no<|im_end|>") for text in taught)
 
 
+def test_a_finished_run_is_found_again_without_torch(recipe):
+    command = [sys.executable, "-X", "importtime", "-m", "mmtune", "run", str(recipe), "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert done.returncode == 0 and "mmtune.stages.evaluate" in imported
+    assert not imported & {"torch", "transformers", "peft"}
+
+
 def test_adapters_alone_are_stored(recipe):
     weights = load_file(run_dir(recipe) / "adapter" / "adapter_model.safetensors")
     assert weights and all("lora_" in name for name in weights)

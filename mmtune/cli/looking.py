@@ -10,6 +10,8 @@ import typer
 from mmtune.cli.options import DryRun, Force, Json, finish
 from mmtune.talk import Talk
 
+_SECTION = "A section or key, such as finetune.lora, or a word of one, also of another trainer's; left out: all."
+
 
 def init(
     name: Annotated[str | None, typer.Argument(help="Recipe to copy; left out: list them.")] = None,
@@ -75,7 +77,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 def keys(
-    section: Annotated[str, typer.Argument(help="A section or key, such as finetune.lora; left out: all.")] = "",
+    section: Annotated[str, typer.Argument(help=_SECTION)] = "",
     as_json: Annotated[bool, typer.Option("--json", help="The JSON Schema of a recipe, for editors.")] = False,
 ) -> None:
     """Every key of a recipe: type, default and meaning.

@@ -40,8 +40,10 @@ _MADE = {"pretrain": "base", "finetune": "adapter"}
 """Stages that train, and what they make."""
 
 
-def check_processes(gpus: int | None, cpu_processes: int | None) -> int:
+def check_processes(gpus: int | None, cpu_processes: int | None, nodes: int = 1) -> int:
     """Returns how many processes train, each with its GPU if it is to have one; with ``--cpu-processes`` there is none.
+
+    Of several nodes the launcher looks at the GPUs, once it knows where they meet.
 
     Raises:
         RecipeError: Both kinds are asked for.
@@ -51,7 +53,7 @@ def check_processes(gpus: int | None, cpu_processes: int | None) -> int:
 
     if gpus is not None and cpu_processes is not None:
         raise RecipeError("--gpus and --cpu-processes say different things", "give one of the two", "usage")
-    if gpus is not None and not is_launched():
+    if gpus is not None and nodes == 1 and not is_launched():
         need_gpus(gpus)
     if cpu_processes is not None:
         os.environ.update(CPU_ONLY)
@@ -155,7 +157,7 @@ def finetune(
 
     check_resume(resume)
     loaded = load(recipe, overrides, seed)
-    processes = check_processes(gpus, cpu_processes)
+    processes = check_processes(gpus, cpu_processes, nodes)
     console = Talk(quiet or not stage.is_main())
     if processes * nodes > 1 and not stage.is_launched() and not dry_run:
         stage.launch(

@@ -19,6 +19,7 @@ from mmtune.encoding.processor import pad_token_id, tokenizer_of
 from mmtune.evaluation.damage import refuse_nan
 from mmtune.evaluation.generation import generate_texts, stop_ids
 from mmtune.evaluation.options import by_media, score_words
+from mmtune.evaluation.pairs import answerer
 from mmtune.evaluation.prototypes import SolvedRows, nearest_option, prompt_states, prototypes
 from mmtune.evaluation.ranking import Question, Shares, Words, shares
 from mmtune.evaluation.rows import EvalRows
@@ -93,11 +94,6 @@ class Heard:
     texts: dict[str, list[str]]
     losses: dict[str, Losses]
     shares: dict[str, Shares]
-
-
-def answerer(model: str, way: str) -> str:
-    """Returns the name of a model asked in a way, as the report has it; an empty way names none."""
-    return f"{model}, {way}" if way else model
 
 
 class Answering:

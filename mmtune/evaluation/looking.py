@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmtune.evaluation.ablation import Ablated, ablation_report, ask_again
-from mmtune.evaluation.asking import Asking, Losses, answerer
+from mmtune.evaluation.asking import Asking, Losses
 from mmtune.evaluation.branches import Branches, branches_report, measure_branches
 from mmtune.evaluation.comparison import ScoredRow
+from mmtune.evaluation.pairs import answerer
 from mmtune.evaluation.rows import EvalRows
 
 

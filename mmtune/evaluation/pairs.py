@@ -31,6 +31,11 @@ class Answerer:
     joined: bool = False
 
 
+def answerer(model: str, way: str) -> str:
+    """Returns the name of a model asked in a way, as the report has it; an empty way names none."""
+    return f"{model}, {way}" if way else model
+
+
 def pairs_of(answerers: Sequence[Answerer]) -> list[Pair]:
     """Returns the pairs that differ in one thing: tuning, the prompt (or several of them), or the exemplars.
 

@@ -13,7 +13,6 @@ from mmtune.encoding.refused import Refused
 from mmtune.encoding.render import EncodedRow, Renderer
 from mmtune.evaluation import metrics_of
 from mmtune.evaluation.comparison import ScoredRow
-from mmtune.models.soft_tokens import soft_tokens
 from mmtune.records import Example, Message, Reject
 
 
@@ -146,6 +145,9 @@ class EvalRows:
 
     def for_model(self, model: Any) -> EvalRows:
         """Returns the same rows as a model is asked them: one without a soft prompt sees no place for it."""
+        # torch comes with it: a finished report is found again without.
+        from mmtune.models.soft_tokens import soft_tokens
+
         if soft_tokens(model) is not None:
             return self
         other = copy(self)

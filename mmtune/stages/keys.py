@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from mmtune.errors import RecipeError
 from mmtune.recipe import Recipe
+from mmtune.recipe.elsewhere import ELSEWHERE, NEEDLESS
 
 
 class Key(NamedTuple):
@@ -48,15 +49,39 @@ def schema(section: str = "") -> dict[str, Any]:
 def list_keys(section: str = "") -> list[Key]:
     """Returns every key at or below a section, in the order of the schema.
 
+    Args:
+        section: Its path; or a name that stands somewhere in paths, a part of one, or what another trainer calls a key.
+
     Raises:
         RecipeError: There is no such key.
     """
+    if section and "." not in section and section not in schema()["properties"]:
+        return _named(section)
     found = schema(section)
     below = list(_keys(found, found, f"{section}." if section else ""))
     if below:
         return below
     parent, _, name = section.rpartition(".")
     return [_key(section, found, found, required=name in schema(parent).get("required", ()))]
+
+
+def _named(word: str) -> list[Key]:
+    """Returns the keys whose paths have a name, else that which another trainer calls so, else those with a part of it.
+
+    Raises:
+        RecipeError: There is none.
+    """
+    everything = list_keys()
+    names = {key: key.path.replace("[]", "").split(".") for key in everything}
+    found = [key for key in everything if word in names[key]]
+    if not found and word in ELSEWHERE:
+        return list_keys(ELSEWHERE[word].replace("[]", ""))
+    if not found and word in NEEDLESS:
+        raise RecipeError(f"a recipe has no key {word!r}", NEEDLESS[word], "no_key")
+    found = found or [key for key in everything if word in names[key][-1]]
+    if not found:
+        schema(word)
+    return found
 
 
 def render(keys: list[Key]) -> str:

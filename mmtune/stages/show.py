@@ -135,6 +135,10 @@ def _tree(value: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     return {"length": value["length"], "example_ids": value["example_ids"], "runs": runs}
 
 
+_UNSAID = ("examples", "test_split", "processor_files")
+"""Facts that other lines tell, or that are for programs."""
+
+
 def render(result: dict[str, Any]) -> str:
     """Returns a description as plain text."""
     lines: list[str] = []
@@ -191,7 +195,7 @@ def _split_name(facts: Mapping[str, Any], name: str) -> str:
 
 def _facts(result: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the facts that the lines above them have not told."""
-    facts = {name: value for name, value in result["facts"].items() if name not in ("examples", "test_split")}
+    facts = {name: value for name, value in result["facts"].items() if name not in _UNSAID}
     if "test_split" in result["facts"]:
         facts["scores"] = {
             who: {_split_name(result["facts"], split): found for split, found in own.items()}

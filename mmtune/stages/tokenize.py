@@ -6,7 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import compress
 from pathlib import Path
@@ -16,11 +16,13 @@ import numpy as np
 import pyarrow as pa
 
 from mmtune.choice import chosen
+from mmtune.encoding.encoded import LEFT_OUT, Encoded
 from mmtune.encoding.fit import fit
 from mmtune.encoding.groups import EncodedGroups, encode_groups, group_order
 from mmtune.encoding.histories import history_counts
 from mmtune.encoding.media_check import check_counts
 from mmtune.encoding.processor import check_folder, load_processor, pad_token_id, processor_fingerprint
+from mmtune.encoding.processor_files import files_digest
 from mmtune.encoding.refused import Refused
 from mmtune.encoding.render import IGNORED, EncodedRow, Renderer
 from mmtune.encoding.tree import TREE_SCHEMA
@@ -39,6 +41,8 @@ from mmtune.storage import (
     Staging,
     finish_split,
     foresee,
+    is_finished,
+    library_versions,
     open_split,
     open_stage,
     read_manifest,
@@ -52,7 +56,6 @@ _UNIT = 512
 _INLINE_UNITS = 12
 # What loading a processor imports for seconds.
 _SLOW_IMPORTS = ("transformers.processing_utils", "transformers.models.auto.processing_auto")
-_LEFT_OUT = ("exemplars_dropped", "rows_with_fewer", "contexts_shortened")
 # Encoding reads these columns; the others (answers to score against, lineage) stay on disk.
 _READ = ("id", "messages", *COLUMN.values(), "tools", "exemplar_ids", "references", "metadata")
 
@@ -94,16 +97,14 @@ def tokenize(
     if recipe.model is None:
         raise RecipeError("the recipe names no model", "add `model: {path: ...}`")
     parent = read_manifest(recipe.run_dir / "instructions", made_by="build-data")
-    settings = recipe.tokenize
-    processor = _processor(_Job(recipe.processor_path, recipe.model.revision, offline, settings, Path(), Path()))
-    pad_token_id(processor)
+    settings, target = recipe.tokenize, recipe.run_dir / "tokens"
+    files = _files_of(recipe)
     config = {
         "tokenize": settings.model_dump(mode="json", exclude={"workers"}),
         "model": recipe.model.path,
-        "processor": processor_fingerprint(processor),
+        "processor": (None if force else _known(target, files)) or _fingerprint(recipe, offline),
         "limit": limit,
     }
-    target = recipe.run_dir / "tokens"
     parents = {"instructions": parent.hash_without(WORDINGS)}
     if dry_run:
         console.say(foresee(target, stage="tokenize", config=config, parents=parents, force=force))
@@ -112,7 +113,28 @@ def tokenize(
     if staging is None:
         return _result(target, read_manifest(target), cached=True)
     with staging:
-        return _write(recipe, parent, config, staging, limit, offline, console)
+        return _write(recipe, parent, {**config, "files": files}, staging, limit, offline, console)
+
+
+def _files_of(recipe: Recipe) -> str | None:
+    """Returns what changes when the processor may: its files, its pixel budget, the libraries that read them."""
+    budget = (recipe.tokenize.min_image_pixels, recipe.tokenize.max_image_pixels)
+    return files_digest(Path(recipe.processor_path), {"pixels": budget, "versions": library_versions()})
+
+
+def _known(target: Path, files: str | None) -> str | None:
+    """Returns the fingerprint of the processor that finished tokens/ were made by, if its files are still the same."""
+    if files is None or not is_finished(target):
+        return None
+    made = read_manifest(target)
+    return str(made.config["processor"]) if made.facts.get("processor_files") == files else None
+
+
+def _fingerprint(recipe: Recipe, offline: bool) -> str:
+    revision = recipe.model.revision if recipe.model else None
+    processor = _processor(_Job(recipe.processor_path, revision, offline, recipe.tokenize, Path(), Path()))
+    pad_token_id(processor)
+    return processor_fingerprint(processor)
 
 
 def _processor(job: _Job) -> Any:
@@ -125,41 +147,6 @@ def _processor(job: _Job) -> Any:
     )
 
 
-@dataclass
-class _Encoded:
-    """What became of the rows of all splits so far.
-
-    Attributes:
-        trees: Split to its trees.
-        examples: Split to its rows in them.
-        tokens: Of all trees.
-        tokens_apart: Of all rows, were nothing shared.
-        counts: What was left out of them, see ``EncodedGroups``.
-        notes: What there is to say of the counts of media tokens, once each.
-    """
-
-    trees: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, int] = field(default_factory=dict)
-    tokens: int = 0
-    tokens_apart: int = 0
-    counts: Counter[str] = field(default_factory=Counter)
-    notes: dict[str, None] = field(default_factory=dict)
-
-    def add(self, split: str, done: EncodedGroups) -> None:
-        """Adds some groups of a split."""
-        self.examples[split] += done.rows
-        self.tokens += done.tokens
-        self.tokens_apart += done.apart
-        self.counts.update(done.counts)
-        self.notes.update(dict.fromkeys(done.notes))
-
-    def facts(self) -> dict[str, Any]:
-        """Returns what the manifest says of it."""
-        totals = {"tokens": self.tokens, "tokens_apart": self.tokens_apart}
-        left_out = {name: self.counts[name] for name in (*_LEFT_OUT, *self.counts)}
-        return {"examples": self.examples, "notes": list(self.notes), **totals, **left_out}
-
-
 def _write(
     recipe: Recipe,
     parent: Manifest,
@@ -169,7 +156,7 @@ def _write(
     offline: bool,
     console: Talk,
 ) -> dict[str, Any]:
-    made, started = _Encoded(), time.monotonic()
+    made, started = Encoded(), time.monotonic()
     with RejectLog(staging.path / "rejects.jsonl") as rejects:
         for split, count in parent.rows.items():
             with console.progress(count, f"tokenize {split}") as bar:
@@ -182,6 +169,7 @@ def _write(
     facts = {
         "model": config["model"],
         "processor": config["processor"],
+        "processor_files": config["files"],
         "max_length": recipe.tokenize.max_length,
         "video_frames": recipe.tokenize.video_frames,
         "media_root": parent.facts["media_root"],
@@ -217,7 +205,7 @@ def _write_split(
     split: str,
     groups: Iterator[EncodedGroups],
     folder: Path,
-    made: _Encoded,
+    made: Encoded,
     rejects: RejectLog,
     advance: Callable[[int], None],
 ) -> None:
@@ -235,7 +223,7 @@ def _write_split(
     finish_split(folder, TREE_SCHEMA)
 
 
-def _tell(made: _Encoded, refused: Mapping[str, int], seconds: float, console: Talk) -> int:
+def _tell(made: Encoded, refused: Mapping[str, int], seconds: float, console: Talk) -> int:
     """Says what was encoded; returns how many rows there were, refused ones included."""
     encoded = sum(made.examples.values())
     count = encoded + sum(refused.values())
@@ -252,7 +240,7 @@ def _tell(made: _Encoded, refused: Mapping[str, int], seconds: float, console: T
 
 def _left_out(counts: Counter[str]) -> Iterator[str]:
     """Yields what there is to say of what was left out of the rows."""
-    dropped, fewer, shortened = (counts[name] for name in _LEFT_OUT)
+    dropped, fewer, shortened = (counts[name] for name in LEFT_OUT)
     if dropped:
         yield (
             f"{counted(dropped, 'exemplar')} of {counted(fewer, 'row')} did not fit tokenize.max_length;"
@@ -384,7 +372,7 @@ class _Encoder:
         if not (fitted.row.labels != IGNORED).any():
             raise Refused("no_target", "no token of this row bears loss")
         lost = (fitted.dropped, fitted.dropped > 0, fitted.context is not None)
-        self._counts.update(dict(zip(_LEFT_OUT, map(int, lost), strict=True)))
+        self._counts.update(dict(zip(LEFT_OUT, map(int, lost), strict=True)))
         self._counts.update(history_counts(self._processor, fitted.row.media))
         return fitted.row
 

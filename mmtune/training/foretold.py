@@ -43,7 +43,7 @@ def size_rows(plan: Plan, largest: Rehearsal, start: int, processes: int, device
         ("processes", f"{processes} on {device}"),
         ("largest micro batch", f"{largest.rows:,} row{'' if largest.rows == 1 else 's'}, {largest.tokens:,} tokens"),
         ("memory at its peak", f"{largest.peak_bytes / (1 << 30):.2f} GiB"),
-        ("time", f"about {timedelta(seconds=round(seconds))} by that batch alone"),
+        ("time", f"about {timedelta(seconds=round(seconds))}, judging by that batch"),
     ]
 
 

@@ -172,7 +172,7 @@ def test_perplexity_is_that_of_the_training_loop(run):
 def test_page_is_inert_and_self_contained(run):
     folder, _, _ = run
     page = (folder / "run" / "report" / "index.html").read_text()
-    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in page
+    assert "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'" in page
     assert "<script" not in page and "&lt;b&gt;color&lt;/b&gt;" in page
     assert not re.search(r"(src|href)=\"(?!data:)", page) and "url(" not in page
     assert page.count("data:image/png;base64,") >= 1

@@ -42,6 +42,27 @@ def test_a_section_and_a_single_key():
     assert list_keys("model.path")[0].default is None and list_keys("sources.reader")[0].default is None
 
 
+@pytest.mark.parametrize(
+    ("word", "paths"),
+    [
+        ("learning_rate", {"finetune.learning_rate", "pretrain.learning_rate", "finetune.soft_prompt.learning_rate"}),
+        ("lora", {"finetune.lora.r", "finetune.lora.alpha"}),
+        ("num_train_epochs", {"finetune.epochs"}),
+        ("media_dir", {"sources.images"}),
+        ("pixels", {"tokenize.max_image_pixels", "build.max_image_pixels"}),
+    ],
+)
+def test_a_word_finds_the_keys_that_have_it_or_are_called_so_elsewhere(word, paths):
+    found = {key.path for key in list_keys(word)}
+    assert paths <= found and len(found) < 20
+
+
+def test_a_word_that_needs_no_key_says_why():
+    with pytest.raises(RecipeError) as error:
+        list_keys("packing")
+    assert error.value.hint == "rows are packed wherever it is exact"
+
+
 def test_an_unknown_key_names_the_nearest():
     with pytest.raises(RecipeError) as error:
         list_keys("finetune.lorra")

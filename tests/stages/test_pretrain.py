@@ -78,7 +78,7 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(recipe_at, capsys):
     found = lines(recipe)
     # The terminal tells the parts of the last line in a table, the sum beside the folder.
     told, last = capsys.readouterr().err, found[-1]
-    assert re.search(rf"loss_reconstruction +│ {last['loss_reconstruction']:.4f} ", told)
+    assert re.search(rf"loss_reconstruction +│ +{last['loss_reconstruction']:.4f}\s", told)
     assert f"pretrain: wrote {recipe.run_dir / 'base'} (loss {last['loss']:.4f})" in told
     assert len(found) == 6
     for line in found:

@@ -81,14 +81,16 @@ def test_rows_whose_options_hold_no_right_answer_are_counted(recipe, capfd):
     assert notes == [f"{said} (reference 'red')."] and said in capfd.readouterr().err
 
 
-def test_options_with_every_right_answer_and_answers_in_own_words_are_not_noted(recipe):
-    for settings in (
-        {},
-        {"answer": "generate", "source": {"columns": {"text": "q", "answer": "a", "options": "=blue|x"}}},
+def test_options_without_a_right_answer_are_noted_where_they_answer_and_free_answers_beside_them(recipe):
+    beside = ["12 of 12 answers of base to rows with options are none of these; eval.answer: rank answers by the"]
+    for settings, noted in (
+        ({}, []),
+        ({"answer": "generate", "source": {"columns": {"text": "q", "answer": "a", "options": "=blue|x"}}}, beside),
     ):
         made = recipe(**settings)
         answers(made)
-        assert json.loads((made.run_dir / "report" / "metrics.json").read_text())["notes"] == []
+        notes = json.loads((made.run_dir / "report" / "metrics.json").read_text())["notes"]
+        assert [note[: len(beside[0])] for note in notes] == noted
 
 
 def test_scores_stand_by_template_too(recipe):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +163,24 @@ def test_wrong_sizes_in_the_data_are_noticed(tmp_path: Path, model: Path, capsys
     run(tmp_path, model, workers=1)
     notes = read_manifest(tmp_path / "tokens").facts["notes"]
     assert any("is not that of" in note for note in notes)
+
+
+def test_a_finished_folder_is_found_again_without_its_processor(tmp_path: Path, model: Path, monkeypatch: Any) -> None:
+    own = shutil.copytree(model, tmp_path / "model")
+    prepare(tmp_path, examples_in(tmp_path / "media"))
+    made = run(tmp_path, own, workers=1)
+    loads = []
+    load = stage.load_processor
+    monkeypatch.setattr(stage, "load_processor", lambda *given, **more: loads.append(given) or load(*given, **more))
+    assert run(tmp_path, own, workers=1)["cached"] and not loads
+    # Other bytes that say the same load it, and make nothing anew; another template does.
+    settings = own / "tokenizer_config.json"
+    settings.write_text(settings.read_text() + "\n")
+    assert run(tmp_path, own, workers=1)["cached"] and loads
+    template = own / "chat_template.jinja"
+    template.write_text(template.read_text().replace("user", "person", 1) + "{# other #}")
+    assert not run(tmp_path, own, workers=1)["cached"] and made["cached"] is False
+    # So do weights that are others not: they make no ids.
+    loads.clear()
+    (own / "model.safetensors").write_bytes(b"")
+    assert run(tmp_path, own, workers=1)["cached"] and not loads

@@ -10,9 +10,10 @@ from typing import Any
 
 from mmtune.errors import Interrupted, RecipeError
 from mmtune.evaluation.ablation import idle_kinds, row_facts
-from mmtune.evaluation.asking import Asking, Losses, answerer, ask_each
+from mmtune.evaluation.asking import Asking, Losses, ask_each
 from mmtune.evaluation.generation import Stopped
 from mmtune.evaluation.looking import Looking
+from mmtune.evaluation.pairs import answerer
 from mmtune.evaluation.ranking import label_words
 from mmtune.models.composite.scores import branches_of_config
 from mmtune.models.load import load_config, load_to_answer

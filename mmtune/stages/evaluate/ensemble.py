@@ -7,15 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mmtune.errors import DataError, IntegrityError
-from mmtune.evaluation.asking import Heard, answerer
 from mmtune.evaluation.ensemble import together
+from mmtune.evaluation.pairs import answerer
 from mmtune.evaluation.rows import EvalRows, question_of
 from mmtune.prompts.wordings import WORDINGS, names_kept, worded, wordings_of
 from mmtune.recipe import Eval
 from mmtune.records import Example
 from mmtune.storage import Manifest, is_finished, open_split, read_manifest
+
+if TYPE_CHECKING:
+    from mmtune.evaluation.asking import Heard
 
 TOGETHER = "ensemble"
 """Behind a model's name: its members together."""

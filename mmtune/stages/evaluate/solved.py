@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mmtune.choice import id_hash
 from mmtune.errors import DataError
-from mmtune.evaluation.prototypes import Label, SolvedRows
 from mmtune.evaluation.rows import ChosenExamples, EvalRows, answer_of
 from mmtune.prompts.schema import row_to_example
 from mmtune.prompts.shots import exchange
@@ -19,6 +19,9 @@ from mmtune.records import Example
 from mmtune.stages.evaluate.plan import Plan, check_one_state, no_options
 from mmtune.storage import open_split
 from mmtune.talk import Talk
+
+if TYPE_CHECKING:
+    from mmtune.evaluation.prototypes import Label, SolvedRows
 
 _NAMED = 5
 
@@ -56,6 +59,8 @@ def solved_rows(plan: Plan, asked: EvalRows, make: Callable[..., EvalRows], cons
             with one of them), or one option alone.
         RecipeError: See ``check_one_state``.
     """
+    from mmtune.evaluation.prototypes import SolvedRows
+
     check_one_state(plan.settings, plan.model, plan.revision, offline=plan.offline)
     examples = [asked.example(row) for row in range(len(asked.kept))]
     wanted = dict.fromkeys((one.source, option) for one in examples for option in one.options)
