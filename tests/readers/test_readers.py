@@ -129,6 +129,29 @@ def test_coco_captions(tmp_path: Path):
     assert [(r.id, r.references) for r in grouped] == [("s/image-1", ("A cat.", "The cat."))]
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_image_id_of_two_files_is_refused_with_what_names_it(tmp_path: Path, split: str):
+    """As where two files that count their images from 1 were joined: either picture may be the wrong one."""
+    joined = {
+        "images": [*COCO["images"], {"id": 1, "file_name": "other/1.jpg"}, {"id": 2, "file_name": "2.jpg"}],
+        "annotations": [*COCO["annotations"][:2], {"image_id": 2, "id": 14, "caption": "A bus."}],
+    }
+    items = read("coco_captions", split, annotations=write(tmp_path / "c.json", joined))
+    (kept,) = (item for item in items if isinstance(item, Record))
+    assert (kept.media[0].path, kept.references) == ("2.jpg", ("A bus.",))
+    details = [item.detail for item in items if not isinstance(item, Record)]
+    assert details == [
+        "/id: image 1 stands for 'other/1.jpg' and for another file_name",
+        *["/image_id: image 1 stands twice among the file's images"] * 2,
+    ]
+    assert set(reasons(items)) == {"duplicate_id"}
+    boxes = [{"id": at, "image_id": image, "category_id": 3, "bbox": [0, 0, 1, 1]} for at, image in enumerate((1, 2))]
+    counted = {**joined, "annotations": boxes, "categories": [{"id": 3, "name": "bus"}]}
+    items = read("coco_instances", split, annotations=write(tmp_path / "i.json", counted))
+    assert {item.media[0].path for item in items if isinstance(item, Record)} == {"2.jpg"}
+    assert reasons(items) == ["duplicate_id"] * 2
+
+
 def instances(folder: Path, boxes: list[tuple[int, int, int]], images: int = 40) -> Path:
     value = {
         "images": [{"id": at, "file_name": f"{at}.jpg"} for at in range(images)],
