@@ -11,6 +11,7 @@ from mmtune.readers import READERS, find_reader
 from mmtune.readers.coco_instances import plural
 from mmtune.readers.limit import cut, take
 from mmtune.readers.repeated import SeenIds, drop_repeated
+from mmtune.readers.vqa_v2 import ImageNames
 from mmtune.records import Medium, Record, Reject
 from tests.readers.reading import read, reasons, write
 
@@ -104,6 +105,19 @@ def test_vqa_errors(tmp_path: Path):
         read("vqa_v2", questions=files["questions"])
     test_rows = read("vqa_v2", split="test", questions=files["questions"])
     assert [row.references for row in test_rows] == [(), ()]
+
+
+@pytest.mark.parametrize("subtype", ["", "train2014"])
+def test_vqa_images_are_found_whatever_kinds_of_ids_stand_together(tmp_path: Path, subtype: str):
+    """An id of twelve digits, or a string, has fewer names than a short number."""
+    files = {5: "5.jpg", 123456789012: "123456789012.jpg", "cat": "cat.png", 7: f"COCO_{subtype}_000000000007.jpg"}
+    files[7] = files[7] if subtype else "000000000007.jpg"
+    for name in files.values():
+        (tmp_path / name).touch()
+    names = ImageNames(tmp_path, subtype)
+    for order in (list(files), list(reversed(files))):
+        assert [names.find(own) for own in order] == [files[own] for own in order]
+    assert names.find(9) == (f"COCO_{subtype}_000000000009.jpg" if subtype else "000000000009.jpg")
 
 
 COCO = {
