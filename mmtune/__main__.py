@@ -12,6 +12,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import TextIO
@@ -32,20 +33,26 @@ _COMMAND = re.compile(
 )
 # The signal that asked this process to stop; Typer makes an exit code of the interrupt and drops the rest.
 _asked: list[int] = []
-# Signals that came during an import, each sent again a little later, for 20 seconds at most.
-_put_off: list[int] = []
-_PUT_OFF_SECONDS, _PUT_OFF_MOST = 0.02, 1000
-# How long one of several processes may take to hear a signal: torchrun waits 30 seconds before it kills.
+# When signals came during an import; each is sent again a little later.
+_put_off: list[float] = []
+_PUT_OFF_SECONDS = 0.02
+# How long an import, or one of several processes, may take to hear a signal: schedulers and torchrun wait 30 seconds
+# before they kill.
 _HEARD_SECONDS = 3.0
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    """Stops what runs; an import runs to its end first, because libraries of C++ end the process on an exception."""
+    """Stops what runs; an import runs to its end first, because libraries of C++ end the process on an exception.
+
+    Where that takes long, as from a slow disk, the process ends as by a kill: nothing that stands aside is lost by it.
+    """
     if _asked and number != signal.SIGINT:
         # What stops already needs no second word; timeout(1) sends two.
         return
-    if _is_import(frame) and len(_put_off) < _PUT_OFF_MOST:
-        _put_off.append(number)
+    if _is_import(frame):
+        _put_off.append(time.monotonic())
+        if _put_off[-1] - _put_off[0] > _HEARD_SECONDS:
+            _end_deaf(number)
         again = threading.Timer(_PUT_OFF_SECONDS, os.kill, (os.getpid(), number))
         again.daemon = True
         again.start()
@@ -84,7 +91,9 @@ def main() -> None:
 
 
 def _end_deaf(number: int) -> None:
-    """Ends this process at once, from another thread than the one that waits; what stands aside is swept later."""
+    """Ends this process at once, wherever its main thread is; what stands aside is swept later."""
+    # While a command runs, what libraries print to stdout goes to stderr.
+    sys.stdout = sys.__stdout__ or sys.stdout
     os._exit(_fail(_stopped(number)))
 
 

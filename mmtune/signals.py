@@ -24,7 +24,7 @@ def hear(answer: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
 
 
 def end_where_deaf(
-    answer: Any, asked: Sequence[int], put_off: Sequence[int], end: Callable[[int], None], seconds: float
+    answer: Any, asked: Sequence[int], put_off: Sequence[float], end: Callable[[int], None], seconds: float
 ) -> None:
     """Ends this process where a signal comes that its main thread does not hear.
 
@@ -34,7 +34,7 @@ def end_where_deaf(
     Args:
         answer: What answers signals; what does in its place, such as a loop that saves first, takes its own time.
         asked: Signals that it has heard and stops for.
-        put_off: Those that it has heard and puts off; it grows for as long as it does.
+        put_off: When it heard some that it puts off; it grows for as long as it does.
         end: Ends the process; is given the signal.
         seconds: Until then a signal may still be heard.
     """

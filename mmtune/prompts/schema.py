@@ -167,7 +167,8 @@ def _message_to_row(message: Message) -> dict[str, Any]:
         "reasoning": message.reasoning,
         "tool_calls": json.dumps(calls, ensure_ascii=False) if calls else "",
         "name": message.name,
-        "train": message.train,
+        # Said of the assistant's turns alone: of a user's it would mean to other trainers that its words are taught.
+        "train": None if message.role != "assistant" and message.train else message.train,
     }
 
 
@@ -192,5 +193,5 @@ def _row_to_message(row: Mapping[str, Any], media: Mapping[Modality, Any]) -> Me
         row["reasoning"],
         tuple([ToolCall(call["name"], call["arguments"]) for call in calls]),
         row["name"],
-        row["train"],
+        row["train"] is not False,
     )

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mmtune.errors import DataError
+from mmtune.readers.coco_ids import Ids
 from mmtune.readers.fields import as_object, id_field, text_field
 from mmtune.readers.source import Refused, Row, SourceFiles
 from mmtune.readers.strict_json import stream_arrays
@@ -33,15 +34,14 @@ def read_coco_captions(source: SourceFiles) -> Iterator[Record | Reject]:
         DataError: The file is missing, cut, or holds no captions.
     """
     path = source.file("annotations")
-    names: dict[int | str, str] = {}
-    grouped: dict[str, list[tuple[str, str]]] = {}
+    images = Ids("image", "file_name", "images")
+    grouped: dict[tuple[str, str], list[str]] = {}
     found = 0
     # Two passes: `annotations` may come before `images`, and only file names are kept.
     for key, row in stream_arrays(path, ("images",)):
         if key == "images":
             try:
-                image = _value(row)
-                names[id_field(image, "id")] = text_field(image, "file_name")
+                images.add(_value(row))
             except Refused as refused:
                 yield Reject(row.where, f"{source.id}/image", refused.reason, refused.detail)
     for key, row in stream_arrays(path, ("annotations",)):
@@ -49,18 +49,18 @@ def read_coco_captions(source: SourceFiles) -> Iterator[Record | Reject]:
             continue
         found += 1
         try:
-            record = _record(source, row, names)
+            record = _record(source, row, images)
         except Refused as refused:
             yield Reject(row.where, _id(source, row), refused.reason, refused.detail)
             continue
         if source.split == "train":
             yield record
         else:
-            grouped.setdefault(record.metadata["image_id"], []).append((record.references[0], record.media[0].path))
+            grouped.setdefault((record.metadata["image_id"], record.media[0].path), []).extend(record.references)
     if not found:
         raise DataError(f"{path} holds no annotations", "check the file", "empty_input")
-    for image_id, captions in grouped.items():
-        yield _image_record(source, image_id, captions, path.name)
+    for (image_id, file_name), captions in grouped.items():
+        yield _image_record(source, image_id, file_name, captions, path.name)
 
 
 def _value(row: Row | Reject) -> Any:
@@ -74,34 +74,32 @@ def _id(source: SourceFiles, row: Row | Reject) -> str:
     return f"{source.id}/{own}" if own is not None else source.id
 
 
-def _record(source: SourceFiles, row: Row | Reject, names: dict[int | str, str]) -> Record:
+def _record(source: SourceFiles, row: Row | Reject, images: Ids) -> Record:
     value = _value(row)
-    image_id = id_field(value, "image_id")
     caption = " ".join(text_field(value, "caption").split())
     if not caption:
         raise Refused("empty_answer", "/caption: the caption is empty")
-    if image_id not in names:
-        raise Refused("no_image", f"/image_id: image {image_id} is not among the file's images")
+    image_id = images.of(value, "no_image")
     return Record(
         id=f"{source.id}/{id_field(value, 'id')}",
         source=source.id,
         task="caption",
         split=source.split,
-        media=(Medium("image", names[image_id]),),
+        media=(Medium("image", images.names[image_id]),),
         references=(caption,),
         metadata={"image_id": str(image_id)},
         where=row.where,
     )
 
 
-def _image_record(source: SourceFiles, image_id: str, captions: list[tuple[str, str]], name: str) -> Record:
+def _image_record(source: SourceFiles, image_id: str, file_name: str, captions: list[str], name: str) -> Record:
     return Record(
         id=f"{source.id}/image-{image_id}",
         source=source.id,
         task="caption",
         split=source.split,
-        media=(Medium("image", captions[0][1]),),
-        references=tuple(caption for caption, _ in captions),
+        media=(Medium("image", file_name),),
+        references=tuple(captions),
         metadata={"image_id": image_id},
         where=f"{name}#{image_id}",
     )

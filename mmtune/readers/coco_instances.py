@@ -27,12 +27,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from mmtune.errors import DataError
-from mmtune.readers.fields import as_object, id_field, text_field
+from mmtune.readers.coco_ids import Id, Ids
+from mmtune.readers.fields import as_object
 from mmtune.readers.source import Refused, SourceFiles
 from mmtune.readers.strict_json import stream_arrays
 from mmtune.records import Medium, Record, Reject
 
-Id = int | str
 _IRREGULAR = {"person": "people", "mouse": "mice", "sheep": "sheep", "skis": "skis", "scissors": "scissors"}
 
 
@@ -43,14 +43,11 @@ def read_coco_instances(source: SourceFiles) -> Iterator[Record | Reject]:
         DataError: The file is missing, cut, or holds no annotations.
     """
     path = source.file("annotations")
-    names: dict[Id, str] = {}
-    images: dict[Id, str] = {}
-    for key, row in stream_arrays(path, ("images", "categories")):
-        if key in ("images", "categories"):
+    listed = {"images": Ids("image", "file_name", "images"), "categories": Ids("category", "name", "categories")}
+    for key, row in stream_arrays(path, tuple(listed)):
+        if key in listed:
             try:
-                value = _object(row)
-                table, field = (images, "file_name") if key == "images" else (names, "name")
-                table[id_field(value, "id")] = text_field(value, field)
+                listed[key].add(_object(row))
             except Refused as refused:
                 yield Reject(row.where, source.id, refused.reason, refused.detail)
     counts: dict[Id, Counter[Id]] = {}
@@ -61,17 +58,20 @@ def read_coco_instances(source: SourceFiles) -> Iterator[Record | Reject]:
             continue
         boxes += 1
         try:
-            image, category, crowd = _box(_object(row), images, names)
+            value = _object(row)
+            image = listed["images"].of(value, "no_image")
+            category = listed["categories"].of(value, "bad_field")
         except Refused as refused:
             yield Reject(row.where, source.id, refused.reason, refused.detail)
             continue
         counts.setdefault(image, Counter())[category] += 1
-        if crowd:
+        if value.get("iscrowd", 0):
             crowds.add((image, category))
     if not boxes:
         raise DataError(f"{path} holds no annotations", "check the file", "empty_input")
     often = Counter(category for found in counts.values() for category in found)
-    for image, file_name in images.items():
+    names = listed["categories"].names
+    for image, file_name in listed["images"].names.items():
         if image in counts:
             yield from _questions(source, image, file_name, counts[image], crowds, names, often, path.name)
 
@@ -80,15 +80,6 @@ def _object(row: Any) -> Any:
     if isinstance(row, Reject):
         raise Refused(row.reason, row.detail)
     return as_object(row.value)
-
-
-def _box(value: Any, images: dict[Id, str], names: dict[Id, str]) -> tuple[Id, Id, bool]:
-    image, category = id_field(value, "image_id"), id_field(value, "category_id")
-    if image not in images:
-        raise Refused("no_image", f"/image_id: image {image} is not among the file's images")
-    if category not in names:
-        raise Refused("bad_field", f"/category_id: category {category} is not among the file's categories")
-    return image, category, bool(value.get("iscrowd", 0))
 
 
 def _questions(

@@ -85,11 +85,11 @@ def scalar_text(value: Any, pointer: str) -> str:
 
 
 def id_field(row: Mapping[str, Any], key: str, pointer: str = "") -> int | str:
-    """Returns an id, a number or a string that is not empty."""
+    """Returns an id, a whole number or a string that is not empty."""
     value = row.get(key)
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
         raise (
-            wrong(f"{pointer}/{key}", "a number or a string", value)
+            wrong(f"{pointer}/{key}", "a whole number or a string", value)
             if key in row
             else Refused("bad_field", f"{pointer}/{key}: missing")
         )

@@ -185,11 +185,11 @@ class ImageNames:
         self._last = 0
 
     def candidates(self, image_id: int | str) -> list[str]:
-        """Returns the names an image may have, the official one first."""
+        """Returns the names an image may have, the official one first; as many for every id, some twice."""
         padded = f"{image_id:012d}" if isinstance(image_id, int) else image_id
         official = f"COCO_{self.subtype}_{padded}.jpg" if self.subtype else f"{padded}.jpg"
         plain = [f"{stem}.{ending}" for stem in (padded, image_id) for ending in ("jpg", "png", "jpeg")]
-        return list(dict.fromkeys([official, official.removesuffix("jpg") + "png", *plain]))
+        return [official, official.removesuffix("jpg") + "png", *plain]
 
     def find(self, image_id: int | str) -> str:
         """Returns the name of the file; the official one when there is none."""

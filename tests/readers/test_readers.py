@@ -11,6 +11,7 @@ from mmtune.readers import READERS, find_reader
 from mmtune.readers.coco_instances import plural
 from mmtune.readers.limit import cut, take
 from mmtune.readers.repeated import SeenIds, drop_repeated
+from mmtune.readers.vqa_v2 import ImageNames
 from mmtune.records import Medium, Record, Reject
 from tests.readers.reading import read, reasons, write
 
@@ -106,6 +107,19 @@ def test_vqa_errors(tmp_path: Path):
     assert [row.references for row in test_rows] == [(), ()]
 
 
+@pytest.mark.parametrize("subtype", ["", "train2014"])
+def test_vqa_images_are_found_whatever_kinds_of_ids_stand_together(tmp_path: Path, subtype: str):
+    """An id of twelve digits, or a string, has fewer names than a short number."""
+    files = {5: "5.jpg", 123456789012: "123456789012.jpg", "cat": "cat.png", 7: f"COCO_{subtype}_000000000007.jpg"}
+    files[7] = files[7] if subtype else "000000000007.jpg"
+    for name in files.values():
+        (tmp_path / name).touch()
+    names = ImageNames(tmp_path, subtype)
+    for order in (list(files), list(reversed(files))):
+        assert [names.find(own) for own in order] == [files[own] for own in order]
+    assert names.find(9) == (f"COCO_{subtype}_000000000009.jpg" if subtype else "000000000009.jpg")
+
+
 COCO = {
     "images": [{"id": 1, "file_name": "1.jpg"}, {"id": 2, "file_name": "2.jpg"}],
     "annotations": [
@@ -127,6 +141,29 @@ def test_coco_captions(tmp_path: Path):
     assert reasons(items) == ["empty_answer", "no_image"]
     grouped = [item for item in read("coco_captions", "val", annotations=path) if isinstance(item, Record)]
     assert [(r.id, r.references) for r in grouped] == [("s/image-1", ("A cat.", "The cat."))]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_image_id_of_two_files_is_refused_with_what_names_it(tmp_path: Path, split: str):
+    """As where two files that count their images from 1 were joined: either picture may be the wrong one."""
+    joined = {
+        "images": [*COCO["images"], {"id": 1, "file_name": "other/1.jpg"}, {"id": 2, "file_name": "2.jpg"}],
+        "annotations": [*COCO["annotations"][:2], {"image_id": 2, "id": 14, "caption": "A bus."}],
+    }
+    items = read("coco_captions", split, annotations=write(tmp_path / "c.json", joined))
+    (kept,) = (item for item in items if isinstance(item, Record))
+    assert (kept.media[0].path, kept.references) == ("2.jpg", ("A bus.",))
+    details = [item.detail for item in items if not isinstance(item, Record)]
+    assert details == [
+        "/id: image 1 stands for 'other/1.jpg' and for another file_name",
+        *["/image_id: image 1 stands twice among the file's images"] * 2,
+    ]
+    assert set(reasons(items)) == {"duplicate_id"}
+    boxes = [{"id": at, "image_id": image, "category_id": 3, "bbox": [0, 0, 1, 1]} for at, image in enumerate((1, 2))]
+    counted = {**joined, "annotations": boxes, "categories": [{"id": 3, "name": "bus"}]}
+    items = read("coco_instances", split, annotations=write(tmp_path / "i.json", counted))
+    assert {item.media[0].path for item in items if isinstance(item, Record)} == {"2.jpg"}
+    assert reasons(items) == ["duplicate_id"] * 2
 
 
 def instances(folder: Path, boxes: list[tuple[int, int, int]], images: int = 40) -> Path:
