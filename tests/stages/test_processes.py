@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import sys
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from mmtune.order import run_stages
 from mmtune.recipe import Recipe
 from mmtune.signals import STOPS
 from mmtune.stages import finetune as stage
-from mmtune.storage import Manifest
+from mmtune.storage.manifest import Manifest, write_manifest
 from mmtune.talk import Talk
 from mmtune.training import launch
 
@@ -97,8 +96,7 @@ def test_a_run_trains_on_processes_what_is_not_finished(tmp_path, monkeypatch):
     def launched(what, arguments, processes, **given):
         started.append((what, arguments, processes, given["cpu"]))
         (tmp_path / "adapter").mkdir(exist_ok=True)
-        made = asdict(Manifest("finetune", "h", facts={"steps": 7}))
-        (tmp_path / "adapter" / "manifest.json").write_text(json.dumps(made))
+        write_manifest(tmp_path / "adapter", Manifest("finetune", "h", facts={"steps": 7}))
 
     def one(name):
         return lambda recipe, **given: alone.append(name) or {"cached": True}

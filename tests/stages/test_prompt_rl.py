@@ -169,6 +169,7 @@ def test_soft_tokens_are_refused_where_there_is_no_place_for_them(recipe):
             Eval(compare=["base", "tuned_best_prompt"]),
             read_manifest(given.run_dir / "instructions"),
             given.model.path,
+            None,
         )
     other = recipe("other", build={"prompt": str(given.run_dir / "prompt" / "prompt.json")})
     with pytest.raises(RecipeError, match="soft tokens are no words"):
