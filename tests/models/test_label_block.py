@@ -48,7 +48,8 @@ def test_loss_and_every_gradient_are_those_of_whole_blocks(family, bears, target
     with fused_blocks(model):
         found = results(model, bears, given)
     assert runs == [True]
-    assert_same(found, wanted)
+    # Gradients of keys are differences of nearly equal sums.
+    assert_same(found, wanted, 2e-5)
     assert not any("forward" in vars(layer) for layer in model.base_model.model.model.layers)
 
 
