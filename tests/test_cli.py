@@ -142,6 +142,17 @@ with open("imported", "w"): pass
 """
 
 
+def end_inside(tmp_path, body, imported, seconds):
+    """Runs a command that a signal stops in the middle of ``body``; it ends in time and says so."""
+    (tmp_path / "stopped.py").write_text(STOPPED_INSIDE.format(body=body))
+    (tmp_path / "imported.py").write_text(imported)
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"run_dir": "run", "model": {"path": "m"}}))
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])}
+    command = [sys.executable, "-m", "stopped", "tokenize", "recipe.yaml", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=seconds)
+    assert done.returncode == json.loads(done.stdout)["error"]["exit_code"] == 75, done.stderr
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -150,13 +161,7 @@ with open("imported", "w"): pass
     ],
 )
 def test_a_signal_in_the_middle_of_what_libraries_do_keeps_its_code(tmp_path, body):
-    (tmp_path / "stopped.py").write_text(STOPPED_INSIDE.format(body=body))
-    (tmp_path / "imported.py").write_text(IMPORTED)
-    (tmp_path / "recipe.yaml").write_text(json.dumps({"run_dir": "run", "model": {"path": "m"}}))
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])}
-    command = [sys.executable, "-m", "stopped", "tokenize", "recipe.yaml", "--json"]
-    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=100)
-    assert done.returncode == json.loads(done.stdout)["error"]["exit_code"] == 75, done.stderr
+    end_inside(tmp_path, body, IMPORTED, 100)
     # Some modules of C++ end the process when an exception comes out of them.
     assert (tmp_path / "imported").exists() == ("imported" in body)
 
@@ -170,13 +175,7 @@ for _ in range(600): time.sleep(0.1)
 
 def test_an_import_that_takes_long_does_not_put_off_the_end(tmp_path):
     """A scheduler kills after a while what it asked to stop, and slow disks take longer than that to import from."""
-    (tmp_path / "stopped.py").write_text(STOPPED_INSIDE.format(body="import imported"))
-    (tmp_path / "imported.py").write_text(LONG_IMPORT)
-    (tmp_path / "recipe.yaml").write_text(json.dumps({"run_dir": "run", "model": {"path": "m"}}))
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])}
-    command = [sys.executable, "-m", "stopped", "tokenize", "recipe.yaml", "--json"]
-    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=18)
-    assert done.returncode == json.loads(done.stdout)["error"]["exit_code"] == 75, done.stderr
+    end_inside(tmp_path, "import imported", LONG_IMPORT, 18)
 
 
 LATE = """

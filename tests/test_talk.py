@@ -26,16 +26,22 @@ def test_the_time_left_after_a_resume_is_by_this_runs_own_rate(now):
     assert said.getvalue() == "finetune 920/1000 rate=2.0/s eta=00:00:40\n"
 
 
-def test_a_bar_after_a_resume_begins_where_the_run_goes_on(now, monkeypatch):
+def watched(monkeypatch, field):
+    """Returns a console of a terminal, and what its bars are told of a field, as they are told it."""
     console = talk.Talk()
-    console.console = Console(file=io.StringIO(), width=160, force_terminal=True)
+    console.console = Console(file=io.StringIO(), width=200, force_terminal=True)
     seen = []
     from rich import progress
 
     update = progress.Progress.update
     monkeypatch.setattr(
-        progress.Progress, "update", lambda self, task, **more: seen.append(more["rate"]) or update(self, task, **more)
+        progress.Progress, "update", lambda self, task, **more: seen.append(more[field]) or update(self, task, **more)
     )
+    return console, seen
+
+
+def test_a_bar_after_a_resume_begins_where_the_run_goes_on(now, monkeypatch):
+    console, seen = watched(monkeypatch, "rate")
     with console.progress(1000, "finetune", done=900) as bar:
         now[0] += 10
         bar.advance(20)
@@ -54,15 +60,7 @@ def test_a_document_is_strict_json_whatever_its_numbers():
 
 
 def test_what_a_loop_told_last_stays_beside_its_bar(monkeypatch):
-    console = talk.Talk()
-    console.console = Console(file=io.StringIO(), width=200, force_terminal=True)
-    seen = []
-    from rich import progress
-
-    update = progress.Progress.update
-    monkeypatch.setattr(
-        progress.Progress, "update", lambda self, task, **more: seen.append(more["note"]) or update(self, task, **more)
-    )
+    console, seen = watched(monkeypatch, "note")
     with console.progress(3, "finetune") as bar:
         bar.advance(1)
         bar.advance(1, "loss=1.9")

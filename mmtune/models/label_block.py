@@ -19,9 +19,7 @@ from mmtune.models.half_block import Half, run_mlp
 from mmtune.models.projections import Fan
 from mmtune.models.rms_norm import normed
 from mmtune.models.rotary import turned
-from mmtune.models.strips import Strip, attended, attended_back
-
-Span = tuple[int, int]
+from mmtune.models.strips import Span, Strip, attended, attended_back
 
 
 @dataclass(frozen=True, slots=True)

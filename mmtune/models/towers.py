@@ -43,7 +43,8 @@ _COMPILED = tuple((tower, re.compile(rf"(^|\.)({pattern})(\.|$)")) for tower, pa
 
 def tower_of(name: str) -> str:
     """Returns the tower of a parameter or module by its dotted name."""
-    return next((tower for tower, pattern in _COMPILED if pattern.search(_clean(name))), "llm")
+    clean = _clean(name)
+    return next((tower for tower, pattern in _COMPILED if pattern.search(clean)), "llm")
 
 
 def _clean(name: str) -> str:
