@@ -84,9 +84,10 @@ def _write(plan: Plan, staging: Staging, console: Talk) -> dict[str, Any]:
     )
     questions = questions_of(plan, processor, staging.path / "rejects.jsonl", console)
     answers = answers_of(plan, processor, questions, console)
-    for line in freely_answered(plan, questions, answers):
+    free = freely_answered(plan, questions, answers)
+    for line in free:
         console.note(line.rstrip("."))
-    return write_stage(plan, questions, answers, staging)
+    return write_stage(plan, questions, answers, free, staging)
 
 
 def _finish(plan: Plan, report: Mapping[str, Any], target: Path, console: Talk, *, cached: bool) -> dict[str, Any]:

@@ -25,13 +25,23 @@ from mmtune.storage import Manifest, Staging, is_finished, read_manifest
 _CHAIN = ("features", "instructions", "prompt", "start", "tokens", "base", "adapter")
 
 
-def write_stage(plan: Plan, questions: Questions, answers: Answers, staging: Staging) -> dict[str, Any]:
-    """Scores the answers and publishes report/; returns the document of ``metrics.json``."""
+def write_stage(
+    plan: Plan, questions: Questions, answers: Answers, free: Sequence[str], staging: Staging
+) -> dict[str, Any]:
+    """Scores the answers and publishes report/; returns the document of ``metrics.json``.
+
+    Args:
+        plan: What is evaluated.
+        questions: What was asked.
+        answers: Of every answerer.
+        free: What ``freely_answered`` says.
+        staging: Of report/.
+    """
     answerers = answerers_of(answers.texts, questions.asked.facts, _members(plan, questions))
     resamples, seed = plan.settings.bootstrap, plan.recipe.seed
     pairs = pairs_of(answerers)
     found = compare(questions.scored, answers.texts, pairs=pairs, resamples=resamples, seed=seed)
-    report = _document(plan, questions, answers, answerers, found)
+    report = _document(plan, questions, answers, free, answerers, found)
     answered = answered_rows(questions.scored, answers.texts, found)
     _write_predictions(staging.path, answered, questions)
     log = plan.recipe.run_dir / "adapter" / "metrics.jsonl" if plan.adapter is not None else None
@@ -63,7 +73,12 @@ def _way(answerer: str) -> str:
 
 
 def _document(
-    plan: Plan, questions: Questions, answers: Answers, answerers: Sequence[Answerer], found: Comparison
+    plan: Plan,
+    questions: Questions,
+    answers: Answers,
+    free: Sequence[str],
+    answerers: Sequence[Answerer],
+    found: Comparison,
 ) -> dict[str, Any]:
     sure = {"resamples": plan.settings.bootstrap, "seed": plan.recipe.seed}
     texts, losses, looked, scored = answers.texts, answers.losses, answers.looked, questions.scored
@@ -83,12 +98,7 @@ def _document(
         "filling": answers.filling,
         "training": _training_facts(plan),
         "manifests": _chain(plan),
-        "notes": [
-            *plan.notes,
-            *questions.notes(),
-            *answers.learned,
-            *freely_answered(plan, questions, answers),
-        ],
+        "notes": [*plan.notes, *questions.notes(), *answers.learned, *free],
     }
 
 
