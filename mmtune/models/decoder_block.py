@@ -162,8 +162,12 @@ def _is_free(block: Any, hidden_BTH: torch.Tensor) -> bool:
     dropout = block.training and block.self_attn.attention_dropout
     if not usual or dropout or getattr(block, "gradient_checkpointing", False):
         return False
-    called = [block.input_layernorm, block.self_attn, block.post_attention_layernorm, block.mlp, block.mlp.act_fn]
-    return not any(part._forward_hooks or part._forward_pre_hooks for part in (*called, *layers_of(block)))
+    parts = block._modules
+    called = [*(parts[name] for name in _PARTS[""]), parts["mlp"]._modules["act_fn"], *layers_of(block)]
+    for part in called:
+        if part._forward_hooks or part._forward_pre_hooks:
+            return False
+    return True
 
 
 def _is_plain(block: nn.Module) -> bool:

@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from mmtune.models.projections import Fan, is_still, projection_of
 from mmtune.models.rms_norm import along, normed
+
+
+_OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_OF_MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,21 +105,26 @@ class _Mlp(torch.autograd.Function):
         normed_NH, scale_N1 = normed(x_NH, half.norm_H, half.epsilon)
         made_NS, inner_RN = half.first.project(normed_NH)
         gate_NI, up_NI = made_NS.split_with_sizes(half.first.widths, 1)
-        product_NI = functional.silu(gate_NI).mul_(up_NI)
+        # Kept: an exponential costs more than the memory of what it makes.
+        open_NI = torch.sigmoid(gate_NI)
+        product_NI = torch.mul(gate_NI, open_NI).mul_(up_NI)
         made_NH, inner_rN = half.last.project(product_NI)
-        ctx.save_for_backward(x_NH, normed_NH, scale_N1, inner_RN, made_NS, product_NI, inner_rN)
+        ctx.save_for_backward(x_NH, normed_NH, scale_N1, inner_RN, made_NS, open_NI, product_NI, inner_rN)
         ctx.half = half
         return made_NH.add_(x_NH).view(x_BTH.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_BTH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_NH, normed_NH, scale_N1, inner_RN, made_NS, product_NI, inner_rN = ctx.saved_tensors
+        x_NH, normed_NH, scale_N1, inner_RN, made_NS, open_NI, product_NI, inner_rN = ctx.saved_tensors
         half: Half = ctx.half
         grad_NH, (gate_NI, up_NI) = grad_BTH.reshape(x_NH.shape), made_NS.split_with_sizes(half.first.widths, 1)
         product_grad, last = half.last.project_back([grad_NH], product_NI, inner_rN)
-        up_grad = functional.silu(gate_NI).mul_(product_grad)
-        gate_grad = torch.ops.aten.silu_backward(product_grad.mul_(up_NI), gate_NI)
+        silu_NI = torch.mul(gate_NI, open_NI)
+        up_grad = torch.mul(silu_NI, product_grad)
+        # Of silu(g) = g s(g) the derivative is s + g s (1 - s).
+        slope_NI = silu_NI.addcmul_(silu_NI, open_NI, value=-1).add_(open_NI)
+        gate_grad = slope_NI.mul_(product_grad).mul_(up_NI)
         grads, wanted = [gate_grad, up_grad], ctx.needs_input_grad[0]
         x_grad, first = half.back(grad_NH, grads, x_NH, normed_NH, scale_N1, inner_RN, wanted=wanted)
         return like(grad_BTH, x_grad), None, *first, *last
@@ -129,8 +137,10 @@ def like(grad_BTH: torch.Tensor, x_grad: torch.Tensor | None) -> torch.Tensor | 
 
 def layers_of(block: Any) -> list[Any]:
     """Returns the linear layers of a block, with LoRA or without: q, k, v, o, gate, up, down."""
-    attention = [getattr(block.self_attn, f"{name}_proj") for name in "qkvo"]
-    return attention + [getattr(block.mlp, f"{name}_proj") for name in ("gate", "up", "down")]
+    # Not by attributes: every block is asked at every step.
+    parts = block._modules
+    attention, mlp = parts["self_attn"]._modules, parts["mlp"]._modules
+    return [attention[name] for name in _OF_ATTENTION] + [mlp[name] for name in _OF_MLP]
 
 
 def halves_of(block: Any, known: tuple[Half, Half] | None = None) -> tuple[Half, Half] | None:

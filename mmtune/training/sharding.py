@@ -95,7 +95,9 @@ def gradient_norm(parameters: Iterable[torch.Tensor], clip: float | None) -> flo
         return 0.0
     norms = [whole(nn.utils.get_total_norm([one.grad for one in kind if one.grad is not None])) for kind in kinds]
     total = torch.stack([norm.float().to(norms[0].device) for norm in norms]).norm() if spread else norms[0]
-    if clip is not None:
+    norm = float(total)
+    # Of a norm within the limit PyTorch would multiply every gradient by 1.
+    if clip is not None and not norm + 1e-6 <= clip:
         for kind in kinds:
             nn.utils.clip_grads_with_norm_(kind, clip, total.to(own_part(kind[0]).device))
-    return float(total)
+    return norm

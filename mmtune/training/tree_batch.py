@@ -19,7 +19,7 @@ from mmtune.models.rope_index import RopeIndex
 from mmtune.training.tree_blocks import flex_parts
 
 LAYOUT = ("tree", "branch", "place", "block")
-"""What the rows of a batch's ``layout`` hold; see ``tree_mask.sees``."""
+"""What the rows of a batch's ``layout`` hold; see ``tree_mask.dense_mask``."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def seen_spans(layout: np.ndarray, window: int | None) -> np.ndarray:
     """Returns ``(4, B, T)`` int32: ``first, end, own, last`` of every token, a span being empty where it ends early.
 
     Args:
-        layout: ``(4, B, T)`` as for ``tree_mask.sees``, without virtual tokens.
+        layout: ``(4, B, T)`` as for ``tree_mask.dense_mask``, without virtual tokens.
         window: Width of the sliding window, or None.
     """
     tree, branch, place, image = layout

@@ -2,16 +2,16 @@
 
 A token sees its own path, which is its branch and its tree's prefix: never a sibling branch,
 never another tree. The family's own pattern stays and is measured in places along the path:
-a sliding window, and images whose tokens see each other both ways. Written as one function
-of index tensors, it makes the dense 4-D mask of SDPA and eager attention. The ``BlockMask``
-of FlexAttention says the same in spans (``tree_blocks``); transformers takes both as they are.
+a sliding window, and images whose tokens see each other both ways. This is the dense 4-D mask
+of SDPA and eager attention. The ``BlockMask`` of FlexAttention says the same in spans
+(``tree_blocks``); transformers takes both as they are.
 
 Shapes: B rows, T tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,47 +22,41 @@ from mmtune.models.segments import with_pieces
 from mmtune.training.tree_blocks import block_mask
 from mmtune.training.tree_pieces import pieces_of
 
-Index = torch.Tensor
-Sees = Callable[[Index, Index, Index, Index], torch.Tensor]
 Mask = Any  # torch.Tensor | BlockMask, or a dict of them by layer type
 
 _VIRTUAL = -2
 _QUERIES = 1024
 
 
-def sees(layout: torch.Tensor, window: int | None) -> Sees:
-    """Returns ``(b, h, q, k) -> bool``: whether token q of row b sees token k.
+def dense_mask(layout: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Returns the ``(B, 1, T, T)`` bool mask, True where a token is seen.
 
     Args:
         layout: ``(4, B, T)`` tree, branch, place along the path, and image block (-1 for none);
             the tree of padding is -1, of virtual tokens -2, which all others see.
         window: Width of the sliding window, or None.
     """
-    tree, branch, place, block = layout
-
-    def rule(b: Index, h: Index, q: Index, k: Index) -> torch.Tensor:
-        own = (tree[b, q] == tree[b, k]) & ((branch[b, k] == 0) | (branch[b, k] == branch[b, q]))
-        on_path = own | (tree[b, k] == _VIRTUAL)
-        before = place[b, k] <= place[b, q]
-        same_image = (block[b, q] >= 0) & (block[b, q] == block[b, k])
-        seen = on_path & (before | same_image)
-        return seen if window is None else seen & (place[b, k] > place[b, q] - window)
-
-    return rule
-
-
-def dense_mask(layout: torch.Tensor, window: int | None) -> torch.Tensor:
-    """Returns the ``(B, 1, T, T)`` bool mask, True where a token is seen."""
     _, rows, length = layout.shape
-    at = torch.arange(length, device=layout.device)
-    row = torch.arange(rows, device=layout.device).view(-1, 1, 1, 1)
-    rule, key = sees(layout, window), at.view(1, 1, 1, -1)
-    seen = torch.empty(rows, 1, length, length, dtype=torch.bool, device=layout.device)
-    # In pieces, as the rule takes several times the memory of what it says.
-    for first in range(0, length, _QUERIES):
-        query = at[first : first + _QUERIES].view(1, 1, -1, 1)
-        seen[:, :, first : first + _QUERIES] = rule(row, row.new_zeros(()), query, key)
-    return seen
+    seen_BTT = torch.empty(rows, length, length, dtype=torch.bool, device=layout.device)
+    # In pieces, as comparing takes several times the memory of what it says.
+    for asking, seen in zip(layout.split(_QUERIES, 2), seen_BTT.split(_QUERIES, 1), strict=True):
+        seen.copy_(_seen(asking, layout, window))
+    return seen_BTT[:, None]
+
+
+def _seen(asking: torch.Tensor, asked: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Returns ``(B, Q, T)``, which tokens some see; what no row has is not compared."""
+    tree_q, branch_q, place_q, block_q = asking[..., None]
+    tree_k, branch_k, place_k, block_k = asked[:, :, None]
+    on_path = (branch_k == branch_q).logical_or_(branch_k == 0).logical_and_(tree_k == tree_q)
+    if bool((virtual := tree_k == _VIRTUAL).any()):
+        on_path |= virtual
+    near = place_k <= place_q
+    if bool((block_q >= 0).any()):
+        near |= (block_k == block_q) & (block_q >= 0)
+    if window is not None:
+        near &= place_k > place_q - window
+    return on_path.logical_and_(near)
 
 
 def behind_virtual_tokens(layout: torch.Tensor, count: int) -> torch.Tensor:
@@ -79,7 +73,7 @@ def attention_mask(batch: Mapping[str, torch.Tensor], rules: MaskRules, *, first
     """Returns what the model takes as ``attention_mask``: one mask, or one per layer type.
 
     Args:
-        batch: ``layout`` ``(4, B, T)`` as for ``sees``, on the model's device; for FlexAttention
+        batch: ``layout`` ``(4, B, T)`` as for ``dense_mask``, on the model's device; for FlexAttention
             ``spans`` and ``tiles`` as ``tree_blocks.flex_parts`` makes them for the rules' windows.
         rules: Of the model.
         first: The first token that asks; those before it are keys and values alone.

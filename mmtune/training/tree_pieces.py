@@ -20,7 +20,7 @@ def pieces_of(layout: np.ndarray) -> tuple[tuple[Piece, ...], ...]:
     """Returns the pieces of every row; empty where cutting saves too little, or virtual tokens stand before a row.
 
     Args:
-        layout: ``(4, B, T)`` as for ``tree_mask.sees``.
+        layout: ``(4, B, T)`` as for ``tree_mask.dense_mask``.
     """
     tree_BT, branch_BT, _, image_BT = layout
     if (tree_BT < -1).any():

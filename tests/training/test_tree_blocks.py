@@ -1,4 +1,4 @@
-"""The spans against the mask's rule, and the block mask against PyTorch's own from that rule."""
+"""The spans against the dense mask, and the block mask against PyTorch's own from it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmtune.training.tree_blocks import BLOCK, block_mask, flex_parts, seen_spans, sees_spans
-from mmtune.training.tree_mask import dense_mask, sees
+from mmtune.training.tree_mask import dense_mask
 from tests.training.forests import IMAGE, WORD, forests, layout_of
 
 
@@ -47,7 +47,8 @@ def test_the_block_mask_is_pytorchs_own(seed: int, window: int | None) -> None:
 
     layout = layout_of(long_forest(seed), BLOCK)
     _, rows, length = layout.shape
-    expected = create_block_mask(sees(layout, window), rows, None, length, length, device="cpu")
+    seen_BTT = dense_mask(layout, window)[:, 0]
+    expected = create_block_mask(lambda b, h, q, k: seen_BTT[b, q, k], rows, None, length, length, device="cpu")
     parts = flex_parts(layout.numpy(), (None, window))
     found = block_mask(parts["spans"][1], parts["tiles"][1])
     assert found.shape == expected.shape
