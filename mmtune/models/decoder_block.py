@@ -164,10 +164,7 @@ def _is_free(block: Any, hidden_BTH: torch.Tensor) -> bool:
         return False
     parts = block._modules
     called = [*(parts[name] for name in _PARTS[""]), parts["mlp"]._modules["act_fn"], *layers_of(block)]
-    for part in called:
-        if part._forward_hooks or part._forward_pre_hooks:
-            return False
-    return True
+    return all(not (part._forward_hooks or part._forward_pre_hooks) for part in called)
 
 
 def _is_plain(block: nn.Module) -> bool:

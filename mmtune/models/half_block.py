@@ -18,7 +18,6 @@ import torch
 from mmtune.models.projections import Fan, is_still, projection_of
 from mmtune.models.rms_norm import along, normed
 
-
 _OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _OF_MLP = ("gate_proj", "up_proj", "down_proj")
 
