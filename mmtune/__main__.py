@@ -74,6 +74,7 @@ def main() -> None:
     """Runs the command line and exits with the code of the contract."""
     _asked.clear()
     _put_off.clear()
+    _wait_briefly()
     _open_streams()
     hear(_stop)
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -88,6 +89,17 @@ def main() -> None:
     # What is done is done: while libraries are taken down a signal would still change the exit code.
     atexit.register(ignore_stops)
     sys.exit(code)
+
+
+def _wait_briefly() -> None:
+    """Lets threads that compute together wait for each other in a loop for 0.1 ms at most, not for some 5 ms.
+
+    Where another process works on one of their cores, the thread that the others wait for needs the core on which they
+    loop: products took twelve times as long beside one busy process, and take 1.7 times as long this way. Where the
+    cores are free this costs nothing. Read once, when OpenMP (GNU's, as in PyTorch) is loaded.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 
 def _end_deaf(number: int) -> None:

@@ -347,3 +347,23 @@ def test_the_list_of_recipes_says_which_are_for_data_of_ones_own():
     told = re.search(r"init NAME copies one; (\w+) and (\w+) are for data of your own", found.stderr)
     names = [line.split()[0] for line in found.stdout.splitlines()]
     assert told and set(told.groups()) <= set(names) and "init" not in names
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    ids=["unset", "own count", "own policy"],
+)
+def test_threads_wait_briefly_for_each_other_unless_told_otherwise(
+    monkeypatch, given: dict[str, str], kept: str | None
+):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        # Set first, so that monkeypatch knows to take back what the command sets.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", ["mmtune", "--version"])
+    with pytest.raises(SystemExit):
+        main()
+    assert os.environ.get("GOMP_SPINCOUNT") == kept

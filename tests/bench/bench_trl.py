@@ -3,6 +3,7 @@
     python tests/bench/bench_trl.py                       # all workloads on the CPU
     python tests/bench/bench_trl.py shared one --rounds 5
     python tests/bench/bench_trl.py easy --data DIR       # easy_vqa's real rows, DIR holds train/questions.json
+    python tests/bench/bench_trl.py cached --beside 1     # with other work on the cores
     python tests/bench/bench_trl.py shared --python PEER/bin/python   # TRL in an environment of its own
 
 Both sides get the same model folder (random weights), the same rows in files, the same LoRA, type
@@ -21,6 +22,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +157,18 @@ def peak_of(command: list[str]) -> float:
     return usage.ru_maxrss / 1024
 
 
+@contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """Keeps as many cores busy within this context."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
 def trl_side(folder: Path, workload: str, per_step: int) -> None:
     """The other side, in a process of its own."""
     import time
@@ -230,6 +245,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=5, help="rows per step")
     parser.add_argument("--data", type=Path, help="the folder of easy_vqa")
+    parser.add_argument("--beside", type=int, default=0, help="processes that keep a core busy meanwhile")
     parser.add_argument("--python", default=sys.executable, help="the interpreter that has TRL")
     asked = parser.parse_args()
     for workload in asked.workloads:
@@ -240,9 +256,10 @@ def main() -> None:
             rows = make_rows(folder, workload, asked.data)
             (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             ours, theirs = [], []
-            for _ in range(asked.rounds):
-                ours.append(run_mmtune(folder, workload, per_step))
-                theirs.append(run_trl(folder, workload, per_step, asked.python))
+            with busy_processes(asked.beside):
+                for _ in range(asked.rounds):
+                    ours.append(run_mmtune(folder, workload, per_step))
+                    theirs.append(run_trl(folder, workload, per_step, asked.python))
             ratio = statistics.median(a["rows/s"] / b["rows/s"] for a, b in zip(ours, theirs, strict=True))
             speeds = [statistics.median(found["rows/s"] for found in side) for side in (ours, theirs)]
             peaks = [statistics.median(found["peak MiB"] for found in side) for side in (ours, theirs)]
