@@ -29,7 +29,7 @@ _REFUSED_PATHS = frozenset(
 
 # A command of a stage in a hint, not yet followed by a recipe.
 _COMMAND = re.compile(
-    r"\bmmtune (?:extract|build-data|prompt|tokenize|pretrain|finetune|eval|run)(?![\w-]| [\w./']| --help)"
+    r"\bmmtune (?:extract|build-data|prompt|tokenize|pretrain|finetune|eval|export|run)(?![\w-]| [\w./']| --help)"
 )
 # The signal that asked this process to stop; Typer makes an exit code of the interrupt and drops the rest.
 _asked: list[int] = []

@@ -21,6 +21,7 @@ NEEDS = {
     "pretrain": ("tokens", "start"),
     "finetune": ("tokens",),
     "eval": ("instructions",),
+    "export": ("adapter", "tokens"),
 }
 """The folders that a stage of any run reads; see ``_needs``."""
 NEEDS_OF_BASE = {"tokenize": ("start",), "prompt": ("base",), "finetune": ("base",), "eval": ("base",)}
@@ -82,6 +83,10 @@ def stages_of(recipe: Recipe, limit: int | None, offline: bool) -> Iterator[Stag
         from mmtune.stages.evaluate import evaluate as evaluate_stage
 
         yield "eval", evaluate_stage, {"offline": offline}
+    if recipe.export is not None:
+        from mmtune.stages.export import export as export_stage
+
+        yield "export", export_stage, {"offline": offline}
 
 
 def _prompt(offline: bool) -> Stage:

@@ -13,6 +13,7 @@ import typer
 
 from mmtune import __version__
 from mmtune.cli.datasets import build_data, extract, tokenize
+from mmtune.cli.exporting import export
 from mmtune.cli.looking import doctor, init, keys, show
 from mmtune.cli.options import keeping_stdout
 from mmtune.cli.prompting import prompt
@@ -45,6 +46,7 @@ STAGES: dict[str, Callable[..., None]] = {
     "pretrain": pretrain,
     "finetune": finetune,
     "eval": evaluate,
+    "export": export,
     "run": run,
 }
 """Commands that run stages, and with them libraries that may print."""

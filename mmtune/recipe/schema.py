@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from mmtune.recipe.build import Build
 from mmtune.recipe.evaluation import BY_STATES, Eval
+from mmtune.recipe.export import Export
 from mmtune.recipe.extract import Extract
 from mmtune.recipe.finetune import Finetune
 from mmtune.recipe.pretrain import TOWER_OF, Pretrain
@@ -59,6 +60,8 @@ class Recipe(Section):
     """Settings of finetune; absent: `run` does not train."""
     eval: Eval | None = None
     """Settings of eval; absent: `run` does not evaluate."""
+    export: Export | None = None
+    """Settings of export; absent: `run` does not export."""
 
     @model_validator(mode="before")
     @classmethod

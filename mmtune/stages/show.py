@@ -13,7 +13,7 @@ from mmtune.prompts.schema import COLUMN
 from mmtune.records import SOFT_ID
 from mmtune.storage import is_finished, open_split, read_manifest, verify_files
 
-_STAGES = ("features", "instructions", "prompt", "start", "tokens", "base", "adapter", "report")
+_STAGES = ("features", "instructions", "prompt", "start", "tokens", "base", "adapter", "report", "exported")
 _TRAINED = ("pretrain", "finetune")
 _LONGEST = 140
 """Characters of a fact or a value on one line."""

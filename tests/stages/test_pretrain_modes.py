@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from mmtune.errors import Interrupted
 from mmtune.order import run_stages, stages_of
 from mmtune.recipe.text import load_recipe
+from mmtune.stages.export import export
 from mmtune.stages.finetune import finetune
 from mmtune.stages.pretrain import pretrain
 from mmtune.storage import read_manifest
@@ -146,11 +147,15 @@ def test_from_sources_to_scores(ran):
     assert ("mixture" in report["training"].get("parts of that loss", "")) == mixes
 
 
-def test_the_base_is_transformers_own(ran):
+@pytest.mark.parametrize("made", ["base", "exported"])
+def test_base_and_exported_model_are_transformers_own(ran, made):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     _, recipe, _ = ran
-    base = str(recipe.run_dir / "base")
+    if made == "exported":
+        result = export(recipe, console=Talk(quiet=True))
+        assert result["difference"] < 1e-5 and result["change"] > 100 * result["difference"], result
+    base = str(recipe.run_dir / made)
     model, processor = AutoModelForImageTextToText.from_pretrained(base), AutoProcessor.from_pretrained(base)
     from PIL import Image
 

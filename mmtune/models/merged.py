@@ -1,0 +1,40 @@
+"""A tuned model to one without adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mmtune.errors import RecipeError
+from mmtune.models.soft_prompt import BESIDE
+from mmtune.models.soft_tokens import FILE
+
+
+def check_mergeable(folder: Path, method: str) -> None:
+    """Refuses what no weights of a model can say: virtual tokens.
+
+    Args:
+        folder: ``adapter/``.
+        method: By which it was tuned.
+
+    Raises:
+        RecipeError: It holds virtual tokens, by themselves or beside LoRA.
+    """
+    soft = (folder / FILE).is_file() or (folder / BESIDE).is_dir()
+    if soft or method in ("prompt", "prefix", "p_tuning"):
+        raise RecipeError(
+            f"{folder} holds virtual tokens, which no weights can stand for",
+            "serve the base model with adapter/ as it is, or tune with finetune.method: lora",
+            "not_mergeable",
+        )
+
+
+def merged(model: Any) -> Any:
+    """Returns a model with its adapters added to its weights, in place; one without adapters is returned as it is.
+
+    Raises:
+        ValueError: A merged weight is not finite.
+    """
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    return model.merge_and_unload(safe_merge=True)
