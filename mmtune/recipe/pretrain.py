@@ -129,6 +129,9 @@ class Codes(Section):
     feature_noise: Annotated[float, Field(ge=0)] = 0.0
     """Deviation of the noise on features before codes are made of them in training; that of their own numbers is 1.
     Codes of new media, which vary more than those of training media, then lie where those do."""
+    sphere: bool = False
+    """Bring every code to one length, the root of its width, so that only its direction says anything, which is what
+    contrastive compares. A code of a medium that its encoder is unsure of is short, and so tells its part."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
     """Chance of each part to be kept from the joint code that is decoded, so that others learn to fill it in."""
     game: Literal["reversal", "alternating"] = "reversal"

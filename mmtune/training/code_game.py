@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn import functional
 
 from mmtune.models.objectives.adversarial import (
     CodeGenerator,
@@ -40,7 +41,14 @@ class GameHeads(nn.Module):
     """The discriminator, and per ordered pair of parts a generator and its judge."""
 
     def __init__(
-        self, parts: Sequence[str], code_width: int, *, alternating: bool, form: str, noise: float = 0.0
+        self,
+        parts: Sequence[str],
+        code_width: int,
+        *,
+        alternating: bool,
+        form: str,
+        noise: float = 0.0,
+        sphere: bool = False,
     ) -> None:
         """Makes random heads.
 
@@ -51,9 +59,11 @@ class GameHeads(nn.Module):
                 the one reversed.
             form: Of the loss in the encoders' and generators' turn, see ``encoder_loss``.
             noise: Deviation of the Gaussian noise through which the discriminator sees codes while it trains.
+            sphere: Codes are ``on_sphere``, and so those that are filled in.
         """
         super().__init__()
-        self.parts, self.alternating, self.form, self.noise = tuple(parts), alternating, form, noise
+        self.parts, self.alternating, self.form = tuple(parts), alternating, form
+        self.noise, self.sphere = noise, sphere
         self.discriminator = Discriminator(code_width, len(self.parts), _INNER)
         pairs = [f"{one}_{other}" for one, other in permutations(self.parts, 2)]
         self.generators = nn.ModuleDict({pair: CodeGenerator(code_width, _NOISE) for pair in pairs})
@@ -67,7 +77,7 @@ class GameHeads(nn.Module):
         """Returns ``(B, C)`` codes of the part ``other`` made from those of ``one``; the noise is torch's."""
         noise_BZ = torch.randn(len(codes_BC), _NOISE, generator=torch.default_generator).to(codes_BC)
         made: torch.Tensor = self.generators[f"{one}_{other}"](codes_BC, noise_BZ)
-        return made
+        return on_sphere(made) if self.sphere else made
 
 
 def through_noise(values_ND: torch.Tensor, deviation: float) -> torch.Tensor:
@@ -75,6 +85,15 @@ def through_noise(values_ND: torch.Tensor, deviation: float) -> torch.Tensor:
     if not deviation:
         return values_ND
     return values_ND + deviation * torch.randn(values_ND.shape, generator=torch.default_generator).to(values_ND)
+
+
+def on_sphere(codes_NC: torch.Tensor) -> torch.Tensor:
+    """Returns ``(N, C)`` codes brought to one length, the root of C, so that numbers vary by 1 as they did.
+
+    What is contrasted by cosine says nothing by its length but how sure the encoder is: that of a medium that it
+    hardly knows is short, which tells the part.
+    """
+    return functional.normalize(codes_NC, dim=-1) * codes_NC.shape[-1] ** 0.5
 
 
 def pace_of(name: str) -> Pace:

@@ -17,7 +17,7 @@ from torch.nn import functional
 from mmtune.models.fusion.gate import modality_dropout
 from mmtune.models.objectives.autoencoder import Autoencoder
 from mmtune.models.objectives.contrastive import Temperature, contrastive_loss
-from mmtune.training.code_game import GameHeads, game_losses, through_noise
+from mmtune.training.code_game import GameHeads, game_losses, on_sphere, through_noise
 from mmtune.training.paired import PARTS
 from mmtune.training.standard import Standard
 
@@ -37,6 +37,7 @@ class CodeHeads(nn.Module):
         form: str = "non_saturating",
         noise: float = 0.0,
         feature_noise: float = 0.0,
+        sphere: bool = False,
     ) -> None:
         """Makes random heads.
 
@@ -50,19 +51,20 @@ class CodeHeads(nn.Module):
             form: See ``GameHeads``.
             noise: See ``GameHeads``.
             feature_noise: Deviation of the Gaussian noise on what is encoded while training, whose own is 1.
+            sphere: Codes, filled-in ones too, are all of one length, the root of C.
 
         Raises:
             RecipeError: The code is wider than all features together.
         """
         super().__init__()
-        self.parts, self.feature_noise = tuple(parts), feature_noise
+        self.parts, self.feature_noise, self.sphere = tuple(parts), feature_noise, sphere
         decoded = dict(target_widths) if "reconstruction" in objectives else {}
         self.seen = nn.ModuleDict({name: Standard(width) for name in parts})
         self.told = nn.ModuleDict({name: Standard(own) for name, own in decoded.items()})
         self.coded = nn.ModuleDict({name: Standard(code_width) for name in parts})
         self.autoencoder = Autoencoder(dict.fromkeys(parts, width), code_width, 2 * code_width, decoded)
         self.temperature = Temperature() if "contrastive" in objectives else None
-        rules: Any = {"alternating": alternating, "form": form, "noise": noise}
+        rules: Any = {"alternating": alternating, "form": form, "noise": noise, "sphere": sphere}
         self.game = GameHeads(parts, code_width, **rules) if "adversarial" in objectives else None
 
     def at(self, name: str, present_BK: torch.Tensor) -> torch.Tensor:
@@ -91,13 +93,14 @@ class CodeHeads(nn.Module):
         found = {}
         for name, own in read.items():
             standard: Any = self.coded[name]
-            found[name] = standard.of_batch(self.autoencoder.encoders[name](own), self.at(name, present_BK))
+            made_BC = standard.of_batch(self.autoencoder.encoders[name](own), self.at(name, present_BK))
+            found[name] = on_sphere(made_BC) if self.sphere else made_BC
         return found
 
     def code(self, name: str, pooled_BH: torch.Tensor) -> torch.Tensor:
         """Returns ``(B, C)`` the code of a part by the standards that were measured, whatever else is in the batch."""
         made: torch.Tensor = self.coded[name](self.autoencoder.encoders[name](self.seen[name](pooled_BH)))
-        return made
+        return on_sphere(made) if self.sphere else made
 
     def measure(self, name: str, pooled_NH: torch.Tensor) -> None:
         """Takes the features of some rows, and what the encoder makes of them, as the standards of a part."""

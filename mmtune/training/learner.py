@@ -50,6 +50,7 @@ class CodeSettings:
         noise: Deviation of the noise through which the discriminator sees codes.
         sources: Whose rows codes are learned from, which ``together`` tells row by row; empty for all.
         feature_noise: Deviation of the noise on features before codes are made of them.
+        sphere: Codes are all of one length.
     """
 
     parts: tuple[str, ...] = ()
@@ -60,6 +61,7 @@ class CodeSettings:
     noise: float = 0.0
     sources: tuple[str, ...] = ()
     feature_noise: float = 0.0
+    sphere: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class Learner(nn.Module):
                 "form": codes.form,
                 "noise": codes.noise,
                 "feature_noise": codes.feature_noise,
+                "sphere": codes.sphere,
             }
             heads["codes"] = partial(CodeHeads, weights, codes.parts, width, codes.width, targets, **rules)
         if "masked" in weights:

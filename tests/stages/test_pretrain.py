@@ -96,13 +96,13 @@ def test_weight_zero_is_bit_for_bit_no_objective(recipe_at):
     assert made(recipe_at(weights="{caption: 1, contrastive: 0, adversarial: 0}"), force=True) == without
 
 
-@pytest.mark.parametrize("key", ["noise", "feature_noise"])
-def test_the_noise_of_codes_is_that_of_the_recipe(recipe_at, key):
+@pytest.mark.parametrize(("key", "value"), [("noise", 0.5), ("feature_noise", 0.5), ("sphere", True)])
+def test_codes_are_made_as_the_recipe_says_and_the_heads_know_it(recipe_at, key, value):
     plain = made(recipe_at())
-    noisy = recipe_at(f"pretrain.codes.{key}=0.5")
-    assert made(noisy, force=True) != plain
-    learner = load_heads(load_model(str(noisy.run_dir / "base")), noisy.run_dir / "base")
-    assert getattr(learner.settings.codes, key) == 0.5
+    other = recipe_at(f"pretrain.codes.{key}={json.dumps(value)}")
+    assert made(other, force=True) != plain
+    learner = load_heads(load_model(str(other.run_dir / "base")), other.run_dir / "base")
+    assert getattr(learner.settings.codes, key) == value
 
 
 def test_codes_go_by_what_all_training_rows_are_like(recipe_at):

@@ -269,6 +269,27 @@ def test_codes_say_nothing_of_their_part_by_place_or_size_and_a_row_alone_has_it
         torch.testing.assert_close(heads.code(name, pooled[name][20:21]), code[20:21], atol=1e-5, rtol=1e-4)
 
 
+def test_codes_on_a_sphere_are_of_one_length_in_training_and_after_also_filled_in_ones_and_keep_their_direction():
+    pooled, present = {name: 3 + torch.randn(64, 12) for name in PARTS}, torch.ones(64, 2, dtype=torch.bool)
+    present[:8, 1] = False
+    found = []
+    for sphere in (False, True):
+        torch.manual_seed(0)
+        heads = CodeHeads({"adversarial"}, PARTS, 12, 4, {}, sphere=sphere)
+        own = {name: pooled[name][heads.at(name, present)] for name in PARTS}
+        for name, known in own.items():
+            heads.measure(name, known)
+        codes = heads.codes(heads.read(pooled, present), present)
+        torch.manual_seed(1)
+        filled = heads.game.fill("image", "audio", codes["image"])
+        found.append([code for name in PARTS for code in (codes[name], heads.code(name, pooled[name]))] + [filled])
+    for plain, brought in zip(*found, strict=True):
+        torch.testing.assert_close(brought.norm(dim=1), torch.full((64,), 2.0))
+        assert float(plain.detach().norm(dim=1).std()) > 0.02
+    for plain, brought in list(zip(*found, strict=True))[:-1]:
+        torch.testing.assert_close(torch.cosine_similarity(plain, brought), torch.ones(64))
+
+
 def test_features_are_read_through_noise_in_training_alone_and_none_draws_nothing():
     pooled, present = {name: torch.randn(64, 12) for name in PARTS}, torch.ones(64, 2, dtype=torch.bool)
     found = []

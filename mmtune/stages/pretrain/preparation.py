@@ -252,6 +252,7 @@ def _learner_settings(recipe: Recipe, settings: Pretrain, processor: Any, plan: 
         own.noise,
         own.sources,
         own.feature_noise,
+        own.sphere,
     )
     return LearnerSettings(settings.weights, codes, _masking(processor), recipe.seed, frozen)
 
