@@ -131,8 +131,8 @@ def run_stages(recipe: Recipe, stages: Iterator[Stage], *, force: bool, dry_run:
 
 
 def early_end(recipe: Recipe) -> str:
-    """Returns after which stage a run stops that neither searches, tunes nor scores, and why; empty for any other."""
-    if recipe.prompt is not None or recipe.finetune is not None or recipe.eval is not None:
+    """Returns after which stage a run stops that neither searches, tunes, scores nor exports, and why; else nothing."""
+    if any(part is not None for part in (recipe.prompt, recipe.finetune, recipe.eval, recipe.export)):
         return ""
     if recipe.model is None:
         return "no model in the recipe: stopped after build-data"

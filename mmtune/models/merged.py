@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mmtune.errors import RecipeError
+from mmtune.errors import IntegrityError, RecipeError
 from mmtune.models.soft_prompt import BESIDE
 from mmtune.models.soft_tokens import FILE
 
@@ -33,8 +33,13 @@ def merged(model: Any) -> Any:
     """Returns a model with its adapters added to its weights, in place; one without adapters is returned as it is.
 
     Raises:
-        ValueError: A merged weight is not finite.
+        IntegrityError: A merged weight is not finite.
     """
     if not hasattr(model, "merge_and_unload"):
         return model
-    return model.merge_and_unload(safe_merge=True)
+    try:
+        return model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise IntegrityError(
+            f"adapter/ cannot be merged: {str(error).splitlines()[0]}", "run: mmtune finetune --force", "not_finite"
+        ) from error

@@ -100,6 +100,13 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _exports_what_weights_can_say(self) -> Recipe:
+        tuned = self.finetune
+        if self.export and tuned and (tuned.method in ("prompt", "p_tuning", "prefix") or tuned.soft_prompt):
+            raise ValueError("export writes weights, and finetune trains virtual tokens: leave export or those out")
+        return self
+
+    @model_validator(mode="after")
     def _prompts_are_tested_on_rows_apart(self) -> Recipe:
         split = (self.eval or Eval()).split if self.prompt and self.prompt.test_split is None else None
         if split == "train":

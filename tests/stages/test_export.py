@@ -4,13 +4,15 @@ import json
 
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmtune.encoding.processor import load_processor
 from mmtune.errors import DataError, IntegrityError, RecipeError
 from mmtune.models import merged as merging
 from mmtune.models.load import load_tuned
-from mmtune.order import stages_of
+from mmtune.order import early_end, stages_of
+from mmtune.recipe import Recipe
 from mmtune.recipe.export import Export
 from mmtune.stages.export import export
 from mmtune.stages.export.proof import Proof, batches_of, prove
@@ -134,10 +136,29 @@ def test_another_base_is_refused(tuned, monkeypatch):
         export(tuned, console=QUIET)
 
 
+def test_an_adapter_that_is_not_finite_is_told(tuned):
+    model = load_tuned(str(tuned.model.path), tuned.run_dir / "adapter")
+    next(value for name, value in model.named_parameters() if "lora_B" in name).data.fill_(float("nan"))
+    with pytest.raises(IntegrityError, match="adapter/ cannot be merged") as error:
+        merging.merged(model)
+    assert error.value.code == "not_finite" and "mmtune finetune --force" in error.value.hint
+
+
+@pytest.mark.parametrize("settings", [{"method": "prompt"}, {"soft_prompt": {"init": "random"}}])
+def test_a_recipe_that_exports_virtual_tokens_is_refused_before_it_trains(fresh, settings):
+    values = fresh(**settings).model_dump(mode="json")
+    assert type(Recipe.model_validate(values)) is Recipe
+    with pytest.raises(ValidationError, match="finetune trains virtual tokens"):
+        Recipe.model_validate({**values, "export": {}})
+
+
 def test_run_exports_where_the_recipe_asks_for_it(fresh):
     recipe = fresh()
     assert "export" not in [name for name, *_ in stages_of(recipe, None, True)]
     assert [name for name, *_ in stages_of(recipe.model_copy(update={"export": Export()}), None, True)][-1] == "export"
+    alone = recipe.model_copy(update={"finetune": None})
+    assert "stopped after tokenize" in early_end(alone)
+    assert early_end(alone.model_copy(update={"export": Export()})) == ""
 
 
 def test_a_dry_run_writes_nothing(tuned):
