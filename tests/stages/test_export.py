@@ -1,6 +1,9 @@
 """export: what stands in exported/ is the tuned model, by transformers alone, and nothing stands there that is not."""
 
 import json
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,11 +11,11 @@ from pydantic import ValidationError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmtune.encoding.processor import load_processor
-from mmtune.errors import DataError, IntegrityError, RecipeError
+from mmtune.errors import DataError, IntegrityError, RecipeError, ResourceError
 from mmtune.models import merged as merging
 from mmtune.models.load import load_tuned
 from mmtune.order import early_end, stages_of
-from mmtune.recipe import Recipe
+from mmtune.recipe import Model, Recipe
 from mmtune.recipe.export import Export
 from mmtune.stages.export import export
 from mmtune.stages.export.proof import Proof, batches_of, prove
@@ -136,12 +139,57 @@ def test_another_base_is_refused(tuned, monkeypatch):
         export(tuned, console=QUIET)
 
 
+def test_another_model_of_the_recipe_or_of_tokens_is_refused(tuned, monkeypatch):
+    other = tuned.model_copy(update={"model": Model(path=f"{tuned.model.path}_other")})
+    with pytest.raises(IntegrityError, match=r"adapter/ was tuned from .*, the recipe asks for .*_other") as error:
+        export(other, console=QUIET)
+    assert "mmtune finetune --force" in error.value.hint
+
+    def read(folder, **given):
+        found = read_manifest(folder, **given)
+        return replace(found, facts={**found.facts, "model": "other"}) if folder.name == "tokens" else found
+
+    monkeypatch.setattr("mmtune.stages.export.read_manifest", read)
+    with pytest.raises(IntegrityError, match="tokens/ was made for the model other, adapter/ was tuned from") as error:
+        export(tuned, console=QUIET)
+    assert "mmtune tokenize" in error.value.hint and not (tuned.run_dir / "exported").exists()
+
+
+def test_flash_attention_is_left_out_where_models_are_compared_in_fp32(tuned):
+    model = Model(path=tuned.model.path, attn="flash_attention_2")
+    assert export(tuned.model_copy(update={"model": model}), console=QUIET)["difference"] < 1e-5
+
+
 def test_an_adapter_that_is_not_finite_is_told(tuned):
     model = load_tuned(str(tuned.model.path), tuned.run_dir / "adapter")
     next(value for name, value in model.named_parameters() if "lora_B" in name).data.fill_(float("nan"))
     with pytest.raises(IntegrityError, match="adapter/ cannot be merged") as error:
         merging.merged(model)
     assert error.value.code == "not_finite" and "mmtune finetune --force" in error.value.hint
+
+
+def test_a_gpu_that_is_too_small_is_told(tuned, monkeypatch):
+    def full(_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("mmtune.stages.export._placed", full)
+    with pytest.raises(ResourceError, match="memory does not hold the model") as error:
+        export(tuned, console=QUIET)
+    assert error.value.exit_code == 5 and error.value.hint.endswith("CUDA_VISIBLE_DEVICES= mmtune export")
+    assert not (tuned.run_dir / "exported").exists() and not list(tuned.run_dir.glob(".exported.tmp*"))
+
+
+def test_what_was_exported_is_found_again_without_torch(tuned, tmp_path):
+    export(tuned, console=QUIET)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(tuned.model_dump_json())
+    code = (
+        "import sys; from mmtune.recipe.text import load_recipe; from mmtune.stages.export import export;"
+        "from mmtune.talk import Talk; from pathlib import Path;"
+        f"made = export(load_recipe(Path({str(path)!r}), [], environ={{}}), console=Talk(quiet=True));"
+        "assert made['cached'] and 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 @pytest.mark.parametrize("settings", [{"method": "prompt"}, {"soft_prompt": {"init": "random"}}])

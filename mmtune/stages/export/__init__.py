@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mmtune.errors import IntegrityError
+from mmtune.errors import IntegrityError, ResourceError
 from mmtune.models.digest import weights_digest
 from mmtune.recipe import Recipe
 from mmtune.recipe.export import Export
@@ -26,15 +28,15 @@ def export(
     Raises:
         DataError: adapter/ or tokens/ is missing, or a medium of theirs cannot be read.
         RecipeError: What was tuned are virtual tokens.
-        IntegrityError: The base is another one by now, or the exported model answers otherwise than the tuned one.
+        ResourceError: The GPU's memory does not hold the model.
+        IntegrityError: The base or tokens/ are another one's by now, or the exported model answers otherwise than the
+            tuned one.
     """
-    from mmtune.models.merged import check_mergeable
-
     settings, folder = recipe.export or Export(), recipe.run_dir / "adapter"
     adapter = read_manifest(folder, made_by="finetune")
     tokens = read_manifest(recipe.run_dir / "tokens", made_by="tokenize")
-    check_mergeable(folder, str(adapter.facts.get("method", "")))
     path, revision = str(adapter.facts["model"]), adapter.config.get("revision")
+    _check_model(recipe, tokens, path)
     config = {
         "export": settings.model_dump(mode="json"),
         "model": path,
@@ -50,16 +52,56 @@ def export(
     parents = {"adapter": adapter.hash, "tokens": tokens.hash}
     target = recipe.run_dir / "exported"
     if dry_run:
+        _check_method(folder, adapter)
         console.say(foresee(target, stage="export", config=config, parents=parents, force=force))
         return {"stage": "export", "dry_run": True, "target": str(target), "config": config}
     staging = open_stage(target, stage="export", config=config, parents=parents, force=force, say=console.say)
     if staging is None:
         return {"stage": "export", "cached": True, "target": str(target), **read_manifest(target).facts}
-    with staging:
+    with staging, _in_memory():
         facts = _write(recipe, settings, adapter, tokens, staging, offline, console)
         staging.publish(facts=facts)
     _say(facts, target, console)
     return {"stage": "export", "cached": False, "target": str(target), **facts}
+
+
+def _check_model(recipe: Recipe, tokens: Manifest, path: str) -> None:
+    """Raises IntegrityError where the recipe or tokens/ are of another model than adapter/ was tuned from."""
+    asked, made_for = recipe.model.path if recipe.model else path, str(tokens.facts.get("model") or path)
+    if asked != path:
+        raise IntegrityError(
+            f"adapter/ was tuned from {path}, the recipe asks for {asked}",
+            "run: mmtune finetune --force",
+            "other_model",
+        )
+    if made_for != path:
+        raise IntegrityError(
+            f"tokens/ was made for the model {made_for}, adapter/ was tuned from {path}",
+            "run: mmtune tokenize",
+            "other_model",
+        )
+
+
+def _check_method(folder: Path, adapter: Manifest) -> None:
+    # Imported here: exported/ that is up to date is found without torch.
+    from mmtune.models.merged import check_mergeable
+
+    check_mergeable(folder, str(adapter.facts.get("method", "")))
+
+
+@contextmanager
+def _in_memory() -> Iterator[None]:
+    """Says what to do where the GPU's memory runs out within this context."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            "the GPU's memory does not hold the model in fp32, in which both are compared",
+            "export on the CPU, with the GPU hidden: CUDA_VISIBLE_DEVICES= mmtune export",
+            "no_gpu_memory",
+        ) from error
 
 
 def _write(
@@ -81,12 +123,13 @@ def _write(
     from mmtune.stages.export.proof import batches_of, losses_of, losses_without_adapters, prove
 
     folder = recipe.run_dir / "adapter"
+    _check_method(folder, adapter)
     # As it was tuned with: limits of pictures and the chat template among it.
     processor = load_processor(str(folder), offline=offline)
     split, root = next(iter(tokens.rows)), Path(tokens.facts["media_root"])
     rows, batches = batches_of(recipe.run_dir / "tokens", split, settings.rows, processor, root)
     path, revision = str(adapter.facts["model"]), adapter.config.get("revision")
-    attn = recipe.model.attn if recipe.model else "auto"
+    attn = _kernel(recipe)
     model: Any = _placed(load_tuned(path, folder, revision=revision, attn=attn, offline=offline))
     tuned_N, base_N = losses_of(model, batches), losses_without_adapters(model, batches)
     dtype = settings.dtype if settings.dtype != "auto" else _own_dtype(path, revision, offline)
@@ -113,6 +156,12 @@ def _write(
         "change": proof.change,
         "loss": proof.loss,
     }
+
+
+def _kernel(recipe: Recipe) -> str:
+    """Returns the attention kernel that the recipe asks for, less FlashAttention, which does not compute in fp32."""
+    asked = recipe.model.attn if recipe.model else "auto"
+    return "auto" if asked.startswith("flash") else asked
 
 
 def _own_dtype(path: str, revision: str | None, offline: bool) -> str:
