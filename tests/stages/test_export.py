@@ -91,6 +91,17 @@ def test_fewer_bits_and_what_they_lose(tuned):
     assert 2 * half["parameters"] < weights < 2.2 * half["parameters"]
 
 
+def test_generation_stops_where_the_tuned_model_does(tuned, monkeypatch):
+    def read(folder, **given):
+        found = read_manifest(folder, **given)
+        return replace(found, facts={**found.facts, "eos_token_ids": [2, 5]}) if folder.name == "adapter" else found
+
+    monkeypatch.setattr("mmtune.stages.export.read_manifest", read)
+    export(tuned, console=QUIET)
+    own = AutoModelForImageTextToText.from_pretrained(tuned.run_dir / "exported")
+    assert own.generation_config.eos_token_id == [2, 5]
+
+
 def test_a_model_that_answers_otherwise_is_not_written(tuned, monkeypatch):
     monkeypatch.setattr(merging, "merged", lambda model: model.unload())
     with pytest.raises(IntegrityError, match="off the tuned one, and tuning changed it by") as error:

@@ -138,6 +138,8 @@ def _write(
             "adapter/ was tuned on 4-bit weights and is merged into the full ones: eval scores it on the former"
         )
     model = merged(model).to(getattr(torch, _DTYPES[dtype]))
+    # All that tells a server where an answer ends.
+    model.generation_config.eos_token_id = adapter.facts["eos_token_ids"]
     save_model(model, staging.path)
     processor.save_pretrained(str(staging.path))
     parameters = sum(parameter.numel() for parameter in model.parameters())
