@@ -17,7 +17,7 @@ from mmtune.models.load import load_tuned
 from mmtune.order import early_end, stages_of
 from mmtune.recipe import Model, Recipe
 from mmtune.recipe.export import Export
-from mmtune.stages.export import export
+from mmtune.stages.export import _own_dtype, export
 from mmtune.stages.export.proof import Proof, batches_of, prove
 from mmtune.stages.finetune import finetune
 from mmtune.storage import read_manifest
@@ -89,6 +89,16 @@ def test_fewer_bits_and_what_they_lose(tuned):
     )
     weights = (folder / "model.safetensors").stat().st_size
     assert 2 * half["parameters"] < weights < 2.2 * half["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "fp32"), ("float64", "fp32"), (None, "fp32")],
+)
+def test_weights_are_kept_as_the_base_keeps_them(tiny_vlm, tmp_path, said, kept):
+    config = {**json.loads((tiny_vlm / "config.json").read_text()), "dtype": said}
+    (tmp_path / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value}))
+    assert _own_dtype(str(tmp_path), None, True) == kept
 
 
 def test_generation_stops_where_the_tuned_model_does(tuned, monkeypatch):
