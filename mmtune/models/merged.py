@@ -43,3 +43,17 @@ def merged(model: Any) -> Any:
         raise IntegrityError(
             f"adapter/ cannot be merged: {str(error).splitlines()[0]}", "run: mmtune finetune --force", "not_finite"
         ) from error
+
+
+def kept_in(model: Any, dtype: Any) -> Any:
+    """Returns a model with its weights in a type, in place; the configs of all its parts say so too."""
+    _say_dtype(model.config, dtype)
+    return model.to(dtype)
+
+
+def _say_dtype(config: Any, dtype: Any) -> None:
+    config.dtype = dtype
+    for part in (getattr(config, name, None) for name in config.sub_configs):
+        # A part that a model goes without is None.
+        if part is not None:
+            _say_dtype(part, dtype)

@@ -118,7 +118,7 @@ def _write(
 
     from mmtune.encoding.processor import load_processor
     from mmtune.models.load import load_model, load_tuned
-    from mmtune.models.merged import merged
+    from mmtune.models.merged import kept_in, merged
     from mmtune.models.save import save_model
     from mmtune.stages.export.proof import batches_of, losses_of, losses_without_adapters, prove
 
@@ -137,7 +137,7 @@ def _write(
         console.note(
             "adapter/ was tuned on 4-bit weights and is merged into the full ones: eval scores it on the former"
         )
-    model = merged(model).to(getattr(torch, _DTYPES[dtype]))
+    model = kept_in(merged(model), getattr(torch, _DTYPES[dtype]))
     # All that tells a server where an answer ends.
     model.generation_config.eos_token_id = adapter.facts["eos_token_ids"]
     save_model(model, staging.path)
