@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import pyarrow as pa
 import pytest
 import torch
 from pydantic import ValidationError
@@ -17,10 +18,11 @@ from mmtune.models.load import load_tuned
 from mmtune.order import early_end, stages_of
 from mmtune.recipe import Model, Recipe
 from mmtune.recipe.export import Export
+from mmtune.records import SOFT_ID
 from mmtune.stages.export import _own_dtype, export
 from mmtune.stages.export.proof import Proof, batches_of, prove
 from mmtune.stages.finetune import finetune
-from mmtune.storage import read_manifest
+from mmtune.storage import open_split, read_manifest
 from mmtune.talk import Talk
 
 QUIET = Talk(quiet=True)
@@ -175,6 +177,19 @@ def test_another_model_of_the_recipe_or_of_tokens_is_refused(tuned, monkeypatch)
     with pytest.raises(IntegrityError, match="tokens/ was made for the model other, adapter/ was tuned from") as error:
         export(tuned, console=QUIET)
     assert "mmtune tokenize" in error.value.hint and not (tuned.run_dir / "exported").exists()
+
+
+def test_soft_tokens_that_the_adapter_does_not_know_are_told(tuned, monkeypatch):
+    def with_soft(folder):
+        table = open_split(folder)
+        ids = [[*row, SOFT_ID] for row in table.column("input_ids").to_pylist()]
+        at = table.schema.get_field_index("input_ids")
+        return table.set_column(at, "input_ids", pa.array(ids, table.schema.field(at).type))
+
+    monkeypatch.setattr("mmtune.stages.export.proof.open_split", with_soft)
+    with pytest.raises(IntegrityError, match="tokens/ has soft tokens") as error:
+        export(tuned, console=QUIET)
+    assert "mmtune finetune --force" in error.value.hint
 
 
 def test_flash_attention_is_left_out_where_models_are_compared_in_fp32(tuned):

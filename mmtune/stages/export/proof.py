@@ -16,7 +16,7 @@ from mmtune.encoding.collate import Collator
 from mmtune.errors import IntegrityError
 from mmtune.storage import open_split
 from mmtune.training.batching import Split
-from mmtune.training.data import RowBatches, row_sizes
+from mmtune.training.data import RowBatches, row_sizes, soft_token_count
 from mmtune.training.loss import answer_losses
 
 _BATCH_ROWS = 8
@@ -64,9 +64,13 @@ def batches_of(folder: Path, split: str, rows: int, processor: Any, media_root: 
 
     Raises:
         DataError: A medium cannot be read.
-        IntegrityError: A medium now takes another number of tokens.
+        IntegrityError: A medium now takes another number of tokens, or rows have soft tokens, which no weights know.
     """
     found = Split(open_split(folder / split), Collator(processor, media_root=media_root))
+    if soft_token_count(found.table):
+        raise IntegrityError(
+            "tokens/ has soft tokens, which adapter/ was not tuned on", "run: mmtune finetune --force", "other_tokens"
+        )
     _, at = row_sizes(found.table)
     batches, numbers = RowBatches(found.trees, at, found.collate), np.arange(min(rows, len(at)))
     return len(numbers), [
