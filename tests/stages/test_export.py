@@ -140,6 +140,23 @@ def test_run_exports_where_the_recipe_asks_for_it(fresh):
     assert [name for name, *_ in stages_of(recipe.model_copy(update={"export": Export()}), None, True)][-1] == "export"
 
 
+@pytest.mark.parametrize(
+    ("finetune", "says"),
+    [
+        ({"method": "prompt"}, "method: prompt trains virtual tokens"),
+        ({"soft_prompt": {}}, "soft_prompt trains virtual tokens"),
+        (None, "the recipe has no `finetune`"),
+    ],
+)
+def test_run_says_before_it_trains_that_nothing_can_be_exported(fresh, finetune, says):
+    recipe = fresh(**(finetune or {})).model_copy(update={"export": Export()})
+    if finetune is None:
+        recipe = recipe.model_copy(update={"finetune": None})
+    with pytest.raises(RecipeError, match=says) as error:
+        next(iter(stages_of(recipe, None, True)))
+    assert error.value.exit_code == 2 and "`export` out" in error.value.hint
+
+
 def test_a_dry_run_writes_nothing(tuned):
     console = Talk(quiet=True)
     assert export(tuned, dry_run=True, console=console)["dry_run"]

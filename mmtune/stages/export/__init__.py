@@ -5,15 +5,39 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mmtune.errors import IntegrityError
+from mmtune.errors import IntegrityError, RecipeError
 from mmtune.models.digest import weights_digest
 from mmtune.recipe import Recipe
 from mmtune.recipe.export import Export
-from mmtune.storage import Manifest, Staging, foresee, open_stage, read_manifest
+from mmtune.storage import Manifest, Staging, foresee, is_finished, open_stage, read_manifest
 from mmtune.talk import Talk
 
-__all__ = ["export"]
+__all__ = ["check_export", "export"]
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def check_export(recipe: Recipe) -> None:
+    """Refuses a recipe whose export could not end well whatever is trained, before anything is.
+
+    Raises:
+        RecipeError: It tunes virtual tokens, or nothing at all and adapter/ is not there.
+    """
+    from mmtune.models.merged import VIRTUAL
+
+    tuning = recipe.finetune
+    if tuning is None and not is_finished(recipe.run_dir / "adapter"):
+        raise RecipeError(
+            f"there is nothing to export: the recipe has no `finetune`, and {recipe.run_dir / 'adapter'} is not there",
+            "add `finetune`, or leave `export` out",
+            "no_adapter",
+        )
+    if tuning is not None and (tuning.method in VIRTUAL or tuning.soft_prompt is not None):
+        what = "finetune.soft_prompt" if tuning.method not in VIRTUAL else f"finetune.method: {tuning.method}"
+        raise RecipeError(
+            f"{what} trains virtual tokens, which no weights can stand for: they cannot be exported",
+            "leave `export` out and serve the base model with adapter/, or tune by adapters alone",
+            "not_mergeable",
+        )
 
 
 def export(
