@@ -1,6 +1,7 @@
 """export: what stands in exported/ is the tuned model, by transformers alone, and nothing stands there that is not."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -132,6 +133,19 @@ def test_another_base_is_refused(tuned, monkeypatch):
     monkeypatch.setattr("mmtune.stages.export.weights_digest", lambda *_, **__: "of other weights")
     with pytest.raises(IntegrityError, match="another one than adapter/ was tuned from"):
         export(tuned, console=QUIET)
+
+
+def test_the_recipe_says_where_the_base_is_by_now(tuned, tmp_path):
+    shutil.copytree(tuned.model.path, tmp_path / "moved")
+    elsewhere = tuned.model.model_copy(update={"path": str(tmp_path / "moved")})
+    assert export(tuned.model_copy(update={"model": elsewhere}), console=QUIET)["model"] == elsewhere.path
+    weights = tmp_path / "moved" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(IntegrityError, match=f"tuned from, which was {tuned.model.path}") as error:
+        export(tuned.model_copy(update={"model": elsewhere}), console=QUIET)
+    assert error.value.exit_code == 7 and "or name it" in error.value.hint
 
 
 def test_run_exports_where_the_recipe_asks_for_it(fresh):

@@ -58,7 +58,7 @@ def export(
     adapter = read_manifest(folder, made_by="finetune")
     tokens = read_manifest(recipe.run_dir / "tokens", made_by="tokenize")
     check_mergeable(folder, str(adapter.facts.get("method", "")))
-    path, revision = str(adapter.facts["model"]), adapter.config.get("revision")
+    path, revision = _base_of(recipe, adapter)
     config = {
         "export": settings.model_dump(mode="json"),
         "model": path,
@@ -66,9 +66,11 @@ def export(
         "weights": weights_digest(path, revision=revision, offline=offline),
     }
     if config["weights"] != adapter.config.get("weights"):
+        made_from = str(adapter.facts["model"])
         raise IntegrityError(
-            f"the model {path} is another one than adapter/ was tuned from",
-            "bring that one back, or run: mmtune finetune --force",
+            f"the model {path} is another one than adapter/ was tuned from"
+            + ("" if path == made_from else f", which was {made_from}"),
+            "bring that one back" + ("" if path == made_from else " or name it") + ", or run: mmtune finetune --force",
             "other_model",
         )
     parents = {"adapter": adapter.hash, "tokens": tokens.hash}
@@ -109,7 +111,7 @@ def _write(
     processor = load_processor(str(folder), offline=offline)
     split, root = next(iter(tokens.rows)), Path(tokens.facts["media_root"])
     rows, batches = batches_of(recipe.run_dir / "tokens", split, settings.rows, processor, root)
-    path, revision = str(adapter.facts["model"]), adapter.config.get("revision")
+    path, revision = _base_of(recipe, adapter)
     attn = recipe.model.attn if recipe.model else "auto"
     model: Any = _placed(load_tuned(path, folder, revision=revision, attn=attn, offline=offline))
     tuned_N, base_N = losses_of(model, batches), losses_without_adapters(model, batches)
@@ -137,6 +139,13 @@ def _write(
         "change": proof.change,
         "loss": proof.loss,
     }
+
+
+def _base_of(recipe: Recipe, adapter: Manifest) -> tuple[str, str | None]:
+    """Returns path and revision of the base model: the recipe's, since it may have moved; else the adapter's own."""
+    if recipe.model is not None:
+        return recipe.model.path, recipe.model.revision
+    return str(adapter.facts["model"]), adapter.config.get("revision")
 
 
 def _own_dtype(path: str, revision: str | None, offline: bool) -> str:
