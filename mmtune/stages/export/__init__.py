@@ -123,6 +123,12 @@ def _write(
     model = merged(model).to(getattr(torch, _DTYPES[dtype]))
     save_model(model, staging.path)
     processor.save_pretrained(str(staging.path))
+    kind = str(model.config.model_type)
+    if kind.startswith("mmtune_"):
+        console.note(
+            f"transformers does not know {kind} by itself: where exported/ is loaded, call"
+            " mmtune.models.composite.register() first; a server without mmtune cannot serve it"
+        )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     del model
     # In fp32 again: what differs is what the written weights lost, not how a processor computes with fewer bits.
