@@ -34,8 +34,8 @@ def stages_of(recipe: Recipe, limit: int | None, offline: bool) -> Iterator[Stag
     """Yields name, function and own options of every stage of a run; what only a late one needs is checked first.
 
     Raises:
-        RecipeError: The model's folder is not there, ``prompt.budget`` is too small for its method, or eval could not
-            end well whatever is trained.
+        RecipeError: The model's folder is not there, ``prompt.budget`` is too small for its method, or eval or export
+            could not end well whatever is trained.
         CapabilityError: A library of that method is missing.
     """
     if recipe.model is not None and recipe.pretrain is None:
@@ -50,6 +50,10 @@ def stages_of(recipe: Recipe, limit: int | None, offline: bool) -> Iterator[Stag
         from mmtune.stages.evaluate.plan import check_eval
 
         check_eval(recipe, offline=offline)
+    if recipe.export is not None:
+        from mmtune.stages.export import check_export
+
+        check_export(recipe)
     if recipe.extract is not None:
         from mmtune.stages.extract import extract as extract_stage
 

@@ -226,6 +226,8 @@ def test_a_section_that_is_no_section_is_told_its_keys(tmp_path):
         ("sources: [{id: a, reader: llava, strip: /x/}]", "`sources.0.strip`; there is `sources[].columns.strip`"),
         ("model: {paths: 8}", "did you mean `path`?"),
         ("template: qwen2_vl", "unknown key `template`; the chat template is the model's own; `sources[].template` is"),
+        ("export_dir: merged", "unknown key `export_dir`; mmtune export writes exported/ below `run_dir`"),
+        ("merge_lora: true", "that is `export` here"),
         ("finetune: {packing: true}", "unknown key `finetune.packing`; rows are packed wherever it is exact"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,19 @@ def save_model(model: Any, folder: Path, **options: Any) -> None:
     finally:
         if shown:
             logging.enable_progress_bar()
+    _share(folder)
     _sort_sets(folder, model)
+
+
+def _share(folder: Path) -> None:
+    """Gives weights the rights of the config beside them.
+
+    safetensors writes them for their owner alone; a server that runs as somebody else could not read them.
+    """
+    config = next(folder.glob("*config.json"), None)
+    if config is not None:
+        for weights in folder.glob("*.safetensors"):
+            weights.chmod(stat.S_IMODE(config.stat().st_mode))
 
 
 def _sort_sets(folder: Path, model: Any) -> None:

@@ -84,6 +84,7 @@ ELSEWHERE: dict[str, str] = {
     "eval_steps": "finetune.eval_every",
     "logging_steps": "finetune.log_every",
     "report_to": "finetune.trackers",
+    "merge_lora": "export",
 }
 
 # Keys of theirs that need none here -> why.
@@ -95,6 +96,8 @@ NEEDLESS: dict[str, str] = {
     "sample_packing": "rows are packed wherever it is exact",
     "stage": "the recipe's sections say what is done",
     "do_train": "the recipe's sections say what is done",
+    "export_dir": "mmtune export writes exported/ below `run_dir`; `export.dtype` says how",
+    "export_size": "mmtune export cuts files as transformers does; `export.dtype` says in what weights are kept",
 }
 
 

@@ -142,6 +142,9 @@ def open_stage(
     lock = _lock(target)
     try:
         reasons = _check_target(target, identity, force, on_change, others)
+        # What killed runs left: nobody else writes here while the lock is held.
+        for stale in target.parent.glob(f".{target.name}.tmp-*"):
+            shutil.rmtree(stale, ignore_errors=True)
         if reasons is None:
             say(f"{stage}: {target} is up to date; nothing to do")
             lock.close()
@@ -152,8 +155,6 @@ def open_stage(
                 verify_files(parent, read_manifest(parent))
         for reason in reasons:
             say(f"{stage}: again, because of {reason}")
-        for stale in target.parent.glob(f".{target.name}.tmp-*"):
-            shutil.rmtree(stale, ignore_errors=True)
         return Staging(target, identity, lock, reasons, others)
     except BaseException:
         lock.close()

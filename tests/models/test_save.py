@@ -52,3 +52,12 @@ def test_an_adapters_config_has_the_same_bytes_in_every_process(tmp_path: Path) 
     one, other = ((tmp_path / seed / "adapter_config.json").read_bytes() for seed in "12")
     assert one == other
     assert json.loads(one)["target_modules"] == ["fc1", "fc2", "k_proj", "o_proj", "q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize("code", [SAVES, ADAPTER])
+def test_weights_may_be_read_by_whom_the_config_may(tmp_path: Path, code: str) -> None:
+    """A server often runs as another user than who trained; a umask that says otherwise is heeded."""
+    for umask, mode in ((0o022, 0o644), (0o077, 0o600)):
+        folder = tmp_path / oct(umask)
+        subprocess.run([sys.executable, "-c", code, folder], capture_output=True, check=True, umask=umask)
+        assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {mode}

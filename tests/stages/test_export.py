@@ -1,6 +1,7 @@
 """export: what stands in exported/ is the tuned model, by transformers alone, and nothing stands there that is not."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -56,14 +57,9 @@ def test_transformers_alone_loads_the_tuned_model(fresh, method):
     batch = batch_of(recipe)
     with torch.no_grad():
         wanted = load_tuned(str(recipe.model.path), recipe.run_dir / "adapter")(**batch).logits
-        base = (
-            load_tuned(str(recipe.model.path), recipe.run_dir / "adapter").get_base_model()
-            if method != "full"
-            else None
-        )
         found = own(**batch).logits
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-    assert base is None or result["change"] > 1e-3 > 100 * result["difference"]
+    assert result["change"] > 1e-3 > 100 * result["difference"]
     assert result["tokens"] > result["rows"] == 12 and result["dtype"] == "fp32" and not result["cached"]
     given = AutoProcessor.from_pretrained(folder)
     messages = [{"role": "user", "content": [{"type": "text", "text": "Which one?"}]}]
@@ -163,20 +159,22 @@ def test_another_base_is_refused(tuned, monkeypatch):
         export(tuned, console=QUIET)
 
 
-def test_another_model_of_the_recipe_or_of_tokens_is_refused(tuned, monkeypatch):
-    other = tuned.model_copy(update={"model": Model(path=f"{tuned.model.path}_other")})
-    with pytest.raises(IntegrityError, match=r"adapter/ was tuned from .*, the recipe asks for .*_other") as error:
-        export(other, console=QUIET)
-    assert "mmtune finetune --force" in error.value.hint
+def test_tokens_of_another_model_are_refused_and_of_other_rows_told(tuned, monkeypatch):
+    changed = {}
 
     def read(folder, **given):
-        found = read_manifest(folder, **given)
-        return replace(found, facts={**found.facts, "model": "other"}) if folder.name == "tokens" else found
+        return replace(read_manifest(folder, **given), **(changed if folder.name == "tokens" else {}))
 
     monkeypatch.setattr("mmtune.stages.export.read_manifest", read)
+    changed["facts"] = {**read_manifest(tuned.run_dir / "tokens").facts, "model": "other"}
     with pytest.raises(IntegrityError, match="tokens/ was made for the model other, adapter/ was tuned from") as error:
         export(tuned, console=QUIET)
     assert "mmtune tokenize" in error.value.hint and not (tuned.run_dir / "exported").exists()
+    changed.clear()
+    changed["hash"] = "of other rows"
+    console = Talk(quiet=True)
+    export(tuned, dry_run=True, console=console)
+    assert any("compared on other rows" in line for line in console.lines), console.lines
 
 
 def test_soft_tokens_that_the_adapter_does_not_know_are_told(tuned, monkeypatch):
@@ -237,6 +235,19 @@ def test_a_recipe_that_exports_virtual_tokens_is_refused_before_it_trains(fresh,
         Recipe.model_validate({**values, "export": {}})
 
 
+def test_the_recipe_says_where_the_base_is_by_now(tuned, tmp_path):
+    shutil.copytree(tuned.model.path, tmp_path / "moved")
+    elsewhere = tuned.model.model_copy(update={"path": str(tmp_path / "moved")})
+    assert export(tuned.model_copy(update={"model": elsewhere}), console=QUIET)["model"] == elsewhere.path
+    weights = tmp_path / "moved" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(IntegrityError, match=f"tuned from, which was {tuned.model.path}") as error:
+        export(tuned.model_copy(update={"model": elsewhere}), console=QUIET)
+    assert error.value.exit_code == 7 and "or name it" in error.value.hint
+
+
 def test_run_exports_where_the_recipe_asks_for_it(fresh):
     recipe = fresh()
     assert "export" not in [name for name, *_ in stages_of(recipe, None, True)]
@@ -244,6 +255,28 @@ def test_run_exports_where_the_recipe_asks_for_it(fresh):
     alone = recipe.model_copy(update={"finetune": None})
     assert "stopped after tokenize" in early_end(alone)
     assert early_end(alone.model_copy(update={"export": Export()})) == ""
+
+
+def test_run_says_before_it_trains_that_there_is_nothing_to_export(fresh):
+    recipe = fresh().model_copy(update={"export": Export(), "finetune": None})
+    with pytest.raises(RecipeError, match="the recipe has no `finetune`") as error:
+        next(iter(stages_of(recipe, None, True)))
+    assert error.value.exit_code == 2 and "`export` out" in error.value.hint
+
+
+def test_a_damaged_export_is_not_up_to_date(tuned):
+    export(tuned, console=QUIET)
+    stale = tuned.run_dir / ".exported.tmp-1"
+    stale.mkdir()
+    assert export(tuned, console=QUIET)["cached"] and not stale.exists(), "what a killed run left is swept"
+    weights = tuned.run_dir / "exported" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(IntegrityError, match=r"model\.safetensors") as error:
+        export(tuned, console=QUIET)
+    assert error.value.exit_code == 7 and "mmtune export --force" in error.value.hint
+    assert not export(tuned, force=True, console=QUIET)["cached"]
 
 
 def test_a_dry_run_writes_nothing(tuned):

@@ -153,7 +153,9 @@ def test_base_and_exported_model_are_transformers_own(ran, made):
 
     _, recipe, _ = ran
     if made == "exported":
-        result = export(recipe, console=Talk(quiet=True))
+        console = Talk(quiet=True)
+        result = export(recipe, console=console)
+        assert "mmtune_composite by itself" in console.lines[0] and "register()" in console.lines[0]
         assert result["difference"] < 1e-5 and result["change"] > 100 * result["difference"], result
     base = str(recipe.run_dir / made)
     model, processor = AutoModelForImageTextToText.from_pretrained(base), AutoProcessor.from_pretrained(base)

@@ -1,21 +1,36 @@
-"""export: base and adapter/ to exported/, one model folder that transformers loads and servers serve."""
+"""export: base and adapter/ to exported/, one model folder that transformers loads."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mmtune.errors import IntegrityError, ResourceError
+from mmtune.errors import IntegrityError, RecipeError, ResourceError
 from mmtune.models.digest import weights_digest
 from mmtune.recipe import Recipe
 from mmtune.recipe.export import Export
-from mmtune.storage import Manifest, Staging, foresee, open_stage, read_manifest
+from mmtune.storage import Manifest, Staging, foresee, is_finished, open_stage, read_manifest, verify_files
 from mmtune.talk import Talk
 
-__all__ = ["export"]
+__all__ = ["check_export", "export"]
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def check_export(recipe: Recipe) -> None:
+    """Refuses a recipe whose export could not end well whatever is trained, before anything is.
+
+    Raises:
+        RecipeError: It tunes nothing, and adapter/ is not there.
+    """
+    if recipe.finetune is None and not is_finished(recipe.run_dir / "adapter"):
+        raise RecipeError(
+            f"there is nothing to export: the recipe has no `finetune`, and {recipe.run_dir / 'adapter'} is not there",
+            "add `finetune`, or leave `export` out",
+            "no_adapter",
+        )
 
 
 def export(
@@ -35,8 +50,8 @@ def export(
     settings, folder = recipe.export or Export(), recipe.run_dir / "adapter"
     adapter = read_manifest(folder, made_by="finetune")
     tokens = read_manifest(recipe.run_dir / "tokens", made_by="tokenize")
-    path, revision = str(adapter.facts["model"]), adapter.config.get("revision")
-    _check_model(recipe, tokens, path)
+    path, revision = _base_of(recipe, adapter)
+    _check_tokens(tokens, adapter, console)
     config = {
         "export": settings.model_dump(mode="json"),
         "model": path,
@@ -44,9 +59,11 @@ def export(
         "weights": weights_digest(path, revision=revision, offline=offline),
     }
     if config["weights"] != adapter.config.get("weights"):
+        made_from = str(adapter.facts["model"])
         raise IntegrityError(
-            f"the model {path} is another one than adapter/ was tuned from",
-            "bring that one back, or run: mmtune finetune --force",
+            f"the model {path} is another one than adapter/ was tuned from"
+            + ("" if path == made_from else f", which was {made_from}"),
+            "bring that one back" + ("" if path == made_from else " or name it") + ", or run: mmtune finetune --force",
             "other_model",
         )
     parents = {"adapter": adapter.hash, "tokens": tokens.hash}
@@ -57,7 +74,10 @@ def export(
         return {"stage": "export", "dry_run": True, "target": str(target), "config": config}
     staging = open_stage(target, stage="export", config=config, parents=parents, force=force, say=console.say)
     if staging is None:
-        return {"stage": "export", "cached": True, "target": str(target), **read_manifest(target).facts}
+        found = read_manifest(target)
+        # What is handed on to servers is read once more: nothing after it would find a damaged byte.
+        verify_files(target, found)
+        return {"stage": "export", "cached": True, "target": str(target), **found.facts}
     with staging, _in_memory():
         facts = _write(recipe, settings, adapter, tokens, staging, offline, console)
         staging.publish(facts=facts)
@@ -65,21 +85,21 @@ def export(
     return {"stage": "export", "cached": False, "target": str(target), **facts}
 
 
-def _check_model(recipe: Recipe, tokens: Manifest, path: str) -> None:
-    """Raises IntegrityError where the recipe or tokens/ are of another model than adapter/ was tuned from."""
-    asked, made_for = recipe.model.path if recipe.model else path, str(tokens.facts.get("model") or path)
-    if asked != path:
+def _check_tokens(tokens: Manifest, adapter: Manifest, console: Talk) -> None:
+    """Says where tokens/ is seen to hold other rows than adapter/ learned from.
+
+    Raises:
+        IntegrityError: It was made for another model.
+    """
+    made_for, tuned_from = (str(made.facts.get("model") or "") for made in (tokens, adapter))
+    if made_for != tuned_from:
         raise IntegrityError(
-            f"adapter/ was tuned from {path}, the recipe asks for {asked}",
-            "run: mmtune finetune --force",
-            "other_model",
-        )
-    if made_for != path:
-        raise IntegrityError(
-            f"tokens/ was made for the model {made_for}, adapter/ was tuned from {path}",
+            f"tokens/ was made for the model {made_for}, adapter/ was tuned from {tuned_from}",
             "run: mmtune tokenize",
             "other_model",
         )
+    if adapter.parents.get("tokens") != tokens.hash:
+        console.note("tokens/ was made again since adapter/ was tuned: the exported model is compared on other rows")
 
 
 def _check_method(folder: Path, adapter: Manifest) -> None:
@@ -117,10 +137,10 @@ def _write(
     import torch
 
     from mmtune.encoding.processor import load_processor
-    from mmtune.models.load import load_model, load_tuned
+    from mmtune.models.load import load_model
     from mmtune.models.merged import kept_in, merged
     from mmtune.models.save import save_model
-    from mmtune.stages.export.proof import batches_of, losses_of, losses_without_adapters, prove
+    from mmtune.stages.export.proof import batches_of, losses_of, prove
 
     folder = recipe.run_dir / "adapter"
     _check_method(folder, adapter)
@@ -128,42 +148,62 @@ def _write(
     processor = load_processor(str(folder), offline=offline)
     split, root = next(iter(tokens.rows)), Path(tokens.facts["media_root"])
     rows, batches = batches_of(recipe.run_dir / "tokens", split, settings.rows, processor, root)
-    path, revision = str(adapter.facts["model"]), adapter.config.get("revision")
-    attn = _kernel(recipe)
-    model: Any = _placed(load_tuned(path, folder, revision=revision, attn=attn, offline=offline))
-    tuned_N, base_N = losses_of(model, batches), losses_without_adapters(model, batches)
-    dtype = settings.dtype if settings.dtype != "auto" else _own_dtype(path, revision, offline)
-    if adapter.config["finetune"].get("quantize") == "nf4":
-        console.note(
-            "adapter/ was tuned on 4-bit weights and is merged into the full ones: eval scores it on the former"
-        )
+    model, tuned_N, base_N = _tuned(recipe, adapter, batches, offline)
+    dtype = settings.dtype if settings.dtype != "auto" else _own_dtype(*_base_of(recipe, adapter), offline)
     model = kept_in(merged(model), getattr(torch, _DTYPES[dtype]))
     # All that tells a server where an answer ends.
     model.generation_config.eos_token_id = adapter.facts["eos_token_ids"]
     save_model(model, staging.path)
     processor.save_pretrained(str(staging.path))
+    _note(str(model.config.model_type), adapter, console)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     del model
     # In fp32 again: what differs is what the written weights lost, not how a processor computes with fewer bits.
-    exported_N = losses_of(_placed(load_model(str(staging.path), attn=attn, offline=True)), batches)
-    proof = prove(rows, tuned_N, base_N, exported_N, dtype)
-    return {
-        "model": path,
-        "method": adapter.facts["method"],
-        "parameters": parameters,
-        "dtype": dtype,
-        "rows": proof.rows,
-        "tokens": proof.tokens,
-        "difference": proof.difference,
-        "change": proof.change,
-        "loss": proof.loss,
-    }
+    exported = _placed(load_model(str(staging.path), attn=_kernel(recipe), offline=True))
+    proof = prove(rows, tuned_N, base_N, losses_of(exported, batches), dtype)
+    about = {"model": _base_of(recipe, adapter)[0], "method": adapter.facts["method"], "parameters": parameters}
+    return {**about, "dtype": dtype, **asdict(proof)}
+
+
+def _tuned(recipe: Recipe, adapter: Manifest, batches: list[Any], offline: bool) -> tuple[Any, Any, Any]:
+    """Returns the tuned model, what it loses by every answer token, and what its base does: None if that was random."""
+    from mmtune.models.load import load_model, load_tuned
+    from mmtune.stages.export.proof import losses_of, losses_without_adapters
+
+    path, revision = _base_of(recipe, adapter)
+    given: dict[str, Any] = {"revision": revision, "attn": _kernel(recipe), "offline": offline}
+    whole, base_N = adapter.facts["method"] == "full", None
+    if whole and not adapter.config["finetune"].get("from_scratch"):
+        # One after the other: both at once would take twice the memory.
+        base_N = losses_of(_placed(load_model(path, **given)), batches)
+    model = _placed(load_tuned(path, recipe.run_dir / "adapter", **given))
+    return model, losses_of(model, batches), base_N if whole else losses_without_adapters(model, batches)
+
+
+def _note(kind: str, adapter: Manifest, console: Talk) -> None:
+    """Says what a person should know of a model of a kind before it is served."""
+    if adapter.config["finetune"].get("quantize") == "nf4":
+        console.note(
+            "adapter/ was tuned on 4-bit weights and is merged into the full ones: eval scores it on the former"
+        )
+    if kind.startswith("mmtune_"):
+        console.note(
+            f"transformers does not know {kind} by itself: where exported/ is loaded, call"
+            " mmtune.models.composite.register() first; a server without mmtune cannot serve it"
+        )
 
 
 def _kernel(recipe: Recipe) -> str:
     """Returns the attention kernel that the recipe asks for, less FlashAttention, which does not compute in fp32."""
     asked = recipe.model.attn if recipe.model else "auto"
     return "auto" if asked.startswith("flash") else asked
+
+
+def _base_of(recipe: Recipe, adapter: Manifest) -> tuple[str, str | None]:
+    """Returns path and revision of the base model: the recipe's, since it may have moved; else the adapter's own."""
+    if recipe.model is not None:
+        return recipe.model.path, recipe.model.revision
+    return str(adapter.facts["model"]), adapter.config.get("revision")
 
 
 def _own_dtype(path: str, revision: str | None, offline: bool) -> str:
@@ -182,9 +222,9 @@ def _placed(model: Any) -> Any:
 
 
 def _say(facts: dict[str, Any], target: Path, console: Talk) -> None:
-    change = "" if facts["change"] is None else f"; tuning changed it by {facts['change']:.2g}"
+    change = "" if facts["change"] is None else f", where tuning changed it by {facts['change']:.2g}"
     console.say(
-        f"export: wrote {target} ({facts['parameters']:,} parameters, {facts['dtype']}). Read back, it is"
-        f" {facts['difference']:.2g} nats per answer token off the tuned model, on {facts['tokens']:,} tokens of"
-        f" {facts['rows']:,} rows{change}"
+        f"export: wrote {target} ({facts['parameters']:,} parameters, {facts['dtype']}). Read back, it gives the"
+        f" {facts['tokens']:,} answer tokens of {facts['rows']:,} rows the loss of the tuned model to"
+        f" {facts['difference']:.2g} nats{change}"
     )

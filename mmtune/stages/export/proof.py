@@ -34,7 +34,7 @@ class Proof:
         rows: That were read.
         tokens: Their answer tokens.
         difference: Mean of the absolute difference between both.
-        change: The same between the tuned model and its base; None where the base is not at hand (full tuning).
+        change: The same between the tuned model and its base; None where that was random.
         loss: Mean loss of the tuned model.
     """
 
@@ -88,10 +88,8 @@ def losses_of(model: Any, batches: list[Any]) -> torch.Tensor:
     return torch.cat(found)
 
 
-def losses_without_adapters(model: Any, batches: list[Any]) -> torch.Tensor | None:
-    """Returns ``losses_of`` the base of a model with adapters; None where it has none."""
-    if not hasattr(model, "disable_adapter"):
-        return None
+def losses_without_adapters(model: Any, batches: list[Any]) -> torch.Tensor:
+    """Returns ``losses_of`` the base of a model with adapters."""
     with model.disable_adapter():
         return losses_of(model, batches)
 
@@ -102,7 +100,7 @@ def prove(rows: int, tuned_N: torch.Tensor, base_N: torch.Tensor | None, exporte
     Args:
         rows: That were read.
         tuned_N: From ``losses_of`` the tuned model.
-        base_N: Of its base, where that is at hand.
+        base_N: Of its base, where that has weights.
         exported_N: Of the exported model, read back.
         dtype: Of its weights, for the advice.
 
