@@ -151,7 +151,8 @@ def render(result: dict[str, Any]) -> str:
                 lines.append(f"{command:13} not finished; the newest checkpoint is after step {step:,}")
         return "\n".join(lines)
     lines.append(f"{result['path']}  ({result['stage']}, {result['bytes'] / 1e6:.1f} MB, {result['hash'][:12]})")
-    lines.append("rows      " + _rows(result))
+    if rows := _rows(result):
+        lines.append(f"rows      {rows}")
     if result["drops"]:
         lines.append(f"refused   {_counts(result['drops'])}")
     lines += [line for name, value in _facts(result).items() for line in _fact_lines(name, value)]

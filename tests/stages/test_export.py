@@ -23,6 +23,7 @@ from mmtune.records import SOFT_ID
 from mmtune.stages.export import _own_dtype, export
 from mmtune.stages.export.proof import Proof, batches_of, prove
 from mmtune.stages.finetune import finetune
+from mmtune.stages.show import describe, render
 from mmtune.storage import open_split, read_manifest
 from mmtune.talk import Talk
 
@@ -77,6 +78,8 @@ def tuned(fresh):
 def test_fewer_bits_and_what_they_lose(tuned):
     whole = export(tuned, console=QUIET)
     assert export(tuned, console=QUIET)["cached"]
+    shown = render(describe(tuned.run_dir / "exported")).splitlines()
+    assert [line.split() for line in shown if line.startswith("rows")] == [["rows", "12"]]
     half = export(tuned.model_copy(update={"export": Export(dtype="bf16", rows=3)}), console=QUIET)
     folder = tuned.run_dir / "exported"
     config = json.loads((folder / "config.json").read_text())
