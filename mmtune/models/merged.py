@@ -6,11 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from mmtune.errors import IntegrityError, RecipeError
-from mmtune.models.soft_prompt import BESIDE
+from mmtune.models.soft_prompt import BESIDE, METHODS
 from mmtune.models.soft_tokens import FILE
-
-VIRTUAL = ("prompt", "prefix", "p_tuning")
-"""Methods that train virtual tokens alone."""
 
 
 def check_mergeable(folder: Path, method: str) -> None:
@@ -24,7 +21,7 @@ def check_mergeable(folder: Path, method: str) -> None:
         RecipeError: It holds virtual tokens, by themselves or beside LoRA.
     """
     soft = (folder / FILE).is_file() or (folder / BESIDE).is_dir()
-    if soft or method in VIRTUAL:
+    if soft or method in METHODS:
         raise RecipeError(
             f"{folder} holds virtual tokens, which no weights can stand for",
             "serve the base model with adapter/ as it is, or tune with finetune.method: lora",

@@ -207,10 +207,10 @@ def test_an_adapter_that_is_not_finite_is_told(tuned):
 
 
 def test_a_gpu_that_is_too_small_is_told(tuned, monkeypatch):
-    def full(_):
+    def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("mmtune.stages.export._placed", full)
+    monkeypatch.setattr("mmtune.models.load.load_to_answer", full)
     with pytest.raises(ResourceError, match="memory does not hold the model") as error:
         export(tuned, console=QUIET)
     assert error.value.exit_code == 5 and error.value.hint.endswith("CUDA_VISIBLE_DEVICES= mmtune export")

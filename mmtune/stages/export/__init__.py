@@ -137,7 +137,7 @@ def _write(
     import torch
 
     from mmtune.encoding.processor import load_processor
-    from mmtune.models.load import load_model
+    from mmtune.models.load import load_to_answer
     from mmtune.models.merged import kept_in, merged
     from mmtune.models.save import save_model
     from mmtune.stages.export.proof import batches_of, losses_of, prove
@@ -159,7 +159,7 @@ def _write(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     del model
     # In fp32 again: what differs is what the written weights lost, not how a processor computes with fewer bits.
-    exported = _placed(load_model(str(staging.path), attn=_kernel(recipe), offline=True))
+    exported = load_to_answer(str(staging.path), None, precision="fp32", attn=_kernel(recipe), offline=True)
     proof = prove(rows, tuned_N, base_N, losses_of(exported, batches), dtype)
     about = {"model": _base_of(recipe, adapter)[0], "method": adapter.facts["method"], "parameters": parameters}
     return {**about, "dtype": dtype, **asdict(proof)}
@@ -167,16 +167,16 @@ def _write(
 
 def _tuned(recipe: Recipe, adapter: Manifest, batches: list[Any], offline: bool) -> tuple[Any, Any, Any]:
     """Returns the tuned model, what it loses by every answer token, and what its base does: None if that was random."""
-    from mmtune.models.load import load_model, load_tuned
+    from mmtune.models.load import load_to_answer
     from mmtune.stages.export.proof import losses_of, losses_without_adapters
 
     path, revision = _base_of(recipe, adapter)
-    given: dict[str, Any] = {"revision": revision, "attn": _kernel(recipe), "offline": offline}
+    given: dict[str, Any] = {"precision": "fp32", "revision": revision, "attn": _kernel(recipe), "offline": offline}
     whole, base_N = adapter.facts["method"] == "full", None
     if whole and not adapter.config["finetune"].get("from_scratch"):
         # One after the other: both at once would take twice the memory.
-        base_N = losses_of(_placed(load_model(path, **given)), batches)
-    model = _placed(load_tuned(path, recipe.run_dir / "adapter", **given))
+        base_N = losses_of(load_to_answer(path, None, **given), batches)
+    model = load_to_answer(path, recipe.run_dir / "adapter", **given)
     return model, losses_of(model, batches), base_N if whole else losses_without_adapters(model, batches)
 
 
@@ -212,13 +212,6 @@ def _own_dtype(path: str, revision: str | None, offline: bool) -> str:
 
     said = str(load_config(path, revision=revision, offline=offline).dtype).rpartition(".")[2]
     return next((name for name, own in _DTYPES.items() if own == said), "fp32")
-
-
-def _placed(model: Any) -> Any:
-    """Returns a model on the GPU, where there is one."""
-    import torch
-
-    return model.to("cuda") if torch.cuda.is_available() else model
 
 
 def _say(facts: dict[str, Any], target: Path, console: Talk) -> None:
