@@ -367,3 +367,15 @@ def test_threads_wait_briefly_for_each_other_unless_told_otherwise(
     with pytest.raises(SystemExit):
         main()
     assert os.environ.get("GOMP_SPINCOUNT") == kept
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, "256"), ("7", "7")], ids=["unset", "own"])
+def test_onednn_keeps_few_kernels_unless_told_otherwise(monkeypatch, given: str | None, kept: str):
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.setenv(name, given or "")
+    if given is None:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("sys.argv", ["mmtune", "--version"])
+    with pytest.raises(SystemExit):
+        main()
+    assert os.environ[name] == kept

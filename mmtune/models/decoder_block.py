@@ -45,20 +45,18 @@ class _Attention(torch.autograd.Function):
         scaling: float,
         *adapters: torch.Tensor,
     ) -> torch.Tensor:
-        (batch, tokens, width), head = x_BTH.shape, cos.shape[-1]
-        x_NH, asked = x_BTH.reshape(-1, width), len(half.first.layers[1].weight_OI) // head
+        x_NH = x_BTH.reshape(-1, x_BTH.shape[-1])
         normed_NH, scale_N1 = normed(x_NH, half.norm_H, half.epsilon)
-        made_NS, inner_RN = half.first.project(normed_NH)
-        made_BTSD = made_NS.view(batch, tokens, -1, head)
-        turned_BTSD = turned(made_BTSD[:, :, :-asked], cos, sin, 1)
-        mixed_BTqD = x_NH.new_empty(batch, tokens, turned_BTSD.shape[2] - asked, head)
-        kept = []
+        made, inner_RN = half.first.project(normed_NH)
+        query_BTqD, key_BTgD, value_BTgD = (own.view(*x_BTH.shape[:2], -1, cos.shape[-1]) for own in made)
+        query_BTqD, key_BTgD = turned(query_BTqD, cos, sin, 1), turned(key_BTgD, cos, sin, 1)
+        mixed_BTqD, kept = torch.empty_like(query_BTqD), []
         for number, strips in enumerate(rows):
-            given = _given(turned_BTSD[number], made_BTSD[number], asked)
+            given = _given(number, query_BTqD, key_BTgD, value_BTgD)
             kept += attended(given, strips, scaling, mixed_BTqD[number])
         mixed_NI = mixed_BTqD.view(len(x_NH), -1)
-        made_NH, inner_rN = half.last.project(mixed_NI)
-        saved = x_NH, normed_NH, scale_N1, inner_RN, made_BTSD, turned_BTSD, mixed_NI, inner_rN, cos, sin
+        (made_NH,), inner_rN = half.last.project(mixed_NI)
+        saved = x_NH, normed_NH, scale_N1, inner_RN, query_BTqD, key_BTgD, value_BTgD, mixed_NI, inner_rN, cos, sin
         ctx.save_for_backward(*saved, *kept)
         ctx.half, ctx.rows, ctx.scaling = half, rows, scaling
         return made_NH.add_(x_NH).view(x_BTH.shape)
@@ -67,28 +65,28 @@ class _Attention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_BTH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_NH, normed_NH, scale_N1, inner_RN, *more = ctx.saved_tensors
-        made_BTSD, turned_BTSD, mixed_NI, inner_rN, cos, sin, *rest = more
+        query_BTqD, key_BTgD, value_BTgD, mixed_NI, inner_rN, cos, sin, *rest = more
         half: Half = ctx.half
         grad_NH, kept = grad_BTH.reshape(x_NH.shape), iter(rest)
         mixed_grad, last = half.last.project_back([grad_NH], mixed_NI, inner_rN)
-        asked = made_BTSD.shape[2] - turned_BTSD.shape[2]
-        parts, grad_BTSD = [turned_BTSD.shape[2] - asked, asked, asked], torch.empty_like(made_BTSD)
-        mixed_grad_BTqD = mixed_grad.view(*made_BTSD.shape[:2], parts[0], -1)
+        mixed_grad_BTqD, value_grad = mixed_grad.view(query_BTqD.shape), torch.empty_like(value_BTgD)
+        # Side by side, to be turned back together.
+        parts = [query_BTqD.shape[2], key_BTgD.shape[2]]
+        turned_grad = query_BTqD.new_empty(*query_BTqD.shape[:2], sum(parts), query_BTqD.shape[3])
+        query_grad, key_grad = turned_grad.split_with_sizes(parts, 2)
         for number, strips in enumerate(ctx.rows):
-            given, into = _given(turned_BTSD[number], made_BTSD[number], asked), grad_BTSD[number]
-            own = [next(kept) for _ in strips]
-            attended_back(mixed_grad_BTqD[number], given, own, strips, ctx.scaling, into.split_with_sizes(parts, 1))
-        turned_grad = turned(grad_BTSD[:, :, :-asked], cos, sin, -1)
-        *_, value_grad = grad_BTSD.split_with_sizes(parts, 2)
-        grads = [grad.flatten(2).flatten(0, 1) for grad in (*turned_grad.split_with_sizes(parts[:2], 2), value_grad)]
+            given, own = _given(number, query_BTqD, key_BTgD, value_BTgD), [next(kept) for _ in strips]
+            into = query_grad[number], key_grad[number], value_grad[number]
+            attended_back(mixed_grad_BTqD[number], given, own, strips, ctx.scaling, into)
+        first_grads = (*turned(turned_grad, cos, sin, -1).split_with_sizes(parts, 2), value_grad)
+        grads = [grad.flatten(2).flatten(0, 1) for grad in first_grads]
         x_grad, first = half.back(grad_NH, grads, x_NH, normed_NH, scale_N1, inner_RN, wanted=ctx.needs_input_grad[0])
         return like(grad_BTH, x_grad), None, None, None, None, None, *first, *last
 
 
-def _given(turned_TSD: torch.Tensor, made_TSD: torch.Tensor, asked: int) -> tuple[torch.Tensor, ...]:
+def _given(number: int, *asked_and_told: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Returns queries, keys and values of a row by heads."""
-    queries, keys = turned_TSD.transpose(0, 1).split_with_sizes([turned_TSD.shape[1] - asked, asked])
-    return queries, keys, made_TSD[:, -asked:].transpose(0, 1)
+    return tuple(made[number].transpose(0, 1) for made in asked_and_told)
 
 
 class FusedBlock:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from mmtune.models.decoder_block import fused_blocks
+from mmtune.models.linear import fused_linears
 from mmtune.models.rms_norm import fused_rms_norms
 from mmtune.models.rotary import fused_rotary
 
@@ -16,8 +17,10 @@ from mmtune.models.rotary import fused_rotary
 def fused_parts(model: nn.Module) -> Iterator[None]:
     """Within this context norms, rotary positions and halves of blocks are one operation each, where they can be.
 
+    Linear layers multiply by ``products``.
+
     Args:
         model: With whatever wraps it; a context within another changes nothing.
     """
-    with fused_rms_norms(model), fused_rotary(model), fused_blocks(model):
+    with fused_rms_norms(model), fused_rotary(model), fused_blocks(model), fused_linears(model):
         yield

@@ -102,22 +102,21 @@ class _Mlp(torch.autograd.Function):
     def forward(ctx: Any, x_BTH: torch.Tensor, half: Half, *adapters: torch.Tensor) -> torch.Tensor:
         x_NH = x_BTH.reshape(-1, x_BTH.shape[-1])
         normed_NH, scale_N1 = normed(x_NH, half.norm_H, half.epsilon)
-        made_NS, inner_RN = half.first.project(normed_NH)
-        gate_NI, up_NI = made_NS.split_with_sizes(half.first.widths, 1)
+        (gate_NI, up_NI), inner_RN = half.first.project(normed_NH)
         # Kept: an exponential costs more than the memory of what it makes.
         open_NI = torch.sigmoid(gate_NI)
         product_NI = torch.mul(gate_NI, open_NI).mul_(up_NI)
-        made_NH, inner_rN = half.last.project(product_NI)
-        ctx.save_for_backward(x_NH, normed_NH, scale_N1, inner_RN, made_NS, open_NI, product_NI, inner_rN)
+        (made_NH,), inner_rN = half.last.project(product_NI)
+        ctx.save_for_backward(x_NH, normed_NH, scale_N1, inner_RN, gate_NI, up_NI, open_NI, product_NI, inner_rN)
         ctx.half = half
         return made_NH.add_(x_NH).view(x_BTH.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_BTH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_NH, normed_NH, scale_N1, inner_RN, made_NS, open_NI, product_NI, inner_rN = ctx.saved_tensors
+        x_NH, normed_NH, scale_N1, inner_RN, gate_NI, up_NI, open_NI, product_NI, inner_rN = ctx.saved_tensors
         half: Half = ctx.half
-        grad_NH, (gate_NI, up_NI) = grad_BTH.reshape(x_NH.shape), made_NS.split_with_sizes(half.first.widths, 1)
+        grad_NH = grad_BTH.reshape(x_NH.shape)
         product_grad, last = half.last.project_back([grad_NH], product_NI, inner_rN)
         silu_NI = torch.mul(gate_NI, open_NI)
         up_grad = torch.mul(silu_NI, product_grad)

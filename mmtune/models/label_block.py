@@ -91,17 +91,17 @@ class _Attention(torch.autograd.Function):
         x_NH, head = x_BTH.reshape(-1, x_BTH.shape[-1]), cos.shape[-1]
         asks, told = _fans(half)
         normed_NH, scale_N1 = normed(x_NH, half.norm_H, half.epsilon)
-        told_NS, told_RN = told.project(normed_NH)
+        made, told_RN = told.project(normed_NH)
         normed_QH = normed_NH[asked.at_Q]
-        asks_QS, asks_RQ = asks.project(normed_QH)
-        key_BTgD, value_BTgD = told_NS.view(*x_BTH.shape[:2], -1, head).chunk(2, 2)
+        (query_QI,), asks_RQ = asks.project(normed_QH)
+        key_BTgD, value_BTgD = (own.view(*x_BTH.shape[:2], -1, head) for own in made)
         key_BTgD = turned(key_BTgD, cos, sin, 1)
-        query_QqD = turned(asks_QS.view(len(asks_QS), -1, head), *_at(x_BTH.shape, cos, sin, asked), 1)
+        query_QqD = turned(query_QI.view(len(query_QI), -1, head), *_at(x_BTH.shape, cos, sin, asked), 1)
         mixed_QqD, kept = torch.empty_like(query_QqD), []
         for number, own, strip in asked.rows:
             given = _given(query_QqD, key_BTgD, value_BTgD, number, own)
             kept += attended(given, [strip], scaling, mixed_QqD[slice(*own)])
-        made_QH, last_RQ = half.last.project(mixed_QqD.flatten(1))
+        (made_QH,), last_RQ = half.last.project(mixed_QqD.flatten(1))
         saved = x_NH, normed_NH, normed_QH, scale_N1, told_RN, asks_RQ, last_RQ
         ctx.save_for_backward(*saved, query_QqD, key_BTgD, value_BTgD, mixed_QqD, cos, sin, *kept)
         ctx.half, ctx.asked, ctx.scaling, ctx.shape = half, asked, scaling, x_BTH.shape

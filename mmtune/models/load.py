@@ -292,9 +292,14 @@ def load_to_answer(
     """
     import torch
 
+    from mmtune.models.linear import fuse_linears
+
     on_gpu = torch.cuda.is_available()
     bf16 = precision == "bf16" or (precision == "auto" and on_gpu and torch.cuda.is_bf16_supported())
     settings: dict[str, Any] = {"revision": revision, "attn": attn, "offline": offline, "nf4": nf4}
     settings["dtype"] = torch.bfloat16 if bf16 else torch.float32
     model: Any = load_model(base, **settings) if adapter is None else load_tuned(base, adapter, **settings)
-    return model.to("cuda") if on_gpu else model
+    if on_gpu:
+        return model.to("cuda")
+    fuse_linears(model)
+    return model

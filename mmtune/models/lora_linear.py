@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
+
+from mmtune.models.products import times
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -29,7 +30,7 @@ class _LoraLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         x_TI = x.reshape(-1, x.shape[-1])
         inner_Tr = x_TI @ a_rI.to(x.dtype).T
-        y_TO = functional.linear(x_TI, weight_OI, bias_O).addmm_(inner_Tr, b_Or.to(x.dtype).T, alpha=scaling)
+        y_TO = times(x_TI, weight_OI, bias_O).addmm_(inner_Tr, b_Or.to(x.dtype).T, alpha=scaling)
         ctx.save_for_backward(x_TI, weight_OI, a_rI, b_Or, inner_Tr)
         ctx.scaling = scaling
         return y_TO.view(*x.shape[:-1], weight_OI.shape[0])
@@ -46,7 +47,7 @@ class _LoraLinear(torch.autograd.Function):
         b_grad = (inner_Tr.T @ grad_TO).mul_(scaling).T.to(b_Or.dtype, memory_format=torch.contiguous_format)
         x_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = (grad_TO @ weight_OI).addmm_(inner_grad_rT.T, a, alpha=scaling).view(*grad.shape[:-1], -1)
+            x_grad = times(grad_TO, weight_OI.t()).addmm_(inner_grad_rT.T, a, alpha=scaling).view(*grad.shape[:-1], -1)
         return x_grad, None, None, a_grad, b_grad, None
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from mmtune.models.lora_linear import adapts
+from mmtune.models.products import times
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +84,6 @@ class Fan:
     layers: tuple[Projection, ...]
 
     @cached_property
-    def widths(self) -> list[int]:
-        """O of every layer."""
-        return [len(layer.weight_OI) for layer in self.layers]
-
-    @cached_property
     def ranks(self) -> list[int]:
         """The rank of every layer."""
         return [len(layer.a_rI) for layer in self.layers]
@@ -97,17 +93,14 @@ class Fan:
         """All A below one another."""
         return self.layers[0].a_rI if len(self.layers) == 1 else torch.cat([layer.a_rI for layer in self.layers])
 
-    def project(self, x_NI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns ``(N, S)`` what the layers make, and ``(R, N)`` the products with all A."""
-        made_NS, inner_RN = x_NI.new_empty(len(x_NI), sum(self.widths)), torch.mm(self.all_a_RI, x_NI.t())
-        made, inner = made_NS.split_with_sizes(self.widths, 1), inner_RN.split_with_sizes(self.ranks)
-        for layer, y_NO, inner_rN in zip(self.layers, made, inner, strict=True):
-            if layer.bias_O is None:
-                torch.mm(x_NI, layer.weight_OI.t(), out=y_NO)
-            else:
-                torch.addmm(layer.bias_O, x_NI, layer.weight_OI.t(), out=y_NO)
-            y_NO.addmm_(inner_rN.t(), layer.b_Or.t(), alpha=layer.scaling)
-        return made_NS, inner_RN
+    def project(self, x_NI: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Returns ``(N, O)`` what each layer makes, and ``(R, N)`` the products with all A."""
+        inner_RN = torch.mm(self.all_a_RI, x_NI.t())
+        made = [
+            times(x_NI, layer.weight_OI, layer.bias_O).addmm_(inner_rN.t(), layer.b_Or.t(), alpha=layer.scaling)
+            for layer, inner_rN in zip(self.layers, inner_RN.split_with_sizes(self.ranks), strict=True)
+        ]
+        return made, inner_RN
 
     def project_back(
         self, grads: Sequence[torch.Tensor], x_NI: torch.Tensor, inner_RN: torch.Tensor, *, wanted: bool = True
@@ -129,8 +122,13 @@ class Fan:
             torch.addmm(b_grad, inner_rN, grad_NO, beta=0, alpha=layer.scaling, out=b_grad)
             found.append(b_grad.t().contiguous())
         a_grads = torch.mm(inner_grad_RN, x_NI).split_with_sizes(self.ranks)
-        x_grad = torch.mm(inner_grad_RN.t(), self.all_a_RI)
         if wanted:
-            for grad_NO, layer in zip(grads, self.layers, strict=True):
-                x_grad.addmm_(grad_NO, layer.weight_OI)
+            x_grad, *rest = (
+                times(grad_NO, layer.weight_OI.t()) for grad_NO, layer in zip(grads, self.layers, strict=True)
+            )
+            for more in rest:
+                x_grad.add_(more)
+            x_grad.addmm_(inner_grad_RN.t(), self.all_a_RI)
+        else:
+            x_grad = torch.mm(inner_grad_RN.t(), self.all_a_RI)
         return x_grad, [grad for pair in zip(a_grads, found, strict=True) for grad in pair]

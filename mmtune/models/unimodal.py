@@ -21,6 +21,7 @@ import torch
 from mmtune.errors import CapabilityError, DataError, IntegrityError, RecipeError
 from mmtune.models.encoders import masked_mean
 from mmtune.models.inputs import Inputs, Kind
+from mmtune.models.linear import fuse_linears
 from mmtune.models.load import load_config, load_model
 
 Pool = Literal["auto", "mean", "first", "last", "pooler", "stats"]
@@ -249,6 +250,7 @@ def load_unimodal(
             f"name an encoder: --set extract.encoders.{kind}=FOLDER_OR_HUB_ID",
             "no_tower",
         )
+    fuse_linears(model)
     return Unimodal(model, kind, _sentence_pool(path, pool) if kind == "text" else pool)
 
 

@@ -62,10 +62,16 @@ def use_features(wanted: Sequence[Wanted], splits: Mapping[str, Any], means: Mea
         CapabilityError: ``use: on`` where features cannot stand for media.
         ResourceError: ``use: on`` without room on the disk.
     """
+    from mmtune.models.linear import fused_linears
+
     kept, kinds = dict(splits), []
     # A tower that is not loaded must not be asked while another one is compared.
     for one in sorted(wanted, key=lambda one: one.found is None):
-        taken = _proved_before(one, kept, means) if one.found else _made_now(one, kept, means)
+        if one.found:
+            taken = _proved_before(one, kept, means)
+        else:
+            with fused_linears(means.model):
+                taken = _made_now(one, kept, means)
         if taken is not None:
             kept = taken
             kinds.append(one.kind)

@@ -1,0 +1,179 @@
+"""Products by oneDNN: PyTorch's numbers and gradients, few kernels, and PyTorch's own way where they do not fit."""
+
+from contextlib import nullcontext
+from copy import deepcopy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mmtune.models import products
+from mmtune.models.fused_parts import fused_parts
+from mmtune.models.linear import fuse_linears, fused_linears
+from mmtune.models.lora_linear import fuse_lora
+from mmtune.models.products import has_onednn, times
+
+pytestmark = pytest.mark.skipif(not has_onednn(), reason="this PyTorch multiplies no dense matrices by oneDNN")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Takes oneDNN for every product, on whatever processor; gives the shapes that came to it."""
+    own, shapes = products._linear(), []
+
+    def noted(x, weight, *more):
+        shapes.append((*x.shape, len(weight)))
+        return own(x, weight, *more)
+
+    monkeypatch.setattr(products, "_LEAST", 0)
+    monkeypatch.setattr(products, "has_wide_products", lambda: True)
+    monkeypatch.setattr("mmtune.models.linear.has_wide_products", lambda: True)
+    monkeypatch.setattr(products, "_linear", lambda: noted)
+    return shapes
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 100, 298])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("turned", [False, True], ids=["as it is", "transposed"])
+def test_a_product_is_pytorchs(asked, tokens, bias, turned):
+    torch.manual_seed(0)
+    weight = torch.randn(24, 40).t() if turned else torch.randn(40, 24)
+    x, bias_O = torch.randn(tokens, 24), torch.randn(40) if bias else None
+    made, wanted = times(x, weight, bias_O), nn.functional.linear(x, weight, bias_O)
+    assert made.shape == wanted.shape and made.is_contiguous() and len(asked) == 1
+    assert (made - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+def test_rows_with_gaps_between_them_are_multiplied_as_they_stand(asked):
+    x, weight = torch.randn(9, 60)[:, 10:34], torch.randn(40, 24)
+    for given_x in (x, torch.randn(24, 9).t(), torch.randn(1, 24).expand(9, 24)):
+        assert torch.allclose(times(given_x, weight), given_x @ weight.t(), rtol=1e-5, atol=1e-5)
+    assert len(asked) == 3
+
+
+@given(st.integers(1, 1 << 20))
+def test_tokens_are_filled_up_by_a_sixteenth_at_most_to_one_of_few_numbers(tokens):
+    full = products._round(tokens)
+    assert tokens <= full <= tokens + max(tokens // 16, 7) and products._round(full) == full
+
+
+def test_a_thousand_lengths_are_a_hundred_kernels(asked):
+    weight = torch.randn(8, 8)
+    for tokens in range(1, 1001):
+        times(torch.randn(tokens, 8), weight)
+    assert len(asked) == 1000 and len(set(asked)) < 100
+
+
+@pytest.mark.parametrize(
+    "x, weight",
+    [
+        (torch.randn(9, 24).bfloat16(), torch.randn(40, 24).bfloat16()),
+        (torch.randn(9, 24).double(), torch.randn(40, 24).double()),
+        (torch.randn(9, 24), torch.randn(40, 48)[:, ::2]),
+    ],
+    ids=["bf16", "fp64", "weights with gaps"],
+)
+def test_what_does_not_fit_goes_pytorchs_own_way(asked, x, weight):
+    assert torch.equal(times(x, weight), x @ weight.t()) and not asked
+
+
+def test_small_products_go_pytorchs_own_way(asked, monkeypatch):
+    monkeypatch.setattr(products, "_LEAST", 9 * 24 * 40 + 1)
+    x, weight = torch.randn(9, 24), torch.randn(40, 24)
+    assert torch.equal(times(x, weight), x @ weight.t()) and not asked
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(5, 24), (2, 3, 24), (2, 3, 4, 24), (24,)])
+def test_a_layer_and_its_gradients_are_pytorchs(asked, shape, bias, frozen):
+    torch.manual_seed(0)
+    theirs = nn.Linear(24, 40, bias=bias).requires_grad_(not frozen)
+    ours, x, upstream = deepcopy(theirs), torch.randn(shape), torch.randn(*shape[:-1], 40)
+
+    def results(layer):
+        own = x.clone().requires_grad_()
+        made = layer(own)
+        made.backward(upstream)
+        return [made.detach(), own.grad, *(parameter.grad for parameter in layer.parameters() if not frozen)]
+
+    wanted = results(theirs)
+    with fused_linears(ours) as fused:
+        assert fused == 1
+        found = results(ours)
+    for one, other in zip(found, wanted, strict=True):
+        assert one.shape == other.shape and (one - other).norm() <= 1e-6 * other.norm()
+    assert len(asked) == 2 and "forward" not in vars(ours)
+
+
+def test_a_layer_that_nothing_trains_in_leaves_no_graph(asked):
+    layer = nn.Linear(24, 40).requires_grad_(False)
+    assert fuse_linears(layer) == 1 and fuse_linears(layer) == 0
+    assert not layer(torch.randn(3, 24)).requires_grad and len(asked) == 1
+    other = deepcopy(layer)
+    other.weight.data.zero_()
+    assert torch.equal(other(torch.randn(3, 24)), other.bias.expand(3, -1))
+
+
+def test_under_autocast_a_layer_computes_in_its_type(asked):
+    layer, x = nn.Linear(24, 40), torch.randn(3, 24)
+    with fused_linears(layer), torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16 and not asked
+
+
+def test_no_layer_is_touched_where_pytorchs_own_products_are_the_fastest(monkeypatch):
+    monkeypatch.setattr("mmtune.models.linear.has_wide_products", lambda: False)
+    layer = nn.Linear(24, 40)
+    with fused_linears(layer) as fused:
+        assert fused == 0 and fuse_linears(layer) == 0 and "forward" not in vars(layer)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"], None])
+def test_a_model_trains_by_the_same_gradients(asked, targets):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4)
+    )
+    if targets:
+        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights=False))
+        fuse_lora(model)
+    ids, found = torch.randint(0, 50, (2, 13)), []
+    for context in (nullcontext(), fused_parts(model)):
+        before = len(asked)
+        with context:
+            model.zero_grad()
+            model(input_ids=ids, labels=ids).loss.backward()
+        found.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    assert len(asked) > before + 14 and len(found[0]) == len(found[1])
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+@pytest.mark.parametrize(
+    "told, capability, wide",
+    [
+        ("vendor_id : AuthenticAMD\n", "AVX512", True),
+        ("vendor_id : AuthenticAMD\n", "AVX2", False),
+        ("vendor_id : GenuineIntel\n", "AVX512", False),
+        (None, "AVX512", False),
+    ],
+)
+def test_onednn_is_taken_on_processors_of_amd_that_have_avx512(monkeypatch, tmp_path, told, capability, wide):
+    file = tmp_path / "cpuinfo"
+    if told is not None:
+        file.write_text(told)
+    monkeypatch.setattr(products, "_CPUINFO", file)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert products.has_wide_products.__wrapped__() is wide
+
+
+def test_another_pytorch_without_that_product_is_no_error(monkeypatch):
+    def gone():
+        raise AttributeError("_linear_pointwise")
+
+    monkeypatch.setattr(products, "_linear", gone)
+    assert products.has_onednn.__wrapped__() is False
