@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from mmtune.models.forwards import running_as
-from mmtune.models.products import has_wide_products, is_worth, times
+from mmtune.models.products import has_wide_products, is_worth, times, times_transposed
 from mmtune.models.spread import is_sharded
 
 
@@ -31,7 +31,7 @@ class _Linear(torch.autograd.Function):
         x_NI, weight_OI = ctx.saved_tensors
         grad_NO, (for_x, for_weight, for_bias) = grad.reshape(-1, grad.shape[-1]), ctx.needs_input_grad
         x_grad = times(grad_NO, weight_OI.t()).view(*grad.shape[:-1], -1) if for_x else None
-        return x_grad, torch.mm(grad_NO.t(), x_NI) if for_weight else None, grad_NO.sum(0) if for_bias else None
+        return x_grad, times_transposed(grad_NO, x_NI) if for_weight else None, grad_NO.sum(0) if for_bias else None
 
 
 @contextmanager

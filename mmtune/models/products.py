@@ -1,7 +1,7 @@
 """Products of tokens with a layer's weights in fp32, by the library that multiplies them fastest on this processor.
 
 PyTorch multiplies fp32 matrices by MKL, which keeps to AVX2 on processors of AMD; oneDNN, which PyTorch brings too,
-uses their AVX-512 and takes half the time. Both round as fp32 does.
+uses the AVX-512 of Zen 5 and takes half the time. Both round as fp32 does.
 
 oneDNN makes a kernel for every shape, in half a millisecond and half a megabyte, so tokens come to it in some round
 numbers alone: those of a product are filled up with zeros.
@@ -11,6 +11,7 @@ Shapes: N tokens, I inputs, O outputs.
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 _CPUINFO = Path("/proc/cpuinfo")
+_FAMILY, _ZEN_5 = re.compile(r"^cpu family\s*:\s*(\d+)$", re.MULTILINE), 26
 # Of multiplications; what is smaller is not worth a kernel.
 _LEAST = 1 << 23
 
@@ -25,10 +27,21 @@ _LEAST = 1 << 23
 def times(x_NI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
     """Returns ``(N, O)``, ``x W^T + b``; nothing is kept for gradients."""
     if is_worth(x_NI, weight_OI):
-        return _by_onednn(x_NI, weight_OI, bias_O)
+        return _product(_filled(x_NI), weight_OI, bias_O)[: len(x_NI)]
     if bias_O is None:
         return torch.mm(x_NI, weight_OI.t())
     return torch.addmm(bias_O, x_NI, weight_OI.t())
+
+
+def times_transposed(grad_NO: torch.Tensor, x_NI: torch.Tensor) -> torch.Tensor:
+    """Returns ``(O, I)``, ``g^T x``, the gradient of a layer's weight."""
+    if not is_worth(x_NI, grad_NO.t()):
+        return torch.mm(grad_NO.t(), x_NI)
+    # Zeros add nothing to the sum over tokens; the wider one stands as weights, which oneDNN reads as they are.
+    filled_NO, filled_NI = (_filled(own).contiguous() for own in (grad_NO, x_NI))
+    if grad_NO.shape[1] >= x_NI.shape[1]:
+        return _product(filled_NI.t(), filled_NO.t()).t()
+    return _product(filled_NO.t(), filled_NI.t())
 
 
 def is_worth(x: torch.Tensor, weight_OI: torch.Tensor) -> bool:
@@ -43,17 +56,22 @@ def is_worth(x: torch.Tensor, weight_OI: torch.Tensor) -> bool:
     )
 
 
-def _by_onednn(x_NI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
-    tokens, inputs = x_NI.shape
-    full = _round(tokens)
-    if full > tokens:
-        filled_NI = x_NI.new_empty(full, inputs)
-        filled_NI[:tokens].copy_(x_NI)
-        filled_NI[tokens:].zero_()
-        x_NI = filled_NI
+def _product(x_NI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
     with torch.no_grad():
         made_NO: torch.Tensor = _linear()(x_NI, weight_OI, bias_O, "none", [], "")
-    return made_NO[:tokens]
+    return made_NO
+
+
+def _filled(x_NI: torch.Tensor) -> torch.Tensor:
+    """Returns rows filled up with zeros to a number that has a kernel."""
+    tokens, inputs = x_NI.shape
+    full = _round(tokens)
+    if full == tokens:
+        return x_NI
+    filled_NI = x_NI.new_empty(full, inputs)
+    filled_NI[:tokens].copy_(x_NI)
+    filled_NI[tokens:].zero_()
+    return filled_NI
 
 
 def _round(tokens: int) -> int:
@@ -64,12 +82,17 @@ def _round(tokens: int) -> int:
 
 @cache
 def has_wide_products() -> bool:
-    """Says whether oneDNN multiplies fp32 matrices faster than MKL on this processor."""
+    """Says whether oneDNN multiplies fp32 matrices faster than MKL on this processor: AMD's from Zen 5 on.
+
+    Those before compute AVX-512 by halves.
+    """
     try:
-        amd = "AuthenticAMD" in _CPUINFO.read_text("utf-8", "replace")
+        told = _CPUINFO.read_text("utf-8", "replace")
     except OSError:
         return False
-    return amd and torch.backends.cpu.get_cpu_capability() == "AVX512" and has_onednn()
+    family = _FAMILY.search(told)
+    wide = "AuthenticAMD" in told and family is not None and int(family[1]) >= _ZEN_5
+    return wide and torch.backends.cpu.get_cpu_capability() == "AVX512" and has_onednn()
 
 
 @cache

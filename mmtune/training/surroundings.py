@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mmtune.models.attention import text_attention
+from mmtune.models.products import has_wide_products
 
 
 def surroundings(model: Any, accelerator: Any, versions: Mapping[str, str], **more: Any) -> dict[str, Any]:
@@ -28,6 +29,7 @@ def surroundings(model: Any, accelerator: Any, versions: Mapping[str, str], **mo
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "attention": text_attention(model),
+        "products": "oneDNN" if device.type == "cpu" and has_wide_products() else "PyTorch",
         "versions": dict(versions),
         **more,
     }
