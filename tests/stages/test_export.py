@@ -157,7 +157,7 @@ def test_what_cannot_be_exported_is_told(fresh, tmp_path):
 
 
 def test_another_base_is_refused(tuned, monkeypatch):
-    monkeypatch.setattr("mmtune.stages.export.weights_digest", lambda *_, **__: "of other weights")
+    monkeypatch.setattr("mmtune.models.tuned_from.weights_digest", lambda *_, **__: "of other weights")
     with pytest.raises(IntegrityError, match="another one than adapter/ was tuned from"):
         export(tuned, console=QUIET)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtune.errors import IntegrityError, RecipeError, ResourceError
-from mmtune.models.digest import weights_digest
+from mmtune.models.tuned_from import Base, base_of
 from mmtune.recipe import Recipe
 from mmtune.recipe.export import Export
 from mmtune.storage import Manifest, Staging, foresee, is_finished, open_stage, read_manifest, verify_files
@@ -50,22 +50,14 @@ def export(
     settings, folder = recipe.export or Export(), recipe.run_dir / "adapter"
     adapter = read_manifest(folder, made_by="finetune")
     tokens = read_manifest(recipe.run_dir / "tokens", made_by="tokenize")
-    path, revision = _base_of(recipe, adapter)
-    _check_tokens(tokens, adapter, console)
+    base = base_of(adapter.config, recipe.named_model, offline=offline)
+    _check_tokens(tokens, adapter, base, console)
     config = {
         "export": settings.model_dump(mode="json"),
-        "model": path,
-        "revision": revision,
-        "weights": weights_digest(path, revision=revision, offline=offline),
+        "model": base.path,
+        "revision": base.revision,
+        "weights": base.weights,
     }
-    if config["weights"] != adapter.config.get("weights"):
-        made_from = str(adapter.facts["model"])
-        raise IntegrityError(
-            f"the model {path} is another one than adapter/ was tuned from"
-            + ("" if path == made_from else f", which was {made_from}"),
-            "bring that one back" + ("" if path == made_from else " or name it") + ", or run: mmtune finetune --force",
-            "other_model",
-        )
     parents = {"adapter": adapter.hash, "tokens": tokens.hash}
     target = recipe.run_dir / "exported"
     if dry_run:
@@ -79,20 +71,20 @@ def export(
         verify_files(target, found)
         return {"stage": "export", "cached": True, "target": str(target), **found.facts}
     with staging, _in_memory():
-        facts = _write(recipe, settings, adapter, tokens, staging, offline, console)
+        facts = _write(recipe, settings, base, adapter, tokens, staging, offline, console)
         staging.publish(facts=facts)
     _say(facts, target, console)
     return {"stage": "export", "cached": False, "target": str(target), **facts}
 
 
-def _check_tokens(tokens: Manifest, adapter: Manifest, console: Talk) -> None:
+def _check_tokens(tokens: Manifest, adapter: Manifest, base: Base, console: Talk) -> None:
     """Says where tokens/ is seen to hold other rows than adapter/ learned from.
 
     Raises:
         IntegrityError: It was made for another model.
     """
-    made_for, tuned_from = (str(made.facts.get("model") or "") for made in (tokens, adapter))
-    if made_for != tuned_from:
+    made_for, tuned_from = str(tokens.facts.get("model") or ""), str(adapter.config["model"])
+    if made_for not in (tuned_from, base.path):
         raise IntegrityError(
             f"tokens/ was made for the model {made_for}, adapter/ was tuned from {tuned_from}",
             "run: mmtune tokenize",
@@ -127,6 +119,7 @@ def _in_memory() -> Iterator[None]:
 def _write(
     recipe: Recipe,
     settings: Export,
+    base: Base,
     adapter: Manifest,
     tokens: Manifest,
     staging: Staging,
@@ -148,8 +141,8 @@ def _write(
     processor = load_processor(str(folder), offline=offline)
     split, root = next(iter(tokens.rows)), Path(tokens.facts["media_root"])
     rows, batches = batches_of(recipe.run_dir / "tokens", split, settings.rows, processor, root)
-    model, tuned_N, base_N = _tuned(recipe, adapter, batches, offline)
-    dtype = settings.dtype if settings.dtype != "auto" else _own_dtype(*_base_of(recipe, adapter), offline)
+    model, tuned_N, base_N = _tuned(recipe, base, adapter, batches, offline)
+    dtype = settings.dtype if settings.dtype != "auto" else _own_dtype(base.path, base.revision, offline)
     model = kept_in(merged(model), getattr(torch, _DTYPES[dtype]))
     # All that tells a server where an answer ends.
     model.generation_config.eos_token_id = adapter.facts["eos_token_ids"]
@@ -161,22 +154,22 @@ def _write(
     # In fp32 again: what differs is what the written weights lost, not how a processor computes with fewer bits.
     exported = load_to_answer(str(staging.path), None, precision="fp32", attn=_kernel(recipe), offline=True)
     proof = prove(rows, tuned_N, base_N, losses_of(exported, batches), dtype)
-    about = {"model": _base_of(recipe, adapter)[0], "method": adapter.facts["method"], "parameters": parameters}
+    about = {"model": base.path, "method": adapter.facts["method"], "parameters": parameters}
     return {**about, "dtype": dtype, **asdict(proof)}
 
 
-def _tuned(recipe: Recipe, adapter: Manifest, batches: list[Any], offline: bool) -> tuple[Any, Any, Any]:
+def _tuned(recipe: Recipe, base: Base, adapter: Manifest, batches: list[Any], offline: bool) -> tuple[Any, Any, Any]:
     """Returns the tuned model, what it loses by every answer token, and what its base does: None if that was random."""
     from mmtune.models.load import load_to_answer
     from mmtune.stages.export.proof import losses_of, losses_without_adapters
 
-    path, revision = _base_of(recipe, adapter)
-    given: dict[str, Any] = {"precision": "fp32", "revision": revision, "attn": _kernel(recipe), "offline": offline}
+    given: dict[str, Any] = {"precision": "fp32", "revision": base.revision, "attn": _kernel(recipe)}
+    given["offline"] = offline
     whole, base_N = adapter.facts["method"] == "full", None
     if whole and not adapter.config["finetune"].get("from_scratch"):
         # One after the other: both at once would take twice the memory.
-        base_N = losses_of(load_to_answer(path, None, **given), batches)
-    model = load_to_answer(path, recipe.run_dir / "adapter", **given)
+        base_N = losses_of(load_to_answer(base.path, None, **given), batches)
+    model = load_to_answer(base.path, recipe.run_dir / "adapter", **given)
     return model, losses_of(model, batches), base_N if whole else losses_without_adapters(model, batches)
 
 
@@ -197,13 +190,6 @@ def _kernel(recipe: Recipe) -> str:
     """Returns the attention kernel that the recipe asks for, less FlashAttention, which does not compute in fp32."""
     asked = recipe.model.attn if recipe.model else "auto"
     return "auto" if asked.startswith("flash") else asked
-
-
-def _base_of(recipe: Recipe, adapter: Manifest) -> tuple[str, str | None]:
-    """Returns path and revision of the base model: the recipe's, since it may have moved; else the adapter's own."""
-    if recipe.model is not None:
-        return recipe.model.path, recipe.model.revision
-    return str(adapter.facts["model"]), adapter.config.get("revision")
 
 
 def _own_dtype(path: str, revision: str | None, offline: bool) -> str:
