@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 
 import pyarrow as pa
@@ -21,11 +22,13 @@ from mmtune.recipe import Model, Recipe
 from mmtune.recipe.export import Export
 from mmtune.records import SOFT_ID
 from mmtune.stages.export import _own_dtype, export
-from mmtune.stages.export.proof import Proof, batches_of, prove
+from mmtune.stages.export.proof import Proof, losses_of, prove, rows_of
 from mmtune.stages.finetune import finetune
 from mmtune.stages.show import describe, render
 from mmtune.storage import open_split, read_manifest
+from mmtune.storage.manifest import write_manifest
 from mmtune.talk import Talk
+from mmtune.training.data import RowBatches
 
 QUIET = Talk(quiet=True)
 METHODS = {
@@ -42,9 +45,10 @@ pytestmark = pytest.mark.usefixtures("own_precision")
 def batch_of(recipe):
     tokens = recipe.run_dir / "tokens"
     root = read_manifest(tokens).facts["media_root"]
-    rows, batches = batches_of(tokens, "train", 5, load_processor(str(recipe.run_dir / "adapter")), root)
-    assert rows == 5
-    return {name: value for name, value in batches[0].items() if name != "labels"}
+    rows = rows_of(tokens, "train", 5, load_processor(str(recipe.run_dir / "adapter")), root)
+    (batch,) = rows
+    assert rows.count == len(batch["labels"]) == 5
+    return {name: value for name, value in batch.items() if name != "labels"}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -193,6 +197,25 @@ def test_soft_tokens_that_the_adapter_does_not_know_are_told(tuned, monkeypatch)
     assert "mmtune finetune --force" in error.value.hint
 
 
+def test_rows_are_read_one_batch_after_the_other(tuned, monkeypatch):
+    tokens, alive = tuned.run_dir / "tokens", []
+    root = read_manifest(tokens).facts["media_root"]
+    rows = rows_of(tokens, "train", 10, load_processor(str(tuned.run_dir / "adapter")), root)
+    model = load_tuned(str(tuned.model.path), tuned.run_dir / "adapter")
+    whole, made = losses_of(model, rows), RowBatches.batch
+
+    def batch(self, numbers, step=None):
+        assert sum(kept() is not None for kept in alive) <= 1, "the one before is the last that is still held"
+        found = made(self, numbers, step)
+        alive.append(weakref.ref(found["input_ids"]))
+        return found
+
+    monkeypatch.setattr(RowBatches, "batch", batch)
+    monkeypatch.setattr("mmtune.stages.export.proof._BATCH_ROWS", 2)
+    torch.testing.assert_close(losses_of(model, rows), whole)
+    assert len(alive) == 5
+
+
 def test_flash_attention_is_left_out_where_models_are_compared_in_fp32(tuned):
     model = Model(path=tuned.model.path, attn="flash_attention_2")
     assert export(tuned.model_copy(update={"model": model}), console=QUIET)["difference"] < 1e-5
@@ -242,6 +265,9 @@ def test_the_recipe_says_where_the_base_is_by_now(tuned, tmp_path):
     shutil.copytree(tuned.model.path, tmp_path / "moved")
     elsewhere = tuned.model.model_copy(update={"path": str(tmp_path / "moved")})
     assert export(tuned.model_copy(update={"model": elsewhere}), console=QUIET)["model"] == elsewhere.path
+    made = read_manifest(tuned.run_dir / "tokens")
+    write_manifest(tuned.run_dir / "tokens", replace(made, facts={**made.facts, "model": elsewhere.path}))
+    assert export(tuned.model_copy(update={"model": elsewhere}), dry_run=True, console=QUIET)["dry_run"]
     weights = tmp_path / "moved" / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmtune.errors import IntegrityError, RecipeError, ResourceError
 from mmtune.models.tuned_from import Base, base_of
@@ -14,6 +14,9 @@ from mmtune.recipe import Recipe
 from mmtune.recipe.export import Export
 from mmtune.storage import Manifest, Staging, foresee, is_finished, open_stage, read_manifest, verify_files
 from mmtune.talk import Talk
+
+if TYPE_CHECKING:
+    from mmtune.stages.export.proof import ProofRows
 
 __all__ = ["check_export", "export"]
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -133,15 +136,15 @@ def _write(
     from mmtune.models.load import load_to_answer
     from mmtune.models.merged import kept_in, merged
     from mmtune.models.save import save_model
-    from mmtune.stages.export.proof import batches_of, losses_of, prove
+    from mmtune.stages.export.proof import losses_of, prove, rows_of
 
     folder = recipe.run_dir / "adapter"
     _check_method(folder, adapter)
     # As it was tuned with: limits of pictures and the chat template among it.
     processor = load_processor(str(folder), offline=offline)
     split, root = next(iter(tokens.rows)), Path(tokens.facts["media_root"])
-    rows, batches = batches_of(recipe.run_dir / "tokens", split, settings.rows, processor, root)
-    model, tuned_N, base_N = _tuned(recipe, base, adapter, batches, offline)
+    rows = rows_of(recipe.run_dir / "tokens", split, settings.rows, processor, root)
+    model, tuned_N, base_N = _tuned(recipe, base, adapter, rows, offline)
     dtype = settings.dtype if settings.dtype != "auto" else _own_dtype(base.path, base.revision, offline)
     model = kept_in(merged(model), getattr(torch, _DTYPES[dtype]))
     # All that tells a server where an answer ends.
@@ -153,12 +156,12 @@ def _write(
     del model
     # In fp32 again: what differs is what the written weights lost, not how a processor computes with fewer bits.
     exported = load_to_answer(str(staging.path), None, precision="fp32", attn=_kernel(recipe), offline=True)
-    proof = prove(rows, tuned_N, base_N, losses_of(exported, batches), dtype)
+    proof = prove(rows.count, tuned_N, base_N, losses_of(exported, rows), dtype)
     about = {"model": base.path, "method": adapter.facts["method"], "parameters": parameters}
     return {**about, "dtype": dtype, **asdict(proof)}
 
 
-def _tuned(recipe: Recipe, base: Base, adapter: Manifest, batches: list[Any], offline: bool) -> tuple[Any, Any, Any]:
+def _tuned(recipe: Recipe, base: Base, adapter: Manifest, rows: ProofRows, offline: bool) -> tuple[Any, Any, Any]:
     """Returns the tuned model, what it loses by every answer token, and what its base does: None if that was random."""
     from mmtune.models.load import load_to_answer
     from mmtune.stages.export.proof import losses_of, losses_without_adapters
@@ -168,9 +171,9 @@ def _tuned(recipe: Recipe, base: Base, adapter: Manifest, batches: list[Any], of
     whole, base_N = adapter.facts["method"] == "full", None
     if whole and not adapter.config["finetune"].get("from_scratch"):
         # One after the other: both at once would take twice the memory.
-        base_N = losses_of(load_to_answer(base.path, None, **given), batches)
+        base_N = losses_of(load_to_answer(base.path, None, **given), rows)
     model = load_to_answer(base.path, recipe.run_dir / "adapter", **given)
-    return model, losses_of(model, batches), base_N if whole else losses_without_adapters(model, batches)
+    return model, losses_of(model, rows), base_N if whole else losses_without_adapters(model, rows)
 
 
 def _note(kind: str, adapter: Manifest, console: Talk) -> None:
