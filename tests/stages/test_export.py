@@ -312,3 +312,40 @@ def test_a_dry_run_writes_nothing(tuned):
     console = Talk(quiet=True)
     assert export(tuned, dry_run=True, console=console)["dry_run"]
     assert console.lines[-1].startswith("export: would write") and not (tuned.run_dir / "exported").exists()
+
+
+def test_a_medium_that_is_gone_or_damaged_is_told_with_what_helps_there(tuned):
+    made = read_manifest(tuned.run_dir / "tokens")
+    shutil.copytree(made.facts["media_root"], root := tuned.run_dir / "media")
+    write_manifest(tuned.run_dir / "tokens", replace(made, facts={**made.facts, "media_root": str(root)}))
+    rows = rows_of(tuned.run_dir / "tokens", "train", 12, load_processor(str(tuned.run_dir / "adapter")), root)
+    shown = [row.media[0].medium.path for row in rows.batches.encoded(range(12))]
+    before = shown.index(shown[8])
+    assert before > 0, "the first rows show other pictures"
+    (root / shown[8]).unlink()
+    for dry_run in (True, False):
+        with pytest.raises(DataError, match="export reads it to compare both models") as error:
+            export(tuned, dry_run=dry_run, console=QUIET)
+        assert error.value.code == "media_missing" and f"put it back below {root}" in error.value.hint
+        assert f"--set export.rows={before};" in error.value.hint
+    fewer = tuned.model_copy(update={"export": Export(rows=before)})
+    assert not export(fewer, console=QUIET)["cached"]
+    (root / shown[0]).write_bytes(b"no picture")
+    with pytest.raises(DataError, match="is not an image; export reads it") as error:
+        export(fewer, force=True, console=QUIET)
+    assert "export.rows" not in error.value.hint and "mmtune build-data, then mmtune tokenize" in error.value.hint
+    (root / shown[0]).unlink()
+    assert export(fewer, dry_run=True, console=QUIET)["dry_run"], "what is up to date asks for no media"
+
+
+@pytest.mark.parametrize("file", ["adapter/adapter_model.safetensors", "tokens/train/data-00000-of-00001.arrow"])
+def test_a_dry_run_reads_the_bytes_that_export_is_made_of(tuned, file):
+    path = tuned.run_dir / file
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(IntegrityError, match=f"{path} does not have the recorded bytes"):
+        export(tuned, dry_run=True, console=QUIET)
+    path.unlink()
+    with pytest.raises(IntegrityError, match=f"{path} is missing"):
+        export(tuned, dry_run=True, console=QUIET)

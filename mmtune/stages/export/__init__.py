@@ -12,7 +12,16 @@ from mmtune.errors import IntegrityError, RecipeError, ResourceError
 from mmtune.models.tuned_from import Base, base_of
 from mmtune.recipe import Recipe
 from mmtune.recipe.export import Export
-from mmtune.storage import Manifest, Staging, foresee, is_finished, open_stage, read_manifest, verify_files
+from mmtune.storage import (
+    Manifest,
+    Staging,
+    foresee,
+    is_finished,
+    open_stage,
+    read_manifest,
+    verify_files,
+    verify_parents,
+)
 from mmtune.talk import Talk
 
 if TYPE_CHECKING:
@@ -44,7 +53,7 @@ def export(
     Returns the result document.
 
     Raises:
-        DataError: adapter/ or tokens/ is missing, or a medium of theirs cannot be read.
+        DataError: adapter/ or tokens/ is missing, or a medium of the rows that are compared cannot be read.
         RecipeError: What was tuned are virtual tokens.
         ResourceError: The GPU's memory does not hold the model.
         IntegrityError: The base or tokens/ are another one's by now, or the exported model answers otherwise than the
@@ -65,7 +74,12 @@ def export(
     target = recipe.run_dir / "exported"
     if dry_run:
         _check_method(folder, adapter)
-        console.say(foresee(target, stage="export", config=config, parents=parents, force=force))
+
+        def check() -> None:
+            verify_parents(target, parents)
+            _rows(recipe, settings, tokens, offline)
+
+        console.say(foresee(target, stage="export", config=config, parents=parents, force=force, check=check))
         return {"stage": "export", "dry_run": True, "target": str(target), "config": config}
     staging = open_stage(target, stage="export", config=config, parents=parents, force=force, say=console.say)
     if staging is None:
@@ -132,18 +146,14 @@ def _write(
     """Fills the folder and returns what the manifest says of it."""
     import torch
 
-    from mmtune.encoding.processor import load_processor
     from mmtune.models.load import load_to_answer
     from mmtune.models.merged import kept_in, merged
     from mmtune.models.save import save_model
-    from mmtune.stages.export.proof import losses_of, prove, rows_of
+    from mmtune.stages.export.proof import losses_of, prove
 
     folder = recipe.run_dir / "adapter"
     _check_method(folder, adapter)
-    # As it was tuned with: limits of pictures and the chat template among it.
-    processor = load_processor(str(folder), offline=offline)
-    split, root = next(iter(tokens.rows)), Path(tokens.facts["media_root"])
-    rows = rows_of(recipe.run_dir / "tokens", split, settings.rows, processor, root)
+    processor, rows = _rows(recipe, settings, tokens, offline)
     model, tuned_N, base_N = _tuned(recipe, base, adapter, rows, offline)
     dtype = settings.dtype if settings.dtype != "auto" else _own_dtype(base.path, base.revision, offline)
     model = kept_in(merged(model), getattr(torch, _DTYPES[dtype]))
@@ -159,6 +169,19 @@ def _write(
     proof = prove(rows.count, tuned_N, base_N, losses_of(exported, rows), dtype)
     about = {"model": base.path, "method": adapter.facts["method"], "parameters": parameters}
     return {**about, "dtype": dtype, **asdict(proof)}
+
+
+def _rows(recipe: Recipe, settings: Export, tokens: Manifest, offline: bool) -> tuple[Any, ProofRows]:
+    """Returns the tuned model's processor and the rows that it is compared on, whose media are there."""
+    from mmtune.encoding.processor import load_processor
+    from mmtune.stages.export.proof import rows_of
+
+    # As it was tuned with: limits of pictures and the chat template among it.
+    processor = load_processor(str(recipe.run_dir / "adapter"), offline=offline)
+    split, root = next(iter(tokens.rows)), Path(tokens.facts["media_root"])
+    rows = rows_of(recipe.run_dir / "tokens", split, settings.rows, processor, root)
+    rows.check_media()
+    return processor, rows
 
 
 def _tuned(recipe: Recipe, base: Base, adapter: Manifest, rows: ProofRows, offline: bool) -> tuple[Any, Any, Any]:

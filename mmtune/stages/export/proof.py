@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, N answer tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import numpy as np
 import torch
 
 from mmtune.encoding.collate import Collator
-from mmtune.errors import IntegrityError
+from mmtune.errors import DataError, IntegrityError
+from mmtune.media.paths import MediaRefused, open_medium
 from mmtune.storage import open_split
 from mmtune.training.batching import Split
 from mmtune.training.data import RowBatches, row_sizes, soft_token_count
@@ -60,14 +62,48 @@ class ProofRows:
     Attributes:
         batches: Row numbers to batches.
         count: How many rows are read, the first ones.
+        media_root: Folder that media paths are relative to.
     """
 
     batches: RowBatches
     count: int
+    media_root: Path
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        for numbers in self._numbers():
+            with self._reading(int(numbers[0])):
+                batch = self.batches.batch(numbers)
+            yield batch
+
+    def check_media(self) -> None:
+        """Opens every medium and decodes none.
+
+        Raises:
+            DataError: One is gone, or no file below the media root.
+        """
+        for numbers in self._numbers():
+            for number, row in zip(numbers, self.batches.encoded(numbers), strict=True):
+                for span in row.media:
+                    with self._reading(int(number)):
+                        open_medium(self.media_root, span.medium)[0].close()
+
+    def _numbers(self) -> Iterator[np.ndarray]:
         for first in range(0, self.count, _BATCH_ROWS):
-            yield self.batches.batch(np.arange(first, min(first + _BATCH_ROWS, self.count)))
+            yield np.arange(first, min(first + _BATCH_ROWS, self.count))
+
+    @contextmanager
+    def _reading(self, first: int) -> Iterator[None]:
+        """Says what helps export where a medium of the rows from ``first`` on is refused."""
+        try:
+            yield
+        except MediaRefused as error:
+            fewer = f", or compare on the {first} rows before it alone: --set export.rows={first}" if first else ""
+            raise DataError(
+                f"{error.message}; export reads it to compare both models",
+                f"put it back below {self.media_root} as it was{fewer}; or compare on other rows: mmtune build-data,"
+                " then mmtune tokenize",
+                error.code,
+            ) from error
 
 
 def rows_of(folder: Path, split: str, rows: int, processor: Any, media_root: Path) -> ProofRows:
@@ -92,7 +128,7 @@ def rows_of(folder: Path, split: str, rows: int, processor: Any, media_root: Pat
             "tokens/ has soft tokens, which adapter/ was not tuned on", "run: mmtune finetune --force", "other_tokens"
         )
     _, at = row_sizes(found.table)
-    return ProofRows(RowBatches(found.trees, at, found.collate), min(rows, len(at)))
+    return ProofRows(RowBatches(found.trees, at, found.collate), min(rows, len(at)), media_root)
 
 
 @torch.no_grad()
