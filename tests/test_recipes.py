@@ -222,7 +222,8 @@ def test_the_quickstart_runs_on_the_omni_base(tmp_path: Path, monkeypatch: pytes
     assert recipe.model is not None and recipe.model.path == str(ROOT / "data" / "omni")
     console = Talk(quiet=True)
     results = run_stages(recipe, stages_of(recipe, 24, True), force=False, dry_run=False, console=console)
-    assert list(results) == ["build-data", "tokenize", "finetune", "eval"] and results["eval"]["rows"] == 8
+    assert list(results) == ["build-data", "tokenize", "finetune", "eval", "export"] and results["eval"]["rows"] == 8
+    assert results["export"]["rows"] == 48 and results["export"]["difference"] < 1e-4
     models = results["eval"]["metrics"]["vqa_accuracy"]["models"]
     # It knows the old tasks; the comparison is new to it.
     assert set(models) == {"base", "tuned"} and models["base"]["value"] > 20

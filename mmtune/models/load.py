@@ -254,6 +254,8 @@ def load_tuned(base: str, folder: Path, **settings: Any) -> Any:
         tuned = PeftModel.from_pretrained(model, str(folder))
     except (RuntimeError, ValueError, KeyError) as error:
         raise IntegrityError(f"{folder} does not fit {base}: {str(error).splitlines()[0]}", "tune it again") from error
+    # PEFT looks into the base's config where it lists its weights, and the base may have moved.
+    tuned.peft_config["default"].base_model_name_or_path = base
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         stored = set(file.keys())
     unexpected = sorted(stored - set(get_peft_model_state_dict(tuned)))

@@ -78,6 +78,11 @@ class Recipe(Section):
         return {**values, "model": model}
 
     @property
+    def named_model(self) -> tuple[str, str | None] | None:
+        """Path and revision of the model that the recipe names."""
+        return (self.model.path, self.model.revision) if self.model else None
+
+    @property
     def processor_path(self) -> str:
         """Where the processor is: with the model, or with its untrained parts, which are there before it."""
         if self.pretrain is not None:

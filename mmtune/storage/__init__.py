@@ -12,7 +12,7 @@ from mmtune.storage.manifest import (
 )
 from mmtune.storage.rejects import RejectLog
 from mmtune.storage.splits import SplitWriter, finish_split, open_split
-from mmtune.storage.stages import Staging, foresee, open_stage
+from mmtune.storage.stages import Staging, foresee, open_stage, verify_parents
 
 __all__ = [
     "Manifest",
@@ -30,4 +30,5 @@ __all__ = [
     "read_manifest",
     "stage_hash",
     "verify_files",
+    "verify_parents",
 ]

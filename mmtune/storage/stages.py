@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -107,6 +107,10 @@ def _say_nothing(line: str) -> None:
     pass
 
 
+def _check_nothing() -> None:
+    pass
+
+
 def open_stage(
     target: Path,
     *,
@@ -149,16 +153,24 @@ def open_stage(
             say(f"{stage}: {target} is up to date; nothing to do")
             lock.close()
             return None
-        for name in parents or ():
-            parent = target.parent / name
-            if is_finished(parent):
-                verify_files(parent, read_manifest(parent))
+        verify_parents(target, parents or ())
         for reason in reasons:
             say(f"{stage}: again, because of {reason}")
         return Staging(target, identity, lock, reasons, others)
     except BaseException:
         lock.close()
         raise
+
+
+def verify_parents(target: Path, parents: Iterable[str]) -> None:
+    """Reads the files of the folders beside a target that it is made from, and compares them with their manifests.
+
+    Raises:
+        IntegrityError: One is missing, or does not have the recorded bytes.
+    """
+    for parent in (target.parent / name for name in parents):
+        if is_finished(parent):
+            verify_files(parent, read_manifest(parent))
 
 
 def foresee(
@@ -171,8 +183,12 @@ def foresee(
     force: bool = False,
     on_change: str = "rebuild",
     others: Sequence[str] = (),
+    check: Callable[[], None] = _check_nothing,
 ) -> str:
     """Returns what ``open_stage`` would do, in words; takes no lock and writes nothing.
+
+    Arguments are those of ``open_stage``, and ``check``, which is called where there is work to do and raises what
+    would end it.
 
     Raises:
         RecipeError: As ``open_stage``.
@@ -181,6 +197,7 @@ def foresee(
     reasons = _check_target(target, _identity(stage, config, inputs, parents), force, on_change, others)
     if reasons is None:
         return f"{stage}: {target} is up to date; nothing to do"
+    check()
     return f"{stage}: would write {target}{' again, because of ' if reasons else ''}{'; '.join(reasons)}"
 
 

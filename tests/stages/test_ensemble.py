@@ -10,10 +10,11 @@ import pytest
 from pydantic import ValidationError
 
 from mmtune.errors import DataError, IntegrityError, RecipeError
-from mmtune.recipe import Recipe
+from mmtune.recipe import Eval, Recipe
 from mmtune.recipe.paths import resolve_paths
 from mmtune.stages.build_data import build_data
 from mmtune.stages.evaluate import evaluate
+from mmtune.stages.evaluate.ensemble import check_members, members_of
 from mmtune.stages.evaluate.plan import check_rows
 from mmtune.storage import read_manifest
 from mmtune.storage.manifest import write_manifest
@@ -233,9 +234,14 @@ def test_an_adapter_of_another_base_or_none_is_refused(tuned, tmp_path: Path):
     copy = tmp_path / "other" / "adapter"
     shutil.copytree(tuned[1].run_dir / "adapter", copy)
     manifest = read_manifest(copy)
-    write_manifest(copy, replace(manifest, facts={**manifest.facts, "model": "another"}))
+    write_manifest(copy, replace(manifest, config={**manifest.config, "model": "another", "weights": "others"}))
     with pytest.raises(IntegrityError, match="was tuned from another") as error:
         said(joined(tuned[0], tmp_path / "run", [copy]))
     assert error.value.code == "other_model"
+    write_manifest(copy, replace(manifest, config={**manifest.config, "model": "where it was before"}))
+    members = members_of(Eval.model_validate({"answer": "rank", "ensemble": {"adapters": [str(copy)]}}))
+    check_members(members, "where it is", manifest.config["weights"])
+    with pytest.raises(IntegrityError, match="was tuned from where it was before"):
+        check_members(members, "where it is", None)
     with pytest.raises(DataError, match="not there"):
         said(joined(tuned[0], tmp_path / "run", [tmp_path / "gone" / "adapter"]))

@@ -252,6 +252,33 @@ def test_wrong_settings_are_named_before_a_model_is_loaded(run, model_folder, tm
         evaluate(load_recipe(folder / "recipe.yaml", [f"model.path={tmp_path}"]), console=QUIET)
 
 
+def test_a_base_that_moved_is_found_by_the_recipe_and_another_one_refused(run, model_folder, tmp_path, recwarn):
+    folder, *_ = run
+    shutil.copytree(folder / "run" / "instructions", tmp_path / "run" / "instructions")
+    shutil.copytree(model_folder, tmp_path / "old")
+    old, new = (
+        load_recipe(folder / "recipe.yaml", [f"run_dir={tmp_path / 'run'}", f"model.path={tmp_path / name}"])
+        for name in ("old", "new")
+    )
+    for stage in (tokenize, finetune):
+        stage(old, console=QUIET)
+    wanted = evaluate(old, console=QUIET)
+    (tmp_path / "old").rename(tmp_path / "new")
+    found = evaluate(new, console=QUIET)
+    assert not found["cached"] and found["metrics"] == wanted["metrics"]
+    assert not [str(one.message) for one in recwarn if str(tmp_path / "old") in str(one.message)]
+    with pytest.raises(RecipeError, match=f"tuned from the model {tmp_path / 'old'}, which is not there") as gone:
+        evaluate(new.model_copy(update={"model": None}), console=QUIET)
+    assert "name where it is by now" in gone.value.hint
+    weights = tmp_path / "new" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(IntegrityError, match=f"than adapter/ was tuned from, which was {tmp_path}") as other:
+        evaluate(new, console=QUIET)
+    assert other.value.exit_code == 7 and "bring that one back or name it" in other.value.hint
+
+
 def test_a_model_that_gives_no_numbers_is_an_integrity_error(tmp_path: Path, model_folder: Path):
     import torch
     from safetensors.torch import load_file, save_file

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 
 import pyarrow as pa
@@ -21,11 +22,13 @@ from mmtune.recipe import Model, Recipe
 from mmtune.recipe.export import Export
 from mmtune.records import SOFT_ID
 from mmtune.stages.export import _own_dtype, export
-from mmtune.stages.export.proof import Proof, batches_of, prove
+from mmtune.stages.export.proof import Proof, losses_of, prove, rows_of
 from mmtune.stages.finetune import finetune
 from mmtune.stages.show import describe, render
 from mmtune.storage import open_split, read_manifest
+from mmtune.storage.manifest import write_manifest
 from mmtune.talk import Talk
+from mmtune.training.data import RowBatches
 
 QUIET = Talk(quiet=True)
 METHODS = {
@@ -42,9 +45,10 @@ pytestmark = pytest.mark.usefixtures("own_precision")
 def batch_of(recipe):
     tokens = recipe.run_dir / "tokens"
     root = read_manifest(tokens).facts["media_root"]
-    rows, batches = batches_of(tokens, "train", 5, load_processor(str(recipe.run_dir / "adapter")), root)
-    assert rows == 5
-    return {name: value for name, value in batches[0].items() if name != "labels"}
+    rows = rows_of(tokens, "train", 5, load_processor(str(recipe.run_dir / "adapter")), root)
+    (batch,) = rows
+    assert rows.count == len(batch["labels"]) == 5
+    return {name: value for name, value in batch.items() if name != "labels"}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -157,7 +161,7 @@ def test_what_cannot_be_exported_is_told(fresh, tmp_path):
 
 
 def test_another_base_is_refused(tuned, monkeypatch):
-    monkeypatch.setattr("mmtune.stages.export.weights_digest", lambda *_, **__: "of other weights")
+    monkeypatch.setattr("mmtune.models.tuned_from.weights_digest", lambda *_, **__: "of other weights")
     with pytest.raises(IntegrityError, match="another one than adapter/ was tuned from"):
         export(tuned, console=QUIET)
 
@@ -191,6 +195,25 @@ def test_soft_tokens_that_the_adapter_does_not_know_are_told(tuned, monkeypatch)
     with pytest.raises(IntegrityError, match="tokens/ has soft tokens") as error:
         export(tuned, console=QUIET)
     assert "mmtune finetune --force" in error.value.hint
+
+
+def test_rows_are_read_one_batch_after_the_other(tuned, monkeypatch):
+    tokens, alive = tuned.run_dir / "tokens", []
+    root = read_manifest(tokens).facts["media_root"]
+    rows = rows_of(tokens, "train", 10, load_processor(str(tuned.run_dir / "adapter")), root)
+    model = load_tuned(str(tuned.model.path), tuned.run_dir / "adapter")
+    whole, made = losses_of(model, rows), RowBatches.batch
+
+    def batch(self, numbers, step=None):
+        assert sum(kept() is not None for kept in alive) <= 1, "the one before is the last that is still held"
+        found = made(self, numbers, step)
+        alive.append(weakref.ref(found["input_ids"]))
+        return found
+
+    monkeypatch.setattr(RowBatches, "batch", batch)
+    monkeypatch.setattr("mmtune.stages.export.proof._BATCH_ROWS", 2)
+    torch.testing.assert_close(losses_of(model, rows), whole)
+    assert len(alive) == 5
 
 
 def test_flash_attention_is_left_out_where_models_are_compared_in_fp32(tuned):
@@ -242,6 +265,9 @@ def test_the_recipe_says_where_the_base_is_by_now(tuned, tmp_path):
     shutil.copytree(tuned.model.path, tmp_path / "moved")
     elsewhere = tuned.model.model_copy(update={"path": str(tmp_path / "moved")})
     assert export(tuned.model_copy(update={"model": elsewhere}), console=QUIET)["model"] == elsewhere.path
+    made = read_manifest(tuned.run_dir / "tokens")
+    write_manifest(tuned.run_dir / "tokens", replace(made, facts={**made.facts, "model": elsewhere.path}))
+    assert export(tuned.model_copy(update={"model": elsewhere}), dry_run=True, console=QUIET)["dry_run"]
     weights = tmp_path / "moved" / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
@@ -286,3 +312,40 @@ def test_a_dry_run_writes_nothing(tuned):
     console = Talk(quiet=True)
     assert export(tuned, dry_run=True, console=console)["dry_run"]
     assert console.lines[-1].startswith("export: would write") and not (tuned.run_dir / "exported").exists()
+
+
+def test_a_medium_that_is_gone_or_damaged_is_told_with_what_helps_there(tuned):
+    made = read_manifest(tuned.run_dir / "tokens")
+    shutil.copytree(made.facts["media_root"], root := tuned.run_dir / "media")
+    write_manifest(tuned.run_dir / "tokens", replace(made, facts={**made.facts, "media_root": str(root)}))
+    rows = rows_of(tuned.run_dir / "tokens", "train", 12, load_processor(str(tuned.run_dir / "adapter")), root)
+    shown = [row.media[0].medium.path for row in rows.batches.encoded(range(12))]
+    before = shown.index(shown[8])
+    assert before > 0, "the first rows show other pictures"
+    (root / shown[8]).unlink()
+    for dry_run in (True, False):
+        with pytest.raises(DataError, match="export reads it to compare both models") as error:
+            export(tuned, dry_run=dry_run, console=QUIET)
+        assert error.value.code == "media_missing" and f"put it back below {root}" in error.value.hint
+        assert f"--set export.rows={before};" in error.value.hint
+    fewer = tuned.model_copy(update={"export": Export(rows=before)})
+    assert not export(fewer, console=QUIET)["cached"]
+    (root / shown[0]).write_bytes(b"no picture")
+    with pytest.raises(DataError, match="is not an image; export reads it") as error:
+        export(fewer, force=True, console=QUIET)
+    assert "export.rows" not in error.value.hint and "mmtune build-data, then mmtune tokenize" in error.value.hint
+    (root / shown[0]).unlink()
+    assert export(fewer, dry_run=True, console=QUIET)["dry_run"], "what is up to date asks for no media"
+
+
+@pytest.mark.parametrize("file", ["adapter/adapter_model.safetensors", "tokens/train/data-00000-of-00001.arrow"])
+def test_a_dry_run_reads_the_bytes_that_export_is_made_of(tuned, file):
+    path = tuned.run_dir / file
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(IntegrityError, match=f"{path} does not have the recorded bytes"):
+        export(tuned, dry_run=True, console=QUIET)
+    path.unlink()
+    with pytest.raises(IntegrityError, match=f"{path} is missing"):
+        export(tuned, dry_run=True, console=QUIET)

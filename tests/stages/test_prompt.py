@@ -1,6 +1,7 @@
 """prompt from instructions/ to prompt/: rows held apart, calls counted, killed and resumed, put into rows one way."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from mmtune.evaluation.rows import question_of
 from mmtune.files import file_digest
 from mmtune.prompts.schema import row_to_example
 from mmtune.prompts.searched import SearchedPrompt, asked_with, read_prompt
-from mmtune.recipe import Finetune, Prompt, Recipe
+from mmtune.recipe import Finetune, Model, Prompt, Recipe
 from mmtune.records import Example, Message, TextPart
 from mmtune.stages.build_data import build_data
 from mmtune.stages.evaluate import evaluate
@@ -505,6 +506,15 @@ def test_base_and_tuned_answer_with_and_without_the_prompt(recipe):
     assert [name for name, *_ in stages_of(later, None, True)] == [*names[:1], *names[2:4], "prompt", "eval"]
     assert search_prompt(later, console=QUIET)["on"] == "tuned"
     assert set(read_manifest(given.run_dir / "prompt").parents) == {"instructions", "adapter"}
+    # prompt/ and adapter/ know their base where it moved to.
+    shutil.copytree(given.model.path, given.run_dir.parent / "moved")
+    moved = later.model_copy(update={"model": Model(path=str(given.run_dir.parent / "moved"))})
+    for stage in (search_prompt, evaluate):
+        assert stage(moved, dry_run=True, console=QUIET)["dry_run"]
+    (given.run_dir.parent / "moved" / "config.json").write_text("{}")
+    for stage in (search_prompt, evaluate):
+        with pytest.raises(IntegrityError, match="another one than adapter/ was tuned from"):
+            stage(moved, dry_run=True, console=QUIET)
     other = later.model_copy(update={"finetune": Finetune(**{**tuning, "max_steps": 1})})
     finetune(other, force=True, console=QUIET)
     with pytest.raises(IntegrityError, match="searched with another adapter") as error:

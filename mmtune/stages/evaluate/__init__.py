@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from mmtune.errors import GateError
-from mmtune.models.digest import weights_digest
 from mmtune.recipe import Recipe
 from mmtune.stages.evaluate.plan import SCHEMA, Plan, plan_of
 from mmtune.storage import Staging, foresee, open_stage
@@ -39,7 +38,7 @@ def evaluate(
         "eval": plan.settings.model_dump(mode="json", exclude={"fail_under"}),
         "tokenize": recipe.tokenize.model_dump(mode="json", exclude={"workers", "layout"}),
         "model": plan.model,
-        "weights": weights_digest(plan.model, revision=plan.revision, offline=plan.offline),
+        "weights": plan.base.weights,
         "revision": plan.revision,
         "seed": recipe.seed,
         "limit": plan.limit,

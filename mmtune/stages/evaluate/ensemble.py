@@ -40,12 +40,11 @@ class Member:
     made: Manifest
 
 
-def members_of(settings: Eval, model: str) -> tuple[Member, ...]:
+def members_of(settings: Eval) -> tuple[Member, ...]:
     """Returns the further adapters that a recipe names.
 
     Raises:
         DataError: One is not there.
-        IntegrityError: One was tuned from another model, or is no adapter.
     """
     found: list[Member] = []
     for folder in map(Path, settings.ensemble.adapters if settings.ensemble else ()):
@@ -56,16 +55,33 @@ def members_of(settings: Eval, model: str) -> tuple[Member, ...]:
                 "adapter_missing",
             )
         made = read_manifest(folder)
-        if made.facts.get("model") != model:
-            raise IntegrityError(
-                f"eval.ensemble: {folder} was tuned from {made.facts.get('model')}, eval asks {model}",
-                "name adapters of the same base",
-                "other_model",
-            )
         name = folder.parent.name if folder.name == "adapter" else folder.name
         again = sum(one.name.partition(" (")[0] == name for one in found) + (name == TOGETHER)
         found.append(Member(f"{name} ({again + 1})" if again else name, folder, made))
     return tuple(found)
+
+
+def check_members(members: Sequence[Member], model: str, weights: str | None) -> None:
+    """Checks that further adapters are those of the base that is asked.
+
+    Args:
+        members: The adapters.
+        model: Folder or hub id of the base model.
+        weights: Its digest, by which a base that moved is known; None where it is not made yet.
+
+    Raises:
+        IntegrityError: One was tuned from another model, or is no adapter.
+    """
+    own = {"model": model} if weights is None else {"weights": weights}
+    for member in members:
+        if any(member.made.config.get(name) != value for name, value in own.items()):
+            tuned_from = member.made.config.get("model")
+            raise IntegrityError(
+                f"eval.ensemble: {member.folder} was tuned from {tuned_from}, eval asks {model}"
+                + (" with other weights" if tuned_from == model else ""),
+                "name adapters of the same base",
+                "other_model",
+            )
 
 
 def check_wordings(settings: Eval, folder: Path, instructions: Manifest) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmtune.errors import DataError, IntegrityError, RecipeError
+from mmtune.errors import DataError, RecipeError
+from mmtune.models.tuned_from import Base, base_at, base_of
 from mmtune.prompts.wordings import WORDINGS
 from mmtune.recipe import Eval, Recipe
 from mmtune.recipe.evaluation import BY_STATES
-from mmtune.stages.evaluate.ensemble import Member, check_wordings, members_of
+from mmtune.stages.evaluate.ensemble import Member, check_members, check_wordings, members_of
 from mmtune.stages.evaluate.prompted import prompt_of
 from mmtune.stages.evaluate.shots import features_of
 from mmtune.storage import Manifest, is_finished, open_split, read_manifest
@@ -31,16 +32,21 @@ class Plan:
     adapter: Manifest | None
     features: Manifest | None
     prompt: Manifest | None
-    model: str
+    base: Base
     limit: int | None
     offline: bool
     members: tuple[Member, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
+    def model(self) -> str:
+        """Folder or hub id of the base model."""
+        return self.base.path
+
+    @property
     def revision(self) -> str | None:
         """Of the base model; None for the newest."""
-        return self.recipe.model.revision if self.recipe.model else None
+        return self.base.revision
 
 
 def check_scores(settings: Eval) -> None:
@@ -79,7 +85,7 @@ def check_eval(recipe: Recipe, *, offline: bool) -> None:
         RecipeError: As ``check_scores``, no source has rows of the split, or as ``check_one_state`` for a model that
             is there.
         DataError: As ``members_of``.
-        IntegrityError: As ``members_of``.
+        IntegrityError: As ``check_members``.
     """
     if recipe.eval is None:
         return
@@ -92,7 +98,9 @@ def check_eval(recipe: Recipe, *, offline: bool) -> None:
             "split_missing",
         )
     if recipe.model is not None:
-        members_of(recipe.eval, recipe.model.path)
+        path, revision, members = recipe.model.path, recipe.model.revision, members_of(recipe.eval)
+        there = bool(members) and recipe.pretrain is None
+        check_members(members, path, base_at(path, revision, offline=offline).weights if there else None)
         if recipe.pretrain is None and recipe.eval.answer in BY_STATES:
             check_one_state(recipe.eval, recipe.model.path, recipe.model.revision, offline=offline)
 
@@ -148,22 +156,14 @@ def plan_of(recipe: Recipe, limit: int | None, offline: bool) -> Plan:
     adapter = None
     if any(name.startswith("tuned") for name in settings.compare):
         adapter = read_manifest(recipe.run_dir / "adapter", made_by="finetune")
-    asked = recipe.model.path if recipe.model else ""
-    made_from = str(adapter.facts.get("model") or "") if adapter else ""
-    if asked and made_from and asked != made_from:
-        raise IntegrityError(
-            f"adapter/ was tuned from {made_from}, the recipe asks for {asked}",
-            "run: mmtune finetune --force",
-            "other_model",
-        )
-    if not (asked or made_from):
-        raise RecipeError("the recipe names no model", "add `model: {path: ...}`")
-    least = [value for value in (limit, settings.limit) if value is not None]
-    most, features, model = min(least, default=None), features_of(recipe, settings), made_from or asked
-    prompt = prompt_of(recipe, settings, instructions, model, adapter)
-    members = members_of(settings, model)
+    base = base_of(adapter.config if adapter else None, recipe.named_model, offline=offline)
+    most = min((value for value in (limit, settings.limit) if value is not None), default=None)
+    features = features_of(recipe, settings)
+    prompt = prompt_of(recipe, settings, instructions, base, adapter)
+    members = members_of(settings)
+    check_members(members, base.path, base.weights)
     notes = () if adapter is None else _origin(recipe.run_dir, adapter, instructions, settings.split)
-    return Plan(recipe, settings, instructions, adapter, features, prompt, model, most, offline, members, notes)
+    return Plan(recipe, settings, instructions, adapter, features, prompt, base, most, offline, members, notes)
 
 
 def _origin(run_dir: Path, adapter: Manifest, instructions: Manifest, split: str) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 from mmtune.errors import IntegrityError, RecipeError
 from mmtune.evaluation.rows import question_of
 from mmtune.media.content import names_beside
+from mmtune.models.tuned_from import Base
 from mmtune.prompts.searched import SOFT, SearchedPrompt, asked_with, moved, read_prompt
 from mmtune.prompts.wordings import WORDINGS
 from mmtune.recipe import Eval, Recipe
@@ -26,7 +27,7 @@ def is_prompted(name: str) -> bool:
 
 
 def prompt_of(
-    recipe: Recipe, settings: Eval, instructions: Manifest, model: str, adapter: Manifest | None
+    recipe: Recipe, settings: Eval, instructions: Manifest, base: Base, adapter: Manifest | None
 ) -> Manifest | None:
     """Returns the manifest of prompt/, or None where nothing is asked with it.
 
@@ -34,7 +35,7 @@ def prompt_of(
         recipe: Its ``run_dir`` holds prompt/.
         settings: Its eval part.
         instructions: The rows that are asked.
-        model: The base model.
+        base: The base model.
         adapter: The tuned model that is asked, if one is.
 
     Raises:
@@ -50,9 +51,11 @@ def prompt_of(
         raise IntegrityError(
             "prompt/ was searched on other rows than instructions/ holds", "run: mmtune prompt", "other_rows"
         )
-    if found.facts["model"] != model:
+    if found.config["weights"] != base.weights:
         raise IntegrityError(
-            f"prompt/ was searched with {found.facts['model']}, eval asks {model}", "run: mmtune prompt", "other_model"
+            f"prompt/ was searched with {found.facts['model']}, eval asks {base.path}, which is another model",
+            "run: mmtune prompt",
+            "other_model",
         )
     if adapter is not None and found.parents.get("adapter", adapter.hash) != adapter.hash:
         raise IntegrityError(

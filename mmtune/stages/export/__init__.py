@@ -6,14 +6,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmtune.errors import IntegrityError, RecipeError, ResourceError
-from mmtune.models.digest import weights_digest
+from mmtune.models.tuned_from import Base, base_of
 from mmtune.recipe import Recipe
 from mmtune.recipe.export import Export
-from mmtune.storage import Manifest, Staging, foresee, is_finished, open_stage, read_manifest, verify_files
+from mmtune.storage import (
+    Manifest,
+    Staging,
+    foresee,
+    is_finished,
+    open_stage,
+    read_manifest,
+    verify_files,
+    verify_parents,
+)
 from mmtune.talk import Talk
+
+if TYPE_CHECKING:
+    from mmtune.stages.export.proof import ProofRows
 
 __all__ = ["check_export", "export"]
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -41,7 +53,7 @@ def export(
     Returns the result document.
 
     Raises:
-        DataError: adapter/ or tokens/ is missing, or a medium of theirs cannot be read.
+        DataError: adapter/ or tokens/ is missing, or a medium of the rows that are compared cannot be read.
         RecipeError: What was tuned are virtual tokens.
         ResourceError: The GPU's memory does not hold the model.
         IntegrityError: The base or tokens/ are another one's by now, or the exported model answers otherwise than the
@@ -50,27 +62,24 @@ def export(
     settings, folder = recipe.export or Export(), recipe.run_dir / "adapter"
     adapter = read_manifest(folder, made_by="finetune")
     tokens = read_manifest(recipe.run_dir / "tokens", made_by="tokenize")
-    path, revision = _base_of(recipe, adapter)
-    _check_tokens(tokens, adapter, console)
+    base = base_of(adapter.config, recipe.named_model, offline=offline)
+    _check_tokens(tokens, adapter, base, console)
     config = {
         "export": settings.model_dump(mode="json"),
-        "model": path,
-        "revision": revision,
-        "weights": weights_digest(path, revision=revision, offline=offline),
+        "model": base.path,
+        "revision": base.revision,
+        "weights": base.weights,
     }
-    if config["weights"] != adapter.config.get("weights"):
-        made_from = str(adapter.facts["model"])
-        raise IntegrityError(
-            f"the model {path} is another one than adapter/ was tuned from"
-            + ("" if path == made_from else f", which was {made_from}"),
-            "bring that one back" + ("" if path == made_from else " or name it") + ", or run: mmtune finetune --force",
-            "other_model",
-        )
     parents = {"adapter": adapter.hash, "tokens": tokens.hash}
     target = recipe.run_dir / "exported"
     if dry_run:
         _check_method(folder, adapter)
-        console.say(foresee(target, stage="export", config=config, parents=parents, force=force))
+
+        def check() -> None:
+            verify_parents(target, parents)
+            _rows(recipe, settings, tokens, offline)
+
+        console.say(foresee(target, stage="export", config=config, parents=parents, force=force, check=check))
         return {"stage": "export", "dry_run": True, "target": str(target), "config": config}
     staging = open_stage(target, stage="export", config=config, parents=parents, force=force, say=console.say)
     if staging is None:
@@ -79,20 +88,20 @@ def export(
         verify_files(target, found)
         return {"stage": "export", "cached": True, "target": str(target), **found.facts}
     with staging, _in_memory():
-        facts = _write(recipe, settings, adapter, tokens, staging, offline, console)
+        facts = _write(recipe, settings, base, adapter, tokens, staging, offline, console)
         staging.publish(facts=facts)
     _say(facts, target, console)
     return {"stage": "export", "cached": False, "target": str(target), **facts}
 
 
-def _check_tokens(tokens: Manifest, adapter: Manifest, console: Talk) -> None:
+def _check_tokens(tokens: Manifest, adapter: Manifest, base: Base, console: Talk) -> None:
     """Says where tokens/ is seen to hold other rows than adapter/ learned from.
 
     Raises:
         IntegrityError: It was made for another model.
     """
-    made_for, tuned_from = (str(made.facts.get("model") or "") for made in (tokens, adapter))
-    if made_for != tuned_from:
+    made_for, tuned_from = str(tokens.facts.get("model") or ""), str(adapter.config["model"])
+    if made_for not in (tuned_from, base.path):
         raise IntegrityError(
             f"tokens/ was made for the model {made_for}, adapter/ was tuned from {tuned_from}",
             "run: mmtune tokenize",
@@ -127,6 +136,7 @@ def _in_memory() -> Iterator[None]:
 def _write(
     recipe: Recipe,
     settings: Export,
+    base: Base,
     adapter: Manifest,
     tokens: Manifest,
     staging: Staging,
@@ -136,20 +146,16 @@ def _write(
     """Fills the folder and returns what the manifest says of it."""
     import torch
 
-    from mmtune.encoding.processor import load_processor
     from mmtune.models.load import load_to_answer
     from mmtune.models.merged import kept_in, merged
     from mmtune.models.save import save_model
-    from mmtune.stages.export.proof import batches_of, losses_of, prove
+    from mmtune.stages.export.proof import losses_of, prove
 
     folder = recipe.run_dir / "adapter"
     _check_method(folder, adapter)
-    # As it was tuned with: limits of pictures and the chat template among it.
-    processor = load_processor(str(folder), offline=offline)
-    split, root = next(iter(tokens.rows)), Path(tokens.facts["media_root"])
-    rows, batches = batches_of(recipe.run_dir / "tokens", split, settings.rows, processor, root)
-    model, tuned_N, base_N = _tuned(recipe, adapter, batches, offline)
-    dtype = settings.dtype if settings.dtype != "auto" else _own_dtype(*_base_of(recipe, adapter), offline)
+    processor, rows = _rows(recipe, settings, tokens, offline)
+    model, tuned_N, base_N = _tuned(recipe, base, adapter, rows, offline)
+    dtype = settings.dtype if settings.dtype != "auto" else _own_dtype(base.path, base.revision, offline)
     model = kept_in(merged(model), getattr(torch, _DTYPES[dtype]))
     # All that tells a server where an answer ends.
     model.generation_config.eos_token_id = adapter.facts["eos_token_ids"]
@@ -160,24 +166,37 @@ def _write(
     del model
     # In fp32 again: what differs is what the written weights lost, not how a processor computes with fewer bits.
     exported = load_to_answer(str(staging.path), None, precision="fp32", attn=_kernel(recipe), offline=True)
-    proof = prove(rows, tuned_N, base_N, losses_of(exported, batches), dtype)
-    about = {"model": _base_of(recipe, adapter)[0], "method": adapter.facts["method"], "parameters": parameters}
+    proof = prove(rows.count, tuned_N, base_N, losses_of(exported, rows), dtype)
+    about = {"model": base.path, "method": adapter.facts["method"], "parameters": parameters}
     return {**about, "dtype": dtype, **asdict(proof)}
 
 
-def _tuned(recipe: Recipe, adapter: Manifest, batches: list[Any], offline: bool) -> tuple[Any, Any, Any]:
+def _rows(recipe: Recipe, settings: Export, tokens: Manifest, offline: bool) -> tuple[Any, ProofRows]:
+    """Returns the tuned model's processor and the rows that it is compared on, whose media are there."""
+    from mmtune.encoding.processor import load_processor
+    from mmtune.stages.export.proof import rows_of
+
+    # As it was tuned with: limits of pictures and the chat template among it.
+    processor = load_processor(str(recipe.run_dir / "adapter"), offline=offline)
+    split, root = next(iter(tokens.rows)), Path(tokens.facts["media_root"])
+    rows = rows_of(recipe.run_dir / "tokens", split, settings.rows, processor, root)
+    rows.check_media()
+    return processor, rows
+
+
+def _tuned(recipe: Recipe, base: Base, adapter: Manifest, rows: ProofRows, offline: bool) -> tuple[Any, Any, Any]:
     """Returns the tuned model, what it loses by every answer token, and what its base does: None if that was random."""
     from mmtune.models.load import load_to_answer
     from mmtune.stages.export.proof import losses_of, losses_without_adapters
 
-    path, revision = _base_of(recipe, adapter)
-    given: dict[str, Any] = {"precision": "fp32", "revision": revision, "attn": _kernel(recipe), "offline": offline}
+    given: dict[str, Any] = {"precision": "fp32", "revision": base.revision, "attn": _kernel(recipe)}
+    given["offline"] = offline
     whole, base_N = adapter.facts["method"] == "full", None
     if whole and not adapter.config["finetune"].get("from_scratch"):
         # One after the other: both at once would take twice the memory.
-        base_N = losses_of(load_to_answer(path, None, **given), batches)
-    model = load_to_answer(path, recipe.run_dir / "adapter", **given)
-    return model, losses_of(model, batches), base_N if whole else losses_without_adapters(model, batches)
+        base_N = losses_of(load_to_answer(base.path, None, **given), rows)
+    model = load_to_answer(base.path, recipe.run_dir / "adapter", **given)
+    return model, losses_of(model, rows), base_N if whole else losses_without_adapters(model, rows)
 
 
 def _note(kind: str, adapter: Manifest, console: Talk) -> None:
@@ -197,13 +216,6 @@ def _kernel(recipe: Recipe) -> str:
     """Returns the attention kernel that the recipe asks for, less FlashAttention, which does not compute in fp32."""
     asked = recipe.model.attn if recipe.model else "auto"
     return "auto" if asked.startswith("flash") else asked
-
-
-def _base_of(recipe: Recipe, adapter: Manifest) -> tuple[str, str | None]:
-    """Returns path and revision of the base model: the recipe's, since it may have moved; else the adapter's own."""
-    if recipe.model is not None:
-        return recipe.model.path, recipe.model.revision
-    return str(adapter.facts["model"]), adapter.config.get("revision")
 
 
 def _own_dtype(path: str, revision: str | None, offline: bool) -> str:

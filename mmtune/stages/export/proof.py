@@ -5,6 +5,8 @@ Shapes: B rows, T tokens, N answer tokens.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ import numpy as np
 import torch
 
 from mmtune.encoding.collate import Collator
-from mmtune.errors import IntegrityError
+from mmtune.errors import DataError, IntegrityError
+from mmtune.media.paths import MediaRefused, open_medium
 from mmtune.storage import open_split
 from mmtune.training.batching import Split
 from mmtune.training.data import RowBatches, row_sizes, soft_token_count
@@ -52,8 +55,62 @@ class Proof:
         return self.difference <= max(most, _LEAST)
 
 
-def batches_of(folder: Path, split: str, rows: int, processor: Any, media_root: Path) -> tuple[int, list[Any]]:
-    """Returns how many rows of a split of tokens/ were taken, the first ones, and their padded batches.
+@dataclass(frozen=True)
+class ProofRows:
+    """The rows of tokens/ that a proof reads; their padded batches are made one after the other, at every reading.
+
+    Attributes:
+        batches: Row numbers to batches.
+        count: How many rows are read, the first ones.
+        media_root: Folder that media paths are relative to.
+    """
+
+    batches: RowBatches
+    count: int
+    media_root: Path
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for numbers in self._numbers():
+            with self._reading(int(numbers[0])):
+                batch = self.batches.batch(numbers)
+            yield batch
+
+    def check_media(self) -> None:
+        """Opens every medium and decodes none.
+
+        Raises:
+            DataError: One is gone, or no file below the media root.
+        """
+        for numbers in self._numbers():
+            for number, row in zip(numbers, self.batches.encoded(numbers), strict=True):
+                for span in row.media:
+                    with self._reading(int(number)):
+                        open_medium(self.media_root, span.medium)[0].close()
+
+    def _numbers(self) -> Iterator[np.ndarray]:
+        for first in range(0, self.count, _BATCH_ROWS):
+            yield np.arange(first, min(first + _BATCH_ROWS, self.count))
+
+    @contextmanager
+    def _reading(self, first: int) -> Iterator[None]:
+        """Says what helps export where a medium of the rows from ``first`` on is refused."""
+        try:
+            yield
+        except MediaRefused as error:
+            fewer = f", or compare on the {first} rows before it alone: --set export.rows={first}" if first else ""
+            raise DataError(
+                f"{error.message}; export reads it to compare both models",
+                f"put it back below {self.media_root} as it was{fewer}; or compare on other rows: mmtune build-data,"
+                " then mmtune tokenize",
+                error.code,
+            ) from error
+
+
+def rows_of(folder: Path, split: str, rows: int, processor: Any, media_root: Path) -> ProofRows:
+    """Returns the first rows of a split of tokens/.
+
+    Reading them raises DataError where a medium cannot be read, IntegrityError where it now takes another number of
+    tokens.
 
     Args:
         folder: ``tokens/``.
@@ -63,8 +120,7 @@ def batches_of(folder: Path, split: str, rows: int, processor: Any, media_root: 
         media_root: Folder that media paths are relative to.
 
     Raises:
-        DataError: A medium cannot be read.
-        IntegrityError: A medium now takes another number of tokens, or rows have soft tokens, which no weights know.
+        IntegrityError: Rows have soft tokens, which no weights know.
     """
     found = Split(open_split(folder / split), Collator(processor, media_root=media_root))
     if soft_token_count(found.table):
@@ -72,26 +128,25 @@ def batches_of(folder: Path, split: str, rows: int, processor: Any, media_root: 
             "tokens/ has soft tokens, which adapter/ was not tuned on", "run: mmtune finetune --force", "other_tokens"
         )
     _, at = row_sizes(found.table)
-    batches, numbers = RowBatches(found.trees, at, found.collate), np.arange(min(rows, len(at)))
-    return len(numbers), [
-        batches.batch(some) for some in np.split(numbers, range(_BATCH_ROWS, len(numbers), _BATCH_ROWS))
-    ]
+    return ProofRows(RowBatches(found.trees, at, found.collate), min(rows, len(at)), media_root)
 
 
 @torch.no_grad()
-def losses_of(model: Any, batches: list[Any]) -> torch.Tensor:
-    """Returns ``(N,)`` fp32 on the CPU, what a model loses by every answer token of some batches."""
-    device, found = next(model.parameters()).device, []
-    for batch in batches:
-        given = {name: value.to(device) for name, value in batch.items()}
-        found.append(answer_losses(model, given)[0].float().cpu())
-    return torch.cat(found)
+def losses_of(model: Any, rows: ProofRows) -> torch.Tensor:
+    """Returns ``(N,)`` fp32 on the CPU, what a model loses by every answer token of some rows."""
+    device = next(model.parameters()).device
+    return torch.cat([_losses(model, batch, device) for batch in rows])
 
 
-def losses_without_adapters(model: Any, batches: list[Any]) -> torch.Tensor:
+def _losses(model: Any, batch: Mapping[str, torch.Tensor], device: torch.device) -> torch.Tensor:
+    given = {name: value.to(device) for name, value in batch.items()}
+    return answer_losses(model, given)[0].float().cpu()
+
+
+def losses_without_adapters(model: Any, rows: ProofRows) -> torch.Tensor:
     """Returns ``losses_of`` the base of a model with adapters."""
     with model.disable_adapter():
-        return losses_of(model, batches)
+        return losses_of(model, rows)
 
 
 def prove(rows: int, tuned_N: torch.Tensor, base_N: torch.Tensor | None, exported_N: torch.Tensor, dtype: str) -> Proof:

@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmtune.errors import IntegrityError, RecipeError
 from mmtune.files import write_json
-from mmtune.models.digest import weights_digest
+from mmtune.models.tuned_from import Base, base_of
 from mmtune.prompts.search import METHODS, Sizes
 from mmtune.prompts.wordings import WORDINGS
 from mmtune.recipe import Eval, Prompt, Recipe
@@ -56,8 +55,8 @@ def prompt(
     # Rows are chosen before the stage is opened, which verifies what it is made from.
     instructions = read_manifest(recipe.run_dir / "instructions", made_by="build-data", verify=True)
     adapter = read_manifest(recipe.run_dir / "adapter", made_by="finetune") if settings.on == "tuned" else None
-    path = _model_path(recipe, adapter)
-    config = _config(recipe, settings, path, limit, offline)
+    base = base_of(adapter.config if adapter else None, recipe.named_model, offline=offline)
+    config = _config(recipe, settings, base, limit)
     parents = {"instructions": instructions.hash_without(WORDINGS)}
     parents |= {} if adapter is None else {"adapter": adapter.hash}
     target = recipe.run_dir / "prompt"
@@ -70,7 +69,7 @@ def prompt(
         test=min(settings.test, limit or settings.test),
         test_split=_test_split(recipe),
     )
-    course = Course(recipe, settings, rows, path, Path(instructions.facts["media_root"]), instructions, offline)
+    course = Course(recipe, settings, rows, base, Path(instructions.facts["media_root"]), instructions, offline)
     course.check()
     if adapter is not None:
         console.note("the dev rows come out of train, which the adapter has learned: look at the test score alone")
@@ -107,15 +106,15 @@ def check_budget(settings: Prompt, limit: int | None) -> None:
     METHODS[name].check(sizes, settings.budget, name)
 
 
-def _config(recipe: Recipe, settings: Prompt, path: str, limit: int | None, offline: bool) -> dict[str, Any]:
+def _config(recipe: Recipe, settings: Prompt, base: Base, limit: int | None) -> dict[str, Any]:
     """Returns everything that changes what is found, or what is said of it."""
     asked = recipe.eval or Eval()
     return {
         "prompt": settings.model_dump(mode="json"),
         "eval": asked.model_dump(mode="json", include={"split", "answer", "max_new_tokens", "bootstrap"}),
         "tokenize": recipe.tokenize.model_dump(mode="json", exclude={"workers", "layout"}),
-        "model": path,
-        "weights": weights_digest(path, revision=recipe.model.revision if recipe.model else None, offline=offline),
+        "model": base.path,
+        "weights": base.weights,
         "seed": recipe.seed,
         "limit": limit,
     }
@@ -156,15 +155,3 @@ def _brief(document: Mapping[str, Any]) -> dict[str, Any]:
 def _test_split(recipe: Recipe) -> str:
     settings = recipe.prompt or Prompt()
     return settings.test_split or (recipe.eval or Eval()).split
-
-
-def _model_path(recipe: Recipe, adapter: Manifest | None) -> str:
-    asked = recipe.model.path if recipe.model else ""
-    made_from = str(adapter.facts.get("model") or "") if adapter else ""
-    if asked and made_from and asked != made_from:
-        raise IntegrityError(
-            f"adapter/ was tuned from {made_from}, the recipe asks for {asked}", "run: mmtune finetune", "other_model"
-        )
-    if not (asked or made_from):
-        raise RecipeError("the recipe names no model", "add `model: {path: ...}`")
-    return made_from or asked

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from mmtune.errors import CapabilityError, DataError, Interrupted, RecipeError
 from mmtune.media.content import names_beside
+from mmtune.models.tuned_from import Base
 from mmtune.prompts.search import (
     METHODS,
     Budget,
@@ -47,7 +48,7 @@ class Course:
         recipe: The recipe.
         settings: Its ``prompt`` section.
         rows: Dev rows, exemplars, test rows.
-        model: Path of the base.
+        base: The base model.
         media_root: Of the rows.
         instructions: Manifest of the rows.
         offline: Never reach for the network.
@@ -56,7 +57,7 @@ class Course:
     recipe: Recipe
     settings: Prompt
     rows: Rows
-    model: str
+    base: Base
     media_root: Path
     instructions: Manifest
     offline: bool
@@ -240,7 +241,7 @@ def _document(
         "schema": SCHEMA,
         "method": course.settings.method,
         "space": list(course.settings.space),
-        "model": course.model,
+        "model": course.base.path,
         "on": course.settings.on,
         "seed": course.recipe.seed,
         "reward": course.settings.reward,
@@ -266,8 +267,8 @@ def _asker(course: Course, should_stop: Callable[[], bool], note: Callable[[str]
 
     recipe, tokenize, asked = course.recipe, course.recipe.tokenize, course.asked
     processor = load_processor(
-        course.model,
-        revision=recipe.model.revision if recipe.model else None,
+        course.base.path,
+        revision=course.base.revision,
         offline=course.offline,
         min_image_pixels=tokenize.min_image_pixels,
         max_image_pixels=tokenize.max_image_pixels,
@@ -292,7 +293,7 @@ def _asker(course: Course, should_stop: Callable[[], bool], note: Callable[[str]
         return asker
     from mmtune.stages.prompt.soft import soften
 
-    return soften(asker, course.settings.bbt, recipe.seed, course.model)
+    return soften(asker, course.settings.bbt, recipe.seed, course.base.path)
 
 
 def _model(course: Course) -> Any:
@@ -301,10 +302,10 @@ def _model(course: Course) -> Any:
     recipe, tuned = course.recipe, course.settings.on == "tuned"
     folder = recipe.run_dir / "adapter"
     return load_to_answer(
-        course.model,
+        course.base.path,
         folder if tuned else None,
         precision=recipe.finetune.precision if recipe.finetune else "auto",
-        revision=recipe.model.revision if recipe.model else None,
+        revision=course.base.revision,
         attn=recipe.model.attn if recipe.model else "auto",
         offline=course.offline,
         # What was tuned on 4-bit weights is asked on them.
