@@ -118,6 +118,25 @@ def test_a_layer_and_its_gradients_are_pytorchs(asked, shape, bias, frozen):
     assert len(asked) == (2 if frozen else 3) and "forward" not in vars(ours)
 
 
+def test_gradients_of_gradients_are_pytorchs(asked):
+    torch.manual_seed(0)
+    theirs, x = nn.Linear(24, 40), torch.randn(3, 24)
+    ours = deepcopy(theirs)
+
+    def penalty(layer):
+        own = x.clone().requires_grad_()
+        slopes = torch.autograd.grad(layer(own).tanh().sum(), [own, *layer.parameters()], create_graph=True)
+        sum(slope.square().sum() for slope in slopes).backward()
+        return [own.grad, layer.weight.grad, layer.bias.grad]
+
+    wanted = penalty(theirs)
+    with fused_linears(ours):
+        found = penalty(ours)
+    for one, other in zip(found, wanted, strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()
+    assert asked
+
+
 def test_a_layer_that_nothing_trains_in_leaves_no_graph(asked):
     layer = nn.Linear(24, 40).requires_grad_(False)
     assert fuse_linears(layer) == 1 and fuse_linears(layer) == 0
