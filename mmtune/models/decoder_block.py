@@ -3,8 +3,8 @@
 Autograd walks some thirty small steps of a block, each with tensors of its own. Here each half is one step
 (``half_block``), and rotations are written where they are read.
 
-Shapes: B rows, T tokens, N of all rows; H model width; q heads that ask, S heads of queries, keys and values side by
-side, D their width; the rest as in ``projections`` and ``strips``.
+Shapes: B rows, T tokens, N of all rows; H model width; q heads that ask, g heads of keys and values, D their width; the
+rest as in ``projections`` and ``strips``.
 """
 
 from __future__ import annotations

@@ -12,33 +12,25 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from mmtune.models.forwards import running_as
 from mmtune.models.products import has_wide_products, is_worth, times, times_transposed
 from mmtune.models.spread import is_sharded
-
-_FAST = times, times_transposed
-
-
-def _of_weight(grad_NO: torch.Tensor, x_NI: torch.Tensor) -> torch.Tensor:
-    return grad_NO.t() @ x_NI
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight_OI)
-        return times(x.reshape(-1, x.shape[-1]), weight_OI, bias_O).view(*x.shape[:-1], -1)
+        # As no view, so that what comes after may write into it, as into any layer's output.
+        return times(x.reshape(-1, x.shape[-1]), weight_OI, bias_O).view(*x.shape[:-1], -1).data
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight_OI = ctx.saved_tensors
         grad_NO, (for_x, for_weight, for_bias) = grad.reshape(-1, grad.shape[-1]), ctx.needs_input_grad
-        # Where gradients are asked of gradients, PyTorch's own products keep what those need.
-        product, transposed = (functional.linear, _of_weight) if torch.is_grad_enabled() else _FAST
-        x_grad = product(grad_NO, weight_OI.t()).view(*grad.shape[:-1], -1) if for_x else None
-        weight_grad = transposed(grad_NO, x.reshape(-1, x.shape[-1])) if for_weight else None
+        x_grad = times(grad_NO, weight_OI.t()).view(*grad.shape[:-1], -1) if for_x else None
+        weight_grad = times_transposed(grad_NO, x.reshape(-1, x.shape[-1])) if for_weight else None
         return x_grad, weight_grad, grad_NO.sum(0) if for_bias else None
 
 

@@ -33,9 +33,10 @@ class _LoraLinear(torch.autograd.Function):
         y_TO = times(x_TI, weight_OI, bias_O).addmm_(inner_Tr, b_Or.to(x.dtype).T, alpha=scaling)
         ctx.save_for_backward(x_TI, weight_OI, a_rI, b_Or, inner_Tr)
         ctx.scaling = scaling
-        return y_TO.view(*x.shape[:-1], weight_OI.shape[0])
+        return y_TO.view(*x.shape[:-1], weight_OI.shape[0]).data
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_TI, weight_OI, a_rI, b_Or, inner_Tr = ctx.saved_tensors
         grad_TO = grad.reshape(-1, grad.shape[-1])

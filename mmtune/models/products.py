@@ -25,8 +25,8 @@ _LEAST = 1 << 23
 
 
 def times(x_NI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
-    """Returns ``(N, O)``, ``x W^T + b``; nothing is kept for gradients."""
-    if is_worth(x_NI, weight_OI):
+    """Returns ``(N, O)``, ``x W^T + b``."""
+    if is_worth(x_NI, weight_OI) and not _recorded(x_NI, weight_OI, bias_O):
         return _product(_filled(x_NI), weight_OI, bias_O)[: len(x_NI)]
     if bias_O is None:
         return torch.mm(x_NI, weight_OI.t())
@@ -35,7 +35,7 @@ def times(x_NI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | No
 
 def times_transposed(grad_NO: torch.Tensor, x_NI: torch.Tensor) -> torch.Tensor:
     """Returns ``(O, I)``, ``g^T x``, the gradient of a layer's weight."""
-    if not is_worth(x_NI, grad_NO.t()):
+    if not is_worth(x_NI, grad_NO.t()) or _recorded(grad_NO, x_NI):
         return torch.mm(grad_NO.t(), x_NI)
     # Zeros add nothing to the sum over tokens; the wider one stands as weights, which oneDNN reads as they are.
     filled_NO, filled_NI = (_filled(own).contiguous() for own in (grad_NO, x_NI))
@@ -50,15 +50,21 @@ def is_worth(x: torch.Tensor, weight_OI: torch.Tensor) -> bool:
         x.dtype == torch.float32 == weight_OI.dtype
         and x.device.type == "cpu"
         and x.numel() * weight_OI.shape[0] >= _LEAST
+        # One token alone waits for the weights to come from memory, whoever multiplies.
+        and x.numel() > x.shape[-1]
         and has_wide_products()
         # Of weights with gaps between them oneDNN multiplies number by number.
         and (weight_OI.is_contiguous() or weight_OI.t().is_contiguous())
     )
 
 
+def _recorded(*given: torch.Tensor | None) -> bool:
+    """Says whether autograd records what is made of these, as for gradients of gradients; it knows PyTorch's way."""
+    return torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in given)
+
+
 def _product(x_NI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
-    with torch.no_grad():
-        made_NO: torch.Tensor = _linear()(x_NI, weight_OI, bias_O, "none", [], "")
+    made_NO: torch.Tensor = _linear()(x_NI, weight_OI, bias_O, "none", [], "")
     return made_NO
 
 

@@ -1,11 +1,10 @@
 """Frozen linear layers of one input with LoRA beside them, multiplied together.
 
 ``y_i = x W_i^T + b_i + s_i (x A_i^T) B_i^T`` (Hu et al. 2021, arXiv:2106.09685, equation 3): the thin products of all A
-are one, forward and backward, and what the layers add to the gradient of their input is summed inside the products. A
-layer without LoRA has rank 0. Thin products are made with the rank as rows: few rows are multiplied up to four times
-faster than few columns.
+are one, forward and backward. A layer without LoRA has rank 0. Thin products are made with the rank as rows: few rows
+are multiplied up to four times faster than few columns.
 
-Shapes: N tokens, I inputs, O outputs of a layer and S of all side by side; r rank of a layer and R of all.
+Shapes: N tokens, I inputs, O outputs of a layer; r rank of a layer and R of all.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import torch
 from torch import nn
 
 from mmtune.models.lora_linear import adapts
-from mmtune.models.products import times
+from mmtune.models.products import is_worth, times
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,13 +121,11 @@ class Fan:
             torch.addmm(b_grad, inner_rN, grad_NO, beta=0, alpha=layer.scaling, out=b_grad)
             found.append(b_grad.t().contiguous())
         a_grads = torch.mm(inner_grad_RN, x_NI).split_with_sizes(self.ranks)
+        x_grad = torch.mm(inner_grad_RN.t(), self.all_a_RI)
         if wanted:
-            x_grad, *rest = (
-                times(grad_NO, layer.weight_OI.t()) for grad_NO, layer in zip(grads, self.layers, strict=True)
-            )
-            for more in rest:
-                x_grad.add_(more)
-            x_grad.addmm_(inner_grad_RN.t(), self.all_a_RI)
-        else:
-            x_grad = torch.mm(inner_grad_RN.t(), self.all_a_RI)
+            for grad_NO, layer in zip(grads, self.layers, strict=True):
+                if is_worth(grad_NO, layer.weight_OI.t()):
+                    x_grad.add_(times(grad_NO, layer.weight_OI.t()))
+                else:
+                    x_grad.addmm_(grad_NO, layer.weight_OI)
         return x_grad, [grad for pair in zip(a_grads, found, strict=True) for grad in pair]

@@ -47,7 +47,8 @@ def base_of(made: Mapping[str, Any] | None, named: tuple[str, str | None] | None
 
     Raises:
         CapabilityError: As ``weights_digest``.
-        IntegrityError: The model has other weights than the adapter was tuned from.
+        IntegrityError: The model has other weights than the adapter was tuned from, or stands in a folder where it was
+            a hub's before, or the other way round: a folder is known by its bytes, a hub's model by its commit.
         RecipeError: No model is named, or its folder is not there.
     """
     if made is None:
@@ -61,10 +62,19 @@ def base_of(made: Mapping[str, Any] | None, named: tuple[str, str | None] | None
         raise IntegrityError(
             f"the model {base.path} is another one than adapter/ was tuned from"
             + (f", which was {own}" if moved else ""),
-            "bring that one back" + (" or name it" if moved else "") + ", or run: mmtune finetune --force",
+            _way_back(base, own, str(made.get("weights"))) + ", or run: mmtune finetune --force",
             "other_model",
         )
     return base
+
+
+def _way_back(base: Base, own: str, weights: str) -> str:
+    if base.path != own:
+        return "bring that one back or name it"
+    if not Path(own).is_dir():
+        # Of a hub model the digest is its commit.
+        return f"name the commit: `model: {{revision: {weights}}}`"
+    return "bring that one back"
 
 
 def _own(path: str, revision: str | None, offline: bool) -> Base:

@@ -94,3 +94,11 @@ def test_a_frozen_input_asks_for_no_gradient():
     with torch.no_grad():
         assert not model(torch.randn(3, 12)).requires_grad
     assert model(torch.randn(3, 12)).requires_grad
+
+
+def test_gradients_of_gradients_are_refused_and_not_wrong():
+    ours, x = adapted(), torch.randn(5, 12, requires_grad=True)
+    assert fuse_lora(ours) == 2
+    (slope,) = torch.autograd.grad(ours(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.square().sum().backward()

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mmtune.models import products
 from mmtune.models.fused_parts import fused_parts
 from mmtune.models.linear import fuse_linears, fused_linears
+from mmtune.models.load import load_to_answer
 from mmtune.models.lora_linear import fuse_lora
 from mmtune.models.products import has_onednn, times, times_transposed
+from mmtune.models.unimodal import load_unimodal
+from mmtune.training.surroundings import surroundings
 
 pytestmark = pytest.mark.skipif(not has_onednn(), reason="this PyTorch multiplies no dense matrices by oneDNN")
 
@@ -36,7 +40,7 @@ def asked(monkeypatch):
     return shapes
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 100, 298])
+@pytest.mark.parametrize("tokens", [2, 7, 8, 9, 100, 298])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("turned", [False, True], ids=["as it is", "transposed"])
 def test_a_product_is_pytorchs(asked, tokens, bias, turned):
@@ -48,14 +52,15 @@ def test_a_product_is_pytorchs(asked, tokens, bias, turned):
     assert (made - wanted).norm() <= 1e-6 * wanted.norm()
 
 
-def test_rows_with_gaps_between_them_are_multiplied_as_they_stand(asked):
-    x, weight = torch.randn(9, 60)[:, 10:34], torch.randn(40, 24)
-    for given_x in (x, torch.randn(24, 9).t(), torch.randn(1, 24).expand(9, 24)):
+@pytest.mark.parametrize("tokens", [9, 16], ids=["filled up", "as they are"])
+def test_rows_with_gaps_between_them_are_multiplied_as_they_stand(asked, tokens):
+    x, weight = torch.randn(tokens, 60)[:, 10:34], torch.randn(40, 24)
+    for given_x in (x, torch.randn(24, tokens).t(), torch.randn(1, 24).expand(tokens, 24)):
         assert torch.allclose(times(given_x, weight), given_x @ weight.t(), rtol=1e-5, atol=1e-5)
-    assert len(asked) == 3
+    assert asked == [(16, 24, 40)] * 3
 
 
-@pytest.mark.parametrize("tokens", [1, 9, 100])
+@pytest.mark.parametrize("tokens", [2, 9, 100])
 @pytest.mark.parametrize("outputs, inputs", [(40, 24), (24, 40)])
 def test_the_gradient_of_a_weight_is_pytorchs(asked, tokens, outputs, inputs):
     grad, x = torch.randn(tokens, outputs), torch.randn(tokens, inputs)
@@ -71,7 +76,7 @@ def test_tokens_are_filled_up_by_a_sixteenth_at_most_to_one_of_few_numbers(token
 
 def test_a_thousand_lengths_are_a_hundred_kernels(asked):
     weight = torch.randn(8, 8)
-    for tokens in range(1, 1001):
+    for tokens in range(2, 1002):
         times(torch.randn(tokens, 8), weight)
     assert len(asked) == 1000 and len(set(asked)) < 100
 
@@ -89,6 +94,13 @@ def test_what_does_not_fit_goes_pytorchs_own_way(asked, x, weight):
     assert torch.equal(times(x, weight), x @ weight.t()) and not asked
 
 
+def test_one_token_goes_pytorchs_own_way(asked):
+    layer, x = nn.Linear(24, 40), torch.randn(1, 24)
+    with fused_linears(layer):
+        assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias)) and layer(x[0]).shape == (40,)
+    assert not asked
+
+
 def test_small_products_go_pytorchs_own_way(asked, monkeypatch):
     monkeypatch.setattr(products, "_LEAST", 9 * 24 * 40 + 1)
     x, weight = torch.randn(9, 24), torch.randn(40, 24)
@@ -97,7 +109,7 @@ def test_small_products_go_pytorchs_own_way(asked, monkeypatch):
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(5, 24), (2, 3, 24), (2, 3, 4, 24), (24,)])
+@pytest.mark.parametrize("shape", [(5, 24), (2, 3, 24), (2, 3, 4, 24)])
 def test_a_layer_and_its_gradients_are_pytorchs(asked, shape, bias, frozen):
     torch.manual_seed(0)
     theirs = nn.Linear(24, 40, bias=bias).requires_grad_(not frozen)
@@ -135,6 +147,22 @@ def test_gradients_of_gradients_are_pytorchs(asked):
     for one, other in zip(found, wanted, strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm()
     assert asked
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_what_a_layer_makes_may_be_written_into(asked, lora):
+    torch.manual_seed(0)
+    layer, x = nn.Sequential(nn.Linear(24, 40), nn.ReLU(inplace=True)), torch.randn(3, 24)
+    if lora:
+        layer = get_peft_model(layer, LoraConfig(r=4, target_modules=["0"], init_lora_weights=False))
+        assert fuse_lora(layer) == 1
+    found = []
+    for context in (nullcontext(), fused_linears(layer)):
+        with context:
+            own = x.clone().requires_grad_()
+            layer(own).sum().backward()
+            found.append(own.grad)
+    assert (found[0] - found[1]).norm() <= 1e-6 * found[0].norm() and asked
 
 
 def test_a_layer_that_nothing_trains_in_leaves_no_graph(asked):
@@ -178,6 +206,22 @@ def test_a_model_trains_by_the_same_gradients(asked, targets):
     assert len(asked) > before + 14 and len(found[0]) == len(found[1])
     for one, other in zip(*found, strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+def test_models_that_answer_and_encode_multiply_so(asked, tiny_vlm):
+    encoder, answerer = load_unimodal(str(tiny_vlm), "image").model, load_to_answer(str(tiny_vlm), None)
+    for model in (encoder, answerer):
+        layers = [layer for layer in model.modules() if type(layer) is nn.Linear]
+        assert layers and all("forward" in vars(layer) for layer in layers)
+
+
+def test_what_multiplies_is_one_of_the_surroundings_of_a_run(monkeypatch, tiny_vlm):
+    model, cpu = load_to_answer(str(tiny_vlm), None), SimpleNamespace(num_processes=1, device=torch.device("cpu"))
+    found = []
+    for wide in (False, True):
+        monkeypatch.setattr("mmtune.training.surroundings.has_wide_products", lambda wide=wide: wide)
+        found.append(surroundings(model, cpu, {})["products"])
+    assert found == ["PyTorch", "oneDNN"]
 
 
 AMD, INTEL = "vendor_id : AuthenticAMD\n", "vendor_id : GenuineIntel\n"

@@ -9,9 +9,10 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from mmtune.encoding.processor import chat_template_of, load_processor
-from mmtune.errors import CapabilityError
+from mmtune.errors import CapabilityError, IntegrityError
 from mmtune.models.digest import weights_digest
 from mmtune.models.load import load_model
+from mmtune.models.tuned_from import base_of
 from mmtune.models.unimodal import load_unimodal
 
 
@@ -51,6 +52,14 @@ def test_model_and_processor(hub: str) -> None:
 def test_an_encoder(hub: str) -> None:
     main, second = (load_unimodal(hub, "text", revision=name, offline=True).model for name in ("main", "second"))
     assert torch.equal(2 * weights(main), weights(second))
+
+
+def test_an_adapter_of_another_commit_is_told_which_to_name(hub: str) -> None:
+    made = {"model": hub, "revision": None, "weights": "b" * 40}
+    assert base_of(made, (hub, "second"), offline=True).weights == "b" * 40
+    with pytest.raises(IntegrityError, match="another one") as error:
+        base_of(made, (hub, None), offline=True)
+    assert error.value.hint.startswith(f"name the commit: `model: {{revision: {'b' * 40}}}`")
 
 
 def test_one_that_is_not_there(hub: str) -> None:

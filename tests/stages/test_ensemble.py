@@ -243,5 +243,8 @@ def test_an_adapter_of_another_base_or_none_is_refused(tuned, tmp_path: Path):
     check_members(members, "where it is", manifest.config["weights"])
     with pytest.raises(IntegrityError, match="was tuned from where it was before"):
         check_members(members, "where it is", None)
+    write_manifest(copy, replace(manifest, stage="prompt"))
+    with pytest.raises(IntegrityError, match="was made by prompt, it is no adapter"):
+        said(joined(tuned[0], tmp_path / "run", [copy]))
     with pytest.raises(DataError, match="not there"):
         said(joined(tuned[0], tmp_path / "run", [tmp_path / "gone" / "adapter"]))

@@ -45,6 +45,7 @@ def members_of(settings: Eval) -> tuple[Member, ...]:
 
     Raises:
         DataError: One is not there.
+        IntegrityError: One is no adapter.
     """
     found: list[Member] = []
     for folder in map(Path, settings.ensemble.adapters if settings.ensemble else ()):
@@ -55,6 +56,12 @@ def members_of(settings: Eval) -> tuple[Member, ...]:
                 "adapter_missing",
             )
         made = read_manifest(folder)
+        if made.stage != "finetune":
+            raise IntegrityError(
+                f"eval.ensemble.adapters: {folder} was made by {made.stage}, it is no adapter",
+                "name folders of finished adapters, such as ../seed1/adapter",
+                "no_adapter",
+            )
         name = folder.parent.name if folder.name == "adapter" else folder.name
         again = sum(one.name.partition(" (")[0] == name for one in found) + (name == TOGETHER)
         found.append(Member(f"{name} ({again + 1})" if again else name, folder, made))
@@ -70,7 +77,7 @@ def check_members(members: Sequence[Member], model: str, weights: str | None) ->
         weights: Its digest, by which a base that moved is known; None where it is not made yet.
 
     Raises:
-        IntegrityError: One was tuned from another model, or is no adapter.
+        IntegrityError: One was tuned from another model.
     """
     own = {"model": model} if weights is None else {"weights": weights}
     for member in members:
