@@ -142,6 +142,9 @@ class Codes(Section):
     noise: Annotated[float, Field(ge=0)] = 0.0
     """Deviation of the noise through which the discriminator of the adversarial game sees codes while it trains; that
     of their own numbers is 1. It stays unsure of codes that lie apart by less, and so says which way they should go."""
+    gradient_penalty: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of what the discriminator of the adversarial game pays for answers that change steeply from code to code
+    (R1), such as 0.1. Codes that lie close then get one answer, also new ones, and less noise is wanted."""
 
 
 class Pretrain(Section):

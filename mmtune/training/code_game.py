@@ -25,6 +25,7 @@ from mmtune.models.objectives.adversarial import (
     discriminator_loss,
     encoder_loss,
     game_facts,
+    gradient_penalty,
     reverse_gradient,
 )
 from mmtune.training.optimizer import USUAL, Pace
@@ -49,6 +50,7 @@ class GameHeads(nn.Module):
         form: str,
         noise: float = 0.0,
         sphere: bool = False,
+        gradient_penalty: float = 0.0,
     ) -> None:
         """Makes random heads.
 
@@ -60,10 +62,11 @@ class GameHeads(nn.Module):
             form: Of the loss in the encoders' and generators' turn, see ``encoder_loss``.
             noise: Deviation of the Gaussian noise through which the discriminator sees codes while it trains.
             sphere: Codes are ``on_sphere``, and so those that are filled in.
+            gradient_penalty: Weight of what the discriminator pays, while it trains, for steep answers.
         """
         super().__init__()
         self.parts, self.alternating, self.form = tuple(parts), alternating, form
-        self.noise, self.sphere = noise, sphere
+        self.noise, self.sphere, self.gradient_penalty = noise, sphere, gradient_penalty
         self.discriminator = Discriminator(code_width, len(self.parts), _INNER)
         pairs = [f"{one}_{other}" for one, other in permutations(self.parts, 2)]
         self.generators = nn.ModuleDict({pair: CodeGenerator(code_width, _NOISE) for pair in pairs})
@@ -140,7 +143,10 @@ def _modality_game(
     if not len(codes_NC):
         return torch.zeros((), device=codes_NC.device), {}
     part_N = torch.cat([torch.full((len(code),), index, device=codes_NC.device) for index, code in own])
-    loss, _ = _play(heads.discriminator, heads.shown(codes_NC), part_N, turn, heads.form)
+    shown_NC = heads.shown(codes_NC)
+    loss, _ = _play(heads.discriminator, shown_NC, part_N, turn, heads.form)
+    if heads.gradient_penalty and turn != _OWN and heads.training and torch.is_grad_enabled():
+        loss = loss + heads.gradient_penalty * gradient_penalty(heads.discriminator, shown_NC, part_N)
     # Where the game stands is told of the codes as they are.
     with torch.no_grad():
         logits_NK = heads.discriminator(codes_NC)

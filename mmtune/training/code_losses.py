@@ -38,6 +38,7 @@ class CodeHeads(nn.Module):
         noise: float = 0.0,
         feature_noise: float = 0.0,
         sphere: bool = False,
+        gradient_penalty: float = 0.0,
     ) -> None:
         """Makes random heads.
 
@@ -52,6 +53,7 @@ class CodeHeads(nn.Module):
             noise: See ``GameHeads``.
             feature_noise: Deviation of the Gaussian noise on what is encoded while training, whose own is 1.
             sphere: Codes, filled-in ones too, are all of one length, the root of C.
+            gradient_penalty: See ``GameHeads``.
 
         Raises:
             RecipeError: The code is wider than all features together.
@@ -64,7 +66,13 @@ class CodeHeads(nn.Module):
         self.coded = nn.ModuleDict({name: Standard(code_width) for name in parts})
         self.autoencoder = Autoencoder(dict.fromkeys(parts, width), code_width, 2 * code_width, decoded)
         self.temperature = Temperature() if "contrastive" in objectives else None
-        rules: Any = {"alternating": alternating, "form": form, "noise": noise, "sphere": sphere}
+        rules: Any = {
+            "alternating": alternating,
+            "form": form,
+            "noise": noise,
+            "sphere": sphere,
+            "gradient_penalty": gradient_penalty,
+        }
         self.game = GameHeads(parts, code_width, **rules) if "adversarial" in objectives else None
 
     def at(self, name: str, present_BK: torch.Tensor) -> torch.Tensor:

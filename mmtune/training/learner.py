@@ -51,6 +51,7 @@ class CodeSettings:
         sources: Whose rows codes are learned from, which ``together`` tells row by row; empty for all.
         feature_noise: Deviation of the noise on features before codes are made of them.
         sphere: Codes are all of one length.
+        gradient_penalty: Weight of what the discriminator pays for steep answers.
     """
 
     parts: tuple[str, ...] = ()
@@ -62,6 +63,7 @@ class CodeSettings:
     sources: tuple[str, ...] = ()
     feature_noise: float = 0.0
     sphere: bool = False
+    gradient_penalty: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ class Learner(nn.Module):
                 "noise": codes.noise,
                 "feature_noise": codes.feature_noise,
                 "sphere": codes.sphere,
+                "gradient_penalty": codes.gradient_penalty,
             }
             heads["codes"] = partial(CodeHeads, weights, codes.parts, width, codes.width, targets, **rules)
         if "masked" in weights:

@@ -96,7 +96,9 @@ def test_weight_zero_is_bit_for_bit_no_objective(recipe_at):
     assert made(recipe_at(weights="{caption: 1, contrastive: 0, adversarial: 0}"), force=True) == without
 
 
-@pytest.mark.parametrize(("key", "value"), [("noise", 0.5), ("feature_noise", 0.5), ("sphere", True)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("noise", 0.5), ("feature_noise", 0.5), ("sphere", True), ("gradient_penalty", 0.5)]
+)
 def test_codes_are_made_as_the_recipe_says_and_the_heads_know_it(recipe_at, key, value):
     plain = made(recipe_at())
     other = recipe_at(f"pretrain.codes.{key}={json.dumps(value)}")

@@ -253,6 +253,7 @@ def _learner_settings(recipe: Recipe, settings: Pretrain, processor: Any, plan: 
         own.sources,
         own.feature_noise,
         own.sphere,
+        own.gradient_penalty,
     )
     return LearnerSettings(settings.weights, codes, _masking(processor), recipe.seed, frozen)
 

@@ -13,6 +13,7 @@ from mmtune.models.objectives.adversarial import (
     encoder_loss,
     game_facts,
     game_warnings,
+    gradient_penalty,
     reverse_gradient,
 )
 from mmtune.models.objectives.autoencoder import Autoencoder
@@ -52,6 +53,37 @@ def trained_value(means, steps=500):
     codes, modality = draw(means, 100_000, generator)
     names = tuple("abc"[: len(means)])
     return game_facts(discriminator(codes), modality, codes, names)
+
+
+def test_the_gradient_penalty_of_a_line_is_half_its_squared_slope():
+    line = torch.nn.Linear(3, 2)
+    codes, modality = torch.randn(10, 3, requires_grad=True), torch.arange(10) % 2
+    found = gradient_penalty(line, codes, modality)
+    torch.testing.assert_close(found, 0.5 * (line.weight[0] - line.weight[1]).square().sum())
+    found.backward()
+    # Only the discriminator pays.
+    assert codes.grad is None
+    torch.testing.assert_close(line.weight.grad[0], (line.weight[0] - line.weight[1]).detach())
+
+
+def test_the_gradient_penalty_is_the_slope_of_the_log_odds_with_each_modality_weighed_the_same():
+    torch.manual_seed(0)
+    discriminator = Discriminator(2, 3, 8).double()
+    codes, modality = torch.randn(7, 2, dtype=torch.float64), torch.tensor([0, 1, 1, 1, 2, 2, 0])
+
+    def odds(code, true):
+        share = discriminator(code).softmax(-1)[true]
+        return float((share / (1 - share)).log())
+
+    step = 1e-5 * torch.eye(2, dtype=torch.float64)
+    with torch.no_grad():
+        slopes = [
+            sum(((odds(code + one, true) - odds(code - one, true)) / 2e-5) ** 2 for one in step)
+            for code, true in zip(codes, modality.tolist(), strict=True)
+        ]
+    each = [sum(own for own, true in zip(slopes, modality, strict=True) if true == m) for m in range(3)]
+    wanted = 0.5 * (each[0] / 2 + each[1] / 3 + each[2] / 2) / 3
+    assert float(gradient_penalty(discriminator, codes, modality).detach()) == pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.parametrize("means", [(0.0, 1.0), (0.0, 2.0), (0.0, 1.0, 3.0)])
