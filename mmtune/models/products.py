@@ -3,7 +3,7 @@
 PyTorch multiplies fp32 matrices by MKL, which keeps to AVX2 on processors of AMD; oneDNN, which PyTorch brings too,
 uses the AVX-512 of Zen 5 and takes half the time. Both round as fp32 does.
 
-oneDNN makes a kernel for every shape, in half a millisecond and half a megabyte, so tokens come to it in some round
+oneDNN makes a kernel for every shape, of half a millisecond and a megabyte at most, so tokens come to it in some round
 numbers alone: those of a product are filled up with zeros.
 
 Shapes: N tokens, I inputs, O outputs.

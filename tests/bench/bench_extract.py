@@ -1,6 +1,6 @@
 """extract with a CLIP-base-sized image encoder of random weights: what share of the time the encoder itself takes.
 
-    python tests/bench/bench_extract.py --images DIR                # 448 photographs of DIR, patches of 32 pixels
+    python tests/bench/bench_extract.py --images DIR                # 1,000 photographs of DIR, patches of 32 pixels
     python tests/bench/bench_extract.py --images DIR --patch 16     # four times the work per image
     python tests/bench/bench_extract.py --again 10000               # a second run over unchanged files
     python tests/bench/bench_extract.py --neighbours 100000         # exact search: as many queries as vectors
@@ -149,7 +149,7 @@ def main() -> None:
     """Runs what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=Path, help="folder of photographs")
-    parser.add_argument("--count", type=int, default=448)
+    parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--patch", type=int, default=32)
     parser.add_argument("--again", type=int, help="number of small images")
     parser.add_argument("--neighbours", type=int)
