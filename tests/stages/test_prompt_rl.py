@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mmtune.errors import CapabilityError, RecipeError
+from mmtune.models.tuned_from import base_at
 from mmtune.prompts.search.reward import piecewise
 from mmtune.recipe import Eval, Recipe
 from mmtune.stages.build_data import build_data
@@ -168,7 +169,7 @@ def test_soft_tokens_are_refused_where_there_is_no_place_for_them(recipe):
             given,
             Eval(compare=["base", "tuned_best_prompt"]),
             read_manifest(given.run_dir / "instructions"),
-            given.model.path,
+            base_at(given.model.path, None),
             None,
         )
     other = recipe("other", build={"prompt": str(given.run_dir / "prompt" / "prompt.json")})
