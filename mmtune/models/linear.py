@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from mmtune.models.forwards import running_as
 from mmtune.models.products import has_wide_products, is_worth, times, times_transposed
-from mmtune.models.spread import is_sharded
 
 
 class _Linear(torch.autograd.Function):
@@ -38,9 +38,10 @@ class _Linear(torch.autograd.Function):
 def fused_linears(model: nn.Module) -> Iterator[int]:
     """Within this context every plain linear layer multiplies by ``products``; gives how many do.
 
-    None does where PyTorch's own products are the fastest, or where processes hold parts of weights.
+    None does where PyTorch's own products are the fastest. Weights of which processes hold parts are whole while their
+    layer runs; one that is called with a part goes PyTorch's own way.
     """
-    layers = [] if is_sharded(model) else _plain_layers(model)
+    layers = _plain_layers(model)
     with running_as({layer: MethodType(_forward, layer) for layer in layers}):
         yield len(layers)
 
@@ -61,7 +62,7 @@ def _plain_layers(model: nn.Module) -> list[nn.Module]:
 
 def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     weight, bias = layer.weight, layer.bias
-    if not is_worth(x, weight) or torch.is_autocast_enabled("cpu"):
+    if isinstance(weight, DTensor) or not is_worth(x, weight) or torch.is_autocast_enabled("cpu"):
         return nn.Linear.forward(layer, x)
     trains = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if trains and torch.is_grad_enabled():

@@ -20,8 +20,8 @@ import torch
 
 _CPUINFO = Path("/proc/cpuinfo")
 _FAMILY, _ZEN_5 = re.compile(r"^cpu family\s*:\s*(\d+)$", re.MULTILINE), 26
-# Of multiplications; what is smaller is not worth a kernel.
-_LEAST = 1 << 23
+# Of a layer's weights; a smaller one is not worth a kernel. Whatever number of tokens comes, a layer keeps its library.
+_LEAST = 1 << 16
 
 
 def times(x_NI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
@@ -35,7 +35,8 @@ def times(x_NI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | No
 
 def times_transposed(grad_NO: torch.Tensor, x_NI: torch.Tensor) -> torch.Tensor:
     """Returns ``(O, I)``, ``g^T x``, the gradient of a layer's weight."""
-    if not is_worth(x_NI, grad_NO.t()) or _recorded(grad_NO, x_NI):
+    large = grad_NO.shape[1] * x_NI.shape[1] >= _LEAST
+    if not large or not _fits(x_NI, grad_NO.t()) or _recorded(grad_NO, x_NI):
         return torch.mm(grad_NO.t(), x_NI)
     # Zeros add nothing to the sum over tokens; the wider one stands as weights, which oneDNN reads as they are.
     filled_NO, filled_NI = (_filled(own).contiguous() for own in (grad_NO, x_NI))
@@ -46,10 +47,13 @@ def times_transposed(grad_NO: torch.Tensor, x_NI: torch.Tensor) -> torch.Tensor:
 
 def is_worth(x: torch.Tensor, weight_OI: torch.Tensor) -> bool:
     """Says whether ``times`` multiplies otherwise than PyTorch would, of ``(..., I)`` and the weights."""
+    return weight_OI.numel() >= _LEAST and _fits(x, weight_OI)
+
+
+def _fits(x: torch.Tensor, weight_OI: torch.Tensor) -> bool:
     return (
         x.dtype == torch.float32 == weight_OI.dtype
         and x.device.type == "cpu"
-        and x.numel() * weight_OI.shape[0] >= _LEAST
         # One token alone waits for the weights to come from memory, whoever multiplies.
         and x.numel() > x.shape[-1]
         and has_wide_products()

@@ -101,10 +101,15 @@ def test_one_token_goes_pytorchs_own_way(asked):
     assert not asked
 
 
-def test_small_products_go_pytorchs_own_way(asked, monkeypatch):
-    monkeypatch.setattr(products, "_LEAST", 9 * 24 * 40 + 1)
-    x, weight = torch.randn(9, 24), torch.randn(40, 24)
-    assert torch.equal(times(x, weight), x @ weight.t()) and not asked
+@pytest.mark.parametrize("tokens", [2, 900])
+def test_a_small_layer_goes_pytorchs_own_way_whatever_it_is_given(asked, monkeypatch, tokens):
+    monkeypatch.setattr(products, "_LEAST", 24 * 40 + 1)
+    x, weight, grad = torch.randn(tokens, 24), torch.randn(40, 24), torch.randn(tokens, 40)
+    assert torch.equal(times(x, weight), x @ weight.t()) and torch.equal(times_transposed(grad, x), grad.t() @ x)
+    assert not asked
+    monkeypatch.setattr(products, "_LEAST", 24 * 40)
+    times(x, weight), times_transposed(grad, x)
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize("frozen", [False, True])

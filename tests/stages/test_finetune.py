@@ -232,8 +232,6 @@ def test_resting_in_the_memory_of_the_cpu_changes_nothing(fresh, settings, monke
     from mmtune.training import loop
 
     name = "model.safetensors" if settings else "adapter_model.safetensors"
-    # Weights that rest in parts are multiplied PyTorch's own way: so are those that do not, to be compared.
-    monkeypatch.setattr("mmtune.models.linear.has_wide_products", lambda: False)
     recipe = fresh(**settings, max_steps=4)
     finetune(recipe, console=Talk(quiet=True))
     expected, numbers = load_file(recipe.run_dir / "adapter" / name), numbers_of(recipe)

@@ -66,8 +66,7 @@ def fills_in_a_picture(recipe):
     (told,) = measure_filling(learner, [(batch, keys)])
     assert (told.missing, told.source, told.rows) == ("image", "text", 200)
     print(told)
-    # By chance 1 of the pool; how many it finds depends on rounding, too.
-    assert told.error < 0.9 and told.recall > 5 / told.pool, told
+    assert told.error < 0.9 and told.recall > 10 / told.pool, told
 
 
 @pytest.mark.parametrize("game", ["reversal", "alternating"])
